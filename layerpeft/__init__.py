@@ -1,0 +1,52 @@
+"""Layer-selective fine-tuning for PEFT: layers are picked by evidence, wrapped with LoRA, and the rest stays frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import peft
+from torch import nn
+
+from layerpeft.choose import score_layers
+from layerpeft.configs import LayerLoraConfig
+from layerpeft.errors import LayerpeftError
+from layerpeft.layers import LayerMap, layer_map
+from layerpeft.report import layer_report
+from layerpeft.save import last_checkpoint, load
+from layerpeft.scores import Scores
+from layerpeft.selection import Select, Selection
+from layerpeft.steps import check_trained
+from layerpeft.tuners import lora as _lora  # noqa: F401 - registers the method with PEFT
+
+__version__ = "0.1.0"
+__all__ = [
+    "LayerLoraConfig",
+    "LayerMap",
+    "LayerpeftError",
+    "Scores",
+    "Select",
+    "Selection",
+    "check_trained",
+    "get_peft_model",
+    "last_checkpoint",
+    "layer_map",
+    "layer_report",
+    "load",
+    "score_layers",
+]
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: peft.PeftConfig, *args: Any, batches: Iterable[Any] | None = None, **kwargs: Any
+) -> peft.PeftModel | peft.PeftMixedModel:
+    """`peft.get_peft_model`, which also takes `batches` for configs that pick layers by data. Stock configs pass untouched.
+
+    `batches`: any iterable of model inputs with labels. Raises: what the config's choice raises; LayerpeftError for
+    `batches` together with a config that picks no layers.
+    """
+    if batches is not None:
+        if not isinstance(peft_config, LayerLoraConfig):
+            raise LayerpeftError(f"batches= is for configs that pick layers; {type(peft_config).__name__} does not")
+        peft_config = peft_config.with_batches(batches)
+    return peft.get_peft_model(model, peft_config, *args, **kwargs)

@@ -1,0 +1,220 @@
+"""The command `layerpeft`: train, score, compare, recipes, env. Errors of ours end in one message and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from layerpeft.compare import compare, parse_arms
+from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
+from layerpeft.recipe import Recipe, load_recipe
+from layerpeft.run import is_first, run, score
+from layerpeft.shipped import find_recipe, recipes
+
+PACKAGES = (
+    "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "wandb",
+)  # fmt: skip
+
+
+class UsageError(LayerpeftError):
+    """A command line that cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{self.format_usage().strip()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _read(words)
+        args.command(args)
+        return 0
+    except LayerpeftError as error:
+        print(f"layerpeft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("layerpeft: interrupted", file=sys.stderr)
+        return 130
+
+
+def _read(words: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in commands:
+        close = nearest(first, commands)
+        if close is None and (first.endswith((".yaml", ".yml")) or first in recipes()):
+            close = f"train {first}"
+        hint = f" Did you mean `layerpeft {close}`?" if close else ""
+        raise UsageError(f"unknown command {first!r}.{hint} Commands: {', '.join(commands)}.")
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        raise UsageError(_stray(rest, hasattr(args, "settings")))
+    if not hasattr(args, "command"):
+        parser.print_help()
+        args.command = lambda _: None
+    return args
+
+
+def _stray(rest: list[str], takes_settings: bool) -> str:
+    word = rest[0]
+    if takes_settings and word.startswith("--"):
+        name, _, value = word.removeprefix("--").partition("=")
+        value = value or (rest[1] if len(rest) > 1 else "VALUE")
+        return f"unknown option {word!r}. Settings of the recipe are written key=value: {name}={value}"
+    return f"unknown argument {word!r} (see `layerpeft --help`)"
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    parser = _Parser(prog="layerpeft", description="Fine-tune the layers that matter.")
+    parser.add_argument("--version", action="version", version=_version("layerpeft") or "unknown")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, about: str, command: Callable[[argparse.Namespace], None], recipe: bool = False) -> Any:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(command=command)
+        if recipe:
+            sub.add_argument("recipe", metavar="RECIPE", help="path of a recipe, or the name of one that ships (layerpeft recipes)")
+            sub.add_argument("settings", metavar="key=value", nargs="*", help="settings over the recipe's, as layerpeft.r=8")
+        return sub
+
+    add("train", "train a recipe", _train, recipe=True)
+    scoring = add("score", "score the layers of a recipe's model, without training", _score, recipe=True)
+    comparing = add("compare", "train a recipe beside other choices of as many layers", _compare, recipe=True)
+    comparing.add_argument("--arms", default="random:3,last,all", help="random[:N], last, first, all (default: %(default)s)")
+    comparing.add_argument("--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)")
+    shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
+    shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
+    shipped.add_argument("name", nargs="?", help="name of a recipe")
+    shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
+    environment = add("env", "versions and devices, to paste into an issue", _env)
+    for sub in (scoring, comparing, shipped, environment):
+        sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
+    return parser, list(commands.choices)
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace, purpose: str) -> Recipe:
+    recipe = load_recipe(args.recipe, args.settings, purpose)
+    if is_first():
+        for notice in recipe.notices:
+            print(f"note: {notice}", file=sys.stderr)
+    return recipe
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _only_json(wanted: bool) -> Iterator[None]:
+    """Sends everything that is printed on the way to standard error, so that standard output holds the JSON alone."""
+    if not wanted:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _train(args: argparse.Namespace) -> None:
+    run(_load(args, "train"), _say)
+
+
+def _score(args: argparse.Namespace) -> None:
+    with _only_json(args.json):
+        selection = score(_load(args, "score"), _say)
+    if args.json and is_first():
+        print(json.dumps(selection.to_dict()))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    arms = parse_arms(args.arms, args.seeds)
+    with _only_json(args.json):
+        found = compare(_load(args, "compare"), arms, _say)
+    if args.json and is_first():
+        print(json.dumps(found.to_dict()))
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    if args.action not in ("list", "show", "copy"):
+        raise UsageError(unknown("action", args.action, ("list", "show", "copy")))
+    if args.action == "list":
+        _list(args.json)
+        return
+    if args.name is None:
+        raise UsageError(f"name a recipe: {', '.join(recipes())}")
+    path = recipes().get(args.name)
+    if path is None:
+        raise RecipeError(unknown("recipe", args.name, recipes()))
+    if args.action == "show":
+        print(path.read_text(encoding="utf-8"), end="")
+        return
+    dest = Path(args.dest or f"{args.name}.yaml")
+    dest = dest / f"{args.name}.yaml" if dest.is_dir() else dest
+    try:
+        with dest.open("x", encoding="utf-8") as file:
+            file.write(find_recipe(args.name).read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{dest} exists already; name another place") from None
+    except OSError as error:
+        raise RecipeError(f"cannot write {dest}: {error.strerror}") from error
+    print(f"{dest}: run it with  layerpeft train {dest}")
+
+
+def _list(as_json: bool) -> None:
+    found = []
+    for name, path in recipes().items():
+        comments = [line.lstrip("# ").rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        found.append({"name": name, "about": comments[1] if len(comments) > 1 else "", "command": comments[0], "path": str(path)})
+    if as_json:
+        print(json.dumps(found))
+        return
+    width = max(len(item["name"]) for item in found)
+    for item in found:
+        print(f"{item['name']:<{width}}  {item['about']}")
+    print("\nlayerpeft train NAME    layerpeft recipes show NAME    layerpeft recipes copy NAME")
+
+
+def _env(args: argparse.Namespace) -> None:
+    found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    found |= {"python": platform.python_version(), "platform": platform.platform(), "devices": _devices()}
+    if args.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
+
+
+def _devices() -> list[str]:
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    cpu = f"cpu ({torch.get_num_threads()} threads)"
+    if kind is None:
+        return [cpu]
+    module = getattr(torch, kind.type)
+    name = getattr(module, "get_device_name", lambda index: kind.type)
+    return [f"{kind.type}:{i} {name(i)}" for i in range(torch.accelerator.device_count())] + [cpu]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

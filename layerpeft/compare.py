@@ -1,0 +1,289 @@
+"""`layerpeft compare`: is the choice of layers worth anything? The same recipe on other layers, as many, over the same rows in the same order."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerpeft.choose import choose
+from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.recipe import Recipe, to_yaml
+from layerpeft.selection import Select
+from layerpeft.training import Setup, batches_for, held_out_numbers, load_model, make_trainer, prepare, wrap
+
+Say = Callable[[str], None]
+ARMS = ("random", "last", "first", "all")
+NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
+# two-sided 95 % quantiles of Student's t by degrees of freedom; between two entries the smaller one is used
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}  # noqa: E501 fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A choice to compare with: its kind, and for `random` the number of draws."""
+
+    kind: str
+    draws: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: the arm it belongs to, its layers, trainable parameters, numbers on held-out rows, seconds of training."""
+
+    arm: str
+    layers: tuple[int, ...]
+    trainable: int
+    value: float
+    seconds: float
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind`: better, no difference, worse, or unknown; and the sentence that says it."""
+
+    kind: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs (the recipe's first), the number they are compared by, its value before training, and the verdict."""
+
+    measure: str
+    before: float
+    runs: tuple[Run, ...]
+    verdict: Verdict
+    num_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
+    """The arms in "random:3,last,all"; `random` alone draws `seeds` times. Raises: RecipeError naming every problem."""
+    problems = Problems("--arms")
+    found: list[Arm] = []
+    if seeds < 1:
+        problems.add(f"--seeds: expected a whole number from 1, got {seeds}")
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        kind, _, number = part.partition(":")
+        if kind not in ARMS:
+            problems.add(unknown("arm", kind, ARMS))
+        elif number and (kind != "random" or not re.fullmatch(r"[1-9]\d*", number)):
+            problems.add(f"{part!r}: only `random` takes a number, that of its draws (random:3)")
+        elif kind in [arm.kind for arm in found]:
+            problems.add(f"{kind!r} is named twice")
+        else:
+            found.append(Arm(kind, int(number or seeds) if kind == "random" else 1))
+    if not found and not problems.items:
+        problems.add(f"no arm is named; there are {', '.join(ARMS)}")
+    problems.raise_if_any(RecipeError)
+    return tuple(found)
+
+
+def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison:
+    """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
+
+    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose.
+    """
+    setup = prepare(recipe)
+    if setup.held_out is None:
+        raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
+    model = load_model(setup)
+    select = Select.parse(recipe.select)
+    batches, setup = batches_for(setup, model, select)
+    plans, num_layers = _plan(recipe, model, select, batches, arms)
+    del model
+    name = NAMES[setup.measure]
+    say(f"{len(plans)} runs, each from the same weights over the same rows in the same order")
+    runs: list[Run] = []
+    before = math.nan
+    for index, (arm, layers) in enumerate(plans):
+        run, first = _train(setup, arm, layers, select.stack)
+        before = before if runs else first
+        runs.append(run)
+        say(f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)")
+    verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
+    found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers)
+    _write(recipe, found)
+    say("\n" + table(found) + "\n\n" + verdict.sentence)
+    say(f"\nwritten: {recipe.output_dir / 'compare.png'}, compare.json")
+    return found
+
+
+def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
+    """What the runs show, the first being the recipe's.
+
+    The recipe differs from random choice only where it lies outside the 95 % prediction interval of one more random draw,
+    mean ± t(n-1) · sd · sqrt(1 + 1/n): the spread between draws is all that is known about chance here.
+    """
+    ours = runs[0]
+    draws = [run.value for run in runs if run.arm.startswith("random:")]
+    if len(draws) < 2:
+        few = "one random draw has" if draws else "without random draws there is"
+        return Verdict("unknown", f"Nothing can be said about the choice: {few} no spread to measure by (use --arms random:3).")
+    mean, spread = statistics.fmean(draws), statistics.stdev(draws)
+    gain = mean - ours.value if lower else ours.value - mean
+    if spread == 0:
+        return Verdict("unknown", f"Nothing can be said about the choice: all {len(draws)} random draws gave the same {what}, {mean:.4f}.")
+    margin = _quantile(len(draws) - 1) * spread * math.sqrt(1 + 1 / len(draws))
+    facts = f"{ours.arm} reached a {what} of {ours.value:.4f}, {len(draws)} random draws {mean:.4f} on average ({min(draws):.4f} to {max(draws):.4f})"
+    band = f"one more random draw would fall within ±{margin:.4f} of that average 19 times in 20"
+    if abs(gain) <= margin:
+        side = "beyond every draw, but " if (gain > 0 and _beyond(ours.value, draws, lower)) else ""
+        text = f"No difference shown: {facts}; that is {side}no further than chance reaches ({band})"
+        kind = "no difference"
+    elif gain > 0:
+        text = f"Better than random here: {facts}, and {band}; one run on one set of rows is all this rests on"
+        kind = "better"
+    else:
+        text = f"Random was better: {facts}, and {band}"
+        kind = "worse"
+    return Verdict(kind, text + _beside(runs, ours, margin, lower) + ".")
+
+
+def _beyond(value: float, draws: Sequence[float], lower: bool) -> bool:
+    return value < min(draws) if lower else value > max(draws)
+
+
+def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
+    """How the choice by place did, as a clause: it costs nothing to make."""
+    parts = []
+    for run in runs[1:]:
+        if run.arm not in ("last", "first"):
+            continue
+        gain = (run.value - ours.value) if lower else (ours.value - run.value)
+        how = "did about as well" if abs(gain) <= margin else "did worse" if gain > 0 else "did better"
+        parts.append(f"; as many layers from the {'end' if run.arm == 'last' else 'start'} {how} ({run.value:.4f})")
+    return "".join(parts)
+
+
+def _quantile(freedom: int) -> float:
+    return _T[max(k for k in _T if k <= freedom)]
+
+
+def table(found: Comparison) -> str:
+    """One line per run, and one for the random draws together."""
+    name = NAMES[found.measure]
+    lines = [f"{'arm':<16} {'layers':<22} {'trainable':>11} {name:>14} {'seconds':>8}"]
+    lines.append(f"{'before training':<16} {'':<22} {'':>11} {found.before:>14.4f}")
+    for run in found.runs:
+        layers = _numbers(run.layers, found.num_layers)
+        lines.append(f"{run.arm:<16} {layers:<22} {run.trainable:>11,} {run.value:>14.4f} {run.seconds:>8.0f}")
+    draws = [run.value for run in found.runs if run.arm.startswith("random:")]
+    if len(draws) > 1:
+        mean, spread = statistics.fmean(draws), statistics.stdev(draws)
+        lines.append(f"{'random, mean':<16} {'':<22} {'':>11} {mean:>14.4f}   {min(draws):.4f} to {max(draws):.4f}, sd {spread:.4f}")
+    return "\n".join(lines)
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]
+) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+    """Name and layers of every run, the recipe's first. Raises: RecipeError when the recipe leaves nothing to choose."""
+    block = recipe.block
+    where = {k: block.get(k) for k in ("target_modules", "exclude_modules", "target_parameters")}
+    among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
+    ours = choose(model, select, batches=batches, **where)
+    by_place = select.by == "depth" and select.keep is None
+    if by_place:  # the grammar is the choice itself: other arms draw from the whole stack
+        among.pop("layers", None)
+    keep = len(ours.layers)
+    everything = choose(model, {**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}, **where).layers
+    if keep == len(everything):
+        raise RecipeError(f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare")
+    own = str(ours.scores.by if ours.scores else recipe.select if isinstance(recipe.select, str) else "by place")
+    plans = [(own, ours.layers)]
+    for arm in arms:
+        if arm.kind == "random":
+            plans += _draws(model, {**among, "by": "random", "keep": keep}, where, arm.draws)
+        elif arm.kind == "all":
+            plans.append(("all", everything))
+        else:
+            pick = "top" if arm.kind == "last" else "bottom"
+            plans.append((arm.kind, choose(model, {**among, "by": "depth", "keep": keep, "pick": pick}, **where).layers))
+    return plans, ours.num_layers
+
+
+def _draws(model: Any, select: Mapping[str, Any], where: Mapping[str, Any], number: int) -> list[tuple[str, tuple[int, ...]]]:
+    """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
+    found: dict[tuple[int, ...], str] = {}
+    for seed in range(100 * number):
+        found.setdefault(choose(model, {**select, "seed": seed}, **where).layers, f"random:{seed}")
+        if len(found) == number:
+            return [(name, layers) for layers, name in found.items()]
+    raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
+
+
+def _train(setup: Setup, arm: str, layers: tuple[int, ...], stack: str | None) -> tuple[Run, float]:
+    """Trains one arm; returns it and the measure before training. Nothing is saved."""
+    model = wrap(setup, load_model(setup), {"layers": list(layers), "stack": stack}, None)
+    changes = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "load_best_model_at_end": False, "push_to_hub": False}
+    trainer = make_trainer(setup, model, **changes)
+    before = held_out_numbers(trainer)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    after = held_out_numbers(trainer)
+    trainable, _ = model.get_nb_trainable_parameters()
+    run = Run(arm, layers, trainable, after[setup.measure], round(seconds, 1), after)
+    del trainer, model
+    gc.collect()
+    return run, before[setup.measure]
+
+
+def _numbers(layers: Sequence[int], count: int) -> str:
+    """Layer numbers as a reader wants them: "0, 10, 11", "0-11", shortened where there are many."""
+    if list(layers) == list(range(count)):
+        return f"0-{count - 1}"
+    text = ", ".join(map(str, layers))
+    return text if len(text) <= 22 else f"{text[:12]}... ({len(layers)})"
+
+
+def _write(recipe: Recipe, found: Comparison) -> None:
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**found.to_dict(), "recipe": to_yaml(recipe)}
+    (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(found, folder / "compare.png")
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """One row per arm, one dot per run, the random draws with their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[Run]] = {}
+    for run in found.runs:
+        groups.setdefault(run.arm.partition(":")[0] if run.arm.startswith("random:") else run.arm, []).append(run)
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = []
+    for place, (arm, runs) in enumerate(groups.items()):
+        values = [run.value for run in runs]
+        axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
+        if len(values) > 1:
+            axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
+        layers = f"{len(runs)} draws of {len(runs[0].layers)}" if len(runs) > 1 else _numbers(runs[0].layers, found.num_layers)
+        labels.append(f"{arm}\n{layers}")
+    axes.axvline(found.runs[0].value, color="C1", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    better = "lower" if found.measure == "eval_loss" else "higher"
+    axes.set_xlabel(f"{NAMES[found.measure]} after training ({better} is better; {found.before:.3f} before)")
+    axes.set_title(found.verdict.sentence.partition(":")[0])
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,211 @@
+"""Config classes: PEFT's own, plus how the layers are picked."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from layerpeft import report, save
+from layerpeft.choose import choose, needs_batches
+from layerpeft.errors import ConfigError, LayerpeftError, Problems
+from layerpeft.integrations.peft import LayerPeftType, default_targets
+from layerpeft.layers import LayerMap, layer_map
+from layerpeft.newborn import new_modules
+from layerpeft.selection import LiveRecord, Select, Selection
+
+OWN_FIELDS = ("select", "train_new")
+INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
+
+
+@dataclass
+class LayerLoraConfig(LoraConfig):
+    """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
+
+    `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
+    `batches`: model inputs with labels for data-driven choices; used at run time, never written, never copied deep.
+    Raises: ConfigError naming every problem at once.
+    """
+
+    select: Any = field(
+        default="all",
+        metadata={
+            "help": "Which layers: 'last:3', [3, 7], '8-15', or {by: gradient_norm, keep: 0.25, …}. Default: all of them."
+        },
+    )
+    train_new: bool = field(
+        default=True,
+        metadata={"help": "Train tensors that have no pre-trained values, such as a new classification head."},
+    )
+    batches: InitVar[Iterable[Any] | None] = None
+
+    def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
+        problems = Problems("LayerLoraConfig")
+        select = Select()
+        try:
+            select = Select.parse(self.select)
+        except LayerpeftError as error:
+            problems.add(str(error))
+        if not select.is_all:
+            for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
+                if getattr(self, name) is not None:
+                    problems.add(
+                        f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone"
+                    )
+            if select.reselect_steps is not None:
+                problems.add("reselect_steps: choosing again during training is not available for LoRA in this version")
+        if not isinstance(self.train_new, bool):
+            problems.add(f"train_new={self.train_new!r} is not true or false")
+        problems.raise_if_any(ConfigError)
+        super().__post_init__()
+        self._batches = batches
+        if not select.is_all:
+            self.peft_type = LayerPeftType.LAYER_LORA  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoraConfig:
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name == "_batches" else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_batches"} | {"_batches": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; PEFT's own keys alone where nothing is chosen."""
+        plain = super().to_dict()
+        select = Select.parse(self.select)
+        if select.is_all:
+            return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
+        return plain | {"select": select.to_dict()}
+
+    def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
+        """A copy that carries these batches."""
+        twin = copy.deepcopy(self)
+        twin._batches = batches
+        return twin
+
+    def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """The stock LoRA config this means on that model, with full target names; for `add_adapter` on a live model.
+
+        Raises: SelectionError, ScoreError, LayerMapError, ConfigError.
+        """
+        if Select.parse(self.select).is_all:
+            return LoraConfig(**_lora_fields(self))
+        given = batches if batches is not None else self._batches
+        selection = choose(
+            model,
+            self.select,
+            batches=given,
+            target_modules=target_names(self, layer_map(model, Select.parse(self.select).stack)),
+            exclude_modules=self.exclude_modules,
+            target_parameters=self.target_parameters,
+            progress=progress,
+        )
+        return stock_config(self, model, selection)
+
+    @property
+    def is_deferred(self) -> bool:
+        """True when the choice has to wait for the batches of the first optimizer step."""
+        return self._batches is None and needs_batches(Select.parse(self.select))
+
+
+@dataclass
+class RecordedLoraConfig(LoraConfig):
+    """A stock LoRA config whose folder also keeps the record of what was chosen, and why."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's file, then `layers.csv`, `layers.png`, and last `layerpeft.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        record: LiveRecord | None = getattr(self, "_layerpeft", None)
+        model = getattr(self, "_layerpeft_model", lambda: None)()
+        if (
+            record is not None
+            and record.selection is not None
+            and model is not None
+            and save.has_weights(save_directory)
+        ):
+            write_record(save_directory, model, record, getattr(self, "_layerpeft_adapter", "default"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:
+        twin = copy.copy(self)
+        shared = ("_layerpeft", "_layerpeft_model")
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_layerpeft")}
+
+
+def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveRecord, adapter: str) -> None:
+    """`layers.csv`, `layers.png`, then the manifest `layerpeft.json` over all files of the adapter."""
+    assert record.selection is not None
+    found = report.layer_report(model, adapter)
+    report.write_csv(found.rows, os.path.join(folder, "layers.csv"))
+    report.write_png(found.rows, os.path.join(folder, "layers.png"), record.selection.why)
+    save.write_manifest(
+        folder,
+        {
+            "method": record.method,
+            "selection": record.selection.to_dict(),
+            "config": record.config,
+            "report": [vars(r) if hasattr(r, "__dict__") else r for r in found.rows],
+            "new_tensors": list(record.new_tensors),
+            "idle_experts": list(record.idle_experts),
+            "checks": record.checks,
+        },
+    )
+
+
+def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+    """The config that PEFT sees: full names of the chosen targets, new heads among the modules to save, and a record."""
+    kinds = {t.name: t.kind for t in layer_map(model, selection.stack).targets}
+    given = _lora_fields(config)
+    born = new_modules(model) if config.train_new else ()
+    if born:
+        listed = [] if config.modules_to_save is None else list(config.modules_to_save)
+        given["modules_to_save"] = listed + [n for n in born if not any(n == k or n.endswith(f".{k}") for k in listed)]
+    parameters = [n for n in selection.targets if kinds[n] == "experts"]
+    given |= {
+        "target_modules": {n for n in selection.targets if kinds[n] != "experts"} or [],
+        "target_parameters": parameters or None,
+        "exclude_modules": None,
+    }
+    stock = RecordedLoraConfig(**given)
+    stock._layerpeft = LiveRecord(config=plain_config(config), selection=selection, new_tensors=born)  # type: ignore[attr-defined]
+    return stock
+
+
+def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
+    """`target_modules`, or what PEFT would put in its place. Raises: ConfigError where PEFT has no default for the model."""
+    if config.target_modules is not None or config.target_parameters:
+        return config.target_modules
+    names = default_targets(layers.model_type)
+    if names is None:
+        ends = sorted({t.name.rpartition(".")[2] for t in layers.targets})
+        raise ConfigError(
+            f"target_modules: PEFT has no default for model type {layers.model_type!r}; "
+            f"give some of {', '.join(ends)}, or 'all-linear'"
+        )
+    return names
+
+
+def plain_config(config: LayerLoraConfig) -> dict[str, Any]:
+    """The config as JSON takes it, without what is empty."""
+    plain = config.to_dict()
+    kept = {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items() if v not in (None, {}, [], set())}
+    return kept | {"peft_type": LayerPeftType.LAYER_LORA.value}
+
+
+def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+    return {
+        f.name: copy.deepcopy(getattr(config, f.name))
+        for f in fields(LoraConfig)
+        if f.init and f.name not in ("peft_type",)
+    }

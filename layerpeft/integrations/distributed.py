@@ -1,0 +1,48 @@
+"""Several processes: who chooses, and how all of them hear of it. Device names appear here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 where there is no group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def add_up(t: torch.Tensor) -> torch.Tensor:
+    """Sum of `t` over all processes (on the CPU); every process must call it in the same order."""
+    if world_size() == 1:
+        return t
+    moved = t.to(_group_device())
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 holds, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_group_device())
+    return box[0]
+
+
+def random_devices(devices: set[torch.device]) -> tuple[list[torch.device], str]:
+    """The accelerators among `devices` whose random state has to be kept, and their type."""
+    kept = [d for d in devices if d.type not in ("cpu", "meta")]
+    return kept, kept[0].type if kept else "cuda"
+
+
+def _group_device() -> torch.device:
+    if "nccl" in str(dist.get_backend()) or "xccl" in str(dist.get_backend()):
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")

@@ -1,0 +1,98 @@
+"""Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `tests/test_canary.py` fails first."""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+__all__ = ["BaseTuner", "BaseTunerLayer", "LayerPeftType", "LoraLayer", "PeftModel"]
+
+HEAD_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
+
+
+class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialises its types as (str, Enum) members
+    """Types of our own beside PEFT's closed list; PEFT's tables take them because they hash and compare as strings."""
+
+    LAYER_LORA = "LAYER_LORA"
+
+
+def register(kind: LayerPeftType, config: type, tuner: type, prefix: str) -> None:
+    """Enters a method in PEFT's four tables; a second call changes nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, config)  # type: ignore[arg-type]
+    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, tuner)  # type: ignore[arg-type]
+    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, prefix)  # type: ignore[arg-type]
+
+
+def default_targets(model_type: str) -> list[str] | str | None:
+    """The module names that PEFT wraps with LoRA when none are given; None where it knows none."""
+    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+
+
+def dequantized(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear as numbers, as stored, for quantized and plain modules alike."""
+    return dequantize_module_weight(module)
+
+
+def become_stock(tuner: BaseTuner, stock: type[BaseTuner]) -> None:
+    """Turns a tuner of ours into PEFT's own, and tells the PeftModel that is about to hold it.
+
+    The registration hook is the one public moment at which the PeftModel and its tuner meet; it removes itself, also when
+    no PeftModel ever takes the tuner (transformers' `add_adapter`).
+    """
+    tuner.__class__ = stock
+    reference = weakref.ref(tuner)
+
+    def on_register(parent: nn.Module, _name: str, child: Any) -> None:
+        if child is not None and child is reference():
+            handle.remove()
+            if isinstance(parent, PeftModel):
+                parent.peft_type = PeftType.LORA
+
+    handle = register_module_module_registration_hook(on_register)  # type: ignore[arg-type]
+    weakref.finalize(tuner, handle.remove)
+
+
+def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """Wrapped modules of an adapter by their name in the model (without `base_model.model.`)."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in _ranks(m)}
+
+
+def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
+    """The tensors of one adapter in one wrapped module."""
+    found: dict[str, nn.Parameter] = {}
+    for group in layer.adapter_layer_names:
+        held = getattr(layer, group, {})
+        if adapter not in held:
+            continue
+        item = held[adapter]
+        if isinstance(item, nn.Parameter):
+            found[group] = item
+        elif isinstance(item, nn.Module):
+            found |= {f"{group}.{n}": p for n, p in item.named_parameters()}
+    return found
+
+
+def unwrap_layer(model: nn.Module, name: str, adapter: str) -> None:
+    """Takes one adapter off one module; the module itself comes back where no other adapter is left."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LoraLayer)
+    if set(_ranks(layer)) == {adapter}:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    else:
+        layer.delete_adapter(adapter)
+
+
+def _ranks(layer: LoraLayer) -> dict[str, int]:
+    return layer.r

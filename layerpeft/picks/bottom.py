@@ -1,0 +1,16 @@
+"""The `keep` lowest scores; ties by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """No options."""
+
+
+def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:
+    """Positions of the `keep` lowest scores (None: all)."""
+    return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:keep]

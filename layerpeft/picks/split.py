@@ -1,0 +1,58 @@
+"""How many layers to take, from the scores themselves: a two-class split (Otsu 1979), or IR-Tuning's windowed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from layerpeft.errors import SelectionError
+
+
+@dataclass(frozen=True)
+class Options:
+    """`split`: `otsu` weighs both classes by their size; `ir_tuning` (arXiv 2510.00268) adds the unweighted variances and
+    looks only at cuts within `window` (shares of the number of layers)."""
+
+    split: Literal["otsu", "ir_tuning"] = "otsu"
+    window: tuple[float, float] = (0.35, 0.65)
+
+
+def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:
+    """Positions of the high class, best first.
+
+    Raises: SelectionError when all scores are equal, so that there is nothing to split.
+    """
+    if len(set(scores)) < 2:
+        raise SelectionError("pick: split needs at least two different scores")
+    ascending = sorted(scores)
+    low = otsu_cut(ascending) if options.split == "otsu" else windowed_cut(ascending, options.window)
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: len(scores) - low]
+
+
+def otsu_cut(ascending: Sequence[float]) -> int:
+    """Size of the low class that makes the within-class variance least."""
+    n = len(ascending)
+    within = [(k * _variance(ascending[:k]) + (n - k) * _variance(ascending[k:])) / n for k in range(1, n)]
+    return within.index(min(within)) + 1
+
+
+def variance_sums(ascending: Sequence[float]) -> list[float]:
+    """`Var(lowest k) + Var(rest)` for k = 1 … n-1 (population variances, unweighted)."""
+    return [_variance(ascending[:k]) + _variance(ascending[k:]) for k in range(1, len(ascending))]
+
+
+def windowed_cut(ascending: Sequence[float], window: tuple[float, float]) -> int:
+    """Size of the low class by IR-Tuning's rule, as its paper means it (its code trains one layer more)."""
+    n = len(ascending)
+    sums = variance_sums(ascending)
+    first, last = int(n * window[0]), min(int(n * window[1]), n - 2)
+    if first > last:
+        raise SelectionError(f"split: the window {window} holds no cut of {n} layers")
+    inside = sums[first : last + 1]
+    return first + inside.index(min(inside)) + 1
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values)

@@ -1,0 +1,103 @@
+"""Norm of the gradient of the base weights, by layer: `sqrt(mean over batches of Σ over the layer's targets ‖G_b‖²)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from layerpeft.errors import ScoreError
+from layerpeft.probe import Exact, Probe, Sketch
+from layerpeft.scores import Measured, Request, per_layer
+from layerpeft.weights import squared_norm
+
+
+@dataclass(frozen=True)
+class Options:
+    """`exact`: form each target's gradient, one at a time, instead of estimating its norm from `k` random directions.
+
+    `normalize`: `none`; `numel` (root mean square); `weight` (‖g‖/‖θ‖, surgical fine-tuning, arXiv 2210.11466).
+    `signal`: the norm of the *mean* gradient over batches, another statistic than the mean of the squared norms.
+    """
+
+    exact: bool = False
+    k: int = 8
+    normalize: Literal["none", "numel", "weight"] = "none"
+    signal: bool = False
+
+
+def needs(options: Options) -> str:
+    """Forward and backward passes over batches with labels."""
+    return "backward"
+
+
+def start(request: Request, options: Options) -> GradientNorm:
+    """Begins a measurement."""
+    return GradientNorm(request, options)
+
+
+class GradientNorm:
+    """The running measurement: a probe on every target."""
+
+    def __init__(self, request: Request, options: Options) -> None:
+        self.request, self.options = request, options
+        how = Exact() if options.exact else Sketch(options.k, request.seed)
+        self.probe = Probe({t.name: t for t in request.targets}, how, signal=options.signal, skip_bad=request.live)
+        self._sums: dict[str, float] | None = None
+
+    @property
+    def batches(self) -> int:
+        """Batches whose backward pass has been seen."""
+        return self.probe.batches
+
+    def attach(self) -> None:
+        """Puts the probe on the model."""
+        self.probe.attach(self.request.model)
+
+    def next_batch(self) -> None:
+        """Closes the batch."""
+        self.probe.next_batch()
+
+    def detach(self) -> None:
+        """Takes the probe off the model."""
+        self.probe.detach()
+
+    def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Sums squared norms and batch counts over processes, in the order of the targets.
+
+        Raises: ScoreError for `signal`, whose gradients are not sent around.
+        """
+        if self.options.signal:
+            raise ScoreError(
+                "signal: true works in one process only; leave it out, or score beforehand with score_layers"
+            )
+        names = [t.name for t in self.request.targets]
+        counts = torch.tensor([float(self.probe.batches), *(float(n in self.probe.reached) for n in names)])
+        squares = torch.tensor([float(self.probe.squared.get(n, 0.0)) for n in names], dtype=torch.float64)
+        counts, squares = add(counts), add(squares)
+        self.probe.reached = {n for n, c in zip(names, counts[1:].tolist(), strict=True) if c}
+        self._sums = dict(zip(names, (squares / float(counts[0])).tolist(), strict=True))
+
+    def result(self) -> Measured:
+        """Norms per layer and per target. Raises: ScoreError when a target was never reached by a backward pass."""
+        unreached = [
+            t.name for t in self.request.targets if t.name not in self.probe.reached and "expert" not in t.name
+        ]
+        if unreached:
+            raise ScoreError(
+                f"{len(unreached)} target(s) got no gradient: {', '.join(unreached[:4])}{' …' if len(unreached) > 4 else ''}. "
+                "The model uses their weights without calling them, or the loss does not depend on them; "
+                "leave them out of target_modules."
+            )
+        sums = self._sums if self._sums is not None else self.probe.sums()
+        targets, layers = self.request.targets, self.request.layers
+        squares = per_layer(layers, targets, sums)
+        if self.options.normalize == "numel":
+            sizes = per_layer(layers, targets, {t.name: float(t.params) for t in targets})
+            squares = [s / n if n else 0.0 for s, n in zip(squares, sizes, strict=True)]
+        elif self.options.normalize == "weight":
+            weights = per_layer(layers, targets, {t.name: squared_norm(self.request.model, t) for t in targets})
+            squares = [s / w if w else 0.0 for s, w in zip(squares, weights, strict=True)]
+        return Measured(tuple(s**0.5 for s in squares), {n: v**0.5 for n, v in sums.items()})

@@ -1,0 +1,69 @@
+"""Which targets of a layer map a config means, with PEFT's own matching rules but nothing matched in part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from layerpeft.errors import Problems, SelectionError, nearest
+from layerpeft.layers import LayerMap, Target
+
+Names = str | Iterable[str] | None
+
+
+def match_targets(
+    layers: LayerMap,
+    target_modules: Names,
+    exclude_modules: Names = None,
+    target_parameters: Sequence[str] | None = None,
+) -> tuple[Target, ...]:
+    """Targets named by full name, by last segments, by regex (a string) or by "all-linear" (a Linear or Conv1D each).
+
+    Raises: SelectionError naming every pattern that matches nothing inside the layers.
+    """
+    problems = Problems("target_modules")
+    modules = [t for t in layers.targets if t.kind != "experts"]
+    chosen: set[str] = set()
+    if target_modules == "all-linear":
+        chosen |= {t.name for t in modules if t.kind in ("linear", "conv1d")}
+    elif target_modules:
+        chosen |= _matching(target_modules, [t.name for t in modules], problems, layers)
+    if target_parameters:
+        chosen |= _matching(
+            list(target_parameters), [t.name for t in layers.targets if t.kind == "experts"], problems, layers
+        )
+    if exclude_modules:
+        chosen -= _matching(
+            exclude_modules, [t.name for t in layers.targets], problems, layers, what="exclude_modules: "
+        )
+    problems.raise_if_any(SelectionError)
+    if not chosen:
+        raise SelectionError(f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}")
+    return tuple(t for t in layers.targets if t.name in chosen)
+
+
+def _matching(patterns: Names, names: list[str], problems: Problems, layers: LayerMap, what: str = "") -> set[str]:
+    if isinstance(patterns, str):
+        found = {n for n in names if re.fullmatch(patterns, n)}
+        if not found:
+            problems.add(
+                f"{what}the regex {patterns!r} matches no target in the layers. {_offer(patterns, names, layers)}"
+            )
+        return found
+    found: set[str] = set()
+    for pattern in patterns or ():
+        hits = {n for n in names if n == pattern or n.endswith(f".{pattern}")}
+        if not hits:
+            problems.add(f"{what}{pattern!r} matches no target in the layers. {_offer(pattern, names, layers)}")
+        found |= hits
+    return found
+
+
+def _offer(pattern: str, names: list[str], layers: LayerMap) -> str:
+    ends = sorted({n.rpartition(".")[2] for n in names})
+    close = nearest(pattern.rpartition(".")[2], ends)
+    experts = sorted({".".join(t.name.split(".")[-3:]) for t in layers.targets if t.kind == "experts"})
+    hint = f"Did you mean {close!r}? " if close else ""
+    listed = f"Targets there: {', '.join(ends)}." if ends else "There are none of that kind."
+    parameters = f" Experts are named by target_parameters: {', '.join(experts)}." if experts else ""
+    return f"{hint}{listed}{parameters}"

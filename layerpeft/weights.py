@@ -1,0 +1,41 @@
+"""Reading weights a piece at a time, whatever form they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from layerpeft.integrations.peft import dequantized
+from layerpeft.layers import Target, find_module
+
+PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
+
+
+def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, rows) pieces of a target's weight in float32, rows (some, in); expert is 0 where there are none."""
+    if target.kind == "experts":
+        owner, _, name = target.name.rpartition(".")
+        stored = getattr(find_module(model, owner), name).detach()
+        for expert in range(target.shape[0]):
+            weight = stored[expert]
+            yield from (
+                (expert, piece) for piece in _pieces(weight if tuple(weight.shape) == target.shape[1:] else weight.T)
+            )
+        return
+    weight = dequantized(find_module(model, target.name)).detach()
+    if target.kind == "conv1d":
+        weight = weight.T
+    yield from ((0, piece) for piece in _pieces(weight.flatten(1)))
+
+
+def squared_norm(model: nn.Module, target: Target) -> float:
+    """‖W‖² of a target's weight."""
+    return sum(float(rows.double().square().sum()) for _, rows in weight_slices(model, target))
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    step = max(1, PIECE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield weight[start : start + step].float()
