@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from layerpeft import registry
 from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.peft import default_targets
 from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.scores import Measured, Measurement, Request, Scores, origin_of
@@ -217,6 +218,7 @@ def _run(
     """
     used = 0
     with ExitStack() as stack:
+        keep_cpu_layout(model)
         stack.enter_context(_untouched(model))
         stack.callback(measurement.detach)
         measurement.attach()

@@ -61,6 +61,8 @@ def _read(words: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(words)
     if rest:
         raise UsageError(_stray(rest, hasattr(args, "settings")))
+    if getattr(args, "recipe", "") is None:
+        raise UsageError(f"name a recipe: a path, or one of those that ship ({', '.join(recipes())})")
     if not hasattr(args, "command"):
         parser.print_help()
         args.command = lambda _: None
@@ -85,15 +87,26 @@ def _parser() -> tuple[_Parser, list[str]]:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(command=command)
         if recipe:
-            sub.add_argument("recipe", metavar="RECIPE", help="path of a recipe, or the name of one that ships (layerpeft recipes)")
-            sub.add_argument("settings", metavar="key=value", nargs="*", help="settings over the recipe's, as layerpeft.r=8")
+            sub.add_argument(
+                "recipe",
+                metavar="RECIPE",
+                nargs="?",
+                help="path of a recipe, or the name of one that ships (layerpeft recipes)",
+            )
+            sub.add_argument(
+                "settings", metavar="key=value", nargs="*", help="settings over the recipe's, as layerpeft.r=8"
+            )
         return sub
 
     add("train", "train a recipe", _train, recipe=True)
     scoring = add("score", "score the layers of a recipe's model, without training", _score, recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", _compare, recipe=True)
-    comparing.add_argument("--arms", default="random:3,last,all", help="random[:N], last, first, all (default: %(default)s)")
-    comparing.add_argument("--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)")
+    comparing.add_argument(
+        "--arms", default="random:3,last,all", help="random[:N], last, first, all (default: %(default)s)"
+    )
+    comparing.add_argument(
+        "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
+    )
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
@@ -178,8 +191,12 @@ def _recipes(args: argparse.Namespace) -> None:
 def _list(as_json: bool) -> None:
     found = []
     for name, path in recipes().items():
-        comments = [line.lstrip("# ").rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        found.append({"name": name, "about": comments[1] if len(comments) > 1 else "", "command": comments[0], "path": str(path)})
+        comments = [
+            line.lstrip("# ").rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+        ]
+        found.append(
+            {"name": name, "about": comments[1] if len(comments) > 1 else "", "command": comments[0], "path": str(path)}
+        )
     if as_json:
         print(json.dumps(found))
         return

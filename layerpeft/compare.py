@@ -17,13 +17,27 @@ from layerpeft.choose import choose
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.recipe import Recipe, to_yaml
 from layerpeft.selection import Select
-from layerpeft.training import Setup, batches_for, held_out_numbers, load_model, make_trainer, prepare, wrap
+from layerpeft.training import Setup, batches_for, held_out_numbers, load_model, make_trainer, prepare, targets_of, wrap
 
 Say = Callable[[str], None]
 ARMS = ("random", "last", "first", "all")
 NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
 # two-sided 95 % quantiles of Student's t by degrees of freedom; between two entries the smaller one is used
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}  # noqa: E501 fmt: skip
+_T = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    15: 2.131,
+    20: 2.086,
+    30: 2.042,
+}  # noqa: E501 fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,9 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
         run, first = _train(setup, arm, layers, select.stack)
         before = before if runs else first
         runs.append(run)
-        say(f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)")
+        say(
+            f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)"
+        )
     verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
     found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers)
     _write(recipe, found)
@@ -130,11 +146,16 @@ def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
     draws = [run.value for run in runs if run.arm.startswith("random:")]
     if len(draws) < 2:
         few = "one random draw has" if draws else "without random draws there is"
-        return Verdict("unknown", f"Nothing can be said about the choice: {few} no spread to measure by (use --arms random:3).")
+        return Verdict(
+            "unknown", f"Nothing can be said about the choice: {few} no spread to measure by (use --arms random:3)."
+        )
     mean, spread = statistics.fmean(draws), statistics.stdev(draws)
     gain = mean - ours.value if lower else ours.value - mean
     if spread == 0:
-        return Verdict("unknown", f"Nothing can be said about the choice: all {len(draws)} random draws gave the same {what}, {mean:.4f}.")
+        return Verdict(
+            "unknown",
+            f"Nothing can be said about the choice: all {len(draws)} random draws gave the same {what}, {mean:.4f}.",
+        )
     margin = _quantile(len(draws) - 1) * spread * math.sqrt(1 + 1 / len(draws))
     facts = f"{ours.arm} reached a {what} of {ours.value:.4f}, {len(draws)} random draws {mean:.4f} on average ({min(draws):.4f} to {max(draws):.4f})"
     band = f"one more random draw would fall within ±{margin:.4f} of that average 19 times in 20"
@@ -182,7 +203,9 @@ def table(found: Comparison) -> str:
     draws = [run.value for run in found.runs if run.arm.startswith("random:")]
     if len(draws) > 1:
         mean, spread = statistics.fmean(draws), statistics.stdev(draws)
-        lines.append(f"{'random, mean':<16} {'':<22} {'':>11} {mean:>14.4f}   {min(draws):.4f} to {max(draws):.4f}, sd {spread:.4f}")
+        lines.append(
+            f"{'random, mean':<16} {'':<22} {'':>11} {mean:>14.4f}   {min(draws):.4f} to {max(draws):.4f}, sd {spread:.4f}"
+        )
     return "\n".join(lines)
 
 
@@ -193,8 +216,7 @@ def _plan(
     recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]
 ) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
     """Name and layers of every run, the recipe's first. Raises: RecipeError when the recipe leaves nothing to choose."""
-    block = recipe.block
-    where = {k: block.get(k) for k in ("target_modules", "exclude_modules", "target_parameters")}
+    where = targets_of(recipe)
     among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
     ours = choose(model, select, batches=batches, **where)
     by_place = select.by == "depth" and select.keep is None
@@ -203,7 +225,9 @@ def _plan(
     keep = len(ours.layers)
     everything = choose(model, {**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}, **where).layers
     if keep == len(everything):
-        raise RecipeError(f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare")
+        raise RecipeError(
+            f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare"
+        )
     own = str(ours.scores.by if ours.scores else recipe.select if isinstance(recipe.select, str) else "by place")
     plans = [(own, ours.layers)]
     for arm in arms:
@@ -213,11 +237,15 @@ def _plan(
             plans.append(("all", everything))
         else:
             pick = "top" if arm.kind == "last" else "bottom"
-            plans.append((arm.kind, choose(model, {**among, "by": "depth", "keep": keep, "pick": pick}, **where).layers))
+            plans.append(
+                (arm.kind, choose(model, {**among, "by": "depth", "keep": keep, "pick": pick}, **where).layers)
+            )
     return plans, ours.num_layers
 
 
-def _draws(model: Any, select: Mapping[str, Any], where: Mapping[str, Any], number: int) -> list[tuple[str, tuple[int, ...]]]:
+def _draws(
+    model: Any, select: Mapping[str, Any], where: Mapping[str, Any], number: int
+) -> list[tuple[str, tuple[int, ...]]]:
     """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
     found: dict[tuple[int, ...], str] = {}
     for seed in range(100 * number):
@@ -230,7 +258,13 @@ def _draws(model: Any, select: Mapping[str, Any], where: Mapping[str, Any], numb
 def _train(setup: Setup, arm: str, layers: tuple[int, ...], stack: str | None) -> tuple[Run, float]:
     """Trains one arm; returns it and the measure before training. Nothing is saved."""
     model = wrap(setup, load_model(setup), {"layers": list(layers), "stack": stack}, None)
-    changes = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "load_best_model_at_end": False, "push_to_hub": False}
+    changes = {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+    }
     trainer = make_trainer(setup, model, **changes)
     before = held_out_numbers(trainer)
     started = time.perf_counter()
@@ -277,7 +311,11 @@ def draw(found: Comparison, path: Path) -> None:
         axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
         if len(values) > 1:
             axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
-        layers = f"{len(runs)} draws of {len(runs[0].layers)}" if len(runs) > 1 else _numbers(runs[0].layers, found.num_layers)
+        layers = (
+            f"{len(runs)} draws of {len(runs[0].layers)}"
+            if len(runs) > 1
+            else _numbers(runs[0].layers, found.num_layers)
+        )
         labels.append(f"{arm}\n{layers}")
     axes.axvline(found.runs[0].value, color="C1", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(labels)), labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
@@ -15,9 +16,10 @@ from layerpeft import report, save
 from layerpeft.choose import choose, needs_batches
 from layerpeft.errors import ConfigError, LayerpeftError, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets
-from layerpeft.layers import LayerMap, layer_map
+from layerpeft.layers import LayerMap, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.selection import LiveRecord, Select, Selection
+from layerpeft.targets import PARAMETERS
 
 OWN_FIELDS = ("select", "train_new")
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
@@ -98,12 +100,13 @@ class LayerLoraConfig(LoraConfig):
         if Select.parse(self.select).is_all:
             return LoraConfig(**_lora_fields(self))
         given = batches if batches is not None else self._batches
+        layers = layer_map(model, Select.parse(self.select).stack)
         selection = choose(
             model,
             self.select,
             batches=given,
-            target_modules=target_names(self, layer_map(model, Select.parse(self.select).stack)),
-            exclude_modules=self.exclude_modules,
+            target_modules=target_names(self, layers),
+            exclude_modules=exclusions(self, model, layers),
             target_parameters=self.target_parameters,
             progress=progress,
         )
@@ -171,11 +174,13 @@ def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection
     if born:
         listed = [] if config.modules_to_save is None else list(config.modules_to_save)
         given["modules_to_save"] = listed + [n for n in born if not any(n == k or n.endswith(f".{k}") for k in listed)]
-    parameters = [n for n in selection.targets if kinds[n] == "experts"]
+    parameters = [n for n in selection.targets if kinds[n] in PARAMETERS]
+    modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
+    _refuse_saved_targets(given["modules_to_save"], selection.targets)
     given |= {
-        "target_modules": {n for n in selection.targets if kinds[n] != "experts"} or [],
+        "target_modules": modules or [],
         "target_parameters": parameters or None,
-        "exclude_modules": None,
+        "exclude_modules": _namesakes(model, modules) or None,
     }
     stock = RecordedLoraConfig(**given)
     stock._layerpeft = LiveRecord(config=plain_config(config), selection=selection, new_tensors=born)  # type: ignore[attr-defined]
@@ -184,16 +189,60 @@ def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
     """`target_modules`, or what PEFT would put in its place. Raises: ConfigError where PEFT has no default for the model."""
-    if config.target_modules is not None or config.target_parameters:
+    if config.target_modules is not None:
         return config.target_modules
     names = default_targets(layers.model_type)
-    if names is None:
+    if names is None and not config.target_parameters:
         ends = sorted({t.name.rpartition(".")[2] for t in layers.targets})
         raise ConfigError(
             f"target_modules: PEFT has no default for model type {layers.model_type!r}; "
             f"give some of {', '.join(ends)}, or 'all-linear'"
         )
     return names
+
+
+def exclusions(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> Any:
+    """`exclude_modules` without what lies outside the layers, where nothing is wrapped anyway; None where nothing is left."""
+    given = config.exclude_modules
+    if not given:
+        return None
+    blocks = tuple(f"{layer.name}." for layer in layers.layers)
+    names = [n for n, _ in base_of(model).named_modules() if n]
+    inside, outside = [n for n in names if n.startswith(blocks)], [n for n in names if not n.startswith(blocks)]
+    inside += [t.name for t in layers.targets]
+    if isinstance(given, str):
+        hits = [any(re.fullmatch(given, n) for n in side) for side in (inside, outside)]
+        return None if hits == [False, True] else given
+
+    def only_outside(name: str) -> bool:
+        hits = [any(n == name or n.endswith(f".{name}") for n in side) for side in (inside, outside)]
+        return hits == [False, True]
+
+    return {n for n in given if not only_outside(n)} or None
+
+
+def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:
+    """Raises: ConfigError for chosen targets inside `modules_to_save`: PEFT would copy them whole and wrap nothing."""
+    problems = Problems("modules_to_save")
+    for name in modules_to_save or ():
+        held = [t for t in targets if re.match(rf"(^|.*\.){name}($|\..*)", t)]
+        if held:
+            problems.add(
+                f"{name!r} holds {len(held)} of the chosen targets ({held[0]}{', …' if len(held) > 1 else ''}); PEFT trains "
+                "such modules as whole copies, in every layer, and puts no LoRA in them. Leave them out of target_modules "
+                "(exclude_modules), or out of modules_to_save (train_new=False where they are new)"
+            )
+    problems.raise_if_any(ConfigError)
+
+
+def _namesakes(model: nn.Module, chosen: set[str]) -> set[str]:
+    """Modules that PEFT would match too, because their names end with the full name of a chosen one."""
+    found = set()
+    for name, _ in base_of(model).named_modules():
+        parts = name.split(".")
+        if name not in chosen and any(".".join(parts[i:]) in chosen for i in range(1, len(parts))):
+            found.add(name)
+    return found
 
 
 def plain_config(config: LayerLoraConfig) -> dict[str, Any]:

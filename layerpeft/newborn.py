@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from layerpeft.layers import base_of
+from layerpeft.notes import note
 
 LOADED_MARK = "_is_hf_initialized"  # transformers sets it on every parameter that came from the checkpoint
 
@@ -12,15 +13,25 @@ LOADED_MARK = "_is_hf_initialized"  # transformers sets it on every parameter th
 def new_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the topmost modules in which no parameter came from the checkpoint, although others did.
 
-    Empty for a model built from a config alone, where nothing tells the head from the rest.
+    Empty for a model built from a config alone, where nothing tells the head from the rest. Embeddings and a language-model
+    head are left alone, since resizing the vocabulary loses the mark too; a note names them.
     """
     base = base_of(model)
-    marks = {n: bool(getattr(p, LOADED_MARK, False)) for n, p in base.named_parameters() if ".lora_" not in n}
+    marks = {n: _is_marked(p) for n, p in base.named_parameters() if ".lora_" not in n and p.is_floating_point()}
     if not any(marks.values()) or all(marks.values()):
         return ()
+    tables = [getattr(base, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     found: list[str] = []
     for name, module in base.named_modules():
         inside = [marks[f"{name}.{n}"] for n, _ in module.named_parameters() if f"{name}.{n}" in marks]
-        if name and inside and not any(inside) and not any(name.startswith(f"{f}.") for f in found):
+        if not name or not inside or any(inside) or any(name.startswith(f"{f}.") for f in found):
+            continue
+        if any(table is not None and any(m is table for m in module.modules()) for table in tables):
+            note(f"{name} was not loaded from the checkpoint and stays frozen; train it with modules_to_save=[{name!r}]")
+        else:
             found.append(name)
     return tuple(found)
+
+
+def _is_marked(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, LOADED_MARK, False))

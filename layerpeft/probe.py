@@ -315,22 +315,24 @@ def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -
 
 
 def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
-    @torch.compiler.disable
     def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         return tap(y, args[0], {(name, 0): None})
 
-    return hook
+    return _eager(hook)
 
 
 def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> list[RemovableHandle]:
     mode = _ExpertTaps(tap, owner, held)
 
-    @torch.compiler.disable
     def enter(*_: Any) -> None:
         mode.start()
 
-    @torch.compiler.disable
     def leave(*_: Any) -> None:
         mode.stop()
 
-    return [owner.register_forward_pre_hook(enter), owner.register_forward_hook(leave, always_call=True)]
+    return [owner.register_forward_pre_hook(_eager(enter)), owner.register_forward_hook(_eager(leave), always_call=True)]
+
+
+def _eager(function: Any) -> Any:
+    """The function, kept out of compiled graphs: what it writes down would be lost there."""
+    return torch.compiler.disable(function)

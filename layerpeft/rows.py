@@ -115,7 +115,9 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def column_problems(trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str = "text") -> list[str]:
+def column_problems(
+    trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str = "text"
+) -> list[str]:
     """What keeps rows with the columns `have` from being trained on, as sentences."""
     if columns:
         missing = {name for template in columns.values() for name in template_columns(template)} - set(have)
@@ -127,7 +129,11 @@ def column_problems(trainer: str, have: list[str], columns: Mapping[str, str] | 
         forms = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"})
         ready = any(form <= set(have) for form in forms)
         example = 'columns: {prompt: "{question}", completion: "{answer}"}'
-    wanted = "`text` and `label`" if trainer == "classification" else f"`messages`, `prompt` and `completion`, or `{text_field}`"
+    wanted = (
+        "`text` and `label`"
+        if trainer == "classification"
+        else f"`messages`, `prompt` and `completion`, or `{text_field}`"
+    )
     return [] if ready else [f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}"]
 
 

@@ -41,7 +41,9 @@ def generate(model: nn.Module, tokenizer: Any, prompt: Any, tokens: int) -> str:
     if isinstance(prompt, str):
         encoded = tokenizer(prompt, return_tensors="pt")
     else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
     device = next(model.parameters()).device
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
     training = model.training

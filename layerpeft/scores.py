@@ -137,6 +137,7 @@ class Measurement(Protocol):
 
     def result(self) -> Measured:
         """Raises: ScoreError when a target was never reached."""
+        ...
 
 
 def per_layer(layers: LayerMap, targets: Iterable[Target], parts: Mapping[str, float]) -> list[float]:

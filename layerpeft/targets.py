@@ -9,6 +9,7 @@ from layerpeft.errors import Problems, SelectionError, nearest
 from layerpeft.layers import LayerMap, Target
 
 Names = str | Iterable[str] | None
+PARAMETERS = ("experts", "parameter")  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
 
 
 def match_targets(
@@ -22,7 +23,7 @@ def match_targets(
     Raises: SelectionError naming every pattern that matches nothing inside the layers.
     """
     problems = Problems("target_modules")
-    modules = [t for t in layers.targets if t.kind != "experts"]
+    modules = [t for t in layers.targets if t.kind not in PARAMETERS]
     chosen: set[str] = set()
     if target_modules == "all-linear":
         chosen |= {t.name for t in modules if t.kind in ("linear", "conv1d")}
@@ -30,7 +31,7 @@ def match_targets(
         chosen |= _matching(target_modules, [t.name for t in modules], problems, layers)
     if target_parameters:
         chosen |= _matching(
-            list(target_parameters), [t.name for t in layers.targets if t.kind == "experts"], problems, layers
+            list(target_parameters), [t.name for t in layers.targets if t.kind in PARAMETERS], problems, layers
         )
     if exclude_modules:
         chosen -= _matching(
@@ -62,7 +63,7 @@ def _matching(patterns: Names, names: list[str], problems: Problems, layers: Lay
 def _offer(pattern: str, names: list[str], layers: LayerMap) -> str:
     ends = sorted({n.rpartition(".")[2] for n in names})
     close = nearest(pattern.rpartition(".")[2], ends)
-    experts = sorted({".".join(t.name.split(".")[-3:]) for t in layers.targets if t.kind == "experts"})
+    experts = sorted({".".join(t.name.split(".")[-3:]) for t in layers.targets if t.kind in PARAMETERS})
     hint = f"Did you mean {close!r}? " if close else ""
     listed = f"Targets there: {', '.join(ends)}." if ends else "There are none of that kind."
     parameters = f" Experts are named by target_parameters: {', '.join(experts)}." if experts else ""

@@ -24,7 +24,11 @@ def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch
                 (expert, piece) for piece in _pieces(weight if tuple(weight.shape) == target.shape[1:] else weight.T)
             )
         return
-    weight = dequantized(find_module(model, target.name)).detach()
+    module = find_module(model, target.name)
+    if target.kind == "parameter":
+        weight = getattr(module, target.name.rpartition(".")[2]).detach()
+    else:
+        weight = dequantized(module).detach()
     if target.kind == "conv1d":
         weight = weight.T
     yield from ((0, piece) for piece in _pieces(weight.flatten(1)))

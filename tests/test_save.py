@@ -48,8 +48,8 @@ def wrapped(base_dir, adapter_name="default"):
     model = base_model(base_dir)
     selection = selection_for(model)
     config = peft.LoraConfig(r=2, target_modules=list(selection.targets), task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config, adapter_name=adapter_name)
     torch.manual_seed(1)
+    model = peft.get_peft_model(model, config, adapter_name=adapter_name)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -210,9 +210,8 @@ def test_saving_again_replaces_everything(folder, base_dir):
 
 
 def test_has_weights_tells_this_saves_weights_from_the_last_ones(base_dir, tmp_path):
-    model = wrapped(base_dir)
     assert not save.has_weights(tmp_path)
-    model.save_pretrained(tmp_path)
+    (model := wrapped(base_dir)).save_pretrained(tmp_path)
     assert save.has_weights(tmp_path)
     save.write_manifest(tmp_path, manifest_of(model))
     assert not save.has_weights(tmp_path)  # transformers' order: the config comes before the weights of this save
@@ -234,8 +233,7 @@ def crash(folder):
 
 
 def test_killed_between_weights_and_manifest(base_dir, tmp_path):
-    model = wrapped(base_dir)
-    model.save_pretrained(tmp_path)
+    (model := wrapped(base_dir)).save_pretrained(tmp_path)
     crash(tmp_path)
     assert len(list(tmp_path.glob(".layerpeft.json.*.tmp"))) == 1
     assert "has no layerpeft.json" in refused(tmp_path)
@@ -256,9 +254,8 @@ def checkpoint(root, step, model, manifest=True):
 
 @pytest.fixture
 def run_dir(base_dir, tmp_path):
-    model = wrapped(base_dir)
     for step in (9, 100):
-        checkpoint(tmp_path, step, model)
+        checkpoint(tmp_path, step, wrapped(base_dir))
     (tmp_path / "checkpoint-final").mkdir()
     (tmp_path / "checkpoint-500").write_text("a file")
     return tmp_path
@@ -294,8 +291,7 @@ def test_last_checkpoint_passes_over_an_incomplete_one_and_says_why(run_dir, dam
 
 
 def test_last_checkpoint_after_a_kill_while_saving(base_dir, tmp_path):
-    model = wrapped(base_dir)
-    checkpoint(tmp_path, 1, model, manifest=False)
+    checkpoint(tmp_path, 1, wrapped(base_dir), manifest=False)
     crash(tmp_path / "checkpoint-1")
     assert save.last_checkpoint(tmp_path) is None
 
@@ -389,8 +385,7 @@ sys.meta_path.insert(0, Block())
 import peft, transformers
 base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])
 model = peft.PeftModel.from_pretrained(base, sys.argv[1]).eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.arange(12).reshape(2, 6)).logits, sys.argv[3])
+torch.save(model(input_ids=torch.arange(12).reshape(2, 6)).logits.detach(), sys.argv[3])
 try:
     import layerpeft
 except ModuleNotFoundError:

@@ -26,6 +26,10 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
 
     LAYER_LORA = "LAYER_LORA"
 
+    def __str__(self) -> str:
+        """What PEFT prints where it takes stock types only: on a model that already has adapters, or with `mixed=True`."""
+        return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
+
 
 def register(kind: LayerPeftType, config: type, tuner: type, prefix: str) -> None:
     """Enters a method in PEFT's four tables; a second call changes nothing."""
@@ -69,11 +73,12 @@ def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
-    """The tensors of one adapter in one wrapped module."""
+    """The tensors of one adapter in one wrapped module, without those that its variant never trains (MiCA's B)."""
     found: dict[str, nn.Parameter] = {}
+    frozen = layer.frozen_peft_weight_names.get(adapter, ())
     for group in layer.adapter_layer_names:
         held = getattr(layer, group, {})
-        if adapter not in held:
+        if adapter not in held or group in frozen:
             continue
         item = held[adapter]
         if isinstance(item, nn.Parameter):

@@ -35,4 +35,4 @@ def install(begin: Callable[..., None], end: Callable[..., None], state: Callabl
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             end(kwargs.get("model"), args.output_dir)
 
-    trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)
+    trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from layerpeft.configs import (
     INIT_WITHOUT_TRACE,
     LayerLoraConfig,
     RecordedLoraConfig,
+    exclusions,
     stock_config,
     target_names,
 )
@@ -68,12 +69,14 @@ def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
         problems.add(f"init_lora_weights={config.init_lora_weights!r} changes what the unchosen layers compute")
     if config.target_parameters:
         problems.add("target_parameters: experts are measured before they are wrapped")
-    if config.bias == "all":
-        problems.add("bias='all' means the biases of layers that are not chosen yet")
+    if config.bias != "none":
+        problems.add(f"bias={config.bias!r} means biases in layers that are not chosen yet")
+    if config.kasa_config is not None:
+        problems.add("kasa_config takes something out of the weights of the unchosen layers")
     problems.raise_if_any(ConfigError)
     select = Select.parse(config.select)
     layers = layer_map(model, select.stack)
-    targets = match_targets(layers, target_names(config, layers), config.exclude_modules)
+    targets = match_targets(layers, target_names(config, layers), exclusions(config, model, layers))
     allowed = set(choose.candidates(select, layers, targets))
     return tuple(t for t in targets if t.layer in allowed)
 
@@ -93,10 +96,15 @@ def config_layers(pool: tuple[Target, ...]) -> list[int]:
 
 
 def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: tuple[int, ...]) -> None:
-    """`bias="all"` means all biases of the chosen layers; PEFT has just opened those of the whole model."""
+    """`bias="all"` means all biases of the chosen layers; PEFT has just opened those of the whole model.
+
+    The copies that PEFT trains of `modules_to_save` are whole, biases included.
+    """
     prefixes = tuple(f"{names[i]}." for i in chosen)
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == "bias" and not name.removeprefix("_orig_mod.").startswith(prefixes):
+        if name.rpartition(".")[2] != "bias" or ".modules_to_save." in name:
+            continue
+        if not name.removeprefix("_orig_mod.").startswith(prefixes):
             parameter.requires_grad_(False)
 
 

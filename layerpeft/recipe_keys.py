@@ -1,0 +1,314 @@
+"""The keys of a recipe: its own, those that other versions and other tools use, and what each of them becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from layerpeft.typecheck import Setting, settings_of
+
+TRAINERS = ("sft", "classification")
+METHODS = ("lora",)
+LATER_METHODS = ("galore", "full", "quant", "lisa")
+PURPOSES = ("train", "score", "compare")
+
+# keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
+_OWN: dict[str, Setting] = {
+    "trainer": Setting(str, choices=TRAINERS),
+    "dataset_name": Setting(str | list[str]),
+    "eval_dataset": Setting(str | list[str] | None),
+    "columns": Setting(dict[str, str] | None),
+    "max_train_samples": Setting(int | None),
+    "max_eval_samples": Setting(int | None),
+    "output_dir": Setting(str),
+    "overwrite_output_dir": Setting(bool, False),
+    "resume_from_checkpoint": Setting(bool | str | None),
+    "sample_tokens": Setting(int, 48),
+    "layerpeft": Setting(dict),
+}
+# beside SFTConfig, which has these itself
+_CLASSIFICATION = {
+    "max_length": Setting(int | None, 512),
+    "trust_remote_code": Setting(bool, False),
+    "model_init_kwargs": Setting(dict[str, Any] | None),
+}
+_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
+_SCRIPT = ("dataset_config", "dataset_train_split", "dataset_test_split")
+REQUIRED = ("trainer", "model_name_or_path", "dataset_name", "output_dir")
+
+# fields of the argument classes that a recipe does not set, and what to do instead
+FIXED = {
+    "do_train": "`layerpeft train` always trains; take the key out",
+    "do_eval": "held-out rows are always measured before and after; take the key out",
+    "do_predict": "held-out rows are always measured before and after; take the key out",
+    "local_rank": "torchrun sets it",
+    "task_type": "it follows from `trainer`",
+    "peft_type": "it follows from `method`",
+    "inference_mode": "a recipe trains",
+    "auto_mapping": "PEFT fills it in",
+    "peft_version": "PEFT fills it in",
+    "base_model_name_or_path": "write model_name_or_path at the top level",
+    "revision": "write model_revision at the top level",
+    "batches": "a recipe takes batches from its training rows",
+    "dataset_streaming": "streamed data sets are not supported; name files or a data set that fits on the disk",
+}
+# smallest value that makes sense (None: above zero)
+AT_LEAST: dict[str, int | None] = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 1,
+    "num_train_epochs": None, "learning_rate": None, "max_train_samples": 1, "max_eval_samples": 1, "sample_tokens": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0,
+}  # fmt: skip
+
+
+@cache
+def arguments_class(trainer: str) -> type:
+    """The class whose fields stand at the top level: trl.SFTConfig or transformers.TrainingArguments."""
+    if trainer == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+@cache
+def argument_settings(trainer: str) -> Mapping[str, Setting]:
+    """The training arguments that a recipe may set."""
+    return {k: v for k, v in settings_of(arguments_class(trainer)).items() if k not in FIXED}
+
+
+@cache
+def top_settings(trainer: str) -> Mapping[str, Setting]:
+    """Every key of the top level for one trainer, with its type."""
+    from trl import ModelConfig, ScriptArguments
+
+    model, script = settings_of(ModelConfig), settings_of(ScriptArguments)
+    extra = _CLASSIFICATION if trainer == "classification" else {}
+    return {
+        **argument_settings(trainer),
+        **{k: model[k] for k in _MODEL},
+        **{k: script[k] for k in _SCRIPT},
+        **extra,
+        **_OWN,
+    }
+
+
+def own_keys() -> list[str]:
+    """The keys that name model, data and output, in the order in which a recipe is written."""
+    return ["trainer", *_MODEL, "dataset_name", "eval_dataset", *_SCRIPT, "columns", *list(_OWN)[4:]]
+
+
+@cache
+def block_settings(config: type) -> Mapping[str, Setting]:
+    """What may stand in the `layerpeft:` block for a config class, beside `method` and `select`."""
+    return {k: v for k, v in settings_of(config).items() if k not in FIXED and k not in ("select", "method")}
+
+
+# ---- other spellings ------------------------------------------------------------------------------------------------
+
+RENAMED = {
+    # transformers and TRL, older versions
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "use_liger": "use_liger_kernel",
+    "train_file": "dataset_name",
+    "data_files": "dataset_name",
+    "validation_file": "eval_dataset",
+    # axolotl, LLaMA-Factory, torchtune, mlx-lm, ms-swift
+    "base_model": "model_name_or_path",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "sample_packing": "packing",
+    "eval_sample_packing": "eval_packing",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "adapter_path": "output_dir",
+    "max_samples": "max_train_samples",
+}
+
+
+@dataclass
+class Translation:
+    """A recipe in this version's words: data, what was mapped, and what could not be (path and sentence)."""
+
+    data: dict[str, Any]
+    moved: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    complaints: list[tuple[str, str]] = field(default_factory=list)
+
+
+def translate(data: Mapping[str, Any], known: Mapping[str, Setting]) -> Translation:
+    """Maps the spellings of other versions and tools where they mean the same, and says what to write where they do not."""
+    out = Translation({})
+    for key, value in data.items():
+        if key in known:
+            out.data[key] = value
+        elif key in RENAMED:
+            _move(out, data, key, RENAMED[key], value)
+        elif key in _CONVERTED:
+            _CONVERTED[key](out, data, key, value)
+        elif sentence := other_road(key, value):
+            out.complaints.append((key, f"{key}: {sentence}"))
+        else:
+            out.data[key] = value  # unknown: reported with the nearest name where the rest is checked
+    return out
+
+
+def _move(out: Translation, data: Mapping[str, Any], old: str, new: str, value: Any) -> None:
+    if new in data or new in out.data:
+        out.complaints.append((old, f"{old}: this is {new}, which the recipe sets as well; keep {new}"))
+        return
+    out.data[new] = value
+    out.moved[new] = old
+    shown = "" if value == data[old] else f": {value!r}"
+    out.notices.append(f"{old} is read as {new}{shown}")
+
+
+def _warmup_ratio(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        _move(out, data, key, "warmup_steps", value)
+    else:
+        out.complaints.append((key, f"{key}: this is warmup_steps now, where a share is below 1; got {value!r}"))
+
+
+def _flag(new: str, setting: Any) -> Callable[[Translation, Mapping[str, Any], str, Any], None]:
+    """A switch of old that is a value of another key today; false is the default and goes without a word."""
+
+    def convert(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
+        if value is True:
+            _move(out, data, key, new, setting)
+        elif value is False:
+            out.notices.append(f"{key}: false is the default and was taken out")
+        else:
+            out.complaints.append(
+                (key, f"{key}: expected true or false, got {value!r}; today it is `{new}: {setting}`")
+            )
+
+    return convert
+
+
+def _stage(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
+    if value == "sft":
+        _move(out, data, key, "trainer", value)
+    else:
+        out.complaints.append(
+            (key, f"{key}: {value!r} is not a trainer of this version; write `trainer:` {' or '.join(TRAINERS)}")
+        )
+
+
+def _always(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
+    if value is True:
+        out.notices.append(f"{key}: true is what always happens now, and was taken out")
+    else:
+        out.complaints.append(
+            (key, f"{key}: {value!r} is not offered any more; weights are always saved as safetensors")
+        )
+
+
+_CONVERTED: dict[str, Callable[[Translation, Mapping[str, Any], str, Any], None]] = {
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": _flag("train_sampling_strategy", "group_by_length"),
+    "adafactor": _flag("optim", "adafactor"),
+    "flash_attention": _flag("attn_implementation", "flash_attention_2"),
+    "stage": _stage,
+    "save_safetensors": _always,
+}
+
+_BLOCK = {  # the same setting by another road: TRL's, axolotl's and LLaMA-Factory's names for what the block says
+    "lora_r": "r", "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules", "lora_target": "target_modules", "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save", "additional_target": "modules_to_save", "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern", "use_dora": "use_dora", "use_rslora": "use_rslora", "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+}  # fmt: skip
+_SELECT = ("peft_layers_to_transform", "layers_to_transform", "lora_layers_to_transform")
+_QUANT = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
+_LATER = {
+    "lisa_": "LISA (other layers every few steps, with full weights) is not in this version; a fixed random choice is"
+    " `layerpeft: {select: {by: random, keep: 2}}`",
+    "galore": "GaLore (gradient projection) is not in this version; take it out, or train LoRA on chosen layers:"
+    " `layerpeft: {select: {by: gradient_norm, keep: 25%}}`",
+    "apollo": "APOLLO is not in this version; take it out",
+    "badam": "BAdam is not in this version; take it out",
+    "spectrum_": "Spectrum (full weights by signal-to-noise ratio) is not in this version; take it out",
+    "freeze_": 'full weights on some layers are not in this version; LoRA on the last two is `layerpeft: {select: "last:2"}`',
+}
+_SENTENCES = {
+    "finetuning_type": "write `layerpeft: {method: lora}`",
+    "adapter": "write `layerpeft: {method: lora}`",
+    "use_peft": "a recipe always trains an adapter: take it out, and write `layerpeft: {method: lora}`",
+    "load_adapter": "going on from an adapter is not in this version; resume_from_checkpoint goes on with a run",
+    "lora_task_type": "it follows from `trainer`",
+    "lora_target_linear": "write `layerpeft: {target_modules: all-linear}`",
+    "method": "it belongs in the block: `layerpeft: {method: lora}`",
+    "logging_dir": "transformers 5 reads the environment variable TENSORBOARD_LOGGING_DIR instead; take it out",
+    "datasets": 'write `dataset_name:` (a hub id, or a list of files) and, where columns differ, `columns: {prompt: "{question}", ...}`',
+    "dataset": "write `dataset_name:` (a hub id, a file, or a list of files)",
+    "data": "write `dataset_name:` (a hub id, a file, or a list of files)",
+    "template": "the chat template of the tokenizer is used; take it out (another one: chat_template_path)",
+    "val_set_size": "held-out rows are named, not drawn: write `eval_dataset:` or `dataset_test_split:`",
+    "test_split_size": "held-out rows are named, not drawn: write `eval_dataset:` or `dataset_test_split:`",
+    "flash_attn": "write `attn_implementation:` (sdpa, eager, flash_attention_2)",
+    "train_on_inputs": "write `completion_only_loss:` (the other way round)",
+    "iters": "write `max_steps:` (optimizer steps, not micro-batches)",
+    "batch_size": "write `per_device_train_batch_size:` and, if needed, `gradient_accumulation_steps:`",
+    "wandb_project": "write `report_to: wandb`, and set the environment variable WANDB_PROJECT",
+    "wandb_name": "write `report_to: wandb` and `run_name:`",
+    "use_wandb": "write `report_to: wandb`",
+    "model": "write `model_name_or_path:`",
+    "use_mps_device": "the device is found by itself; take it out (CPU: `use_cpu: true`)",
+    "device_map": "write `model_init_kwargs: {device_map: auto}`",
+    "quantization_bit": "write `model_init_kwargs: {quantization_config: {load_in_4bit: true}}`",
+    "quantization_config": "write `model_init_kwargs: {quantization_config: ...}`",
+}
+
+
+def other_road(key: str, value: Any) -> str | None:
+    """How a recipe says what this foreign key says, as the end of a sentence; None for a key that nobody knows."""
+    if key in _BLOCK:
+        return f"write it in the block: `layerpeft: {{{_BLOCK[key]}: {_flow(value)}}}`"
+    if key in _SELECT:
+        return f"write it in the block: `layerpeft: {{select: {_flow(value)}}}`"
+    if key in ("num_layers", "lora_layers") and isinstance(value, int):
+        return f"write it in the block: `layerpeft: {{select: {'all' if value < 1 else f'last:{value}'}}}`"
+    if key in _QUANT:
+        return f"write `model_init_kwargs: {{quantization_config: {{{_QUANT[key]}: {_flow(value)}}}}}`"
+    if key.startswith(("bnb_4bit_", "llm_int8_")):
+        return f"write `model_init_kwargs: {{quantization_config: {{load_in_4bit: true, {key}: {_flow(value)}}}}}`"
+    if key in _SENTENCES:
+        return _SENTENCES[key]
+    for start, sentence in _LATER.items():
+        if key.startswith((start, f"use_{start}")):
+            return sentence
+    return None
+
+
+BLOCK_HINTS = {
+    "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+    "lora_target_modules": "target_modules", "lora_target": "target_modules", "layers": "select", "by": "select",
+    "keep": "select", "pick": "select", "exclude": "select", "num_batches": "select", "seed": "select",
+    "layers_to_transform": "select", "layers_pattern": "select", "kind": "method",
+}  # fmt: skip
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return (
+        str(value) if isinstance(value, int | float) else repr(value) if isinstance(value, list | dict) else str(value)
+    )

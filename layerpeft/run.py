@@ -1,0 +1,291 @@
+"""`layerpeft train` and `layerpeft score`: one recipe, from its file to what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerpeft.choose import choose
+from layerpeft.errors import RecipeError
+from layerpeft.layers import layer_map
+from layerpeft.notes import note
+from layerpeft.recipe import Recipe, to_yaml
+from layerpeft.report import LayerReport, Row, layer_report, write_csv, write_png
+from layerpeft.samples import Sample, generate, prompt_of, show
+from layerpeft.save import last_checkpoint, selection_of
+from layerpeft.selection import Select, Selection
+from layerpeft.training import (
+    Setup,
+    batches_for,
+    explain,
+    held_out_numbers,
+    load_model,
+    make_trainer,
+    prepare,
+    targets_of,
+    wrap,
+)
+
+Say = Callable[[str], None]
+SAMPLES = 1
+NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found: numbers on the held-out rows before and after, samples of text, the layer table, seconds of training."""
+
+    output_dir: Path
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    samples: tuple[Sample, ...]
+    report: LayerReport
+    seconds: float
+
+
+def run(recipe: Recipe, say: Say = print) -> Result:
+    """Trains a recipe and writes adapter, record, curves and the resolved recipe to its output_dir.
+
+    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then.
+    """
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # libraries greet on standard output; the first line there is PEFT's count
+        setup = prepare(recipe)
+        checkpoint = _checkpoint(recipe)
+        select = _pinned(recipe, checkpoint)
+        _clear(recipe)
+        model = load_model(setup)
+        batches, setup = batches_for(setup, model, select)
+        model = wrap(setup, model, select, batches)
+    if is_first():
+        model.print_trainable_parameters()
+    trainer = make_trainer(setup, model)
+    before = held_out_numbers(trainer)
+    samples = _answers(setup, model, ())
+    started = time.perf_counter()
+    _train(trainer, checkpoint)
+    seconds = time.perf_counter() - started
+    after = held_out_numbers(trainer)
+    samples = _answers(setup, model, samples)
+    report = layer_report(model)
+    result = Result(recipe.output_dir, before, after, samples, report, seconds)
+    if is_first():
+        _write(recipe, setup, model, trainer, before)
+        _track(trainer, result)
+        _tell(recipe, result, say)
+    return result
+
+
+def score(recipe: Recipe, say: Say = print) -> Selection:
+    """Scores the layers of a recipe's model as training would, without training; writes scores.json, scores.csv and scores.png.
+
+    Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores.
+    """
+    select = Select.parse(recipe.select)
+    if select.by == "depth" and select.keep is None:
+        example = f"layerpeft score {recipe.source} layerpeft.select='{{by: gradient_norm, keep: 25%}}'"
+        raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(recipe)
+        model = load_model(setup)
+        batches, _ = batches_for(setup, model, select)
+        selection = choose(model, select, batches=batches, **targets_of(recipe))
+    if is_first():
+        _write_scores(recipe, selection, model, say)
+    return selection
+
+
+def is_first() -> bool:
+    """True in the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ---- steps of a run -------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(recipe: Recipe) -> str | None:
+    asked = recipe["resume_from_checkpoint"]
+    if asked is True:
+        return last_checkpoint(recipe.output_dir)
+    return str(Path(asked).expanduser()) if isinstance(asked, str) else None
+
+
+def _pinned(recipe: Recipe, checkpoint: str | None) -> Any:
+    """The choice of layers to train: the recipe's, or that of the checkpoint. Raises: RecipeError when the two differ."""
+    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+        return recipe.select
+    chosen = selection_of(checkpoint)
+    asked, had = Select.parse(recipe.select).to_dict(), dict(chosen.select)
+    changed = [k for k in sorted({*asked, *had} - {"by"}) if asked.get(k) != had.get(k)]
+    if isinstance(asked["by"], str) and asked["by"] != had.get("by"):
+        changed.insert(0, "by")
+    if changed:
+        lines = ", ".join(f"{k}: {had.get(k)!r} there, {asked.get(k)!r} here" for k in changed)
+        raise RecipeError(
+            f"select: the run in {checkpoint} chose its layers another way ({lines}); resuming keeps its choice"
+        )
+    return {"layers": list(chosen.layers), "stack": chosen.stack}
+
+
+def _clear(recipe: Recipe) -> None:
+    """Removes the checkpoints of the run that is written over, so that no later resume can pick one of them up."""
+    if recipe["overwrite_output_dir"] and recipe.output_dir.is_dir() and is_first():
+        old = [p for p in recipe.output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        for path in old:
+            shutil.rmtree(path)
+        if old:
+            note(f"removed the checkpoints of the run before: {', '.join(sorted(p.name for p in old))}")
+
+
+def _train(trainer: Any, checkpoint: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if (ours := explain(error)) is not None:
+            raise ours from error
+        raise
+
+
+def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:
+    """What the model says to the first held-out prompts; `earlier` answers become the "before"."""
+    tokens = setup.recipe["sample_tokens"]
+    if setup.recipe.trainer != "sft" or not tokens or setup.examples is None:
+        return ()
+    found = []
+    field = setup.recipe["dataset_text_field"]
+    for index in range(min(SAMPLES, len(setup.examples))):
+        pair = prompt_of(setup.examples[index], field)
+        if pair is None:
+            return ()
+        answer = generate(model, setup.tokenizer, pair[0], tokens)
+        if earlier:
+            found.append(Sample(earlier[index].prompt, earlier[index].wanted, earlier[index].before, answer))
+        else:
+            found.append(Sample(show(pair[0]), pair[1].strip(), answer))
+    return tuple(found)
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float]) -> None:
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    setup.tokenizer.save_pretrained(str(folder))
+    command = f"# layerpeft train {folder / 'recipe.yaml'} output_dir={folder}-again\n"
+    (folder / "recipe.yaml").write_text(command + to_yaml(recipe), encoding="utf-8")
+    if setup.labels:
+        (folder / "labels.json").write_text(
+            json.dumps(dict(enumerate(setup.labels)), indent=1) + "\n", encoding="utf-8"
+        )
+    history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+    draw_curve(history, folder / "training_loss.png")
+
+
+def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss over optimizer steps, with the held-out loss where it was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o--")):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss", title="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _track(trainer: Any, result: Result) -> None:
+    """Layer table and picture for wandb, where it is the tracker."""
+    if "wandb" not in (trainer.args.report_to or []):
+        return
+    import wandb
+
+    if wandb.run is None:
+        return
+    columns = ["layer", "name", "score", "chosen", "steps", "change"]
+    table = wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in result.report.rows])
+    logged: dict[str, Any] = {"layers/table": table}
+    picture = result.output_dir / "layers.png"
+    if picture.is_file():
+        logged["layers/picture"] = wandb.Image(str(picture))
+    wandb.log(logged)
+
+
+def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: Say) -> None:
+    scores = selection.scores
+    assert scores is not None
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = set(selection.layers)
+    names = [layer.name for layer in layer_map(model, selection.stack).layers]
+    table = [Row(i, names[i], value, i in chosen, None, None) for i, value in enumerate(scores.values)]
+    scores.save(folder / "scores.json")
+    write_csv(table, folder / "scores.csv")
+    drawn = write_png(table, folder / "scores.png", f"{scores.by} per layer")
+    width = max(len(row.name) for row in table)
+    say(f"{'layer':>5}  {'name':<{width}}  {scores.by:>13}  chosen")
+    for row in table:
+        say(f"{row.layer:>5}  {row.name:<{width}}  {row.score:>13.6g}  {'yes' if row.chosen else ''}")
+    say(selection.why)
+    say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
+    keep = Select.parse(recipe.select).keep
+    say("\nnext:")
+    say(f"  layerpeft train {recipe.source} layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'")
+    say(f"  layerpeft compare {recipe.source} --arms random:3,last,all")
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _tell(recipe: Recipe, result: Result, say: Say) -> None:
+    say("")
+    for key, name in NAMES.items():
+        if key in result.after:
+            say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
+    if not result.after:
+        say("no held-out rows (eval_dataset), so nothing was measured before and after")
+    say(f"training took {result.seconds:.0f} s")
+    for sample in result.samples:
+        for title, text in (
+            ("prompt", sample.prompt),
+            ("wanted", sample.wanted),
+            ("before", sample.before),
+            ("after", sample.after),
+        ):
+            say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[:12]))
+    say(f"\n{result.report}")
+    folder = result.output_dir
+    written = [
+        n
+        for n in ("layers.png", "layers.csv", "layerpeft.json", "training_loss.png", "log.jsonl", "recipe.yaml")
+        if (folder / n).is_file()
+    ]
+    say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
+    say("\nnext:")
+    say(f"  layerpeft compare {folder / 'recipe.yaml'} --arms random:3,last,all    # is the choice worth anything?")
+    say(f"  layerpeft score {folder / 'recipe.yaml'}    # the scores alone")
+    labels = ", num_labels=N" if recipe.trainer == "classification" else ""
+    count = len(json.loads((folder / "labels.json").read_text())) if labels else 0
+    say(
+        f"  python -c \"import layerpeft; model = layerpeft.load('{folder}'{labels.replace('N', str(count))}); print(layerpeft.layer_report(model))\""
+    )

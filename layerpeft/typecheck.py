@@ -1,0 +1,157 @@
+"""Does a value from a file fit a type hint? Used on the real dataclasses of TRL, transformers and PEFT, so that no list of ours can age."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_NONE = type(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass: its type, its default, and the values it may take where the class lists them."""
+
+    hint: Any
+    default: Any = None
+    choices: tuple[Any, ...] = ()
+
+
+@cache
+def settings_of(kind: type) -> Mapping[str, Setting]:
+    """The fields of a dataclass that its constructor takes, by name."""
+    hints = get_type_hints(kind)
+    found = {}
+    for item in dataclasses.fields(kind):
+        if item.init:
+            default = None if item.default is dataclasses.MISSING else item.default
+            found[item.name] = Setting(hints[item.name], default, tuple(item.metadata.get("choices") or ()))
+    return found
+
+
+def complaint(setting: Setting, value: Any) -> str | None:
+    """What is wrong with a value, as the end of a sentence ("expected …, got …"), or None when it fits."""
+    if fits(setting.hint, value) and (not setting.choices or value is None or value in setting.choices):
+        return None
+    wanted = f"one of {', '.join(map(str, setting.choices))}" if setting.choices else describe(setting.hint)
+    advice = _advice(setting.hint, value)
+    return f"expected {wanted}, got {_show(value)}" + (f"; {advice}" if advice else "")
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """True when plain data from YAML is what the hint asks for: no text for numbers, no booleans for numbers, all finite."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if hint is None or hint is _NONE:
+        return value is None
+    if origin in (Union, types.UnionType):
+        enums = [p for p in parts if _is_enum(p)]
+        if enums and isinstance(value, str):  # an Enum beside str lists what the text may be
+            return any(fits(e, value) for e in enums)
+        return any(fits(p, value) for p in parts)
+    if origin is Literal:
+        return any(_literal(p, value) for p in parts)
+    if origin in (list, Sequence) or hint is list:
+        return isinstance(value, list) and all(fits(parts[0], v) for v in value) if parts else isinstance(value, list)
+    if origin is tuple or hint is tuple:
+        if not isinstance(value, list) or not parts:
+            return isinstance(value, list)
+        wanted = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        return len(value) == len(wanted) and all(fits(p, v) for p, v in zip(wanted, value, strict=True))
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return isinstance(value, dict) and (not parts or all(fits(parts[1], v) for v in value.values()))
+    return _fits_class(hint, value)
+
+
+def _fits_class(hint: Any, value: Any) -> bool:
+    if _is_enum(hint):
+        return any(value == member.value for member in hint)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        known = settings_of(hint)
+        return isinstance(value, dict) and all(k in known and fits(known[k].hint, v) for k, v in value.items())
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """A hint in words: "a whole number", "true or false", "one of no, steps, epoch"."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        enums = [p for p in parts if _is_enum(p)]
+        rest = [p for p in parts if p not in enums and not (enums and p is str)]
+        rest.sort(key=lambda p: p is _NONE)
+        return " or ".join(dict.fromkeys(describe(p) for p in [*enums, *rest]))
+    if origin is Literal:
+        return "one of " + ", ".join("false" if p is False else str(p) for p in parts)
+    if _is_enum(hint):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    if origin in (list, Sequence) or hint is list:
+        return "a list" + (f" of {describe(parts[0])}" if parts and parts[0] is not Any else "")
+    if origin is tuple:
+        return f"a list of {len(parts)}"
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return "a mapping"
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return f"a mapping with {', '.join(settings_of(hint))}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", _NONE: "null"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def build(hint: Any, value: Any) -> Any:
+    """The value as a constructor wants it: mappings turned into the dataclass that the hint names, where it names one."""
+    kinds = [p for p in (hint, *get_args(hint)) if dataclasses.is_dataclass(p) and isinstance(p, type)]
+    if isinstance(value, dict) and kinds:
+        return kinds[0](**{k: build(settings_of(kinds[0])[k].hint, v) for k, v in value.items()})
+    return value
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _literal(allowed: Any, value: Any) -> bool:
+    if isinstance(allowed, str) and "[" in allowed and isinstance(value, str):  # 'pissa_niter_[number of iters]'
+        return re.fullmatch(re.escape(allowed[: allowed.index("[")]) + r"\d+", value) is not None
+    return type(allowed) is type(value) and allowed == value
+
+
+def _advice(hint: Any, value: Any) -> str:
+    """How to write what was probably meant."""
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, str):
+        text = value.strip()
+        if bool in kinds and text.lower() in ("on", "off", "yes", "no", "y", "n", "true", "false"):
+            return f"write `{'true' if text.lower() in ('on', 'yes', 'y', 'true') else 'false'}` (without quotes)"
+        if kinds & {int, float}:
+            if re.fullmatch(r"0\d+", text):
+                return f"a number with a leading zero means eight in one YAML and ten in another: write {int(text)}"
+            if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+                return "take the quotes away"
+            if re.fullmatch(r"\d+,\d+", text):
+                return f"write the decimals with a point: {text.replace(',', '.')}"
+        if list in {get_origin(k) or k for k in kinds} and str not in kinds:
+            return f"write a list: [{text}]"
+    if isinstance(value, float) and int in kinds and value.is_integer():
+        return f"write {int(value)}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds:
+        return f"put it in quotes: '{value}'"
+    return ""
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,68 @@
+"""What all tests share: the small pre-trained Llama, real rows, one thread, no hub, and a quiet package."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("LAYERPEFT_QUIET", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerpeft
+
+DATA = Path(layerpeft.__file__).parent / "data"
+LLAMA = DATA / "llama-6m"
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs an accelerator where there is none."""
+    if torch.accelerator.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_path() -> Path:
+    return LLAMA
+
+
+@pytest.fixture
+def llama():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def gsm8k_batches() -> list[dict[str, torch.Tensor]]:
+    """Eight batches of four GSM8K rows, 96 tokens each, padding ignored by the labels."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA)
+    lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+    rows = [json.loads(line) for line in lines]
+    texts = [" ".join(str(v) for v in row.values()) for row in rows]
+    found = []
+    for start in range(0, 32, 4):
+        coded = tokenizer(
+            texts[start : start + 4], return_tensors="pt", padding="max_length", truncation=True, max_length=96
+        )
+        labels = coded["input_ids"].masked_fill(coded["attention_mask"] == 0, -100)
+        found.append({"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"], "labels": labels})
+    return found
