@@ -13,11 +13,11 @@ from layerpeft.configs import LayerLoraConfig
 from layerpeft.errors import LayerpeftError
 from layerpeft.layers import LayerMap, layer_map
 from layerpeft.report import layer_report
-from layerpeft.save import last_checkpoint, load
+from layerpeft.save import last_checkpoint
 from layerpeft.scores import Scores
 from layerpeft.selection import Select, Selection
 from layerpeft.steps import check_trained
-from layerpeft.tuners import lora as _lora  # noqa: F401 - registers the method with PEFT
+from layerpeft.tuners.lora import load, save_record  # importing the tuner registers it with PEFT
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "layer_map",
     "layer_report",
     "load",
+    "save_record",
     "score_layers",
 ]
 

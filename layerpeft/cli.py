@@ -7,6 +7,7 @@ import contextlib
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
+# warnings of libraries about each other, of which somebody with a recipe can change nothing
+_NOT_FOR_USERS = (".*gradient_checkpointing.*is deprecated", ".*'pin_memory' argument is set as true")
+
+
 class UsageError(LayerpeftError):
     """A command line that cannot be read."""
 
@@ -39,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _read(words)
-        args.command(args)
+        with warnings.catch_warnings():
+            for message in _NOT_FOR_USERS:
+                warnings.filterwarnings("ignore", message=message)
+            args.command(args)
         return 0
     except LayerpeftError as error:
         print(f"layerpeft: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`layerpeft compare`: is the choice of layers worth anything? The same recipe on other layers, as many, over the same rows in the same order."""
+"""`layerpeft compare`: is the choice of layers worth anything? The same recipe on as many other layers, rows in the same order."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained model: the arm it belongs to, its layers, trainable parameters, numbers on held-out rows, seconds of training."""
+    """One trained model: its arm and layers, trainable parameters, numbers on held-out rows, seconds of training."""
 
     arm: str
     layers: tuple[int, ...]
@@ -122,9 +122,12 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
     runs: list[Run] = []
     before = math.nan
     for index, (arm, layers) in enumerate(plans):
-        run, first = _train(setup, arm, layers, select.stack)
-        before = before if runs else first
-        runs.append(run)
+        trainer, model = _trainer(setup, layers, select.stack)
+        if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
+            before = held_out_numbers(trainer)[setup.measure]
+        runs.append(run := _train(setup, arm, layers, trainer, model))
+        del trainer, model
+        gc.collect()
         say(
             f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)"
         )
@@ -139,7 +142,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
 def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
     """What the runs show, the first being the recipe's.
 
-    The recipe differs from random choice only where it lies outside the 95 % prediction interval of one more random draw,
+    It differs from random choice only where it lies outside the 95 % prediction interval of one more random draw,
     mean ± t(n-1) · sd · sqrt(1 + 1/n): the spread between draws is all that is known about chance here.
     """
     ours = runs[0]
@@ -157,7 +160,10 @@ def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
             f"Nothing can be said about the choice: all {len(draws)} random draws gave the same {what}, {mean:.4f}.",
         )
     margin = _quantile(len(draws) - 1) * spread * math.sqrt(1 + 1 / len(draws))
-    facts = f"{ours.arm} reached a {what} of {ours.value:.4f}, {len(draws)} random draws {mean:.4f} on average ({min(draws):.4f} to {max(draws):.4f})"
+    range_ = f"{min(draws):.4f} to {max(draws):.4f}"
+    facts = (
+        f"{ours.arm} reached a {what} of {ours.value:.4f}, {len(draws)} random draws {mean:.4f} on average ({range_})"
+    )
     band = f"one more random draw would fall within ±{margin:.4f} of that average 19 times in 20"
     if abs(gain) <= margin:
         side = "beyond every draw, but " if (gain > 0 and _beyond(ours.value, draws, lower)) else ""
@@ -215,7 +221,7 @@ def table(found: Comparison) -> str:
 def _plan(
     recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]
 ) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
-    """Name and layers of every run, the recipe's first. Raises: RecipeError when the recipe leaves nothing to choose."""
+    """Name and layers of every run, the recipe's first. Raises: RecipeError when there is nothing to choose."""
     where = targets_of(recipe)
     among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
     ours = choose(model, select, batches=batches, **where)
@@ -255,27 +261,20 @@ def _draws(
     raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
 
 
-def _train(setup: Setup, arm: str, layers: tuple[int, ...], stack: str | None) -> tuple[Run, float]:
-    """Trains one arm; returns it and the measure before training. Nothing is saved."""
+def _trainer(setup: Setup, layers: tuple[int, ...], stack: str | None) -> tuple[Any, Any]:
+    """A trainer that saves nothing, and the model it trains, with the adapter on these layers."""
     model = wrap(setup, load_model(setup), {"layers": list(layers), "stack": stack}, None)
-    changes = {
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": "none",
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-    }
-    trainer = make_trainer(setup, model, **changes)
-    before = held_out_numbers(trainer)
+    changes: dict[str, Any] = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+    return make_trainer(setup, model, load_best_model_at_end=False, push_to_hub=False, **changes), model
+
+
+def _train(setup: Setup, arm: str, layers: tuple[int, ...], trainer: Any, model: Any) -> Run:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    after = held_out_numbers(trainer)
+    numbers = held_out_numbers(trainer)
     trainable, _ = model.get_nb_trainable_parameters()
-    run = Run(arm, layers, trainable, after[setup.measure], round(seconds, 1), after)
-    del trainer, model
-    gc.collect()
-    return run, before[setup.measure]
+    return Run(arm, layers, trainable, numbers[setup.measure], round(seconds, 1), numbers)
 
 
 def _numbers(layers: Sequence[int], count: int) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from layerpeft import report, save
 from layerpeft.choose import choose, needs_batches
 from layerpeft.errors import ConfigError, LayerpeftError, Problems
-from layerpeft.integrations.peft import LayerPeftType, default_targets
+from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_leaves
 from layerpeft.layers import LayerMap, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.selection import LiveRecord, Select, Selection
@@ -177,6 +177,7 @@ def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection
     parameters = [n for n in selection.targets if kinds[n] in PARAMETERS]
     modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
     _refuse_saved_targets(given["modules_to_save"], selection.targets)
+    _refuse_renamed_targets(model, modules)
     given |= {
         "target_modules": modules or [],
         "target_parameters": parameters or None,
@@ -233,6 +234,20 @@ def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> Non
                 "(exclude_modules), or out of modules_to_save (train_new=False where they are new)"
             )
     problems.raise_if_any(ConfigError)
+
+
+def _refuse_renamed_targets(model: nn.Module, chosen: set[str]) -> None:
+    """Raises: ConfigError for modules whose names PEFT would turn into the experts of all layers."""
+    leaves = renamed_leaves(base_of(model), chosen)
+    lost = sorted(n for n in chosen if n.rpartition(".")[2] in leaves)
+    if lost:
+        ends = sorted({".".join(n.split(".")[-2:]) for n in lost})
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ConfigError(
+            f"target_modules: on this kind of model PEFT takes the names {', '.join(sorted(leaves))} for the experts of every "
+            f"layer, so it cannot wrap {lost[0]}{more} by themselves. Leave them out with "
+            f"exclude_modules={ends}; the experts of the chosen layers are named by target_parameters"
+        )
 
 
 def _namesakes(model: nn.Module, chosen: set[str]) -> set[str]:

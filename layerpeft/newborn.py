@@ -20,7 +20,7 @@ def new_modules(model: nn.Module) -> tuple[str, ...]:
     marks = {n: _is_marked(p) for n, p in base.named_parameters() if ".lora_" not in n and p.is_floating_point()}
     if not any(marks.values()) or all(marks.values()):
         return ()
-    tables = [getattr(base, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    tables = [_table(base, side) for side in ("input", "output")]
     found: list[str] = []
     for name, module in base.named_modules():
         inside = [marks[f"{name}.{n}"] for n, _ in module.named_parameters() if f"{name}.{n}" in marks]
@@ -35,3 +35,10 @@ def new_modules(model: nn.Module) -> tuple[str, ...]:
 
 def _is_marked(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, LOADED_MARK, False))
+
+
+def _table(model: nn.Module, side: str) -> nn.Module | None:
+    try:
+        return getattr(model, f"get_{side}_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers raises it for models without that table
+        return None

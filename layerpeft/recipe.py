@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says what to train. Everything wrong in it is found here, before any weight is loaded."""
+"""A recipe: one YAML file that says what to train. What is wrong in it is found here, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.pn
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `values`: the top level as given, in this version's words; `block`: the config's fields; `notices`: what was mapped."""
+    """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: what was mapped."""
 
     source: str
     path: Path
@@ -93,7 +93,7 @@ def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> Lay
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe: mapped keys, overrides and the full `select`, without secrets. `load_recipe` reads it back."""
+    """The resolved recipe: keys mapped, settings applied, `select` in full, no secrets. `load_recipe` reads it back."""
     top = {key: recipe.values[key] for key in keys.own_keys() if key in recipe.values and key != "layerpeft"}
     top |= {
         key: value for key, value in recipe.values.items() if key not in top and key not in ("layerpeft", "hub_token")
@@ -127,7 +127,8 @@ class _Check:
         trainer = data.get("trainer", data.get("stage"))
         trainer = trainer if trainer in keys.TRAINERS else ""
         known = keys.top_settings(trainer or "sft")
-        done = keys.translate(data, known)
+        last = frozenset(k for k in data if self.document.places.get((k,)) == "command line")
+        done = keys.translate(data, known, last)
         self.moved = done.moved
         for key, sentence in done.complaints:
             self.add(sentence, key)

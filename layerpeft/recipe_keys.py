@@ -144,20 +144,27 @@ RENAMED = {
 
 @dataclass
 class Translation:
-    """A recipe in this version's words: data, what was mapped, and what could not be (path and sentence)."""
+    """A recipe in this version's words: data, what was mapped, and what could not be (path and sentence).
+
+    `last`: keys of the command line, which overrule the recipe's under any spelling.
+    """
 
     data: dict[str, Any]
+    last: frozenset[str] = frozenset()
     moved: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     complaints: list[tuple[str, str]] = field(default_factory=list)
 
 
-def translate(data: Mapping[str, Any], known: Mapping[str, Setting]) -> Translation:
-    """Maps the spellings of other versions and tools where they mean the same, and says what to write where they do not."""
-    out = Translation({})
+def translate(data: Mapping[str, Any], known: Mapping[str, Setting], last: frozenset[str] = frozenset()) -> Translation:
+    """Maps the spellings of other versions and tools where they mean the same, and says what to write where they do not.
+
+    `last`: the keys that come from the command line.
+    """
+    out = Translation({}, last)
     for key, value in data.items():
         if key in known:
-            out.data[key] = value
+            out.data.setdefault(key, value)
         elif key in RENAMED:
             _move(out, data, key, RENAMED[key], value)
         elif key in _CONVERTED:
@@ -170,7 +177,10 @@ def translate(data: Mapping[str, Any], known: Mapping[str, Setting]) -> Translat
 
 
 def _move(out: Translation, data: Mapping[str, Any], old: str, new: str, value: Any) -> None:
-    if new in data or new in out.data:
+    if new in out.last and old not in out.last:
+        return
+    overrules = old in out.last and new not in out.last and new not in out.moved
+    if (new in data or new in out.data) and not overrules:
         out.complaints.append((old, f"{old}: this is {new}, which the recipe sets as well; keep {new}"))
         return
     out.data[new] = value
@@ -257,7 +267,7 @@ _SENTENCES = {
     "lora_target_linear": "write `layerpeft: {target_modules: all-linear}`",
     "method": "it belongs in the block: `layerpeft: {method: lora}`",
     "logging_dir": "transformers 5 reads the environment variable TENSORBOARD_LOGGING_DIR instead; take it out",
-    "datasets": 'write `dataset_name:` (a hub id, or a list of files) and, where columns differ, `columns: {prompt: "{question}", ...}`',
+    "datasets": 'write `dataset_name:` (a hub id, or a list of files) and, if need be, `columns: {prompt: "{question}", ...}`',
     "dataset": "write `dataset_name:` (a hub id, a file, or a list of files)",
     "data": "write `dataset_name:` (a hub id, a file, or a list of files)",
     "template": "the chat template of the tokenizer is used; take it out (another one: chat_template_path)",

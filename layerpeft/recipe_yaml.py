@@ -1,4 +1,4 @@
-"""YAML as recipes use it: YAML 1.2 scalars, one line number per key, and every fault of the text as a readable sentence."""
+"""YAML as recipes use it: YAML 1.2 scalars, a line number for every key, every fault of the text as a readable sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed recipe: plain data, where each key was written ("line 7", "command line"), and what is wrong with the text."""
+    """A parsed recipe: plain data, the place of each key ("line 7", "command line"), and what is wrong with the text."""
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[Path, str] = field(default_factory=dict)

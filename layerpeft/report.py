@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, unknown
+from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.layers import base_of, layer_map
 
 logger = logging.getLogger(__name__)
@@ -288,7 +287,7 @@ def _base_weight(layer: Any) -> torch.Tensor:
         return base.in_proj_weight
     if not hasattr(base, "weight") and not hasattr(base, "W_q"):
         raise _Unmeasured(f"{type(base).__name__} keeps its weight in a packed form that peft cannot unpack")
-    return dequantize_module_weight(base)
+    return dequantized(base)
 
 
 def _squared_norms_dora(layer: Any, adapter_name: str, weight: torch.Tensor) -> tuple[float, float]:

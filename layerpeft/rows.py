@@ -31,9 +31,9 @@ def local_files(name: str | list[str]) -> list[Path] | None:
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
         path = Path(resolve(item)).expanduser()
-        if path.suffix not in READERS and (path.is_dir() or not isinstance(name, list)):
-            if path.is_dir() or (re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", item) and not path.exists()):
-                return None
+        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", item) and not path.exists()
+        if path.suffix not in READERS and (path.is_dir() or (hub and not isinstance(name, list))):
+            return None
         matches = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else [path]
         for match in matches or [path]:
             if match.suffix not in READERS:
@@ -88,10 +88,7 @@ def template_columns(template: str) -> list[str]:
 
     Raises: ValueError with a readable sentence.
     """
-    names = [name for _, name, _, _ in _pieces(template) if name is not None]
-    if not names:
-        raise ValueError(f"{template!r} names no column; write it in braces, as in '{{{template or 'question'}}}'")
-    return names
+    return [name for _, name, _, _ in _pieces(template) if name is not None]
 
 
 def _pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
@@ -143,7 +140,8 @@ def form_problem(trainer: str, columns: Mapping[str, Any]) -> str | None:
         if not isinstance(template, str):
             return f"{name}: a template is text with columns in braces, not {template!r}"
         try:
-            template_columns(template)
+            if not template_columns(template) and name != "system":
+                return f"{name}: {template!r} names no column; write it in braces, as in '{{{template or 'question'}}}'"
         except ValueError as error:
             return f"{name}: {error}"
     if set(columns) not in [set(form) for form in FORMS[trainer]]:
@@ -163,7 +161,7 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
     try:
         if files is not None:
             kind = READERS[files[0].suffix]
-            extra = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
+            extra: dict[str, Any] = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
             paths = [str(path) for path in files]
             return datasets.load_dataset(kind, data_files=paths, split="train", **extra)
         assert isinstance(name, str)

@@ -44,7 +44,7 @@ NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found: numbers on the held-out rows before and after, samples of text, the layer table, seconds of training."""
+    """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training."""
 
     output_dir: Path
     before: Mapping[str, float]
@@ -89,7 +89,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
 
 
 def score(recipe: Recipe, say: Say = print) -> Selection:
-    """Scores the layers of a recipe's model as training would, without training; writes scores.json, scores.csv and scores.png.
+    """Scores the layers of a recipe's model as training would; writes scores.json, scores.csv and scores.png.
 
     Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores.
     """
@@ -222,13 +222,13 @@ def _track(trainer: Any, result: Result) -> None:
 
     if wandb.run is None:
         return
-    columns = ["layer", "name", "score", "chosen", "steps", "change"]
+    columns: list[Any] = ["layer", "name", "score", "chosen", "steps", "change"]
     table = wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in result.report.rows])
     logged: dict[str, Any] = {"layers/table": table}
     picture = result.output_dir / "layers.png"
     if picture.is_file():
         logged["layers/picture"] = wandb.Image(str(picture))
-    wandb.log(logged)
+    wandb.run.log(logged)
 
 
 def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: Say) -> None:
@@ -284,8 +284,8 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
     say("\nnext:")
     say(f"  layerpeft compare {folder / 'recipe.yaml'} --arms random:3,last,all    # is the choice worth anything?")
     say(f"  layerpeft score {folder / 'recipe.yaml'}    # the scores alone")
-    labels = ", num_labels=N" if recipe.trainer == "classification" else ""
-    count = len(json.loads((folder / "labels.json").read_text())) if labels else 0
-    say(
-        f"  python -c \"import layerpeft; model = layerpeft.load('{folder}'{labels.replace('N', str(count))}); print(layerpeft.layer_report(model))\""
-    )
+    extra = ""
+    if recipe.trainer == "classification":
+        extra = f", num_labels={len(json.loads((folder / 'labels.json').read_text(encoding='utf-8')))}"
+    call = f"layerpeft.layer_report(layerpeft.load('{folder}'{extra}))"
+    say(f'  python -c "import layerpeft; print({call})"')

@@ -3,10 +3,14 @@ around it, and at the end, that what trains is what was asked for."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import os
 import sys
 import weakref
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,82 +21,68 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from layerpeft import choose, verify
+from layerpeft import verify
 from layerpeft.errors import Problems, SelectionError, TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
-from layerpeft.layers import Target, layer_map
 from layerpeft.notes import note
-from layerpeft.selection import LiveRecord, Select, Selection
+from layerpeft.pending import Pending, Tensors
+from layerpeft.selection import LiveRecord, Selection
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 _installed: list[Any] = []
 
 
 class Tether:
-    """Ties a follower's life to its model; copies and pickles of the model do not take it along."""
+    """Ties followers to the life of their model, and hears of adapters that are loaded into it.
 
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
+    Pickles of the model do not take it along; a deep copy of the model gets followers of its own.
+    """
+
+    def __init__(self, followers: list[Follower] | None = None) -> None:
+        self.followers = followers or []
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for follower in self.followers:
+            follower.on_load(state, prefix)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tether:
-        return Tether()
+        twin = memo[id(self)] = Tether()
+        twin.followers += [t for f in self.followers if (t := f.twin(memo)) is not None]
+        _followers.update(twin.followers)
+        return twin
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Tether, ()
 
 
-class Pending:
-    """A choice that waits for the micro-batches of the first optimizer step."""
-
-    def __init__(self, model: nn.Module, select: Select, pool: tuple[Target, ...]) -> None:
-        self.select, self.pool = select, pool
-        self.layers = layer_map(model, select.stack)
-        self.watches_backward = choose.needs(select) == "backward"
-        self.measurement = choose.start(model, select, self.layers, pool, live=True)
-        begin: Any = torch.compiler.disable(self._begin)  # pyright: ignore[reportArgumentType]
-        finish: Any = torch.compiler.disable(self._finish)  # pyright: ignore[reportArgumentType]
-        self._handles = [model.register_forward_pre_hook(begin)]
-        if self.watches_backward:
-            self.measurement.attach()
-        else:
-            # The forward pass alone is watched, so that recomputing blocks in the backward pass counts nothing twice.
-            self._handles.append(model.register_forward_hook(finish, always_call=True))
-
-    def close(self) -> None:
-        """Takes every hook off the model."""
-        self.measurement.detach()
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, model: nn.Module, *_: Any) -> None:
-        if model.training and torch.is_grad_enabled():
-            self.measurement.next_batch()
-            if not self.watches_backward:
-                self.measurement.attach()
-
-    def _finish(self, *_: Any) -> None:
-        self.measurement.detach()
-
-
 class Follower:
-    """Watches the optimizer steps of one adapter of one model."""
+    """Watches the optimizer steps of one adapter of one model, which it does not keep alive."""
 
-    def __init__(self, model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> None:
-        self.model, self.adapter, self.config = model, adapter, config
+    def __init__(self, model: nn.Module, adapter: str, config: Any, tuner: Any, pending: Pending | None) -> None:
+        self.adapter, self.config = adapter, config
+        self.pending: Pending | None = None
         self.record: LiveRecord = config._layerpeft
-        self.pending = pending
-        self._tuner = weakref.ref(tuner)
-        self._concerned: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        self._tensors: dict[str, dict[str, nn.Parameter]] = {}
+        self.seen = 0  # optimizer steps of any kind
+        self._model, self._tuner = weakref.ref(model), weakref.ref(tuner) if tuner is not None else lambda: None
+        self._held: weakref.WeakKeyDictionary[Optimizer, tuple[int, set[int]]] = weakref.WeakKeyDictionary()
+        self._tensors: Tensors = {}
         self._start: dict[str, dict[str, torch.Tensor]] = {}
         self._frozen: dict[str, int] = {}
-        self._first_step_of: Optimizer | None = None
+        self._others: dict[str, int] = {}
+        self._stepped: set[int] = set()
         self._rate = 0.0
-        self.steps = 0
-        model.register_load_state_dict_pre_hook(self._on_load)
+        if pending is not None:
+            self._await(pending)
 
-    def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
+    @property
+    def model(self) -> nn.Module:
+        """The model, which outlives its follower."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def tensors(self) -> Tensors:
         """Target -> the adapter's tensors in it."""
         if not self._tensors:
             for name, layer in lora_layers(self.model, self.adapter).items():
@@ -103,70 +93,117 @@ class Follower:
                 self._tensors[target.removeprefix("_orig_mod.")] = adapter_parameters(layer, self.adapter)
         return self._tensors
 
+    def ids(self) -> set[int]:
+        """Identities of the adapter's tensors."""
+        return {id(p) for group in self.tensors().values() for p in group.values()}
+
+    def twin(self, memo: dict[int, Any]) -> Follower | None:
+        """The follower of the copy of the model that is being made."""
+        model, tuner = memo.get(id(self.model)), memo.get(id(self._tuner()))
+        if model is None:
+            return None
+        config, old = copy.deepcopy(self.config, memo), self.record
+        config._layerpeft = replace(old, steps_trained=dict(old.steps_trained), checks=dict(old.checks))
+        config._layerpeft_model = weakref.ref(model)
+        twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
+        twin.pending = copy.deepcopy(self.pending, memo)
+        return twin
+
+    def measure_anew(self) -> None:
+        """In a deep copy: puts hooks of its own in the place of those that came along."""
+        if self.pending is not None:
+            self.pending.close()
+            self._await(Pending(self.model, self.pending.select, self.pending.pool))
+            self.pending.begin(self.model)
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Just before a real optimizer step. Raises: TrainingError for what would not train, or not be finite."""
-        if not self._concerns(optimizer):
+        self._rate = 0.0
+        held = self._holds(optimizer)
+        if not held:
             return
-        if self.pending is not None and not self._choose(optimizer):
+        self.seen += 1
+        if verify.skipped(optimizer):
+            if self.pending is not None:
+                self.pending.restart()
             return
-        ids = {id(p) for group in self.tensors().values() for p in group.values()}
-        self._rate = verify.learning_rate(optimizer, ids)
-        if self.steps or not self._rate:
+        if self.pending is not None:
+            if not self._choose(optimizer):
+                return
+            held = self._holds(optimizer)
+        self._rate = verify.learning_rate(optimizer, held)
+        if not self._rate or held <= self._stepped:
             return
-        known = {id(p) for o in self._optimizers(optimizer, ids) for g in o.param_groups for p in g["params"]}
-        faults, idle = verify.before_step(self.tensors(), known)
-        problems = Problems("stopped before the first update, because it would not train what was chosen")
-        for fault in faults:
-            problems.add(fault)
-        problems.raise_if_any(TrainingError)
-        self.record.idle_experts = tuple(idle)
-        self._frozen = verify.checksums(self.model)
-        self._start = verify.snapshot(self.tensors())
-        self._first_step_of = optimizer
+        ids = self.ids()
+        known = {id(p) for o in _holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
+        faults, idle = verify.before_step(self.tensors(), known, held - self._stepped)
+        _raise("stopped before the first update, because it would not train what was chosen", faults)
+        self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
+        if not self._start:
+            self._frozen = verify.checksums(self.model)
+            others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
+            self._others = verify.checksums(self.model, others)
+            self._start = verify.snapshot(self.tensors())
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in the first one."""
-        if self.pending is not None or not self._rate or not self._concerns(optimizer):
+        if self.pending is not None or not self._rate:
             return
-        if self._first_step_of is optimizer:
-            self._first_step_of = None
-            problems = Problems("the first update left chosen targets as they were")
-            for target in verify.unmoved(self.tensors(), self._start):
-                if "expert" in target:
-                    self.record.idle_experts = tuple(sorted({*self.record.idle_experts, target}))
-                else:
-                    problems.add(f"{target}: {verify.why_unmoved(self.tensors()[target], self._rate)}")
-            problems.raise_if_any(TrainingError)
-            self.record.checks["first_step"] = "every chosen target moved"
-        self.steps += 1
-        for layer in self.record.selection.layers if self.record.selection else ():
-            self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
+        held, ids = self._holds(optimizer), self.ids()
+        if not ids <= self._stepped:
+            self._stepped |= held
+            if ids <= self._stepped:  # where several optimizers share the tensors, all of them have stepped by now
+                faults, idle = self._still()
+                _raise("the first update left chosen targets as they were", faults)
+                self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
+                self.record.checks["first_step"] = "every chosen target moved"
+        selection = self.record.selection
+        for layer in selection.layers if selection is not None else ():
+            inside = f"{selection.layer_names[layer]}."  # type: ignore[union-attr]
+            first = next(p for t, group in self.tensors().items() if t.startswith(inside) for p in group.values())
+            if id(first) in held:  # one tensor stands for the layer, should several optimizers share it
+                self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
 
     def check(self) -> None:
         """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
+        if self.pending is not None and self.pending.began:
+            raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} batches came")
         if not self._start:
+            if self.seen and not self.record.steps_trained:
+                raise TrainingError(
+                    f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
+                )
             return
-        problems = Problems("what trained is not what was chosen")
-        idle = []
-        for target in verify.unmoved(self.tensors(), self._start):
-            if "expert" in target:
-                idle.append(target)
-            else:
-                problems.add(f"{target} did not move: {verify.why_unmoved(self.tensors()[target], self._rate)}")
+        faults, idle = self._still()
+        now = dict(self.model.named_parameters())
+        faults += [
+            f"{n} is frozen and changed" for n, c in self._frozen.items() if n in now and verify.checksum(now[n]) != c
+        ]
+        _raise("what trained is not what was chosen", faults)
         self.record.idle_experts = tuple(idle)
-        for name, before in self._frozen.items():
-            parameter = dict(self.model.named_parameters()).get(name)
-            if parameter is not None and verify.checksum(parameter) != before:
-                problems.add(f"{name} is frozen and changed")
-        problems.raise_if_any(TrainingError)
+        still = {n: now[n] for n, c in self._others.items() if n in now and verify.checksum(now[n]) == c}
+        for target, names in verify.unmoved(self.tensors(), self._start).items():
+            group = self.tensors()[target]
+            still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
+        for name, parameter in still.items():
+            note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
+        self.record.checks["unmoved"] = sorted(still)
         self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
 
-    def pin(self, restored: dict[str, Any] | None) -> None:
-        """Takes over the record of a resumed run. Raises: SelectionError when that run chose other targets."""
+    def begin(self, restored: dict[str, Any] | None) -> None:
+        """A training begins: checks start anew, and it takes over the record of the run that it resumes.
+
+        Raises: SelectionError when that run chose otherwise.
+        """
+        self._forget()
+        self.seen, self._start = 0, {}
+        self._stepped.clear()
+        if self.pending is not None:
+            self.pending.paced = True
         if not restored:
             return
         then = Selection.from_dict(restored["selection"])
-        asked, asks = restored.get("select") or {}, self.record.config.get("select") or {}
+        asked, asks = restored.get("select") or {}, json.loads(json.dumps(self.record.config.get("select") or {}))
         differ = [
             f"{k}: {asked.get(k)!r} then, {asks.get(k)!r} now" for k in {**asked, **asks} if asked.get(k) != asks.get(k)
         ]
@@ -176,99 +213,89 @@ class Follower:
         self.record.selection = then
         self.record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
 
-    def _concerns(self, optimizer: Optimizer) -> bool:
-        if optimizer not in self._concerned:
-            ids = {id(p) for group in self.tensors().values() for p in group.values()}
-            self._concerned[optimizer] = any(id(p) in ids for g in optimizer.param_groups for p in g["params"])
-        return self._concerned[optimizer]
-
-    def _optimizers(self, stepping: Optimizer, ids: set[int]) -> list[Optimizer]:
-        """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
-        if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
-            return [stepping]
-        return [o for o in gc.get_objects() if isinstance(o, Optimizer) and hasattr(o, "param_groups")]
-
-    def _choose(self, optimizer: Optimizer) -> bool:
-        """Makes the pending choice; False while more batches are wanted than this step had."""
-        assert self.pending is not None
-        pending, measurement = self.pending, self.pending.measurement
-        measurement.next_batch()
-        wanted = pending.select.num_batches or 1
-        if not measurement.batches:
-            raise TrainingError(
-                f"the choice by {pending.select.by} has seen no batch before the first optimizer step (an optimizer that calls "
-                "a closure, or a loss computed elsewhere); pass batches=… to the config or to get_peft_model"
-            )
-        if measurement.batches < wanted:
-            note(f"measuring {measurement.batches} of {wanted} batches; this optimizer step changes no layer yet")
-            for group in self.tensors().values():
-                for parameter in group.values():
-                    parameter.grad = None
-            return False
-        used = measurement.batches
-        if distributed.world_size() > 1:
-            measurement.combine(distributed.add_up)
-        scores = choose.make_scores(pending.select, pending.layers, measurement.result(), used)
-        selection = distributed.from_first(choose.make_selection(pending.select, pending.layers, pending.pool, scores))
-        self._settle(selection, optimizer)
-        note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
-        return True
-
-    def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
-        """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizer."""
-        assert self.pending is not None
-        self.pending.close()
-        chosen = set(selection.targets)
-        removed = {id(p) for t, group in self.tensors().items() if t not in chosen for p in group.values()}
-        for name in list(lora_layers(self.model, self.adapter)):
-            if name.removeprefix("_orig_mod.") not in chosen:
-                unwrap_layer(self.model, name, self.adapter)
-        for group in optimizer.param_groups if optimizer is not None else ():
-            for parameter in [p for p in group["params"] if id(p) in removed]:
-                optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
-            group["params"] = [p for p in group["params"] if id(p) not in removed]
-        tuner = self._tuner()
-        if tuner is not None and hasattr(tuner, "targeted_module_names"):
-            tuner.targeted_module_names = [
-                n for n in tuner.targeted_module_names if n.removeprefix("_orig_mod.") in chosen
-            ]
-        self.config.target_modules = set(chosen)
-        self.record.selection = selection
-        self.pending = None
-        self._tensors = {}
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not notice that hooks and wrappers are gone
-
-    def _on_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
         mark = f".lora_A.{self.adapter}.weight"
         found = {k.removeprefix(prefix).removesuffix(mark) for k in state if k.startswith(prefix) and k.endswith(mark)}
         found = {".".join(p for p in n.split(".") if p not in ("base_layer", "_orig_mod")) for n in found}
         if not found or any("lora_embedding" in n for n in found):
             return
-        if self.pending is None:
+        kept = self.pending.keep(found) if self.pending is not None else None
+        if kept is None:
             self._refuse_other(found, "the adapter that is loaded")
-            return
-        pool = {t.name: t for t in self.pending.pool}
-        if not found <= set(pool):
-            self._refuse_other(found, "the adapter that is loaded")
-        layers = self.pending.layers
-        self._settle(
-            Selection(
-                layers=tuple(sorted({pool[n].layer for n in found})),
-                targets=tuple(n for n in pool if n in found),
-                num_layers=len(layers),
-                layer_names=tuple(layer.name for layer in layers.layers),
-                stack=layers.stack,
-                fingerprint=layers.fingerprint,
-                why="kept from the adapter that was loaded",
-                select=self.pending.select.to_dict(),
-            ),
-            None,
-        )
+            self._forget()  # loading may put new tensors in the place of the old
+        else:
+            self._settle(kept, None)
+
+    def _await(self, pending: Pending) -> None:
+        pending.tensors, pending.on_copy = self.tensors, _copied
+        self.pending = pending
+
+    def _forget(self) -> None:
+        """Tensors are looked up anew."""
+        self._tensors = {}
+        self._held.clear()
+
+    def _holds(self, optimizer: Optimizer) -> set[int]:
+        """Identities of this adapter's tensors that the optimizer holds."""
+        count = sum(len(g["params"]) for g in optimizer.param_groups)
+        if self._held.get(optimizer, (None,))[0] != count:
+            ids = self.ids()
+            self._held[optimizer] = count, {id(p) for g in optimizer.param_groups for p in g["params"]} & ids
+        return self._held[optimizer][1]
+
+    def _still(self) -> tuple[list[str], list[str]]:
+        """(faults, idle experts) among targets of which no tensor moved."""
+        still = verify.unmoved(self.tensors(), self._start)
+        whole = [t for t, names in still.items() if len(names) == len(self.tensors()[t])]
+        faults = [
+            f"{t} did not move: {verify.why_unmoved(self.tensors()[t], self._rate)}" for t in whole if "expert" not in t
+        ]
+        return faults, [t for t in whole if "expert" in t]
+
+    def _choose(self, optimizer: Optimizer) -> bool:
+        """Makes the pending choice; False while more batches are wanted than this step had."""
+        assert self.pending is not None
+        pending = self.pending
+        selection = pending.decided or pending.decide()
+        if selection is not None:
+            self._settle(selection, optimizer)
+            note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
+            return True
+        note(f"optimizer step {self.seen} only measures ({pending.progress()} batches); no layer changes")
+        pending.go_on()
+        return False
+
+    def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
+        """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizers."""
+        assert self.pending is not None
+        self.pending.close()
+        chosen, tensors = set(selection.targets), self.tensors()
+        removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
+        for name in list(lora_layers(self.model, self.adapter)):
+            if name.removeprefix("_orig_mod.") not in chosen:
+                unwrap_layer(self.model, name, self.adapter)
+        for holder in _holders(optimizer, self.ids()) if optimizer is not None else ():
+            for group in holder.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in removed]
+            for parameter in removed.values():
+                holder.state.pop(parameter, None)
+        for parameter in removed.values():
+            parameter.grad = None
+        tuner = self._tuner()
+        if tuner is not None and hasattr(tuner, "targeted_module_names"):
+            names = tuner.targeted_module_names
+            tuner.targeted_module_names = [n for n in names if n.removeprefix("_orig_mod.") in chosen]
+        self.config.target_modules = chosen
+        self.record.selection = selection
+        self.pending = None
+        self._forget()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not notice that hooks and wrappers are gone
 
     def _refuse_other(self, theirs: set[str], what: str) -> None:
         mine = {t for t in self.tensors() if "." in t} if self.pending is None else {t.name for t in self.pending.pool}
-        if theirs == mine or (self.pending is not None and theirs <= mine):
+        if theirs == mine:
             return
         missing, extra = sorted(theirs - mine), sorted(mine - theirs)
         raise SelectionError(
@@ -280,9 +307,11 @@ class Follower:
 def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> Follower:
     """Begins to follow one adapter; the follower lives as long as the model."""
     follower = Follower(model, adapter, config, tuner, pending)
-    attributes: dict[str, Any] = model.__dict__
-    earlier = attributes.get("_layerpeft", Tether())
-    attributes["_layerpeft"] = Tether([*(earlier.value or []), follower])
+    tether = model.__dict__.get("_layerpeft")
+    if tether is None:
+        tether = model.__dict__["_layerpeft"] = Tether()
+        model.register_load_state_dict_pre_hook(tether)
+    tether.followers.append(follower)
     _followers.add(follower)
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(lambda o, *_: _each("before_step", o)))
@@ -291,10 +320,10 @@ def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pendin
     return follower
 
 
-def followers_of(model: nn.Module) -> list[Follower]:
+def followers_of(model: nn.Module | None) -> list[Follower]:
     """The followers whose model is, or is inside, this one."""
-    inside = {id(m) for m in model.modules()}
-    return [f for f in _followers if id(f.model) in inside]
+    inside = {id(m) for m in model.modules()} if model is not None else set()
+    return [f for f in _followers if id(f._model()) in inside]
 
 
 def check_trained(model: nn.Module) -> None:
@@ -306,21 +335,27 @@ def check_trained(model: nn.Module) -> None:
         follower.check()
 
 
+def _copied(model: nn.Module) -> None:
+    for follower in followers_of(model):
+        follower.measure_anew()
+
+
 def _each(what: str, optimizer: Optimizer) -> None:
     for follower in list(_followers):
-        getattr(follower, what)(optimizer)
+        if follower._model() is not None:
+            getattr(follower, what)(optimizer)
 
 
-def _train_begin(model: nn.Module | None, optimizer: Any, restored: dict[str, Any] | None) -> None:
-    for follower in followers_of(model) if model is not None else ():
-        follower.pin((restored or {}).get(follower.adapter))
+def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None) -> None:
+    for follower in followers_of(model):
+        follower.begin((restored or {}).get(follower.adapter))
 
 
 def _train_end(model: nn.Module | None, output_dir: str) -> None:
-    if model is None:
-        return
+    followers = followers_of(model)
     try:
-        check_trained(model)
+        for follower in followers:
+            follower.check()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
         rescue = os.path.join(output_dir, "unverified")
@@ -329,16 +364,30 @@ def _train_end(model: nn.Module | None, output_dir: str) -> None:
         raise TrainingError(f"{error}\nThe adapter as it is now was saved to {rescue}.") from error
 
 
-def _state() -> dict[str, Any]:
+def _state(model: nn.Module | None) -> dict[str, Any]:
     return {
         f.adapter: {
             "select": f.record.config.get("select"),
             "selection": f.record.selection.to_dict(),
             "steps_trained": f.record.steps_trained,
         }
-        for f in _followers
+        for f in followers_of(model)
         if f.record.selection is not None
     }
+
+
+def _holders(stepping: Optimizer, ids: set[int]) -> list[Optimizer]:
+    """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
+    if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
+        return [stepping]
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+
+
+def _raise(title: str, faults: list[str]) -> None:
+    problems = Problems(title)
+    for fault in faults:
+        problems.add(fault)
+    problems.raise_if_any(TrainingError)
 
 
 def _some(names: list[str]) -> str:

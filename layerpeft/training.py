@@ -1,4 +1,4 @@
-"""What every run of a recipe does: rows, model, the choice of layers, a trainer, a measure. Used by `train`, `score`, `compare`."""
+"""What `train`, `score` and `compare` share: rows, model, batches to measure on, a wrapped model, a trainer, a measure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from layerpeft.targets import match_targets
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with its tokenizer and rows. `examples`: held-out rows before tokenization; `labels`: class names, by number."""
+    """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
+
+    `ready` says that the rows went through a trainer's preparation once (truncated, packed) and must not again.
+    """
 
     recipe: Recipe
     tokenizer: Any
@@ -35,10 +38,11 @@ class Setup:
     held_out: Any | None
     examples: Any | None
     labels: tuple[str, ...] = ()
+    ready: bool = False
 
     @property
     def measure(self) -> str:
-        """The number by which runs are compared: `eval_loss` (lower is better) or `eval_macro_f1` (higher is better)."""
+        """The number that runs are compared by: `eval_loss` (lower is better) or `eval_macro_f1` (higher is better)."""
         return "eval_macro_f1" if self.recipe.trainer == "classification" else "eval_loss"
 
 
@@ -101,13 +105,13 @@ def load_model(setup: Setup) -> nn.Module:
 
 
 def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any], Setup]:
-    """The first `count` batches of the training order, made by the trainer's own collator, and the setup with its rows tokenized."""
+    """The first `count` batches of the training order, made by the trainer's own collator; and the setup, rows tokenized."""
     quantized = getattr(model, "is_quantized", False)
     if quantized:  # Trainer refuses a quantized model without an adapter; this one is taken off again
         model = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules="all-linear"))
     trainer = make_trainer(setup, model, report_to="none")
     batches = list(islice(iter(trainer.get_train_dataloader()), count))
-    setup = dataclasses.replace(setup, train=trainer.train_dataset, held_out=trainer.eval_dataset)
+    setup = dataclasses.replace(setup, train=trainer.train_dataset, held_out=trainer.eval_dataset, ready=True)
     if quantized:
         model.unload()  # type: ignore[operator]
     return batches, setup
@@ -122,7 +126,7 @@ def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] 
 
 
 def wrap(setup: Setup, model: nn.Module, select: Any, batches: Sequence[Any] | None) -> peft.PeftModel:
-    """The model with the recipe's adapter on the layers that `select` means; the adapter is drawn from the recipe's seed."""
+    """The model with the recipe's adapter on the layers that `select` means, drawn from the recipe's seed."""
     from transformers import set_seed
 
     set_seed(training_arguments(setup.recipe).seed)
@@ -142,6 +146,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     if recipe.trainer == "sft":
         from trl import SFTTrainer
 
+        if setup.ready:
+            arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
         return SFTTrainer(processing_class=setup.tokenizer, **given)
     from transformers import DataCollatorWithPadding, Trainer
 
@@ -284,7 +290,7 @@ def _class_metrics(prediction: Any) -> dict[str, float]:
 
 
 def class_metrics(found: Sequence[int], wanted: Sequence[int]) -> dict[str, float]:
-    """Accuracy, and macro-F1: the plain mean of F1 over every class that occurs in either (0 where a class is never met)."""
+    """Accuracy, and macro-F1: the plain mean of F1 over every class that occurs in either list."""
     scores = []
     for label in sorted({*found, *wanted}):
         hits = sum(f == w == label for f, w in zip(found, wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Does a value from a file fit a type hint? Used on the real dataclasses of TRL, transformers and PEFT, so that no list of ours can age."""
+"""Does a value from a file fit a type hint? Asked of TRL's, transformers' and PEFT's own dataclasses: no list of ours can age."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _literal(allowed: Any, value: Any) -> bool:
 
 def _advice(hint: Any, value: Any) -> str:
     """How to write what was probably meant."""
-    kinds = {hint, *get_args(hint)}
+    kinds = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
     if isinstance(value, str):
         text = value.strip()
         if bool in kinds and text.lower() in ("on", "off", "yes", "no", "y", "n", "true", "false"):

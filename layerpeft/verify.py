@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import nn
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 BLOCK = 1 << 14
+LOW = (torch.bfloat16, torch.float16)
 
 
 def checksum(t: torch.Tensor) -> int:
-    """A number that changes when any bit of the tensor does (sums of its bytes, weighted by place); no copy of the tensor."""
+    """A number that changes with any bit of the tensor, and when values change places; no copy of a contiguous tensor.
+
+    The bytes are read as 64-bit words in rows of `BLOCK`; sums by row and sums by column are each weighted by place, so that
+    changes which cancel within a row still show in the columns.
+    """
     data = t.detach()
     if data.device.type == "meta" or not data.numel():
         return 0
     data = data.contiguous().flatten().view(torch.uint8)
     whole = data.numel() // 8 * 8
-    total = int(data[whole:].long().sum()) if whole < data.numel() else 0
+    end = int.from_bytes(bytes(data[whole:].tolist()), "little")
     words = data[:whole]
     words = words.view(torch.int64) if words.storage_offset() % 8 == 0 else words.clone().view(torch.int64)
-    blocks = words.numel() // BLOCK
-    sums = [words[: blocks * BLOCK].view(blocks, BLOCK).sum(1), words[blocks * BLOCK :].sum().view(1)]
-    joined = torch.cat(sums) if blocks else sums[1]
-    places = torch.arange(1, 2 * joined.numel(), 2, device=joined.device)
-    return int((joined * places).sum()) ^ (total << 1)
+    rows = words.numel() // BLOCK
+    table, rest = words[: rows * BLOCK].view(rows, BLOCK), words[rows * BLOCK :]
+    total = end
+    for part in (table.sum(1), table.sum(0), rest):
+        # Odd weights, so that no single bit is ever multiplied out of the 64 that are kept.
+        weighted = part * (2 * torch.arange(part.numel(), device=part.device) + 1)
+        total = total << 64 | int(weighted.sum()) & 0xFFFFFFFFFFFFFFFF
+    return total
 
 
 def checksums(model: nn.Module, among: Iterable[str] | None = None) -> dict[str, int]:
@@ -37,22 +45,28 @@ def checksums(model: nn.Module, among: Iterable[str] | None = None) -> dict[str,
     }
 
 
-def before_step(tensors: Parameters, in_optimizer: set[int]) -> tuple[list[str], list[str]]:
-    """(faults, idle experts) before an optimizer step: every target needs finite gradients and all its tensors in an optimizer."""
+def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tuple[list[str], list[str]]:
+    """(faults, idle experts) before an optimizer step: every target needs all its tensors in an optimizer, and finite gradients.
+
+    `known`: ids of the tensors in any optimizer; `stepping`: in the one that steps, whose targets alone need a gradient by now.
+    """
     faults: list[str] = []
     idle: list[str] = []
     for target, group in tensors.items():
-        missing = [n for n, p in group.items() if id(p) not in in_optimizer]
+        frozen = [n for n, p in group.items() if not p.requires_grad]
+        missing = [n for n, p in group.items() if id(p) not in known and n not in frozen]
         grads = [p.grad for p in group.values() if p.grad is not None]
+        if frozen:
+            faults.append(f"{target}: requires_grad is switched off for {', '.join(frozen)}")
         if missing:
             faults.append(f"{target}: not in the optimizer: {', '.join(missing)}")
-        if not grads:
+        if not all(bool(torch.isfinite(g).all()) for g in grads):
+            faults.append(f"{target}: its gradient is not finite")
+        if not grads and any(id(p) in stepping for p in group.values()):
             if "expert" in target:
                 idle.append(target)
             else:
                 faults.append(f"{target}: no gradient arrived")
-        elif not all(bool(torch.isfinite(g).all()) for g in grads):
-            faults.append(f"{target}: its gradient is not finite")
     return faults, idle
 
 
@@ -61,27 +75,33 @@ def snapshot(tensors: Parameters) -> dict[str, dict[str, torch.Tensor]]:
     return {t: {n: p.detach().clone() for n, p in group.items()} for t, group in tensors.items()}
 
 
-def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
-    """Targets of which no tensor differs from the snapshot."""
-    return [t for t, group in tensors.items() if all(torch.equal(p.detach(), before[t][n]) for n, p in group.items())]
+def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[str]]:
+    """Target -> its tensors that are as in the snapshot; targets of which every tensor moved are left out."""
+    still = {t: [n for n, p in group.items() if torch.equal(p.detach(), before[t][n])] for t, group in tensors.items()}
+    return {t: names for t, names in still.items() if names}
 
 
 def why_unmoved(group: Mapping[str, nn.Parameter], rate: float) -> str:
-    """The likely cause of a target that did not move, and the cure."""
-    low = [n for n, p in group.items() if p.dtype in (torch.bfloat16, torch.float16)]
+    """The likely cause of tensors that did not move, and the cure."""
+    low = [str(p.dtype).removeprefix("torch.") for p in group.values() if p.dtype in LOW]
     grads = [p.grad for p in group.values() if p.grad is not None]
-    if low and any(bool(g.any()) for g in grads):
-        dtype = str(next(iter(group.values())).dtype).removeprefix("torch.")
-        return (
-            f"its updates (learning rate {rate:.1e}) round to nothing in {dtype}; keep the trained tensors in float32 "
-            "(autocast_adapter_dtype=True) or raise the learning rate"
-        )
     if grads and not any(bool(g.any()) for g in grads):
         return "its gradient is exactly zero: the loss does not depend on it"
+    if low:
+        return (
+            f"its updates (learning rate {rate:.1e}) round to nothing in {low[0]}; keep the trained tensors in float32 "
+            "(autocast_adapter_dtype=True) or raise the learning rate"
+        )
     return "the optimizer did not change it: look for a learning rate of zero in its group"
 
 
-def learning_rate(optimizer: torch.optim.Optimizer, ids: set[int]) -> float:
+def learning_rate(optimizer: torch.optim.Optimizer, ids: Set[int]) -> float:
     """The largest learning rate among the groups that hold one of these tensors."""
     rates = [float(g["lr"]) for g in optimizer.param_groups if any(id(p) in ids for p in g["params"])]
     return max((r for r in rates if math.isfinite(r)), default=0.0)
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss scaler tells the optimizer to skip this step (fused optimizers step through it without a change)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

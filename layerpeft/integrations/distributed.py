@@ -27,6 +27,11 @@ def add_up(t: torch.Tensor) -> torch.Tensor:
     return moved.cpu()
 
 
+def everywhere(fact: bool) -> bool:
+    """Whether every process says so; every process must ask."""
+    return int(add_up(torch.tensor([int(fact)]))) == world_size()
+
+
 def from_first(value: Any) -> Any:
     """What process 0 holds, in every process."""
     if world_size() == 1:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -41,6 +43,20 @@ def register(kind: LayerPeftType, config: type, tuner: type, prefix: str) -> Non
 def default_targets(model_type: str) -> list[str] | str | None:
     """The module names that PEFT wraps with LoRA when none are given; None where it knows none."""
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+
+
+def renamed_leaves(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Last segments of module names that PEFT, on this model, takes for the experts of older transformers, in every layer."""
+    found = set()
+    for leaf in {name.rpartition(".")[2] for name in names}:
+        trial = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(trial, model=model, conversions=None)
+        except ValueError:  # PEFT wants the other half of a fused pair, which is the same mistake
+            found.add(leaf)
+        if trial.target_modules != {leaf}:
+            found.add(leaf)
+    return found
 
 
 def dequantized(module: nn.Module) -> torch.Tensor:

@@ -1,18 +1,21 @@
-"""The callback that every transformers and TRL trainer built later gets by itself."""
+"""transformers' Trainer: the callback that every trainer built later gets by itself, and the moment before it clips gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.state import GradientState
+from torch.autograd import Variable
+
 NAME = "LayerPeftCallback"
 
 
-def install(begin: Callable[..., None], end: Callable[..., None], state: Callable[[], dict[str, Any]]) -> None:
+def install(begin: Callable[..., None], end: Callable[..., None], state: Callable[..., dict[str, Any]]) -> None:
     """Adds the callback to the trainer's default list, once.
 
-    `begin(model, optimizer, restored)` runs when training begins, `restored` being what `state()` gave at the checkpoint that
-    is resumed (None otherwise); `end(model, output_dir)` when it ends.
+    `begin(model, restored)` runs when training begins, `restored` being what `state(model)` gave at the checkpoint that is
+    resumed (None otherwise); `end(model, output_dir)` when it ends.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -23,16 +26,35 @@ def install(begin: Callable[..., None], end: Callable[..., None], state: Callabl
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
 
+        model: Any = None
+
         def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"records": state()}}
+            return {"args": {}, "attributes": {"records": state(self.model)}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.model = kwargs.get("model")
             saved = (state.stateful_callbacks or {}).get(NAME)
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-            restored = attributes.get("records") if state.global_step else None
-            begin(kwargs.get("model"), kwargs.get("optimizer"), restored)
+            begin(self.model, attributes.get("records") if state.global_step else None)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            end(kwargs.get("model"), args.output_dir)
+            end(self.model, args.output_dir)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
+
+
+def last_micro_batch() -> bool:
+    """Whether the running micro-batch is the last of its optimizer step; Trainer tells Accelerate before every forward pass."""
+    return bool(GradientState().sync_gradients)
+
+
+def at_backward_end(action: Callable[[], None]) -> None:
+    """Called from inside a backward pass: runs `action` when it is over, after DDP has put the reduced gradients in place.
+
+    Trainer offers no moment between backward and clipping, and the engine's callback, which DDP uses, is the only one there is.
+    Where a later torch lacks it nothing happens, and the choice is made in the optimizer's hook, after clipping.
+    """
+    engine: Any = getattr(Variable, "_execution_engine", None)
+    if hasattr(engine, "queue_callback"):
+        # Twice, because DDP queues its own callback during the pass and ours stands before it.
+        engine.queue_callback(lambda: engine.queue_callback(action))

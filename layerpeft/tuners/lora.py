@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from typing import Any
 
-from peft import LoraModel
+from peft import LoraModel, PeftModel
 from torch import nn
 
-from layerpeft import choose, steps
+from layerpeft import choose, save, steps
 from layerpeft.configs import (
     INIT_WITHOUT_TRACE,
     LayerLoraConfig,
@@ -17,6 +18,7 @@ from layerpeft.configs import (
     exclusions,
     stock_config,
     target_names,
+    write_record,
 )
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
@@ -25,6 +27,9 @@ from layerpeft.layers import Target, base_of, layer_map
 from layerpeft.notes import note
 from layerpeft.selection import Select
 from layerpeft.targets import match_targets
+
+# initialisations that take a random or data-dependent part out of the base weights, which no later load finds again
+INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
 
 
 class LayerLoraModel(LoraModel):
@@ -45,10 +50,14 @@ class LayerLoraModel(LoraModel):
         live = self.peft_config[adapter_name]
         if isinstance(live, RecordedLoraConfig):
             record = live._layerpeft  # type: ignore[attr-defined]
-            live._layerpeft_model = weakref.ref(model)  # type: ignore[attr-defined]
-            live._layerpeft_adapter = adapter_name  # type: ignore[attr-defined]
+            _tie(live, model, adapter_name)
             if record.new_tensors:
                 note(f"trained besides, for want of pre-trained values: {', '.join(record.new_tensors)}")
+            if str(live.init_lora_weights).startswith(INIT_NOT_REPEATABLE):
+                note(
+                    f"init_lora_weights={live.init_lora_weights!r} cannot be repeated when the adapter is loaded: save it now, "
+                    "untrained, and later with path_initial_model_for_weight_conversion=<that folder>"
+                )
             if live.bias == "all":
                 _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
             pending = None
@@ -106,6 +115,47 @@ def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: t
             continue
         if not name.removeprefix("_orig_mod.").startswith(prefixes):
             parameter.requires_grad_(False)
+
+
+def _tie(live: Any, model: nn.Module, adapter_name: str) -> None:
+    """Lets the config write the record of its model when it is saved."""
+    live._layerpeft_model = weakref.ref(model)
+    live._layerpeft_adapter = adapter_name
+
+
+def load(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
+) -> PeftModel:
+    """A saved adapter on its base model, verified before any weight is read, with the record of what was chosen and why.
+
+    Without `model` the base is built from what `adapter_config.json` names; `kwargs` go to PEFT's `from_pretrained`. With
+    `is_trainable` training is followed and checked again. Raises: SaveError for a damaged folder, or a base that does not fit.
+    """
+    loaded = save.load(folder, model, is_trainable=is_trainable, **kwargs)
+    adapter = kwargs.get("adapter_name", "default")
+    live: Any = loaded.peft_config[adapter]
+    live.__class__ = RecordedLoraConfig
+    tuner: Any = loaded.base_model
+    _tie(live, tuner.model, adapter)
+    if is_trainable:
+        steps.follow(tuner.model, adapter, live, tuner, None)
+    return loaded
+
+
+def save_record(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Writes the record beside an adapter that transformers' own `model.save_pretrained` has saved.
+
+    (`PeftModel.save_pretrained` does it by itself.) Raises: ConfigError where nothing was chosen, or no weights are there.
+    """
+    live = getattr(model, "peft_config", {}).get(adapter_name)
+    record = getattr(live, "_layerpeft", None)
+    if record is None or record.selection is None:
+        raise ConfigError(
+            f"the adapter {adapter_name!r} has no choice of layers to record (select='all', or still pending)"
+        )
+    if not save.has_weights(folder):
+        raise ConfigError(f"{folder} holds no weights of an adapter; call model.save_pretrained({str(folder)!r}) first")
+    write_record(folder, base_of(model), record, adapter_name)
 
 
 register(LayerPeftType.LAYER_LORA, LayerLoraConfig, LayerLoraModel, "lora_")

@@ -1,0 +1,365 @@
+"""The command line on real input: the shipped model and data, a few steps at a time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import layerpeft
+from layerpeft import shipped
+from layerpeft.cli import main
+from layerpeft.compare import Arm, Run, judge, parse_arms
+from layerpeft.errors import RecipeError
+from layerpeft.recipe import load_recipe
+from layerpeft.run import run
+from layerpeft.samples import generate, prompt_of
+from layerpeft.training import class_metrics, first_batches, load_model, prepare, wrap
+
+TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
+TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def tiny(name: str, *more: str) -> list[str]:
+    return [name, f"output_dir=out-{name}", *TINY, *more]
+
+
+# ---- small commands -------------------------------------------------------------------------------------------------
+
+
+def test_recipes_list_show_copy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in shipped.recipes())
+    assert main(["recipes", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {item["name"]: item["command"] for item in listed}["quickstart"] == "layerpeft train quickstart"
+    assert all(item["about"] for item in listed)
+    assert main(["recipes", "show", "telly"]) == 0
+    assert capsys.readouterr().out == shipped.recipes()["telly"].read_text()
+    assert main(["recipes", "copy", "telly"]) == 0
+    assert (place / "telly.yaml").read_text() == shipped.recipes()["telly"].read_text()
+    assert main(["recipes", "copy", "telly"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["recipes", "copy", "telly", "mine.yaml"]) == 0
+    assert (place / "mine.yaml").is_file()
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__ and found["devices"]
+    assert main(["env"]) == 0
+    assert f"torch          {torch.__version__}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["trian", "x.yaml"], ["unknown command 'trian'", "layerpeft train"]),
+        (["quickstart"], ["Did you mean `layerpeft train quickstart`?"]),
+        (["train"], ["name a recipe", "quickstart"]),
+        (["train", "quickstrat"], ["Did you mean 'quickstart'?"]),
+        (["train", "."], ["is a folder"]),
+        (["train", "quickstart", "--learning_rate", "1e-4"], ["learning_rate=1e-4"]),
+        (["train", "quickstart", "oops"], ["'oops' is not of the form key=value"]),
+        (["train", "quickstart", "layerpeft.selct=last:2"], ["command line", "Did you mean 'select'?"]),
+        (["recipes", "shwo"], ["Did you mean 'show'?"]),
+        (["recipes", "show"], ["name a recipe"]),
+        (["recipes", "show", "quickstat"], ["Did you mean 'quickstart'?"]),
+        (["env", "more"], ["unknown argument 'more'"]),
+        (["compare", "quickstart", "--arms", "rnd,last:3"], ["2 problems", "unknown arm 'rnd'", "'last:3'"]),
+        (["compare", "quickstart", "--seeds", "many"], ["--seeds", "'many'"]),
+        (["score", "last_layers"], ["chooses by place", "gradient_norm"]),
+        (["compare", "quickstart", "layerpeft.select=all"], ["trains all 12 layers", "no choice to compare"]),
+    ],
+)
+def test_wrong_command_lines(words: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    for fragment in fragments:
+        assert fragment in said.err
+    assert "Traceback" not in said.err and said.out == ""
+
+
+def test_help_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "compare" in capsys.readouterr().out
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *tiny("quickstart", "warmup_ratio=0")]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("trainable params: ")
+    assert "note: warmup_ratio is read as warmup_steps" in said.err
+    assert any(line.startswith("held-out loss: ") for line in lines)
+    assert "before:" in lines and "after:" in lines and any("layerpeft compare" in line for line in lines)
+    folder = place / "out-quickstart"
+    names = {p.name for p in folder.iterdir()}
+    assert {"adapter_model.safetensors", "layerpeft.json", "layers.csv", "layers.png", "recipe.yaml", "log.jsonl"} <= names
+    assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[0]["step"] == 0 and "eval_loss" in log[0] and any("loss" in record for record in log)
+    base = shipped.resolve("layerpeft://llama-6m")
+    ids = torch.arange(100, 140)[None]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(folder)).eval()
+    ours = layerpeft.load(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, ours(ids).logits, atol=1e-5)
+    report = layerpeft.layer_report(ours)
+    assert [row.layer for row in report.rows if row.steps] == [row.layer for row in report.rows if row.chosen]
+    assert sum(row.chosen for row in report.rows) == 3
+    again = load_recipe(str(folder / "recipe.yaml"), ["output_dir=again"])
+    assert again.values["max_steps"] == 2 and again.values["warmup_steps"] == 0 and again.block["r"] == 2
+
+
+def test_the_choice_is_that_of_score_layers_on_the_first_batches(place: Path) -> None:
+    recipe = load_recipe(*_split(tiny("quickstart")))
+    setup = prepare(recipe)
+    model = load_model(setup)
+    batches, setup = first_batches(setup, model, 8)
+    scores = layerpeft.score_layers(model, "gradient_norm", batches=batches, target_modules="all-linear", num_batches=8)
+    result = run(recipe, say=lambda text: None)
+    assert {row.layer for row in result.report.rows if row.chosen} == set(scores.ranked()[:3])
+    assert setup.ready and "labels" in setup.train.column_names
+
+
+def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *tiny("revision", "layerpeft.select=last:2", 'columns={text: "{after}", label: "{coarse}"}')]) == 0
+    text = capsys.readouterr().out
+    assert "macro-F1: " in text and "accuracy: " in text
+    labels = json.loads((place / "out-revision" / "labels.json").read_text())
+    assert labels == {"0": "content", "1": "surface"}
+    loaded = layerpeft.load(place / "out-revision", num_labels=2)
+    trained = loaded.base_model.model.score.modules_to_save["default"].weight
+    assert trained.shape == (2, 192)
+    fresh = load_model(prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}')), "score")))
+    assert not torch.equal(trained, fresh.score.weight.to(trained.dtype))
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped.recipes()) - {"quickstart", "revision"}))
+def test_every_other_shipped_recipe_runs(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *tiny(name)]) == 0
+    assert (place / f"out-{name}" / "layerpeft.json").is_file()
+    assert "held-out loss" in capsys.readouterr().out
+
+
+def test_resume_goes_on_with_the_same_choice(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tiny("quickstart", "max_steps=4", "save_strategy=steps", "save_steps=2")
+    assert main(["train", *whole]) == 0
+    weights = (place / "out-quickstart" / "adapter_model.safetensors").read_bytes()
+    half = place / "out-quickstart" / "checkpoint-4"
+    for path in half.iterdir():  # as if the run had been cut short while it wrote its last checkpoint
+        if path.name != "adapter_config.json":
+            path.unlink()
+    assert main(["train", *whole]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["train", *whole, "resume_from_checkpoint=true", "layerpeft.select.keep=2"]) == 2
+    assert "keep: 3 there, 2 here" in capsys.readouterr().err
+    assert main(["train", *whole, "resume_from_checkpoint=true"]) == 0
+    assert (place / "out-quickstart" / "adapter_model.safetensors").read_bytes() == weights
+    report = layerpeft.layer_report(layerpeft.load(place / "out-quickstart"))
+    assert report.by == "gradient_norm" and {row.steps for row in report.rows if row.chosen} == {3}
+    assert main(["train", *whole, "overwrite_output_dir=true", "save_strategy=no"]) == 0
+    assert not list((place / "out-quickstart").glob("checkpoint-*"))
+
+
+def test_own_csv_rows_and_no_held_out_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "rows.csv").write_text("text\n" + "a sentence to learn\n" * 8)
+    words = tiny("last_layers", "dataset_name=rows.csv", "eval_dataset=null", "columns=null")
+    assert main(["train", *words]) == 0
+    assert "no held-out rows" in capsys.readouterr().out
+    assert main(["compare", *words, "output_dir=other"]) == 2
+    assert "eval_dataset: missing" in capsys.readouterr().err
+
+
+def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged: dict[str, object] = {}
+    log = wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, data, *a, **k: (logged.update(data), log(run, data, *a, **k)))
+    assert main(["train", *tiny("last_layers", "report_to=wandb", "run_name=test")]) == 0
+    wandb.finish()
+    assert {"layers/table", "layers/picture"} <= set(logged)
+    assert list(place.glob("wandb/offline-run-*"))
+
+
+def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    four = "model_init_kwargs={quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4}}"
+    assert main(["train", *tiny("quickstart", four)]) == 0
+    rows = layerpeft.layer_report(layerpeft.load(place / "out-quickstart")).rows
+    assert sum(row.chosen for row in rows) == 3 and all(row.score for row in rows)
+
+
+# ---- score ----------------------------------------------------------------------------------------------------------
+
+
+def test_score_is_reused_by_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", *tiny("quickstart"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    folder = place / "out-quickstart"
+    assert {p.name for p in folder.iterdir()} == {"scores.json", "scores.csv", "scores.png"}
+    scores = layerpeft.Scores.load(folder / "scores.json")
+    assert list(scores.values) == found["scores"]["values"]
+    assert found["layers"] == sorted(scores.ranked()[:3])
+    by = "layerpeft.select={by: out-quickstart/scores.json, keep: 2}"
+    assert main(["train", *tiny("quickstart", by)]) == 0
+    rows = layerpeft.layer_report(layerpeft.load(folder)).rows
+    assert [row.layer for row in rows if row.chosen] == sorted(scores.ranked()[:2])
+
+
+def test_score_prints_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", *tiny("outliers")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layer", "name", "outliers", "chosen"]
+    assert sum(line.endswith("yes") for line in lines) == 3
+
+
+# ---- compare --------------------------------------------------------------------------------------------------------
+
+
+def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *tiny("quickstart"), "--arms", "random:2,last,all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    arms = {item["arm"]: item for item in found["runs"]}
+    assert list(arms)[0] == "gradient_norm" and len(arms) == 5
+    assert arms["last"]["layers"] == [9, 10, 11] and arms["all"]["layers"] == list(range(12))
+    drawn = [item for name, item in arms.items() if name.startswith("random:")]
+    assert [len(item["layers"]) for item in drawn] == [3, 3] and drawn[0]["layers"] != drawn[1]["layers"]
+    assert {item["trainable"] for item in found["runs"] if item["arm"] != "all"} == {arms["last"]["trainable"]}
+    assert arms["all"]["trainable"] == 4 * arms["last"]["trainable"]
+    assert found["verdict"]["kind"] in ("better", "worse", "no difference")
+    assert found["before"] > 0 and len({item["value"] for item in found["runs"]}) == 5
+    folder = place / "out-quickstart"
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((folder / "compare.json").read_text())
+    assert written["runs"] == found["runs"] and "gradient_norm" in written["recipe"]
+    assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.png"}
+
+
+def test_arms_share_start_and_order_of_rows(place: Path) -> None:
+    """Two arms of a comparison see the same batches, and start from the same loss."""
+    recipe = load_recipe(*_split(tiny("quickstart")), "compare")
+    setup = prepare(recipe)
+    seen = []
+    for layers in ([0], [3, 4]):
+        model = wrap(setup, load_model(setup), {"layers": layers}, None)
+        batches, _ = first_batches(setup, model, 4)
+        with torch.no_grad():
+            seen.append(([b["input_ids"] for b in batches], [float(model.eval()(**b).loss) for b in batches]))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], seen[1][0], strict=True))
+    assert seen[0][1] == seen[1][1]
+
+
+def test_arms_are_read() -> None:
+    assert parse_arms("random:3,last,all") == (Arm("random", 3), Arm("last"), Arm("all"))
+    assert parse_arms("random, first", seeds=5) == (Arm("random", 5), Arm("first"))
+    for text in ("", "random:0", "last:2", "random,random", "none", "random:x"):
+        with pytest.raises(RecipeError, match="--arms"):
+            parse_arms(text)
+
+
+def runs(ours: float, draws: Sequence[float], last: float | None = None) -> list[Run]:
+    found = [Run("gradient_norm", (0,), 1, ours, 1.0, {})]
+    found += [Run(f"random:{i}", (i,), 1, value, 1.0, {}) for i, value in enumerate(draws)]
+    return found + ([Run("last", (11,), 1, last, 1.0, {})] if last is not None else [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "draws", "lower", "kind"),
+    [
+        (2.00, [2.10, 2.11, 2.12], True, "better"),  # margin: 4.303 · 0.01 · sqrt(4/3) = 0.0497
+        (2.065, [2.10, 2.11, 2.12], True, "no difference"),  # beyond every draw, and still within chance
+        (2.11, [2.10, 2.11, 2.12], True, "no difference"),
+        (2.17, [2.10, 2.11, 2.12], True, "worse"),
+        (0.50, [0.40, 0.41, 0.42], False, "better"),
+        (0.30, [0.40, 0.41, 0.42], False, "worse"),
+        (0.43, [0.40, 0.41, 0.42], False, "no difference"),
+        (2.0, [2.1, 2.1, 2.1], True, "unknown"),
+        (2.0, [2.1], True, "unknown"),
+        (2.0, [], True, "unknown"),
+    ],
+)
+def test_the_verdict_does_not_overclaim(ours: float, draws: list[float], lower: bool, kind: str) -> None:
+    verdict = judge(runs(ours, draws), lower, "loss")
+    assert verdict.kind == kind
+    start = {"better": "Better than random here", "worse": "Random was better", "no difference": "No difference shown"}
+    assert verdict.sentence.startswith(start.get(kind, "Nothing can be said"))
+
+
+def test_the_interval_holds_what_it_says() -> None:
+    """With one more random draw in the recipe's place, 19 in 20 verdicts are "no difference"."""
+    generator = torch.Generator().manual_seed(0)
+    trials = 4000
+    wrong = 0
+    for _ in range(trials):
+        values = torch.randn(4, generator=generator, dtype=torch.float64).tolist()
+        wrong += judge(runs(values[0], values[1:]), True, "loss").kind != "no difference"
+    assert 0.04 < wrong / trials < 0.06
+    assert statistics.fmean([1.0, 2.0]) == 1.5
+
+
+def test_the_verdict_names_the_end() -> None:
+    draws = [2.10, 2.11, 2.12]
+    assert "from the end did better (1.9000)" in judge(runs(2.0, draws, 1.9), True, "loss").sentence
+    assert "from the end did about as well (2.0100)" in judge(runs(2.0, draws, 2.01), True, "loss").sentence
+    assert "from the end did worse (2.2000)" in judge(runs(2.0, draws, 2.2), True, "loss").sentence
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_class_metrics_agree_with_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(1)
+    found = torch.randint(0, 5, (200,), generator=generator).tolist()
+    wanted = torch.randint(1, 7, (200,), generator=generator).tolist()
+    ours = class_metrics(found, wanted)
+    assert ours["macro_f1"] == pytest.approx(metrics.f1_score(wanted, found, average="macro", zero_division=0))
+    assert ours["accuracy"] == pytest.approx(metrics.accuracy_score(wanted, found))
+    assert class_metrics([0, 0, 1], [0, 1, 1]) == {"accuracy": pytest.approx(2 / 3), "macro_f1": pytest.approx(2 / 3)}
+
+
+def test_prompts_of_every_form_of_row() -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert prompt_of({"prompt": "a", "completion": "b"}) == ("a", "b")
+    assert prompt_of({"prompt": chat[:1], "completion": chat[1:]}) == (chat[:1], "Ho")
+    assert prompt_of({"messages": chat}) == (chat[:1], "Ho")
+    assert prompt_of({"text": "one two three four"}) == ("one two", "three four")
+    assert prompt_of({"input_ids": [1, 2]}) is None
+
+
+def test_generate_leaves_the_model_in_its_mode(place: Path) -> None:
+    setup = prepare(load_recipe(*_split(tiny("last_layers"))))
+    model = load_model(setup)
+    for training in (True, False):
+        model.train(training)
+        chat = [{"role": "user", "content": "Hello"}]
+        assert generate(model, setup.tokenizer, "The sun", 3) == generate(model, setup.tokenizer, "The sun", 3)
+        assert isinstance(generate(model, setup.tokenizer, chat, 3), str)
+        assert model.training is training
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    return words[0], words[1:]
