@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import peft
 from torch import nn
 
+from layerpeft import backward
 from layerpeft.choose import score_layers
 from layerpeft.configs import LayerLoraConfig
-from layerpeft.errors import LayerpeftError
+from layerpeft.errors import LayerMapError, LayerpeftError
 from layerpeft.layers import LayerMap, layer_map
 from layerpeft.report import layer_report
 from layerpeft.save import last_checkpoint
@@ -41,7 +43,9 @@ __all__ = [
 def get_peft_model(
     model: nn.Module, peft_config: peft.PeftConfig, *args: Any, batches: Iterable[Any] | None = None, **kwargs: Any
 ) -> peft.PeftModel | peft.PeftMixedModel:
-    """`peft.get_peft_model`, which also takes `batches` for configs that pick layers by data. Stock configs pass untouched.
+    """`peft.get_peft_model`, which also takes `batches` for configs that pick layers by data.
+
+    Stock configs pass untouched; where they leave the lowest layers frozen, the backward pass stops above those too.
 
     `batches`: any iterable of model inputs with labels. Raises: what the config's choice raises; LayerpeftError for
     `batches` together with a config that picks no layers.
@@ -50,4 +54,7 @@ def get_peft_model(
         if not isinstance(peft_config, LayerLoraConfig):
             raise LayerpeftError(f"batches= is for configs that pick layers; {type(peft_config).__name__} does not")
         peft_config = peft_config.with_batches(batches)
-    return peft.get_peft_model(model, peft_config, *args, **kwargs)
+    wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
+    with suppress(LayerMapError):  # a model without repeated blocks has no layer to stop at
+        backward.install(wrapped)
+    return wrapped

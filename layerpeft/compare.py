@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import re
 import statistics
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,25 +110,27 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
 
     Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose.
     """
-    setup = prepare(recipe)
-    if setup.held_out is None:
-        raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
-    model = load_model(setup)
     select = Select.parse(recipe.select)
-    batches, setup = batches_for(setup, model, select)
-    plans, num_layers = _plan(recipe, model, select, batches, arms)
-    del model
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(recipe)
+        if setup.held_out is None:
+            raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
+        model = load_model(setup)
+        batches, setup = batches_for(setup, model, select)
+        plans, num_layers = _plan(recipe, model, select, batches, arms)
+        del model
     name = NAMES[setup.measure]
     say(f"{len(plans)} runs, each from the same weights over the same rows in the same order")
     runs: list[Run] = []
     before = math.nan
     for index, (arm, layers) in enumerate(plans):
-        trainer, model = _trainer(setup, layers, select.stack)
-        if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
-            before = held_out_numbers(trainer)[setup.measure]
-        runs.append(run := _train(setup, arm, layers, trainer, model))
-        del trainer, model
-        gc.collect()
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer, model = _trainer(setup, layers, select.stack)
+            if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
+                before = held_out_numbers(trainer)[setup.measure]
+            runs.append(run := _train(setup, arm, layers, trainer, model))
+            del trainer, model
+            gc.collect()
         say(
             f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)"
         )
@@ -269,9 +272,7 @@ def _trainer(setup: Setup, layers: tuple[int, ...], stack: str | None) -> tuple[
 
 
 def _train(setup: Setup, arm: str, layers: tuple[int, ...], trainer: Any, model: Any) -> Run:
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    seconds = start(trainer)
     numbers = held_out_numbers(trainer)
     trainable, _ = model.get_nb_trainable_parameters()
     return Run(arm, layers, trainable, numbers[setup.measure], round(seconds, 1), numbers)

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,12 @@ from layerpeft.selection import Select, Selection
 from layerpeft.training import (
     Setup,
     batches_for,
-    explain,
     held_out_numbers,
     load_model,
     make_trainer,
     prepare,
     targets_of,
+    train,
     wrap,
 )
 
@@ -64,19 +63,16 @@ def run(recipe: Recipe, say: Say = print) -> Result:
     ):  # libraries greet on standard output; the first line there is PEFT's count
         setup = prepare(recipe)
         checkpoint = _checkpoint(recipe)
-        select = _pinned(recipe, checkpoint)
+        kept = _kept(recipe, checkpoint)
         _clear(recipe)
         model = load_model(setup)
-        batches, setup = batches_for(setup, model, select)
-        model = wrap(setup, model, select, batches)
+        model, setup = _wrapped(recipe, setup, model, kept)
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
     before = held_out_numbers(trainer)
     samples = _answers(setup, model, ())
-    started = time.perf_counter()
-    _train(trainer, checkpoint)
-    seconds = time.perf_counter() - started
+    seconds = train(trainer, checkpoint)
     after = held_out_numbers(trainer)
     samples = _answers(setup, model, samples)
     report = layer_report(model)
@@ -122,10 +118,10 @@ def _checkpoint(recipe: Recipe) -> str | None:
     return str(Path(asked).expanduser()) if isinstance(asked, str) else None
 
 
-def _pinned(recipe: Recipe, checkpoint: str | None) -> Any:
-    """The choice of layers to train: the recipe's, or that of the checkpoint. Raises: RecipeError when the two differ."""
+def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
+    """The choice of the run that is resumed, None where there is none. Raises: RecipeError when the recipe asks for another."""
     if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
-        return recipe.select
+        return None
     chosen = selection_of(checkpoint)
     asked, had = Select.parse(recipe.select).to_dict(), dict(chosen.select)
     changed = [k for k in sorted({*asked, *had} - {"by"}) if asked.get(k) != had.get(k)]
@@ -136,7 +132,19 @@ def _pinned(recipe: Recipe, checkpoint: str | None) -> Any:
         raise RecipeError(
             f"select: the run in {checkpoint} chose its layers another way ({lines}); resuming keeps its choice"
         )
-    return {"layers": list(chosen.layers), "stack": chosen.stack}
+    return chosen
+
+
+def _wrapped(recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None) -> tuple[Any, Setup]:
+    """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
+    if kept is None:
+        batches, setup = batches_for(setup, model, recipe.select)
+        return wrap(setup, model, recipe.select, batches), setup
+    wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None)
+    record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
+    record.selection = kept
+    record.config["select"] = Select.parse(recipe.select).to_dict()
+    return wrapped, setup
 
 
 def _clear(recipe: Recipe) -> None:
@@ -147,15 +155,6 @@ def _clear(recipe: Recipe) -> None:
             shutil.rmtree(path)
         if old:
             note(f"removed the checkpoints of the run before: {', '.join(sorted(p.name for p in old))}")
-
-
-def _train(trainer: Any, checkpoint: str | None) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except Exception as error:
-        if (ours := explain(error)) is not None:
-            raise ours from error
-        raise
 
 
 def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:

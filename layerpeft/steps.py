@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from layerpeft import verify
+from layerpeft import backward, verify
 from layerpeft.errors import Problems, SelectionError, TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
@@ -72,6 +72,7 @@ class Follower:
         self._others: dict[str, int] = {}
         self._stepped: set[int] = set()
         self._rate = 0.0
+        self._resumed = False
         if pending is not None:
             self._await(pending)
 
@@ -87,10 +88,8 @@ class Follower:
         if not self._tensors:
             for name, layer in lora_layers(self.model, self.adapter).items():
                 parameter = getattr(layer, "parameter_name", None)
-                target = ".".join(p for p in name.split(".") if p != "base_layer") + (
-                    f".{parameter}" if parameter else ""
-                )
-                self._tensors[target.removeprefix("_orig_mod.")] = adapter_parameters(layer, self.adapter)
+                target = f"{_clean(name)}.{parameter}" if parameter else _clean(name)
+                self._tensors[target] = adapter_parameters(layer, self.adapter)
         return self._tensors
 
     def ids(self) -> set[int]:
@@ -169,7 +168,7 @@ class Follower:
         if self.pending is not None and self.pending.began:
             raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} batches came")
         if not self._start:
-            if self.seen and not self.record.steps_trained:
+            if self.seen and not self._resumed:
                 raise TrainingError(
                     f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
                 )
@@ -196,7 +195,7 @@ class Follower:
         Raises: SelectionError when that run chose otherwise.
         """
         self._forget()
-        self.seen, self._start = 0, {}
+        self.seen, self._start, self._resumed = 0, {}, bool(restored)
         self._stepped.clear()
         if self.pending is not None:
             self.pending.paced = True
@@ -209,23 +208,32 @@ class Follower:
         ]
         if differ:
             raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
-        self._refuse_other(set(then.targets), "the run that is resumed")
+        now = self.record.selection
+        _refuse_other(
+            "the run that is resumed", set(then.targets), set(now.targets if now is not None else self.tensors())
+        )
         self.record.selection = then
         self.record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
 
     def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
-        mark = f".lora_A.{self.adapter}.weight"
-        found = {k.removeprefix(prefix).removesuffix(mark) for k in state if k.startswith(prefix) and k.endswith(mark)}
-        found = {".".join(p for p in n.split(".") if p not in ("base_layer", "_orig_mod")) for n in found}
-        if not found or any("lora_embedding" in n for n in found):
+        # PEFT writes the adapter's name only into the keys of modules that it finds.
+        ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
+        if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
+            ends = ends[1:]
+        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+        found = {_clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
+        if not found or any(".lora_embedding" in k for k in keys):
             return
         kept = self.pending.keep(found) if self.pending is not None else None
-        if kept is None:
-            self._refuse_other(found, "the adapter that is loaded")
-            self._forget()  # loading may put new tensors in the place of the old
-        else:
+        if kept is not None:
             self._settle(kept, None)
+            return
+        pool = (
+            [t.name for t in self.pending.pool] if self.pending is not None else lora_layers(self.model, self.adapter)
+        )
+        _refuse_other("the adapter that is loaded", found, {_clean(n) for n in pool})
+        self._forget()  # loading may put new tensors in the place of the old
 
     def _await(self, pending: Pending) -> None:
         pending.tensors, pending.on_copy = self.tensors, _copied
@@ -262,8 +270,8 @@ class Follower:
             self._settle(selection, optimizer)
             note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
             return True
-        note(f"optimizer step {self.seen} only measures ({pending.progress()} batches); no layer changes")
         pending.go_on()
+        note(f"optimizer step {self.seen} only measures ({pending.progress()} batches); no layer changes")
         return False
 
     def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
@@ -290,18 +298,9 @@ class Follower:
         self.record.selection = selection
         self.pending = None
         self._forget()
+        backward.install(self.model, selection.stack)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not notice that hooks and wrappers are gone
-
-    def _refuse_other(self, theirs: set[str], what: str) -> None:
-        mine = {t for t in self.tensors() if "." in t} if self.pending is None else {t.name for t in self.pending.pool}
-        if theirs == mine:
-            return
-        missing, extra = sorted(theirs - mine), sorted(mine - theirs)
-        raise SelectionError(
-            f"{what} trains other targets than this model. Only there: {_some(missing)}; only here: {_some(extra)}. "
-            "To go on with that choice, pass its record: select={'layers': [...]} with the layers of its layerpeft.json."
-        )
 
 
 def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> Follower:
@@ -390,5 +389,19 @@ def _raise(title: str, faults: list[str]) -> None:
     problems.raise_if_any(TrainingError)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+def _refuse_other(what: str, theirs: set[str], ours: set[str]) -> None:
+    if theirs != ours:
+        raise SelectionError(
+            f"{what} trains other targets than this model. Only there: {_some(theirs - ours)}; only here: "
+            f"{_some(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
+            "of its layerpeft.json."
+        )
+
+
+def _clean(name: str) -> str:
+    """A module's name in the unwrapped model."""
+    return ".".join(p for p in name.split(".") if p not in ("base_layer", "_orig_mod"))
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

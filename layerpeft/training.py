@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from torch import nn
 
 from layerpeft import rows
 from layerpeft.choose import candidates, needs_batches
-from layerpeft.errors import LayerpeftError, RecipeError
+from layerpeft.errors import RecipeError
 from layerpeft.integrations.peft import default_targets
 from layerpeft.layers import LayerMap, layer_map
 from layerpeft.recipe import Recipe, layer_config, training_arguments
@@ -159,6 +160,25 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     )
 
 
+def train(trainer: Any, checkpoint: str | None = None) -> float:
+    """Trains, and returns the seconds it took. The seed is set here, so that what was measured before changes nothing.
+
+    Raises: RecipeError when a tracker refuses.
+    """
+    from transformers import set_seed
+
+    set_seed(trainer.args.seed)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "wandb":  # no login, no network
+            advice = "WANDB_MODE=offline needs no login and no network"
+            raise RecipeError(f"report_to: wandb: {error} ({advice})") from error
+        raise
+    return time.perf_counter() - started
+
+
 def held_out_numbers(trainer: Any) -> dict[str, float]:
     """Loss on the held-out rows, and accuracy and macro-F1 where there are classes; empty without held-out rows."""
     if trainer.eval_dataset is None:
@@ -298,10 +318,3 @@ def class_metrics(found: Sequence[int], wanted: Sequence[int]) -> dict[str, floa
         scores.append(2 * hits / named)
     right = sum(f == w for f, w in zip(found, wanted, strict=True))
     return {"accuracy": right / len(wanted), "macro_f1": sum(scores) / len(scores)}
-
-
-def explain(error: Exception) -> LayerpeftError | None:
-    """A tracker's refusal (no login, no network) as an error of ours; None for any other."""
-    if type(error).__module__.split(".")[0] == "wandb":
-        return RecipeError(f"report_to: wandb: {error} (WANDB_MODE=offline needs no login and no network)")
-    return None

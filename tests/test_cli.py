@@ -113,13 +113,22 @@ def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureF
     assert "before:" in lines and "after:" in lines and any("layerpeft compare" in line for line in lines)
     folder = place / "out-quickstart"
     names = {p.name for p in folder.iterdir()}
-    assert {"adapter_model.safetensors", "layerpeft.json", "layers.csv", "layers.png", "recipe.yaml", "log.jsonl"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "layerpeft.json",
+        "layers.csv",
+        "layers.png",
+        "recipe.yaml",
+        "log.jsonl",
+    } <= names
     assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 0 and "eval_loss" in log[0] and any("loss" in record for record in log)
     base = shipped.resolve("layerpeft://llama-6m")
     ids = torch.arange(100, 140)[None]
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(folder)).eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(folder)
+    ).eval()
     ours = layerpeft.load(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, ours(ids).logits, atol=1e-5)
@@ -142,7 +151,10 @@ def test_the_choice_is_that_of_score_layers_on_the_first_batches(place: Path) ->
 
 
 def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *tiny("revision", "layerpeft.select=last:2", 'columns={text: "{after}", label: "{coarse}"}')]) == 0
+    assert (
+        main(["train", *tiny("revision", "layerpeft.select=last:2", 'columns={text: "{after}", label: "{coarse}"}')])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "macro-F1: " in text and "accuracy: " in text
     labels = json.loads((place / "out-revision" / "labels.json").read_text())
@@ -150,7 +162,9 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     loaded = layerpeft.load(place / "out-revision", num_labels=2)
     trained = loaded.base_model.model.score.modules_to_save["default"].weight
     assert trained.shape == (2, 192)
-    fresh = load_model(prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}')), "score")))
+    fresh = load_model(
+        prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}')), "score"))
+    )
     assert not torch.equal(trained, fresh.score.weight.to(trained.dtype))
 
 

@@ -141,7 +141,9 @@ def test_fits_reads_the_real_classes() -> None:
     arguments, lora = settings_of(TrainingArguments), settings_of(LoraConfig)
     assert fits(arguments["eval_strategy"].hint, "epoch") and not fits(arguments["eval_strategy"].hint, "sometimes")
     assert fits(arguments["warmup_steps"].hint, 0.1) and fits(arguments["report_to"].hint, ["none"])
-    assert fits(lora["init_lora_weights"].hint, "pissa_niter_4") and not fits(lora["init_lora_weights"].hint, "pissa_niter_x")
+    assert fits(lora["init_lora_weights"].hint, "pissa_niter_4") and not fits(
+        lora["init_lora_weights"].hint, "pissa_niter_x"
+    )
     assert fits(lora["eva_config"].hint, {"rho": 2.0}) and not fits(lora["eva_config"].hint, {"rha": 2.0})
     assert complaint(settings_of(SFTConfig)["loss_type"], "ce") is not None
     assert complaint(settings_of(SFTConfig)["loss_type"], "nll") is None
@@ -200,7 +202,9 @@ def test_warmup_steps_below_one_is_a_share() -> None:
     assert TrainingArguments(output_dir="x", warmup_steps=0.1, use_cpu=True).get_warmup_steps(200) == 20
 
 
-@pytest.mark.parametrize("key", ["lisa_activated_layers", "lisa_interval_steps", "use_galore", "galore_rank", "use_badam"])
+@pytest.mark.parametrize(
+    "key", ["lisa_activated_layers", "lisa_interval_steps", "use_galore", "galore_rank", "use_badam"]
+)
 def test_later_methods_say_so(key: str) -> None:
     assert "not in this version" in (recipe_keys.other_road(key, 2) or "")
 
@@ -259,7 +263,9 @@ def test_chat_templates_make_messages() -> None:
     import datasets
 
     found = rows.shape(
-        datasets.Dataset.from_list([{"q": "Why?", "a": "So."}]), "sft", {"system": "Be brief.", "user": "{q}", "assistant": "{a}"}
+        datasets.Dataset.from_list([{"q": "Why?", "a": "So."}]),
+        "sft",
+        {"system": "Be brief.", "user": "{q}", "assistant": "{a}"},
     )
     assert found[0]["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     assert found[0]["completion"] == [{"role": "assistant", "content": "So."}]
@@ -289,7 +295,9 @@ def test_shipped_addresses() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(shipped.recipes()))
-def test_shipped_recipes_are_good_and_survive_being_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_are_good_and_survive_being_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = shipped.recipes()[name].read_text()
     assert text.startswith(f"# layerpeft train {name}\n")

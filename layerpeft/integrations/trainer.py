@@ -34,6 +34,8 @@ def install(begin: Callable[..., None], end: Callable[..., None], state: Callabl
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.model = kwargs.get("model")
             saved = (state.stateful_callbacks or {}).get(NAME)
+            # A checkpoint of a run without this callback has no place for it, and Trainer would fail when it saves the next.
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), NAME: saved or self.state()}
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             begin(self.model, attributes.get("records") if state.global_step else None)
 

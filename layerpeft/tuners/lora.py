@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraModel, PeftModel
 from torch import nn
 
-from layerpeft import choose, save, steps
+from layerpeft import backward, choose, save, steps
 from layerpeft.configs import (
     INIT_WITHOUT_TRACE,
     LayerLoraConfig,
@@ -65,6 +65,8 @@ class LayerLoraModel(LoraModel):
                 select = Select.parse(record.config["select"])
                 pending = steps.Pending(model, select, self._layerpeft_pool)
             steps.follow(model, adapter_name, live, self, pending)
+            if record.selection is not None:
+                backward.install(model, record.selection.stack)
         del self._layerpeft_pool
         become_stock(self, LoraModel)
 
@@ -139,6 +141,7 @@ def load(
     _tie(live, tuner.model, adapter)
     if is_trainable:
         steps.follow(tuner.model, adapter, live, tuner, None)
+        backward.install(tuner.model, live._layerpeft.selection.stack)
     return loaded
 
 
