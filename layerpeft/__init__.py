@@ -14,6 +14,7 @@ from layerpeft.choose import score_layers
 from layerpeft.configs import LayerLoraConfig
 from layerpeft.errors import LayerMapError, LayerpeftError
 from layerpeft.layers import LayerMap, layer_map
+from layerpeft.plan import Plan, plan
 from layerpeft.report import layer_report
 from layerpeft.save import last_checkpoint
 from layerpeft.scores import Scores
@@ -26,6 +27,7 @@ __all__ = [
     "LayerLoraConfig",
     "LayerMap",
     "LayerpeftError",
+    "Plan",
     "Scores",
     "Select",
     "Selection",
@@ -35,6 +37,7 @@ __all__ = [
     "layer_map",
     "layer_report",
     "load",
+    "plan",
     "save_record",
     "score_layers",
 ]

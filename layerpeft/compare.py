@@ -18,27 +18,23 @@ from layerpeft.choose import choose
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.recipe import Recipe, to_yaml
 from layerpeft.selection import Select
-from layerpeft.training import Setup, batches_for, held_out_numbers, load_model, make_trainer, prepare, targets_of, wrap
+from layerpeft.training import (
+    Setup,
+    batches_for,
+    held_out_numbers,
+    load_model,
+    make_trainer,
+    prepare,
+    targets_of,
+    train,
+    wrap,
+)
 
 Say = Callable[[str], None]
 ARMS = ("random", "last", "first", "all")
 NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
-# two-sided 95 % quantiles of Student's t by degrees of freedom; between two entries the smaller one is used
-_T = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-    10: 2.228,
-    15: 2.131,
-    20: 2.086,
-    30: 2.042,
-}  # noqa: E501 fmt: skip
+# two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -150,55 +146,33 @@ def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
     """
     ours = runs[0]
     draws = [run.value for run in runs if run.arm.startswith("random:")]
-    if len(draws) < 2:
-        few = "one random draw has" if draws else "without random draws there is"
-        return Verdict(
-            "unknown", f"Nothing can be said about the choice: {few} no spread to measure by (use --arms random:3)."
-        )
+    if len(draws) < 2 or statistics.stdev(draws) == 0:
+        few = f"all {len(draws)} random draws gave {draws[0]:.4f}, so there is" if len(draws) > 1 else "there is"
+        text = f"Nothing can be said about the choice: {few} no spread between draws to measure by (--arms random:3)."
+        return Verdict("unknown", text)
     mean, spread = statistics.fmean(draws), statistics.stdev(draws)
     gain = mean - ours.value if lower else ours.value - mean
-    if spread == 0:
-        return Verdict(
-            "unknown",
-            f"Nothing can be said about the choice: all {len(draws)} random draws gave the same {what}, {mean:.4f}.",
-        )
-    margin = _quantile(len(draws) - 1) * spread * math.sqrt(1 + 1 / len(draws))
-    range_ = f"{min(draws):.4f} to {max(draws):.4f}"
-    facts = (
-        f"{ours.arm} reached a {what} of {ours.value:.4f}, {len(draws)} random draws {mean:.4f} on average ({range_})"
-    )
-    band = f"one more random draw would fall within ±{margin:.4f} of that average 19 times in 20"
-    if abs(gain) <= margin:
-        side = "beyond every draw, but " if (gain > 0 and _beyond(ours.value, draws, lower)) else ""
-        text = f"No difference shown: {facts}; that is {side}no further than chance reaches ({band})"
-        kind = "no difference"
-    elif gain > 0:
-        text = f"Better than random here: {facts}, and {band}; one run on one set of rows is all this rests on"
-        kind = "better"
+    margin = _T[min(len(draws) - 1, len(_T)) - 1] * spread * math.sqrt(1 + 1 / len(draws))
+    facts = f"{ours.arm} reached a {what} of {ours.value:.4f} and {len(draws)} random draws {mean:.4f} on average"
+    facts += f" ({min(draws):.4f} to {max(draws):.4f}); chance alone explains a gap of up to {margin:.4f}"
+    if gain > margin:
+        kind, text = "better", f"Better than random here: {facts}, and all this rests on one run over one set of rows"
+    elif gain < -margin:
+        kind, text = "worse", f"Random was better: {facts}"
     else:
-        text = f"Random was better: {facts}, and {band}"
-        kind = "worse"
+        kind, text = "no difference", f"No difference shown: {facts}"
     return Verdict(kind, text + _beside(runs, ours, margin, lower) + ".")
-
-
-def _beyond(value: float, draws: Sequence[float], lower: bool) -> bool:
-    return value < min(draws) if lower else value > max(draws)
 
 
 def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
     """How the choice by place did, as a clause: it costs nothing to make."""
     parts = []
     for run in runs[1:]:
-        if run.arm not in ("last", "first"):
-            continue
-        gain = (run.value - ours.value) if lower else (ours.value - run.value)
-        how = "did about as well" if abs(gain) <= margin else "did worse" if gain > 0 else "did better"
-        parts.append(f"; as many layers from the {'end' if run.arm == 'last' else 'start'} {how} ({run.value:.4f})")
+        if run.arm in ("last", "first"):
+            gain = (run.value - ours.value) if lower else (ours.value - run.value)
+            how = "no clear difference" if abs(gain) <= margin else "clearly worse" if gain > 0 else "clearly better"
+            parts.append(f"; as many layers from the {'end' if run.arm == 'last' else 'start'}: {run.value:.4f}, {how}")
     return "".join(parts)
-
-
-def _quantile(freedom: int) -> float:
-    return _T[max(k for k in _T if k <= freedom)]
 
 
 def table(found: Comparison) -> str:
@@ -272,7 +246,7 @@ def _trainer(setup: Setup, layers: tuple[int, ...], stack: str | None) -> tuple[
 
 
 def _train(setup: Setup, arm: str, layers: tuple[int, ...], trainer: Any, model: Any) -> Run:
-    seconds = start(trainer)
+    seconds = train(trainer)
     numbers = held_out_numbers(trainer)
     trainable, _ = model.get_nb_trainable_parameters()
     return Run(arm, layers, trainable, numbers[setup.measure], round(seconds, 1), numbers)
@@ -312,7 +286,7 @@ def draw(found: Comparison, path: Path) -> None:
         if len(values) > 1:
             axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
         layers = (
-            f"{len(runs)} draws of {len(runs[0].layers)}"
+            f"{len(runs)} draws of {len(runs[0].layers)} layers"
             if len(runs) > 1
             else _numbers(runs[0].layers, found.num_layers)
         )
@@ -322,6 +296,6 @@ def draw(found: Comparison, path: Path) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     better = "lower" if found.measure == "eval_loss" else "higher"
     axes.set_xlabel(f"{NAMES[found.measure]} after training ({better} is better; {found.before:.3f} before)")
-    axes.set_title(found.verdict.sentence.partition(":")[0])
+    axes.set_title(f"{found.verdict.sentence.partition(':')[0]} ({found.runs[0].arm} against other choices)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -190,10 +190,10 @@ def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
     """`target_modules`, or what PEFT would put in its place. Raises: ConfigError where PEFT has no default for the model."""
-    if config.target_modules is not None:
+    if config.target_modules is not None or config.target_parameters:
         return config.target_modules
     names = default_targets(layers.model_type)
-    if names is None and not config.target_parameters:
+    if names is None:
         ends = sorted({t.name.rpartition(".")[2] for t in layers.targets})
         raise ConfigError(
             f"target_modules: PEFT has no default for model type {layers.model_type!r}; "

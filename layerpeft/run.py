@@ -281,10 +281,22 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
     ]
     say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
     say("\nnext:")
-    say(f"  layerpeft compare {folder / 'recipe.yaml'} --arms random:3,last,all    # is the choice worth anything?")
-    say(f"  layerpeft score {folder / 'recipe.yaml'}    # the scores alone")
+    for line in _next(recipe, result):
+        say(f"  {line}")
+
+
+def _next(recipe: Recipe, result: Result) -> list[str]:
+    """Commands that make sense after this run."""
+    folder = result.output_dir
+    again = folder / "recipe.yaml"
+    if not (folder / "layerpeft.json").is_file():  # plain LoRA on every layer
+        choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
+        return [f"layerpeft compare {again} {choice} --arms random:3,last,all    # are fewer layers enough?"]
+    lines = [f"layerpeft compare {again} --arms random:3,last,all    # is the choice worth anything?"]
+    if any(row.score is not None for row in result.report.rows):
+        lines.append(f"layerpeft score {again}    # the scores alone")
     extra = ""
     if recipe.trainer == "classification":
         extra = f", num_labels={len(json.loads((folder / 'labels.json').read_text(encoding='utf-8')))}"
     call = f"layerpeft.layer_report(layerpeft.load('{folder}'{extra}))"
-    say(f'  python -c "import layerpeft; print({call})"')
+    return [*lines, f'python -c "import layerpeft; print({call})"']

@@ -4,7 +4,6 @@ around it, and at the end, that what trains is what was asked for."""
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import sys
@@ -71,6 +70,7 @@ class Follower:
         self._frozen: dict[str, int] = {}
         self._others: dict[str, int] = {}
         self._stepped: set[int] = set()
+        self._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
         self._rate = 0.0
         self._resumed = False
         if pending is not None:
@@ -84,12 +84,14 @@ class Follower:
         return model
 
     def tensors(self) -> Tensors:
-        """Target -> the adapter's tensors in it."""
+        """Target -> the adapter's tensors in it, with the bias that it trains."""
         if not self._tensors:
             for name, layer in lora_layers(self.model, self.adapter).items():
                 parameter = getattr(layer, "parameter_name", None)
                 target = f"{_clean(name)}.{parameter}" if parameter else _clean(name)
-                self._tensors[target] = adapter_parameters(layer, self.adapter)
+                group = adapter_parameters(layer, self.adapter)
+                bias = getattr(layer.get_base_layer(), "bias", None) if self.config.bias == "lora_only" else None
+                self._tensors[target] = group | ({"bias": bias} if isinstance(bias, nn.Parameter) else {})
         return self._tensors
 
     def ids(self) -> set[int]:
@@ -105,6 +107,7 @@ class Follower:
         config._layerpeft = replace(old, steps_trained=dict(old.steps_trained), checks=dict(old.checks))
         config._layerpeft_model = weakref.ref(model)
         twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
+        twin._asked = self._asked  # the copy is still empty
         twin.pending = copy.deepcopy(self.pending, memo)
         return twin
 
@@ -134,13 +137,14 @@ class Follower:
         if not self._rate or held <= self._stepped:
             return
         ids = self.ids()
-        known = {id(p) for o in _holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
+        known = {id(p) for o in verify.holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
         faults, idle = verify.before_step(self.tensors(), known, held - self._stepped)
+        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
+        faults += verify.not_asked_for(others, self._asked)
         _raise("stopped before the first update, because it would not train what was chosen", faults)
         self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
         if not self._start:
             self._frozen = verify.checksums(self.model)
-            others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
             self._others = verify.checksums(self.model, others)
             self._start = verify.snapshot(self.tensors())
 
@@ -209,7 +213,7 @@ class Follower:
         if differ:
             raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
         now = self.record.selection
-        _refuse_other(
+        verify.same_targets(
             "the run that is resumed", set(then.targets), set(now.targets if now is not None else self.tensors())
         )
         self.record.selection = then
@@ -232,7 +236,7 @@ class Follower:
         pool = (
             [t.name for t in self.pending.pool] if self.pending is not None else lora_layers(self.model, self.adapter)
         )
-        _refuse_other("the adapter that is loaded", found, {_clean(n) for n in pool})
+        verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
         self._forget()  # loading may put new tensors in the place of the old
 
     def _await(self, pending: Pending) -> None:
@@ -283,13 +287,13 @@ class Follower:
         for name in list(lora_layers(self.model, self.adapter)):
             if name.removeprefix("_orig_mod.") not in chosen:
                 unwrap_layer(self.model, name, self.adapter)
-        for holder in _holders(optimizer, self.ids()) if optimizer is not None else ():
+        for holder in verify.holders(optimizer, self.ids()) if optimizer is not None else ():
             for group in holder.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in removed]
             for parameter in removed.values():
                 holder.state.pop(parameter, None)
         for parameter in removed.values():
-            parameter.grad = None
+            parameter.requires_grad_(False).grad = None
         tuner = self._tuner()
         if tuner is not None and hasattr(tuner, "targeted_module_names"):
             names = tuner.targeted_module_names
@@ -375,13 +379,6 @@ def _state(model: nn.Module | None) -> dict[str, Any]:
     }
 
 
-def _holders(stepping: Optimizer, ids: set[int]) -> list[Optimizer]:
-    """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
-    if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
-        return [stepping]
-    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
-
-
 def _raise(title: str, faults: list[str]) -> None:
     problems = Problems(title)
     for fault in faults:
@@ -389,19 +386,6 @@ def _raise(title: str, faults: list[str]) -> None:
     problems.raise_if_any(TrainingError)
 
 
-def _refuse_other(what: str, theirs: set[str], ours: set[str]) -> None:
-    if theirs != ours:
-        raise SelectionError(
-            f"{what} trains other targets than this model. Only there: {_some(theirs - ours)}; only here: "
-            f"{_some(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
-            "of its layerpeft.json."
-        )
-
-
 def _clean(name: str) -> str:
     """A module's name in the unwrapped model."""
     return ".".join(p for p in name.split(".") if p not in ("base_layer", "_orig_mod"))
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

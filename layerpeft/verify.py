@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from layerpeft.errors import SelectionError
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 BLOCK = 1 << 14
@@ -70,6 +74,16 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
     return faults, idle
 
 
+def not_asked_for(trainable: Iterable[str], asked: Set[str]) -> list[str]:
+    """Faults for parameters that someone has unfrozen since the model was wrapped; heads and other adapters are none."""
+    marks = (".modules_to_save.", ".token_adapter.", ".lora_")
+    return [
+        f"{n}: it is trainable and was not chosen; freeze it, or name its module in modules_to_save"
+        for n in trainable
+        if n not in asked and not any(mark in n for mark in marks)
+    ]
+
+
 def snapshot(tensors: Parameters) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of the adapter's tensors."""
     return {t: {n: p.detach().clone() for n, p in group.items()} for t, group in tensors.items()}
@@ -95,13 +109,34 @@ def why_unmoved(group: Mapping[str, nn.Parameter], rate: float) -> str:
     return "the optimizer did not change it: look for a learning rate of zero in its group"
 
 
-def learning_rate(optimizer: torch.optim.Optimizer, ids: Set[int]) -> float:
+def learning_rate(optimizer: Optimizer, ids: Set[int]) -> float:
     """The largest learning rate among the groups that hold one of these tensors."""
     rates = [float(g["lr"]) for g in optimizer.param_groups if any(id(p) in ids for p in g["params"])]
     return max((r for r in rates if math.isfinite(r)), default=0.0)
 
 
-def skipped(optimizer: torch.optim.Optimizer) -> bool:
+def skipped(optimizer: Optimizer) -> bool:
     """Whether a loss scaler tells the optimizer to skip this step (fused optimizers step through it without a change)."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def holders(stepping: Optimizer, ids: Set[int]) -> list[Optimizer]:
+    """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
+    if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
+        return [stepping]
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+
+
+def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:
+    """Raises: SelectionError where a run or adapter of before and this model do not train the same targets."""
+    if theirs != ours:
+        raise SelectionError(
+            f"{what} trains other targets than this model. Only there: {_some(theirs - ours)}; only here: "
+            f"{_some(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
+            "of its layerpeft.json."
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

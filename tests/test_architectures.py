@@ -251,3 +251,20 @@ def test_names_that_peft_takes_for_experts_are_refused():
         with pytest.raises(ConfigError, match="experts of every layer.*exclude_modules=.*'shared_expert.down_proj'"):
             get_peft_model(model, LayerLoraConfig(select=select, target_modules="all-linear"))
     assert {n: type(m) for n, m in model.named_modules()} == kept
+
+
+def test_a_name_that_ends_like_a_chosen_one_is_left_alone(tmp_path):
+    def build() -> nn.Module:
+        model, tower = nn.Module(), nn.Module()
+        for holder in (model, tower):
+            holder.layers = nn.ModuleList(NanoMLP() for _ in range(2))
+        model.tower = tower
+        return model
+
+    wrapped = get_peft_model(
+        build(), LayerLoraConfig(select={"layers": "last:1", "stack": "layers"}, target_modules="all-linear")
+    )
+    wrapped.save_pretrained(str(tmp_path))
+    for model in (wrapped, peft.PeftModel.from_pretrained(build(), str(tmp_path))):
+        names = {n for n, _ in model.named_parameters() if "lora_A" in n}
+        assert names == {f"{PREFIX}layers.1.{n}.lora_A.default.weight" for n in ("c_fc", "c_proj")}

@@ -12,6 +12,7 @@ NAMES = [
     "LayerLoraConfig",
     "LayerMap",
     "LayerpeftError",
+    "Plan",
     "Scores",
     "Select",
     "Selection",
@@ -21,6 +22,7 @@ NAMES = [
     "layer_map",
     "layer_report",
     "load",
+    "plan",
     "save_record",
     "score_layers",
 ]

@@ -123,7 +123,7 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
         fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=trainer.model.dtype)
         scores = scored(fresh, seen.batches[:1])
         assert layers == sorted(scores.ranked()[:3])
-        assert record(trainer).selection.scores.values == pytest.approx(scores.values, rel=1e-3)
+        assert record(trainer).selection.scores.values == pytest.approx(scores.values, rel=5e-3)
     else:
         assert layers == [9, 10, 11]
     assert record(trainer).checks["end"] and record(trainer).steps_trained == dict.fromkeys(layers, 2)
@@ -131,22 +131,30 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
     assert {layer_of(n) for n in saved} == set(layers) and len(saved) == 2 * len(wrapped)
 
 
-@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["default", "reentrant"])
-def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_step(rows, tmp_path, checkpointing):
-    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
-    options |= {"gradient_checkpointing_kwargs": checkpointing, "max_steps": 1, "save_strategy": "no"}
-    trainer = sft(rows, tmp_path, LayerLoraConfig(select=BY_GRADIENT), **options)
+@pytest.mark.parametrize("lengths", ["equal", "ragged"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["default", "reentrant"])
+def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_step(rows, tmp_path, reentrant, lengths):
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "max_steps": 1}
+    options |= {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}, "save_strategy": "no"}
+    data = rows
+    if lengths == "equal":
+        draw = torch.Generator().manual_seed(3)
+        data = Dataset.from_dict({"input_ids": torch.randint(5, 4000, (32, 32), generator=draw).tolist()})
+    trainer = sft(data, tmp_path, LayerLoraConfig(select=BY_GRADIENT), **options)
     seen = Seen().watch(trainer)
     trainer.train()
-    # with reentrant checkpointing the hook on the model still sees each micro-batch once
     assert len(seen.batches) == 4
     fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=trainer.model.dtype)
     scores = scored(fresh, seen.batches)
     found = record(trainer).selection
     assert found.layers == tuple(sorted(scores.ranked()[:3]))
     assert found.scores.origin["num_batches"] == 4
-    factor = found.scores.values[0] / scores.values[0]  # Trainer may divide the loss by the number of micro-batches
-    assert found.scores.values == pytest.approx([factor * v for v in scores.values], rel=2e-3)
+    # Training divides each loss by the tokens of the whole step, score_layers by those of the batch: with batches of one
+    # size that is one factor for all layers, otherwise batches weigh a little differently.
+    factor = sum(found.scores.values) / sum(scores.values)
+    assert factor == pytest.approx(0.25, rel=0.05)
+    tolerance = 5e-3 if lengths == "equal" else 5e-2
+    assert found.scores.values == pytest.approx([factor * v for v in scores.values], rel=tolerance)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -248,7 +256,13 @@ def classify(folder, out, config, **options):
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 100, (32, 8), generator=draw)
     data = [{"input_ids": x.tolist(), "labels": int(x[0]) % 3} for x in ids]
-    options = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-2, **options}
+    options = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        **options,
+    }
     args = TrainingArguments(str(out), report_to=[], use_cpu=True, logging_steps=1, disable_tqdm=True, **options)
     wrapped = layerpeft.get_peft_model(model, config)
     return Trainer(wrapped, args=args, train_dataset=data, eval_dataset=data[:8])
@@ -287,8 +301,12 @@ def test_the_best_model_is_loaded_at_the_end(bert, tmp_path):
 
 
 def test_two_models_in_one_process_keep_their_own_records(bert, tmp_path):
-    one = classify(bert, tmp_path / "1", LayerLoraConfig(select=[0], target_modules=["query"]), save_strategy="steps", save_steps=3)
-    two = classify(bert, tmp_path / "2", LayerLoraConfig(select=[3], target_modules=["query"]), save_strategy="steps", save_steps=3)
+    one = classify(
+        bert, tmp_path / "1", LayerLoraConfig(select=[0], target_modules=["query"]), save_strategy="steps", save_steps=3
+    )
+    two = classify(
+        bert, tmp_path / "2", LayerLoraConfig(select=[3], target_modules=["query"]), save_strategy="steps", save_steps=3
+    )
     one.train()
     two.train()
     for number, layer in ((1, 0), (2, 3)):
@@ -314,7 +332,9 @@ def test_a_second_training_of_one_model_is_checked_and_counted_anew(bert, tmp_pa
 def test_dpo(rows, tmp_path, select):
     from trl import DPOConfig, DPOTrainer
 
-    pairs = rows.select(range(16)).map(lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion")
+    pairs = rows.select(range(16)).map(
+        lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion"
+    )
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 48, "use_cpu": True}
     args = DPOConfig(str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options)
     trainer = DPOTrainer(str(LLAMA), args=args, train_dataset=pairs, peft_config=LayerLoraConfig(select=select))
@@ -330,9 +350,13 @@ def test_dpo(rows, tmp_path, select):
 def test_reward(rows, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
-    pairs = rows.select(range(16)).map(lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion")
+    pairs = rows.select(range(16)).map(
+        lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion"
+    )
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 48, "use_cpu": True}
-    args = RewardConfig(str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options)
+    args = RewardConfig(
+        str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options
+    )
     config = LayerLoraConfig(select=BY_GRADIENT, task_type="SEQ_CLS")
     trainer = RewardTrainer(str(LLAMA), args=args, train_dataset=pairs, peft_config=config)
     before = snapshot(trainer.model)
