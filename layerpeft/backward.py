@@ -2,9 +2,10 @@
 
 Autograd stops there by itself. What defeats it are hooks that make the embeddings' output require a gradient, so that
 checkpointing works on frozen models (TRL and `prepare_model_for_kbit_training` ask for them): then the backward pass runs
-through, and recomputes, every frozen layer below. Those hooks are taken off while nothing below needs them, whoever put them there and however
-often. Reentrant checkpointing needs an input that requires a gradient; it gets one at the cut instead of at the bottom.
-Nothing is detached: where something below really trains (embeddings, prompt tokens, another adapter), its gradients flow on.
+through, and recomputes, every frozen layer below. Those hooks are taken off while nothing below needs them, whoever put them
+there and however often. Reentrant checkpointing needs an input that requires a gradient; it gets one at the cut instead of at
+the bottom. Nothing is detached: where something below really trains (embeddings, prompt tokens, another adapter), its gradients
+flow on.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 
 from layerpeft import Scores, layer_map, registry, score_layers
 from layerpeft.errors import ScoreError, SelectionError
-from layerpeft.scores import Request
 from layerpeft.scorers import outliers
+from layerpeft.scores import Request
 
 SCORERS = registry.names("layerpeft.scorers")
 OPTIONS = {"outliers": {"M": 4}}
