@@ -31,7 +31,7 @@ from layerpeft.selection import (
     layer_numbers,
     options_of,
 )
-from layerpeft.targets import Names, match_targets
+from layerpeft.targets import Names, exclusions, match_targets
 
 Batches = Iterable[Any]
 
@@ -59,7 +59,7 @@ def score_layers(
     select = Select.parse({"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, **options})
     layers = layer_map(model, select.stack)
     names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
-    targets = match_targets(layers, names, exclude_modules, target_parameters)
+    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
     return _score(model, select, layers, targets, batches, progress)
 
 
@@ -80,7 +80,7 @@ def choose(
     select = Select.parse(select)
     layers = layer_map(model, select.stack)
     names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
-    targets = match_targets(layers, names, exclude_modules, target_parameters)
+    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
     scores = select.by if isinstance(select.by, Scores) else _score(model, select, layers, targets, batches, progress)

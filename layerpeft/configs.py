@@ -106,7 +106,7 @@ class LayerLoraConfig(LoraConfig):
             self.select,
             batches=given,
             target_modules=target_names(self, layers),
-            exclude_modules=exclusions(self, model, layers),
+            exclude_modules=self.exclude_modules,
             target_parameters=self.target_parameters,
             progress=progress,
         )
@@ -200,26 +200,6 @@ def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
             f"give some of {', '.join(ends)}, or 'all-linear'"
         )
     return names
-
-
-def exclusions(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> Any:
-    """`exclude_modules` without what lies outside the layers, where nothing is wrapped anyway; None where nothing is left."""
-    given = config.exclude_modules
-    if not given:
-        return None
-    blocks = tuple(f"{layer.name}." for layer in layers.layers)
-    names = [n for n, _ in base_of(model).named_modules() if n]
-    inside, outside = [n for n in names if n.startswith(blocks)], [n for n in names if not n.startswith(blocks)]
-    inside += [t.name for t in layers.targets]
-    if isinstance(given, str):
-        hits = [any(re.fullmatch(given, n) for n in side) for side in (inside, outside)]
-        return None if hits == [False, True] else given
-
-    def only_outside(name: str) -> bool:
-        hits = [any(n == name or n.endswith(f".{name}") for n in side) for side in (inside, outside)]
-        return hits == [False, True]
-
-    return {n for n in given if not only_outside(n)} or None
 
 
 def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:

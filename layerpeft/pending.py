@@ -20,7 +20,10 @@ Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors 
 class Pending:
     """A choice among wrapped targets (the pool) that is made just before the first optimizer step.
 
-    State is real here: hooks are on the model until `close`. `tensors`, `on_copy` and `paced` are set by who follows the steps.
+    Under a Trainer the choice falls between the last backward pass and clipping, so that the norm that clips is that of the chosen
+    tensors. In other loops the optimizer's hook is the first moment that says a step is complete; who clips by hand in such a
+    loop clips the first step by the norm of the whole pool. State is real here: hooks are on the model until `close`. `tensors`,
+    `on_copy` and `paced` are set by who follows the steps.
     """
 
     def __init__(self, model: nn.Module, select: Select, pool: tuple[Target, ...]) -> None:

@@ -23,7 +23,7 @@ from layerpeft.integrations.tracing import as_traced
 from layerpeft.layers import LayerMap, base_of, layer_map
 from layerpeft.scores import Scores
 from layerpeft.selection import Select, how_many
-from layerpeft.targets import match_targets
+from layerpeft.targets import exclusions, match_targets
 
 # bytes of optimizer state per trained element, besides the weight itself
 STATES = {
@@ -143,7 +143,12 @@ def _resolved(config: peft.PeftConfig, model: nn.Module) -> tuple[peft.PeftConfi
     if isinstance(select.by, Scores) or choose.needs(select) == "nothing":
         return config.resolve(model), ()
     layers = layer_map(model, select.stack)
-    targets = match_targets(layers, target_names(config, layers), config.exclude_modules, config.target_parameters)
+    targets = match_targets(
+        layers,
+        target_names(config, layers),
+        exclusions(config.exclude_modules, model, layers),
+        config.target_parameters,
+    )
     among = choose.candidates(select, layers, targets)
     count = how_many(select.keep, len(among)) or len(among)
     twin = copy.deepcopy(config)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.pn
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: what was mapped."""
+    """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: mappings."""
 
     source: str
     path: Path
@@ -38,6 +38,7 @@ class Recipe:
     select: Any
     block: Mapping[str, Any]
     notices: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
         """The value of a top-level key, or its default."""
@@ -61,7 +62,7 @@ def load_recipe(source: str, settings: Sequence[str] = (), purpose: str = "train
         raise RecipeError(f"{source}: not a readable text file ({error})") from error
     document = override(parse(text), settings)
     check = _Check(document, purpose)
-    recipe = check.run(source, path)
+    recipe = replace(check.run(source, path), settings=tuple(settings))
     problems = Problems(f"recipe {source}")
     for _, sentence in sorted(check.found, key=lambda item: item[0]):
         problems.add(sentence)
@@ -198,7 +199,7 @@ class _Check:
             return "lora", "all", {}
         given = dict(block)
         method = given.pop("method", "lora")
-        if method not in CONFIGS:
+        if not isinstance(method, str) or method not in CONFIGS:
             later = f"method {method!r} is not in this version; there is: {', '.join(CONFIGS)}"
             spelled = method in keys.LATER_METHODS
             self.add(later if spelled else unknown("method", method, CONFIGS), "layerpeft", "method")
@@ -352,9 +353,9 @@ class _Check:
             return True
         except LayerpeftError as error:
             self.fold(error, prefix, *path)
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        except Exception as error:  # constructors of other libraries raise what they like
             text = " ".join(str(error).split())
-            self.add(f"{prefix}{text[:400]}", *path)
+            self.add(f"{prefix}{text[:400] or type(error).__name__}", *path)
         return False
 
     def fold(self, error: LayerpeftError, prefix: str, *path: str) -> None:

@@ -94,7 +94,7 @@ def override(document: Document, settings: Sequence[str]) -> Document:
     data, places, problems = _copy(document.data), dict(document.places), list(document.problems)
     for setting in settings:
         key, equals, text = setting.partition("=")
-        parts = key.strip().lstrip("-").split(".")
+        parts = key.strip().split(".")
         if not equals or not all(parts):
             problems.append(f"command line: {setting!r} is not of the form key=value (example: layerpeft.r=8)")
             continue

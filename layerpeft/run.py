@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -249,8 +250,9 @@ def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: S
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
     keep = Select.parse(recipe.select).keep
     say("\nnext:")
-    say(f"  layerpeft train {recipe.source} layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'")
-    say(f"  layerpeft compare {recipe.source} --arms random:3,last,all")
+    words = shlex.join([recipe.source, *recipe.settings])
+    say(f"  layerpeft train {words} layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'")
+    say(f"  layerpeft compare {words} --arms random:3,last,all")
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Follower:
         self._frozen: dict[str, int] = {}
         self._others: dict[str, int] = {}
         self._stepped: set[int] = set()
-        self._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        self._asked: frozenset[str] = frozenset()  # what PEFT made trainable
         self._rate = 0.0
         self._resumed = False
         if pending is not None:
@@ -107,7 +107,7 @@ class Follower:
         config._layerpeft = replace(old, steps_trained=dict(old.steps_trained), checks=dict(old.checks))
         config._layerpeft_model = weakref.ref(model)
         twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
-        twin._asked = self._asked  # the copy is still empty
+        twin._asked = self._asked
         twin.pending = copy.deepcopy(self.pending, memo)
         return twin
 
@@ -310,6 +310,7 @@ class Follower:
 def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> Follower:
     """Begins to follow one adapter; the follower lives as long as the model."""
     follower = Follower(model, adapter, config, tuner, pending)
+    follower._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     tether = model.__dict__.get("_layerpeft")
     if tether is None:
         tether = model.__dict__["_layerpeft"] = Tether()
@@ -356,6 +357,8 @@ def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None) -> No
 
 def _train_end(model: nn.Module | None, output_dir: str) -> None:
     followers = followers_of(model)
+    for pending in (f.pending for f in followers if f.pending is not None):
+        pending.paced = False
     try:
         for follower in followers:
             follower.check()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from layerpeft.errors import Problems, SelectionError, nearest
-from layerpeft.layers import LayerMap, Target
+from layerpeft.layers import LayerMap, Target, base_of
 
 Names = str | Iterable[str] | None
-PARAMETERS = ("experts", "parameter")  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
+PARAMETERS = (
+    "experts",
+    "parameter",
+)  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
 
 
 def match_targets(
@@ -41,6 +46,25 @@ def match_targets(
     if not chosen:
         raise SelectionError(f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}")
     return tuple(t for t in layers.targets if t.name in chosen)
+
+
+def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
+    """`exclude_modules` without what lies outside the layers, where nothing is wrapped anyway; None where nothing is left."""
+    if not given:
+        return None
+    blocks = tuple(f"{layer.name}." for layer in layers.layers)
+    names = [n for n, _ in base_of(model).named_modules() if n]
+    inside, outside = [n for n in names if n.startswith(blocks)], [n for n in names if not n.startswith(blocks)]
+    inside += [t.name for t in layers.targets]
+    if isinstance(given, str):
+        hits = [any(re.fullmatch(given, n) for n in side) for side in (inside, outside)]
+        return None if hits == [False, True] else given
+
+    def only_outside(name: str) -> bool:
+        hits = [any(n == name or n.endswith(f".{name}") for n in side) for side in (inside, outside)]
+        return hits == [False, True]
+
+    return {n for n in given if not only_outside(n)} or None
 
 
 def _matching(patterns: Names, names: list[str], problems: Problems, layers: LayerMap, what: str = "") -> set[str]:

@@ -23,7 +23,7 @@ from layerpeft.recipe import Recipe, layer_config, training_arguments
 from layerpeft.scores import Scores
 from layerpeft.selection import DEFAULT_BATCHES, Select, how_many
 from layerpeft.shipped import resolve
-from layerpeft.targets import match_targets
+from layerpeft.targets import exclusions, match_targets
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def check_choice(setup: Setup) -> LayerMap | None:
     where = targets_of(recipe)
     if where["target_modules"] is None and not where["target_parameters"]:
         where["target_modules"] = default_targets(layers.model_type) or "all-linear"
+    where["exclude_modules"] = exclusions(where["exclude_modules"], model, layers)
     targets = match_targets(layers, **where)
     how_many(select.keep, len(candidates(select, layers, targets)))
     if isinstance(select.by, Scores):
@@ -110,7 +111,7 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
     quantized = getattr(model, "is_quantized", False)
     if quantized:  # Trainer refuses a quantized model without an adapter; this one is taken off again
         model = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules="all-linear"))
-    trainer = make_trainer(setup, model, report_to="none")
+    trainer = make_trainer(setup, model, report_to="none", push_to_hub=False)
     batches = list(islice(iter(trainer.get_train_dataloader()), count))
     setup = dataclasses.replace(setup, train=trainer.train_dataset, held_out=trainer.eval_dataset, ready=True)
     if quantized:

@@ -111,8 +111,9 @@ def describe(hint: Any) -> str:
 
 def build(hint: Any, value: Any) -> Any:
     """The value as a constructor wants it: mappings turned into the dataclass that the hint names, where it names one."""
-    kinds = [p for p in (hint, *get_args(hint)) if dataclasses.is_dataclass(p) and isinstance(p, type)]
-    if isinstance(value, dict) and kinds:
+    parts = (hint, *get_args(hint))
+    kinds = [p for p in parts if dataclasses.is_dataclass(p) and isinstance(p, type)]
+    if isinstance(value, dict) and kinds and dict not in parts:
         return kinds[0](**{k: build(settings_of(kinds[0])[k].hint, v) for k, v in value.items()})
     return value
 

@@ -24,7 +24,9 @@ def test_peft_takes_a_sibling_type():
 
 def test_peft_calls_the_two_hooks_around_injection():
     text = inspect.getsource(BaseTuner.__init__)
-    before, inject, after = (text.index(n) for n in ("_pre_injection_hook", "self.inject_adapter(", "_post_injection_hook"))
+    before, inject, after = (
+        text.index(n) for n in ("_pre_injection_hook", "self.inject_adapter(", "_post_injection_hook")
+    )
     assert before < inject < after
 
 
@@ -78,3 +80,31 @@ def test_torch_has_the_global_step_hooks_and_registration_hook():
 def test_bitsandbytes_has_the_cpu_switch():
     bnb = pytest.importorskip("bitsandbytes")
     assert hasattr(bnb.nn.Linear4bit(4, 4), "support_avx512bf16_for_cpu")
+
+
+def test_peft_renames_targets_of_fused_experts_and_freezes_some_tensors():
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    assert {"model", "conversions"} <= set(inspect.signature(convert_peft_config_for_transformers).parameters)
+    assert isinstance(LoraLayer.__dict__.get("frozen_peft_weight_names", {}), property | dict) or hasattr(
+        peft.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+        ).base_model.model[0],
+        "frozen_peft_weight_names",
+    )
+
+
+def test_transformers_marks_its_checkpointing():
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_utils import PreTrainedModel
+
+    assert GradientCheckpointingLayer.gradient_checkpointing is False
+    assert "make_inputs_require_grads" in inspect.getsource(PreTrainedModel.enable_input_require_grads)
+    assert "make_inputs_require_grad" in inspect.getsource(peft.PeftModel.prepare_model_for_gradient_checkpointing)
+
+
+def test_torch_has_traced_tensors():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    made = FakeTensor(FakeTensorMode(), torch.empty(2, 3, device="meta"), torch.device("cpu"))
+    assert made.shape == (2, 3) and made.device.type == "cpu"

@@ -351,9 +351,12 @@ def test_gradient_checkpointing_counts_nothing_twice(batches):
             assert record(model).selection.scores.values == pytest.approx(scores.values, rel=1e-5)
 
 
-def test_compiled_models(batches):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_models(batches, in_place):
     model = wrap({**BY_GRADIENT, "keep": 1}, llama(num_hidden_layers=2))
-    compiled = torch.compile(model, backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
     optimizer = adamw(model)
     losses = []
     for batch in batches[:3]:

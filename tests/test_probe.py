@@ -82,7 +82,14 @@ class Shapes(TorchDispatchMode):
         for leaf in torch.utils._pytree.tree_leaves(result):
             # transposes and detached views of the weights themselves are not new tensors
             if isinstance(leaf, torch.Tensor) and tuple(leaf.shape) in self.shapes and leaf._base is None:
-                self.made += func.__name__.split(".")[0] not in ("t", "transpose", "detach", "view", "_unsafe_view", "alias")
+                self.made += func.__name__.split(".")[0] not in (
+                    "t",
+                    "transpose",
+                    "detach",
+                    "view",
+                    "_unsafe_view",
+                    "alias",
+                )
         return result
 
 
@@ -186,7 +193,9 @@ def test_normalised_norms_are_the_plain_ones_divided(small_llama, gsm8k_batches,
     got = score_layers(small_llama, normalize=normalize, **kwargs)
     for layer in layer_map(small_llama).layers:
         weights = [small_llama.get_submodule(t.name).weight.detach().double() for t in layer.targets]
-        size = sum(w.numel() for w in weights) if normalize == "numel" else sum(float(w.square().sum()) for w in weights)
+        size = (
+            sum(w.numel() for w in weights) if normalize == "numel" else sum(float(w.square().sum()) for w in weights)
+        )
         assert got.values[layer.index] == pytest.approx(plain.values[layer.index] / size**0.5, rel=1e-5)
 
 
@@ -231,7 +240,9 @@ def test_quantized_bases_are_scored_in_eval_mode(llama, gsm8k_batches, bits):
     assert all(torch.equal(packed[n], p) for n, p in llama.named_parameters())
     setattr(llama, f"is_loaded_in_{bits}bit", True)  # what transformers' loader leaves for PEFT to see
     wrapped = get_peft_model(llama, LayerLoraConfig(select="last:2", target_modules="all-linear")).train()
-    wrapped(**gsm8k_batches[0]).loss.backward()  # on some CPUs an evaluation forward repacks 4-bit weights and breaks this
+    wrapped(
+        **gsm8k_batches[0]
+    ).loss.backward()  # on some CPUs an evaluation forward repacks 4-bit weights and breaks this
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
 
 
@@ -250,6 +261,14 @@ def test_a_target_that_is_never_called_is_an_error_not_a_zero():
 
     with pytest.raises(ScoreError, match=r"2 target\(s\) got no gradient.*layers\.0\.b"):
         score_layers(Odd(), batches=[{"x": torch.randn(3, 4)}], target_modules="all-linear", progress=False)
+
+
+def test_gradients_that_are_all_zero_are_an_error(llama, gsm8k_batches):
+    batch = dict(gsm8k_batches[0]) | {"labels": gsm8k_batches[0]["labels"].clone()}
+    llama.lm_head = torch.nn.Linear(192, 4096, bias=False)
+    torch.nn.init.zeros_(llama.lm_head.weight)
+    with pytest.raises(ScoreError, match="all gradients are exactly zero"):
+        score_layers(llama, batches=[batch], progress=False)
 
 
 def test_the_probe_costs_no_gradient_memory_in_the_wrapped_model(llama, gsm8k_batches):

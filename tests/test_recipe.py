@@ -87,7 +87,7 @@ def test_dump_is_read_back_unchanged() -> None:
 
 def test_override_reaches_inside_and_says_where_it_was_written() -> None:
     document = parse("a: 1\nlayerpeft:\n  r: 4\n  select: {by: random, keep: 2}\n")
-    after = override(document, ["layerpeft.select.keep=3", "--a=1e-5", "layerpeft.lora_alpha=8", "new.deep={x: [1]}"])
+    after = override(document, ["layerpeft.select.keep=3", "a=1e-5", "layerpeft.lora_alpha=8", "new.deep={x: [1]}"])
     assert after.problems == ()
     assert after.data["layerpeft"] == {"r": 4, "select": {"by": "random", "keep": 3}, "lora_alpha": 8}
     assert after.data["a"] == 1e-5 and after.data["new"] == {"deep": {"x": [1]}}

@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
@@ -22,7 +24,7 @@ from transformers import (
 
 import layerpeft
 from layerpeft import LayerLoraConfig
-from layerpeft.errors import SelectionError, TrainingError
+from layerpeft.errors import ScoreError, SelectionError, TrainingError
 from tests.conftest import DATA, LLAMA
 
 BY_GRADIENT = {"by": "gradient_norm", "keep": 3}
@@ -117,6 +119,8 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
     wrapped = [n for n, _ in trainer.model.named_parameters() if "lora_B" in n]
     assert changed >= {plain(n) for n in wrapped}
     assert {layer_of(plain(n)) for n in wrapped} == set(layers)
+    held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     base = load_file(LLAMA / "model.safetensors")
     assert all(torch.equal(p.to(base[n].dtype), base[n]) for n, p in snapshot(trainer.model).items() if n in base)
     if isinstance(select, dict):
@@ -234,6 +238,41 @@ def test_training_that_ends_before_the_choice_is_an_error_and_keeps_what_there_i
     assert (tmp_path / "unverified" / "adapter_model.safetensors").is_file()
 
 
+def test_a_choice_that_cannot_be_made_stops_training_with_its_own_error(rows, tmp_path):
+    select = {"by": "outliers", "keep": 2, "M": 10000}
+    trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), save_strategy="no")
+    before = snapshot(trainer.model)
+    with pytest.raises(ScoreError, match="is an outlier at M = 10000.*Lower it"):
+        trainer.train()
+    assert moved(trainer.model, before) == set()
+
+
+def test_a_loop_with_accelerate(rows, tmp_path, gsm8k_batches):
+    model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model = layerpeft.get_peft_model(model, LayerLoraConfig(select=BY_GRADIENT, task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        prepared, stepper = accelerator.prepare(model, optimizer)
+        for batch in gsm8k_batches[:4]:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+                stepper.step()
+                stepper.zero_grad()
+    finally:
+        AcceleratorState._reset_state(True)
+    layerpeft.check_trained(model)
+    fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    scores = layerpeft.score_layers(fresh, batches=gsm8k_batches[:2], num_batches=2, progress=False)
+    found = model.peft_config["default"]._layerpeft
+    assert found.selection.layers == tuple(sorted(scores.ranked()[:3]))
+    assert found.selection.scores.values == pytest.approx([v / 2 for v in scores.values], rel=1e-4)
+    assert found.steps_trained == dict.fromkeys(found.selection.layers, 2)
+
+
 # transformers' Trainer on a classification model
 
 
@@ -248,11 +287,8 @@ def bert(tmp_path_factory):
 
 def classify(folder, out, config, **options):
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, hidden_dropout_prob=0.0)
-    model.config._attn_implementation_internal = "eager"
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **still)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 100, (32, 8), generator=draw)
     data = [{"input_ids": x.tolist(), "labels": int(x[0]) % 3} for x in ids]
@@ -363,6 +399,7 @@ def test_reward(rows, tmp_path):
     trainer.train()
     changed = moved(trainer.model, before)
     heads = {n for n in changed if n.startswith("score.modules_to_save")}
+    assert record(trainer).selection.scores.origin["num_batches"] == 1
     assert heads and {layer_of(n) for n in changed - heads} == set(chosen(trainer))
     assert record(trainer).checks["end"] and len(chosen(trainer)) == 3
 
@@ -440,8 +477,9 @@ def test_resume_takes_the_layers_of_the_record_as_a_list(unbroken, rows, tmp_pat
     assert chosen(trainer) == chosen(whole) and record(trainer).steps_trained == dict.fromkeys(chosen(whole), 1)
 
 
-def test_a_tuple_of_layers_is_the_same_choice_after_json(rows, tmp_path):
-    options = {"max_steps": 2, "save_steps": 1}
+@pytest.mark.parametrize("callbacks", [False, True])
+def test_a_tuple_of_layers_is_the_same_choice_after_json(rows, tmp_path, callbacks):
+    options = {"max_steps": 2, "save_steps": 1, "restore_callback_states_from_checkpoint": callbacks}
     resumable(rows, tmp_path, select={"layers": (1, 3)}, **options).train()
     trainer = resumable(rows, tmp_path, select={"layers": (1, 3)}, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -92,6 +92,10 @@ class GradientNorm:
                 "leave them out of target_modules."
             )
         sums = self._sums if self._sums is not None else self.probe.sums()
+        if not any(sums.values()):
+            raise ScoreError(
+                "all gradients are exactly zero: the loss does not depend on these layers, or all labels are ignored"
+            )
         targets, layers = self.request.targets, self.request.layers
         squares = per_layer(layers, targets, sums)
         if self.options.normalize == "numel":

@@ -15,7 +15,6 @@ from layerpeft.configs import (
     INIT_WITHOUT_TRACE,
     LayerLoraConfig,
     RecordedLoraConfig,
-    exclusions,
     stock_config,
     target_names,
     write_record,
@@ -26,7 +25,7 @@ from layerpeft.integrations.peft import LayerPeftType, become_stock, register
 from layerpeft.layers import Target, base_of, layer_map
 from layerpeft.notes import note
 from layerpeft.selection import Select
-from layerpeft.targets import match_targets
+from layerpeft.targets import exclusions, match_targets
 
 # initialisations that take a random or data-dependent part out of the base weights, which no later load finds again
 INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
@@ -87,7 +86,7 @@ def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
     problems.raise_if_any(ConfigError)
     select = Select.parse(config.select)
     layers = layer_map(model, select.stack)
-    targets = match_targets(layers, target_names(config, layers), exclusions(config, model, layers))
+    targets = match_targets(layers, target_names(config, layers), exclusions(config.exclude_modules, model, layers))
     allowed = set(choose.candidates(select, layers, targets))
     return tuple(t for t in targets if t.layer in allowed)
 
