@@ -129,7 +129,8 @@ def _parser() -> tuple[_Parser, list[str]]:
 
 
 def _load(args: argparse.Namespace, purpose: str) -> Recipe:
-    recipe = load_recipe(args.recipe, args.settings, purpose)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
+        recipe = load_recipe(args.recipe, args.settings, purpose)
     if is_first():
         for notice in recipe.notices:
             print(f"note: {notice}", file=sys.stderr)

@@ -81,6 +81,8 @@ def run(recipe: Recipe, say: Say = print) -> Result:
     if is_first():
         _write(recipe, setup, model, trainer, before)
         _track(trainer, result)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
         _tell(recipe, result, say)
     return result
 

@@ -164,6 +164,11 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     ),
     "tracker": (GOOD + "report_to: wandbb\n", ["line 8", "'wandbb'", "none"]),
     "best_without_eval": (GOOD + "load_best_model_at_end: true\n", ["load_best_model_at_end"]),
+    "foreign_constructor": (GOOD + "accelerator_config: nowhere.json\n", ["nowhere.json", "No such file"]),
+    "method_is_a_list": (block("method: [lora], select: last:2"), ["line 7", "unknown method ['lora']"]),
+    "nested_field": (block("select: last:2, eva_config: {rha: 2}"), ["line 7", "eva_config", "rho"]),
+    "class_column": (CLASSES.replace("{label}", "{nolabel}") + BLOCK, ["line 4", "no column 'nolabel'", "coarse"]),
+    "quantization_bit": (GOOD + "quantization_bit: 4\n", ["line 8", "quantization_config: {load_in_4bit: true}"]),
     # several at once
     "all_at_once": (
         GOOD + "learning_rte: 1e-4\nbf16: off\nlora_r: 4\n",

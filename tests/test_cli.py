@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import layerpeft
 from layerpeft import shipped
@@ -238,6 +238,15 @@ def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.Mon
     wandb.finish()
     assert {"layers/table", "layers/picture"} <= set(logged)
     assert list(place.glob("wandb/offline-run-*"))
+
+
+def test_the_finished_adapter_is_pushed_where_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: calls.append("repository"))
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **k: calls.append(f"push {self.args.hub_model_id}"))
+    assert main(["train", *tiny("quickstart", "push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret")]) == 0
+    assert calls == ["repository", "push me/mine"]
+    assert "secret" not in (place / "out-quickstart" / "recipe.yaml").read_text()
 
 
 def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     {"pending"},
     {"configs", "steps"},
     {"tuners", "plan", "recipe"},
-    {"training"},
+    {"training", "fit"},
     {"run", "compare"},
     {"cli", "__init__"},
 ]

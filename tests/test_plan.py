@@ -7,6 +7,7 @@ import torch
 
 from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.errors import ConfigError, SelectionError
+from layerpeft.fit import fit
 from layerpeft.plan import plan, trace
 from tests.models import MODELS
 
@@ -64,3 +65,28 @@ def test_a_choice_that_does_not_fit_is_refused_before_weights(llama_path):
         plan(llama_path, LayerLoraConfig(select="last:40"))
     with pytest.raises(ConfigError, match="Did you mean 'adamw_torch'"):
         plan(llama_path, LayerLoraConfig(), optimizer="adamw_trch")
+
+
+def test_fit_gives_up_time_then_rows_then_rank_then_layers():
+    model = MODELS["llama"]()
+    config = LayerLoraConfig(select="last:2", r=8, target_modules="all-linear")
+
+    def fitted(limit):
+        return fit(model, config, limit, batch_size=4, length=64)
+
+    whole = fitted("1GB")
+    assert whole.gave_up == () and whole.config is config
+    steps = []
+    room = whole.plan.peak_bytes
+    for _ in range(8):
+        try:
+            found = fitted(room - 1)
+        except ConfigError as error:
+            assert "nothing fits into" in str(error) and "one row at a time" in str(error)
+            break
+        assert found.plan.peak_bytes < room
+        steps.append((found.checkpointing, found.batch_size, found.config.r, sum(r.trains for r in found.plan.rows)))
+        room = found.plan.peak_bytes
+    assert steps == [(True, 4, 8, 2), (True, 2, 8, 2), (True, 1, 8, 2), (True, 1, 4, 2), (True, 1, 4, 1)]
+    with pytest.raises(ConfigError, match="is no size"):
+        fit(model, config, "24 parsecs")

@@ -1,9 +1,8 @@
-"""Trainers of transformers and TRL: what is chosen, what moves, what is clipped, and what a resumed run keeps."""
+"""Trainers of transformers and TRL: what is chosen, what moves, what is clipped."""
 
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -14,89 +13,24 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 import layerpeft
 from layerpeft import LayerLoraConfig
-from layerpeft.errors import ScoreError, SelectionError, TrainingError
-from tests.conftest import DATA, LLAMA
+from layerpeft.errors import ScoreError, TrainingError
+from tests.conftest import LLAMA
+from tests.training import BY_GRADIENT, At, Seen, chosen, gsm8k_rows, layer_of, moved, plain, record, sft, snapshot
 
-BY_GRADIENT = {"by": "gradient_norm", "keep": 3}
 SELECTS = [BY_GRADIENT, "last:3"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(LLAMA)
-
-
-@pytest.fixture(scope="module")
 def rows():
-    lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[:64]
-    found = [json.loads(line) for line in lines]
-    return Dataset.from_list([{"prompt": r["question"][-80:], "completion": " " + r["answer"][:80]} for r in found])
-
-
-class Seen(TrainerCallback):
-    """What a run did: the micro-batches of training, and the norms of the gradients that were to be clipped."""
-
-    def __init__(self):
-        self.batches, self.norms, self.steps_with_gradient = [], [], []
-
-    def watch(self, trainer):
-        def hook(model, args, kwargs):
-            if model.training and torch.is_grad_enabled():
-                self.batches.append({k: v.clone() if torch.is_tensor(v) else v for k, v in kwargs.items()})
-
-        trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
-        trainer.add_callback(self)
-        return self
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.steps_with_gradient.append(set(grads))
-        self.norms.append(float(torch.stack([g.norm() for g in grads.values()]).norm()))
-
-
-def sft(rows, folder, config, model=None, **options):
-    from trl import SFTConfig, SFTTrainer
-
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48, "use_cpu": True, **options}
-    args = SFTConfig(str(folder), report_to=[], logging_steps=1, disable_tqdm=True, **options)
-    return SFTTrainer(str(LLAMA) if model is None else model, args=args, train_dataset=rows, peft_config=config)
-
-
-def plain(name):
-    return name.replace("base_model.model.", "").replace(".base_layer", "")
-
-
-def snapshot(model):
-    return {plain(n): p.detach().clone() for n, p in model.named_parameters()}
-
-
-def moved(model, before):
-    now = snapshot(model)
-    assert set(now) <= set(before)
-    return {n for n, p in now.items() if not torch.equal(p, before[n])}
-
-
-def layer_of(name):
-    parts = name.split(".")
-    return int(parts[parts.index("layers" if "layers" in parts else "layer") + 1])
-
-
-def chosen(trainer):
-    return [r.layer for r in layerpeft.layer_report(trainer.model).rows if r.chosen]
-
-
-def record(trainer):
-    return trainer.model.peft_config["default"]._layerpeft
+    return gsm8k_rows()
 
 
 def scored(model, batches, **options):
@@ -170,7 +104,7 @@ def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_p
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p, n=name: pool.__setitem__(n, p.grad.clone()))
-    trainer.add_callback(_At("on_pre_optimizer_step", lambda: sums.append(dict(pool))))
+    trainer.add_callback(At("on_pre_optimizer_step", lambda: sums.append(dict(pool))))
     trainer.train()
     layers = set(chosen(trainer))
     assert {layer_of(plain(n)) for n in sums[0]} == set(range(12))  # all of the pool got gradients, but
@@ -180,11 +114,6 @@ def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_p
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert logged[0] == pytest.approx(float(of_chosen), rel=1e-5) and of_pool > 1.2 * of_chosen
     assert seen.norms == pytest.approx([limit, limit], rel=1e-2)  # clipping left the chosen layers the whole limit
-
-
-class _At(TrainerCallback):
-    def __init__(self, event, action):
-        setattr(self, event, lambda *_, **__: action())
 
 
 def test_where_the_engine_has_no_callback_the_optimizer_hook_chooses(rows, tmp_path, monkeypatch):
@@ -223,7 +152,7 @@ def test_measuring_steps_change_nothing_and_the_schedule_goes_on(rows, tmp_path)
     select = {**BY_GRADIENT, "num_batches": 3}
     trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), max_steps=4, save_strategy="no", weight_decay=0.1)
     before, changed = snapshot(trainer.model), []
-    trainer.add_callback(_At("on_step_end", lambda: changed.append(moved(trainer.model, before))))
+    trainer.add_callback(At("on_step_end", lambda: changed.append(moved(trainer.model, before))))
     trainer.train()
     assert changed[0] == changed[1] == set() and changed[2]
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -402,85 +331,3 @@ def test_reward(rows, tmp_path):
     assert record(trainer).selection.scores.origin["num_batches"] == 1
     assert heads and {layer_of(n) for n in changed - heads} == set(chosen(trainer))
     assert record(trainer).checks["end"] and len(chosen(trainer)) == 3
-
-
-# resume
-
-
-def adapter(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".lora_" in n}
-
-
-def resumable(rows, folder, select=BY_GRADIENT, **options):
-    options = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **options}
-    return sft(rows, folder, LayerLoraConfig(select=select, lora_dropout=0.1), **options)
-
-
-@pytest.fixture(scope="module")
-def unbroken(rows, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    torch.manual_seed(0)
-    trainer = resumable(rows, folder)
-    trainer.train()
-    return trainer, folder
-
-
-def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(unbroken, rows, tmp_path):
-    whole, folder = unbroken
-    torch.manual_seed(5)
-    trainer = resumable(rows, tmp_path)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    ours, theirs = adapter(trainer), adapter(whole)
-    assert set(ours) == set(theirs) and all(torch.equal(p, theirs[n]) for n, p in ours.items())
-    assert chosen(trainer) == chosen(whole)
-    assert record(trainer).selection == record(whole).selection  # scores and why included
-    assert record(trainer).steps_trained == record(whole).steps_trained == dict.fromkeys(chosen(whole), 6)
-    losses = [[e["loss"] for e in t.state.log_history if "loss" in e][-3:] for t in (trainer, whole)]
-    assert losses[0] == losses[1]
-
-
-def test_resume_refuses_another_choice(unbroken, rows, tmp_path):
-    whole, folder = unbroken
-    others = [i for i in range(12) if i not in chosen(whole)][:3]
-    trainer = resumable(rows, tmp_path, select=others)
-    with pytest.raises(SelectionError, match="trains other targets than this model") as error:
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    assert f"layers.{others[0]}." in str(error.value) and "layers.json" not in str(error.value)
-    assert "layerpeft.json" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "select, says",
-    [
-        ({**BY_GRADIENT, "keep": 4}, "keep: 3 then, 4 now"),
-        ({"by": "outliers", "keep": 3, "M": 5}, "by: 'gradient_norm' then, 'outliers' now"),
-        ({**BY_GRADIENT, "seed": 1}, "seed: 0 then, 1 now"),
-    ],
-)
-def test_resume_refuses_another_way_to_choose(unbroken, rows, tmp_path, select, says):
-    trainer = resumable(rows, tmp_path, select=select)
-    with pytest.raises(SelectionError, match="chose its layers in another way") as error:
-        trainer.train(resume_from_checkpoint=str(unbroken[1] / "checkpoint-3"))
-    assert says in str(error.value)
-
-
-def test_resume_takes_the_layers_of_the_record_as_a_list(unbroken, rows, tmp_path):
-    whole, folder = unbroken
-    trainer = resumable(rows, tmp_path, select=tuple(chosen(whole)), max_steps=4)
-    state = folder / "checkpoint-3" / "trainer_state.json"
-    text = state.read_text()
-    try:
-        state.write_text(text.replace("LayerPeftCallback", "Another"))  # a run that kept no record in its state
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    finally:
-        state.write_text(text)
-    assert chosen(trainer) == chosen(whole) and record(trainer).steps_trained == dict.fromkeys(chosen(whole), 1)
-
-
-@pytest.mark.parametrize("callbacks", [False, True])
-def test_a_tuple_of_layers_is_the_same_choice_after_json(rows, tmp_path, callbacks):
-    options = {"max_steps": 2, "save_steps": 1, "restore_callback_states_from_checkpoint": callbacks}
-    resumable(rows, tmp_path, select={"layers": (1, 3)}, **options).train()
-    trainer = resumable(rows, tmp_path, select={"layers": (1, 3)}, **options)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert record(trainer).steps_trained == {1: 2, 3: 2} and os.path.isdir(tmp_path / "checkpoint-2")

@@ -8,8 +8,6 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -18,22 +16,19 @@ from transformers import (
 import layerpeft
 from layerpeft import LayerLoraConfig, check_trained, layer_report
 from layerpeft.errors import TrainingError
-from layerpeft.verify import checksum
+from tests import loops
+from tests.loops import record, step
 
 WIDTH, LAYERS = 16, 3
 
 
-def llama(**options):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 64, "num_hidden_layers": LAYERS, "tie_word_embeddings": False, **options}
-    return LlamaForCausalLM(LlamaConfig(**sizes)).train()
+def llama():
+    return loops.llama(num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(7))
-    return {"input_ids": ids, "labels": ids}
+    return loops.make_batches()[0]
 
 
 def wrap(select="last:2", model=None, **options):
@@ -46,16 +41,6 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def step(model, optimizer, batch):
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def record(model):
-    return model.peft_config["default"]._layerpeft
-
-
 def parameter(model, part):
     return next(p for n, p in model.named_parameters() if part in n)
 
@@ -63,9 +48,6 @@ def parameter(model, part):
 def nudge(model, part):
     with torch.no_grad():
         parameter(model, part).view(-1)[3] += 1e-6
-
-
-# what passes
 
 
 def test_a_sound_run_passes_and_its_steps_are_counted(batch):
@@ -415,69 +397,3 @@ def test_a_trainer_stops_before_the_first_update_too(batch, tmp_path):
     made.optimizer, made.lr_scheduler = optimizer, scheduler
     with pytest.raises(TrainingError, match=r"layers\.2\.self_attn\.v_proj: not in the optimizer"):
         made.train()
-
-
-# the checksum
-
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.int8,
-    torch.uint8,
-    torch.int64,
-    torch.float8_e4m3fn,
-]
-SHAPES = [(1,), (3,), (7, 1), (5, 13), (64, 65), (1 << 14,), (131, 1001), (2, 3, 5, 7), ()]
-
-
-def filled(shape, dtype, draw):
-    count = torch.empty(shape, dtype=dtype).nbytes
-    return torch.randint(0, 256, (count,), generator=draw, dtype=torch.uint8).view(dtype).reshape(shape)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_checksum_changes_with_every_single_bit(shape, dtype):
-    draw = torch.Generator().manual_seed(len(shape) + 7)
-    tensor = filled(shape, dtype, draw)
-    whole, data = checksum(tensor), tensor.reshape(-1).view(torch.uint8)
-    places = {0, data.numel() - 1, *torch.randint(0, data.numel(), (12,), generator=draw).tolist()}
-    for place in places:
-        for bit in range(8):
-            data[place] ^= 1 << bit
-            assert checksum(tensor) != whole, (place, bit)
-            data[place] ^= 1 << bit
-    assert checksum(tensor) == whole
-
-
-def test_a_checksum_sees_changes_that_cancel_in_a_sum():
-    draw = torch.Generator().manual_seed(0)
-    for shape in ((8,), (64, 64), (600, 300)):
-        tensor = torch.rand(shape, generator=draw) + 1.0
-        whole, flat = checksum(tensor), tensor.reshape(-1)
-        words = flat.view(torch.int32)
-        for _ in range(20):
-            i, j = torch.randperm(len(flat), generator=draw)[:2].tolist()
-            words[i] += 1  # up by the smallest step here, down by as much there
-            words[j] -= 1
-            assert checksum(tensor) != whole
-            words[i] -= 1
-            words[j] += 1
-            a, b = float(flat[i]), float(flat[j])
-            flat[i], flat[j] = b, a  # two values change places
-            assert a == b or checksum(tensor) != whole
-            flat[i], flat[j] = a, b
-        assert checksum(tensor) == whole
-
-
-def test_a_checksum_is_of_the_values_and_not_of_the_storage():
-    tensor = torch.arange(3000, dtype=torch.float32).reshape(50, 60)
-    assert checksum(tensor.T.contiguous().T) == checksum(tensor) == checksum(tensor.clone())
-    assert checksum(tensor.T) != checksum(tensor)
-    odd = torch.arange(101, dtype=torch.bfloat16)
-    assert checksum(odd[1:]) == checksum(odd[1:].clone()) != checksum(odd[:-1])
-    assert checksum(torch.empty(0)) == checksum(torch.empty(5, device="meta")) == 0
-    zeros = [checksum(torch.zeros(n)) for n in (4, 40000)]
-    assert zeros == [0, 0]  # nothing to weigh; a length never changes without a shape that PEFT refuses
