@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, score, compare, recipes, env. Errors of ours end in one message and exit code 2."""
+"""The command `layerpeft`: train, plan, score, compare, recipes, env. Errors of ours end in one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from layerpeft.compare import compare, parse_arms
 from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
+from layerpeft.forecast import as_data, forecast
 from layerpeft.recipe import Recipe, load_recipe
 from layerpeft.run import is_first, run, score
 from layerpeft.shipped import find_recipe, recipes
@@ -107,6 +108,8 @@ def _parser() -> tuple[_Parser, list[str]]:
         return sub
 
     add("train", "train a recipe", _train, recipe=True)
+    planning = add("plan", "what a recipe will cost, before any weight is loaded", _plan, recipe=True)
+    planning.add_argument("--fit", metavar="SIZE", help="find the largest choice that fits into SIZE, as 24GB")
     scoring = add("score", "score the layers of a recipe's model, without training", _score, recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", _compare, recipe=True)
     comparing.add_argument(
@@ -120,7 +123,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     shipped.add_argument("name", nargs="?", help="name of a recipe")
     shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
     environment = add("env", "versions and devices, to paste into an issue", _env)
-    for sub in (scoring, comparing, shipped, environment):
+    for sub in (planning, scoring, comparing, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
 
@@ -154,6 +157,11 @@ def _only_json(wanted: bool) -> Iterator[None]:
 
 def _train(args: argparse.Namespace) -> None:
     run(_load(args, "train"), _say)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    found = forecast(_load(args, "score"), args.fit)
+    _say(json.dumps(as_data(found)) if args.json else str(found))
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -27,7 +27,9 @@ def new_modules(model: nn.Module) -> tuple[str, ...]:
         if not name or not inside or any(inside) or any(name.startswith(f"{f}.") for f in found):
             continue
         if any(table is not None and any(m is table for m in module.modules()) for table in tables):
-            note(f"{name} was not loaded from the checkpoint and stays frozen; train it with modules_to_save=[{name!r}]")
+            note(
+                f"{name} was not loaded from the checkpoint and stays frozen; train it with modules_to_save=[{name!r}]"
+            )
         else:
             found.append(name)
     return tuple(found)

@@ -194,10 +194,13 @@ def trace(model: nn.Module, batch_size: int, length: int) -> tuple[int, int]:
     """(peak bytes of activations and temporaries, floating-point operations) of one forward and backward pass."""
     device = next(model.parameters()).device
     ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+    head: Any = getattr(base_of(model), "get_output_embeddings", lambda: None)()
+    labels = ids if head is not None else ids[:, 0]  # a language model has a label per token, a classifier one per row
+    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     live = _Live(known)
     with FlopCounterMode(display=False) as counter, live:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=labels, **extra).loss
         loss.backward()
     made = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)

@@ -330,7 +330,10 @@ def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> lis
     def leave(*_: Any) -> None:
         mode.stop()
 
-    return [owner.register_forward_pre_hook(_eager(enter)), owner.register_forward_hook(_eager(leave), always_call=True)]
+    return [
+        owner.register_forward_pre_hook(_eager(enter)),
+        owner.register_forward_hook(_eager(leave), always_call=True),
+    ]
 
 
 def _eager(function: Any) -> Any:

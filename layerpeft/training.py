@@ -74,8 +74,7 @@ def check_choice(setup: Setup) -> LayerMap | None:
     select = Select.parse(recipe.select)
     if select.is_all:
         return None
-    with torch.device("meta"):
-        model = _from_hub(recipe, _auto_class(recipe).from_config, _model_config(setup), **_code(recipe))
+    model = empty_model(setup)
     layers = layer_map(model, select.stack)
     where = targets_of(recipe)
     if where["target_modules"] is None and not where["target_parameters"]:
@@ -86,6 +85,16 @@ def check_choice(setup: Setup) -> LayerMap | None:
     if isinstance(select.by, Scores):
         select.by.check(layers)
     return layers
+
+
+def empty_model(setup: Setup) -> nn.Module:
+    """The recipe's model without weights, in the type of number it would be loaded in."""
+    recipe = setup.recipe
+    config = _model_config(setup)
+    asked = recipe["dtype"]
+    dtype = getattr(torch, str(asked), None) or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return _from_hub(recipe, _auto_class(recipe).from_config, config, dtype=dtype, **_code(recipe))
 
 
 def load_model(setup: Setup) -> nn.Module:

@@ -90,3 +90,18 @@ def test_fit_gives_up_time_then_rows_then_rank_then_layers():
     assert steps == [(True, 4, 8, 2), (True, 2, 8, 2), (True, 1, 8, 2), (True, 1, 4, 2), (True, 1, 4, 1)]
     with pytest.raises(ConfigError, match="is no size"):
         fit(model, config, "24 parsecs")
+
+
+def test_the_command_plans_a_recipe(capsys, tmp_path):
+    import json
+
+    from layerpeft.cli import main
+
+    assert main(["plan", "quickstart", f"output_dir={tmp_path}", "layerpeft.select=last:2"]) == 0
+    text = capsys.readouterr().out
+    assert "backward pass: down to layer 10" in text and "together:" in text
+    assert main(["plan", "quickstart", "layerpeft.select=last:2", "--fit", "100MB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["peak_bytes"] <= 100e6 and found["gave_up"]
+    assert main(["plan", "quickstart", "--fit", "1MB"]) == 2
+    assert "nothing fits into" in capsys.readouterr().err
