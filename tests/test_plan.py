@@ -100,8 +100,8 @@ def test_the_command_plans_a_recipe(capsys, tmp_path):
     assert main(["plan", "quickstart", f"output_dir={tmp_path}", "layerpeft.select=last:2"]) == 0
     text = capsys.readouterr().out
     assert "backward pass: down to layer 10" in text and "together:" in text
-    assert main(["plan", "quickstart", "layerpeft.select=last:2", "--fit", "100MB", "--json"]) == 0
+    assert main(["plan", "quickstart", "layerpeft.select=last:2", "--fit", "80MB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["peak_bytes"] <= 100e6 and found["gave_up"]
+    assert found["plan"]["peak_bytes"] <= 80e6 and found["gave_up"]
     assert main(["plan", "quickstart", "--fit", "1MB"]) == 2
     assert "nothing fits into" in capsys.readouterr().err
