@@ -206,6 +206,7 @@ def _score(
     )
     if distributed.world_size() > 1:
         measurement.combine(distributed.add_up)
+        used = int(distributed.add_up(torch.tensor([used])))
     return make_scores(select, layers, measurement.result(), used)
 
 

@@ -108,3 +108,18 @@ def test_torch_has_traced_tensors():
 
     made = FakeTensor(FakeTensorMode(), torch.empty(2, 3, device="meta"), torch.device("cpu"))
     assert made.shape == (2, 3) and made.device.type == "cpu"
+
+
+def test_the_autograd_engine_calls_back_at_the_end_of_backward():
+    called = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * 2).sum()
+    y.register_hook(lambda _g: torch.autograd.Variable._execution_engine.queue_callback(lambda: called.append(x.grad)))
+    y.backward()
+    assert called and torch.equal(called[0], torch.full((2,), 2.0))
+
+
+def test_accelerate_says_when_gradients_are_complete():
+    from accelerate.state import GradientState
+
+    assert GradientState().sync_gradients in (True, False)

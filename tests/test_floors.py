@@ -41,7 +41,9 @@ def imports(tree: ast.AST) -> list[str]:
             found += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found += [f"{node.module}.{a.name}" for a in node.names] if node.module == "layerpeft" else [node.module or ""]
+            found += (
+                [f"{node.module}.{a.name}" for a in node.names] if node.module == "layerpeft" else [node.module or ""]
+            )
     return [n for n in found if n.split(".")[0] == "layerpeft"]
 
 
@@ -76,7 +78,9 @@ def test_private_names_of_other_libraries_stay_in_integrations():
         if unit(path) in allowed:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("peft.tuners", "peft.utils", "peft.mapping")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("peft.tuners", "peft.utils", "peft.mapping")
+            ):
                 raise AssertionError(f"{path.name}: {node.module} belongs in integrations/peft.py")
 
 

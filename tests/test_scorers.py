@@ -137,7 +137,12 @@ def test_scores_survive_json_and_refuse_another_architecture(llama, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no JSON"), ("[]", "holds no scores"), ('{"format": 9}', "format 1"), ('{"format": 1, "by": "x"}', "needs the keys")],
+    [
+        ("{", "no JSON"),
+        ("[]", "holds no scores"),
+        ('{"format": 9}', "format 1"),
+        ('{"format": 1, "by": "x"}', "needs the keys"),
+    ],
 )
 def test_broken_score_files_are_named(tmp_path, text, message):
     path = tmp_path / "s.json"
