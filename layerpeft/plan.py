@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,12 +201,24 @@ def trace(model: nn.Module, batch_size: int, length: int) -> tuple[int, int]:
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     live = _Live(known)
-    with FlopCounterMode(display=False) as counter, live:
-        loss = model(input_ids=ids, labels=labels, **extra).loss
-        loss.backward()
+    with FlopCounterMode(display=False) as counter, _no_collection(), live:
+        model(input_ids=ids, labels=labels, **extra).loss.backward()
     made = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
     return max(0, live.peak - made), int(counter.get_total_flops())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python's cycle collector still, so that the same model gives the same peak every time."""
+    gc.collect()
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
