@@ -279,3 +279,28 @@ def test_the_probe_costs_no_gradient_memory_in_the_wrapped_model(llama, gsm8k_ba
     model(**gsm8k_batches[0]).loss.backward()
     assert set(model.state_dict()) == names and not any("probe" in n or "omega" in n.lower() for n in names)
     assert all("lora_" in n for n, p in model.named_parameters() if p.grad is not None)
+
+
+def test_the_estimate_is_unbiased_on_real_gradients(small_llama, gsm8k_batches):
+    targets = [t for t in layer_map(small_llama).targets if t.layer == 5]
+    pairs = []
+    for p in small_llama.parameters():
+        p.requires_grad_(False)
+    hooks = [
+        small_llama.get_submodule(t.name).register_forward_hook(
+            lambda _m, args, y, name=t.name: (
+                y.requires_grad_(True).register_hook(
+                    lambda g, x=args[0].detach(): pairs.append((name, g.flatten(0, 1), x.flatten(0, 1)))
+                )
+                and None
+            )
+        )
+        for t in targets
+    ]
+    small_llama(**gsm8k_batches[0]).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert {name for name, _, _ in pairs} == {t.name for t in targets}
+    true = sum(float(Exact().energy(n, 0, gy, x)) for n, gy, x in pairs)
+    ratios = [sum(float(Sketch(k=8, seed=s).energy(n, 0, gy, x)) for n, gy, x in pairs) / true for s in range(200)]
+    assert sum(ratios) / 200 == pytest.approx(1.0, abs=0.02)
