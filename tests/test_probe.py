@@ -286,17 +286,15 @@ def test_the_estimate_is_unbiased_on_real_gradients(small_llama, gsm8k_batches):
     pairs = []
     for p in small_llama.parameters():
         p.requires_grad_(False)
-    hooks = [
-        small_llama.get_submodule(t.name).register_forward_hook(
-            lambda _m, args, y, name=t.name: (
-                y.requires_grad_(True).register_hook(
-                    lambda g, x=args[0].detach(): pairs.append((name, g.flatten(0, 1), x.flatten(0, 1)))
-                )
-                and None
-            )
-        )
-        for t in targets
-    ]
+
+    def watch(name):
+        def hook(_module, args, y) -> None:
+            x = args[0].detach().flatten(0, 1)
+            y.requires_grad_(True).register_hook(lambda g: pairs.append((name, g.flatten(0, 1), x)))
+
+        return small_llama.get_submodule(name).register_forward_hook(hook)
+
+    hooks = [watch(t.name) for t in targets]
     small_llama(**gsm8k_batches[0]).loss.backward()
     for hook in hooks:
         hook.remove()
