@@ -276,6 +276,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     config = getattr(base_of(model), "config", None)
     cache = getattr(config, "use_cache", None)
     devices, kind = distributed.random_devices({p.device for p in model.parameters()})
+    rates: list[tuple[nn.Module, str, float]] = []
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
@@ -285,6 +286,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for module, mode in modes:
                 if mode and getattr(module, "gradient_checkpointing", False):
                     module.training = True
+                    rates += [
+                        (module, n, v) for n, v in vars(module).items() if "dropout" in n and isinstance(v, float)
+                    ]
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)  # blocks that call F.dropout themselves go by their own flag
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             if cache:
@@ -293,6 +299,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, name, rate in rates:
+                setattr(module, name, rate)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             if cache:

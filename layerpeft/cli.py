@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LayerpeftError as error:
         print(f"layerpeft: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"layerpeft: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("layerpeft: interrupted", file=sys.stderr)
         return 130

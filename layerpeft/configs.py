@@ -18,6 +18,7 @@ from layerpeft.errors import ConfigError, LayerpeftError, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_leaves
 from layerpeft.layers import LayerMap, base_of, layer_map
 from layerpeft.newborn import new_modules
+from layerpeft.notes import note
 from layerpeft.selection import LiveRecord, Select, Selection
 from layerpeft.targets import PARAMETERS
 
@@ -118,6 +119,10 @@ class LayerLoraConfig(LoraConfig):
         return self._batches is None and needs_batches(Select.parse(self.select))
 
 
+# A property of the finished class, so that `dataclasses.replace` finds the batches and hands them on.
+LayerLoraConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]
+
+
 @dataclass
 class RecordedLoraConfig(LoraConfig):
     """A stock LoRA config whose folder also keeps the record of what was chosen, and why."""
@@ -127,12 +132,13 @@ class RecordedLoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         record: LiveRecord | None = getattr(self, "_layerpeft", None)
         model = getattr(self, "_layerpeft_model", lambda: None)()
-        if (
-            record is not None
-            and record.selection is not None
-            and model is not None
-            and save.has_weights(save_directory)
-        ):
+        if record is None:
+            return
+        if record.selection is None:
+            note(
+                f"{save_directory}: saved before the choice was made; it holds an adapter on every candidate, and no record"
+            )
+        elif model is not None and save.has_weights(save_directory):
             write_record(save_directory, model, record, getattr(self, "_layerpeft_adapter", "default"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:

@@ -128,8 +128,13 @@ def _built(model: nn.Module | str | Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     if isinstance(model, str | Path):
-        found = AutoConfig.from_pretrained(model)
+        try:
+            found = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no model config at {model!s}: {' '.join(str(error).split())[:200]}") from error
         return AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
     base = base_of(model)
     found = getattr(base, "config", None)
     if not isinstance(found, PretrainedConfig):
@@ -202,7 +207,13 @@ def trace(model: nn.Module, batch_size: int, length: int) -> tuple[int, int]:
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     live = _Live(known)
     with FlopCounterMode(display=False) as counter, _no_collection(), live:
-        model(input_ids=ids, labels=labels, **extra).loss.backward()
+        try:
+            model(input_ids=ids, labels=labels, **extra).loss.backward()
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ConfigError(
+                "plan traces one step of a language model or a sequence classifier on token ids; "
+                f"{type(base_of(model)).__name__} cannot be traced that way ({' '.join(str(error).split())[:200]})"
+            ) from error
     made = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
     return max(0, live.peak - made), int(counter.get_total_flops())

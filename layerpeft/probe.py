@@ -308,15 +308,19 @@ def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -
         if target.kind == "experts":
             experts.setdefault(target.name.rpartition(".")[0], []).append(target)
         else:
-            handles.append(find_module(model, target.name).register_forward_hook(_linear_hook(target.name, tap)))
+            # first of all hooks, so that it sees the product itself and not what another hook makes of it
+            module = find_module(model, target.name)
+            handles.append(module.register_forward_hook(_linear_hook(target.name, tap), prepend=True, with_kwargs=True))
     for owner, held in experts.items():
         handles += _expert_hooks(find_module(model, owner), held, tap)
     return handles
 
 
 def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
-    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        return tap(y, args[0], {(name, 0): None})
+    def hook(
+        _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], y: torch.Tensor
+    ) -> Any:
+        return tap(y, args[0] if args else kwargs["input"], {(name, 0): None})
 
     return _eager(hook)
 

@@ -99,6 +99,7 @@ def to_yaml(recipe: Recipe) -> str:
     top |= {
         key: value for key, value in recipe.values.items() if key not in top and key not in ("layerpeft", "hub_token")
     }
+    top.pop("overwrite_output_dir", None)  # said once, for one run; a copy of the recipe must not write over it again
     select = recipe.select if isinstance(recipe.select, str | int | list) else Select.parse(recipe.select).to_dict()
     if isinstance(select, dict) and isinstance(recipe.select, Mapping):
         select["by"] = recipe.select.get("by", "depth")  # a path stays a path

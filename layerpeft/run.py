@@ -210,6 +210,9 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         points = [(record["step"], record[key]) for record in history if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
+    if not axes.lines:
+        note("no loss was logged (logging_steps), so there is no picture of it")
+        return
     axes.set(xlabel="optimizer step", ylabel="loss", title="loss")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -253,7 +256,9 @@ def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: S
     keep = Select.parse(recipe.select).keep
     say("\nnext:")
     words = shlex.join([recipe.source, *recipe.settings])
-    say(f"  layerpeft train {words} layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'")
+    say(
+        f"  layerpeft train {words} output_dir={folder}-by-scores layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'"
+    )
     say(f"  layerpeft compare {words} --arms random:3,last,all")
 
 
@@ -297,6 +302,7 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
         choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
         return [f"layerpeft compare {again} {choice} --arms random:3,last,all    # are fewer layers enough?"]
     lines = [f"layerpeft compare {again} --arms random:3,last,all    # is the choice worth anything?"]
+    lines = lines if result.after else []  # without held-out rows there is nothing to compare
     if any(row.score is not None for row in result.report.rows):
         lines.append(f"layerpeft score {again}    # the scores alone")
     extra = ""

@@ -155,6 +155,8 @@ def how_many(keep: Any, candidates: int) -> int | None:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [p.strip() for p in re.split(r"[+,]", value)]
+    if isinstance(value, bytes):
+        return [value]
     if isinstance(value, Sequence):
         return [p for item in value for p in _parts(item)]
     return [value]
@@ -241,7 +243,9 @@ def _check_keep(keep: Any, problems: Problems) -> Any:
 
 def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:
     own = {f.name for f in fields(cls)} - {"options"}
-    known = {k: given.pop(k) for k in list(given) if k in own}
+    known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
+    if not isinstance(known.get("stack"), str | None):
+        problems.add(f"stack: {known.pop('stack')!r} is not a name")
     known["keep"] = _check_keep(known.get("keep"), problems)
     by = _check_by(known.get("by", "depth"), problems)
     known["by"] = by
@@ -266,6 +270,17 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
         else:
             given[name] = _check_type(name, value, schema[name], problems)
     return cls(**known, options=given)
+
+
+def _plain(value: Any) -> Any:
+    """Sequences of other libraries and ranges as lists of plain numbers, so that the choice can be written down."""
+    if isinstance(value, range | tuple | set | frozenset):
+        return [_plain(v) for v in sorted(value)] if isinstance(value, set | frozenset) else [_plain(v) for v in value]
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist") and not isinstance(value, str | Scores):
+        return value.tolist()
+    return value
 
 
 def _check_by(by: Any, problems: Problems) -> Any:

@@ -1,18 +1,10 @@
-"""Following optimizer steps without any trainer's help: making a pending choice just before the first one, and checking
-around it, and at the end, that what trains is what was asked for."""
+"""Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import sys
-import weakref
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
@@ -20,291 +12,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from layerpeft import backward, verify
-from layerpeft.errors import Problems, SelectionError, TrainingError
+from layerpeft.errors import TrainingError
+from layerpeft.follower import FOLLOWERS, NOT_HELD, Follower, Tether, alive, followers_of
 from layerpeft.integrations import distributed, trainer
-from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
-from layerpeft.notes import note
-from layerpeft.pending import Pending, Tensors
-from layerpeft.selection import LiveRecord, Selection
+from layerpeft.pending import Pending
 
-_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+__all__ = ["Pending", "check_trained", "follow", "followers_of"]
 _installed: list[Any] = []
-
-
-class Tether:
-    """Ties followers to the life of their model, and hears of adapters that are loaded into it.
-
-    Pickles of the model do not take it along; a deep copy of the model gets followers of its own.
-    """
-
-    def __init__(self, followers: list[Follower] | None = None) -> None:
-        self.followers = followers or []
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for follower in self.followers:
-            follower.on_load(state, prefix)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tether:
-        twin = memo[id(self)] = Tether()
-        twin.followers += [t for f in self.followers if (t := f.twin(memo)) is not None]
-        _followers.update(twin.followers)
-        return twin
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Tether, ()
-
-
-class Follower:
-    """Watches the optimizer steps of one adapter of one model, which it does not keep alive."""
-
-    def __init__(self, model: nn.Module, adapter: str, config: Any, tuner: Any, pending: Pending | None) -> None:
-        self.adapter, self.config = adapter, config
-        self.pending: Pending | None = None
-        self.record: LiveRecord = config._layerpeft
-        self.seen = 0  # optimizer steps of any kind
-        self._model, self._tuner = weakref.ref(model), weakref.ref(tuner) if tuner is not None else lambda: None
-        self._held: weakref.WeakKeyDictionary[Optimizer, tuple[int, set[int]]] = weakref.WeakKeyDictionary()
-        self._tensors: Tensors = {}
-        self._start: dict[str, dict[str, torch.Tensor]] = {}
-        self._frozen: dict[str, int] = {}
-        self._others: dict[str, int] = {}
-        self._stepped: set[int] = set()
-        self._asked: frozenset[str] = frozenset()  # what PEFT made trainable
-        self._rate = 0.0
-        self._resumed = False
-        if pending is not None:
-            self._await(pending)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, which outlives its follower."""
-        model = self._model()
-        assert model is not None
-        return model
-
-    def tensors(self) -> Tensors:
-        """Target -> the adapter's tensors in it, with the bias that it trains."""
-        if not self._tensors:
-            for name, layer in lora_layers(self.model, self.adapter).items():
-                parameter = getattr(layer, "parameter_name", None)
-                target = f"{_clean(name)}.{parameter}" if parameter else _clean(name)
-                group = adapter_parameters(layer, self.adapter)
-                bias = getattr(layer.get_base_layer(), "bias", None) if self.config.bias == "lora_only" else None
-                self._tensors[target] = group | ({"bias": bias} if isinstance(bias, nn.Parameter) else {})
-        return self._tensors
-
-    def ids(self) -> set[int]:
-        """Identities of the adapter's tensors."""
-        return {id(p) for group in self.tensors().values() for p in group.values()}
-
-    def twin(self, memo: dict[int, Any]) -> Follower | None:
-        """The follower of the copy of the model that is being made."""
-        model, tuner = memo.get(id(self.model)), memo.get(id(self._tuner()))
-        if model is None:
-            return None
-        config, old = copy.deepcopy(self.config, memo), self.record
-        config._layerpeft = replace(old, steps_trained=dict(old.steps_trained), checks=dict(old.checks))
-        config._layerpeft_model = weakref.ref(model)
-        twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
-        twin._asked = self._asked
-        twin.pending = copy.deepcopy(self.pending, memo)
-        return twin
-
-    def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
-        if self.pending is not None:
-            self.pending.close()
-            self._await(Pending(self.model, self.pending.select, self.pending.pool))
-            self.pending.begin(self.model)
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Just before a real optimizer step. Raises: TrainingError for what would not train, or not be finite."""
-        self._rate = 0.0
-        held = self._holds(optimizer)
-        if not held:
-            return
-        self.seen += 1
-        if verify.skipped(optimizer):
-            if self.pending is not None:
-                self.pending.restart()
-            return
-        if self.pending is not None:
-            if not self._choose(optimizer):
-                return
-            held = self._holds(optimizer)
-        self._rate = verify.learning_rate(optimizer, held)
-        if not self._rate or held <= self._stepped:
-            return
-        ids = self.ids()
-        known = {id(p) for o in verify.holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
-        faults, idle = verify.before_step(self.tensors(), known, held - self._stepped)
-        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
-        faults += verify.not_asked_for(others, self._asked)
-        _raise("stopped before the first update, because it would not train what was chosen", faults)
-        self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
-        if not self._start:
-            self._frozen = verify.checksums(self.model)
-            self._others = verify.checksums(self.model, others)
-            self._start = verify.snapshot(self.tensors())
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in the first one."""
-        if self.pending is not None or not self._rate:
-            return
-        held, ids = self._holds(optimizer), self.ids()
-        if not ids <= self._stepped:
-            self._stepped |= held
-            if ids <= self._stepped:  # where several optimizers share the tensors, all of them have stepped by now
-                faults, idle = self._still()
-                _raise("the first update left chosen targets as they were", faults)
-                self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
-                self.record.checks["first_step"] = "every chosen target moved"
-        selection = self.record.selection
-        for layer in selection.layers if selection is not None else ():
-            inside = f"{selection.layer_names[layer]}."  # type: ignore[union-attr]
-            first = next(p for t, group in self.tensors().items() if t.startswith(inside) for p in group.values())
-            if id(first) in held:  # one tensor stands for the layer, should several optimizers share it
-                self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
-
-    def check(self) -> None:
-        """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
-        if self.pending is not None and self.pending.began:
-            raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} batches came")
-        if not self._start:
-            if self.seen and not self._resumed:
-                raise TrainingError(
-                    f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
-                )
-            return
-        faults, idle = self._still()
-        now = dict(self.model.named_parameters())
-        faults += [
-            f"{n} is frozen and changed" for n, c in self._frozen.items() if n in now and verify.checksum(now[n]) != c
-        ]
-        _raise("what trained is not what was chosen", faults)
-        self.record.idle_experts = tuple(idle)
-        still = {n: now[n] for n, c in self._others.items() if n in now and verify.checksum(now[n]) == c}
-        for target, names in verify.unmoved(self.tensors(), self._start).items():
-            group = self.tensors()[target]
-            still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
-        for name, parameter in still.items():
-            note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
-        self.record.checks["unmoved"] = sorted(still)
-        self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
-
-    def begin(self, restored: dict[str, Any] | None) -> None:
-        """A training begins: checks start anew, and it takes over the record of the run that it resumes.
-
-        Raises: SelectionError when that run chose otherwise.
-        """
-        self._forget()
-        self.seen, self._start, self._resumed = 0, {}, bool(restored)
-        self._stepped.clear()
-        if self.pending is not None:
-            self.pending.paced = True
-        if not restored:
-            return
-        then = Selection.from_dict(restored["selection"])
-        asked, asks = restored.get("select") or {}, json.loads(json.dumps(self.record.config.get("select") or {}))
-        differ = [
-            f"{k}: {asked.get(k)!r} then, {asks.get(k)!r} now" for k in {**asked, **asks} if asked.get(k) != asks.get(k)
-        ]
-        if differ:
-            raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
-        now = self.record.selection
-        verify.same_targets(
-            "the run that is resumed", set(then.targets), set(now.targets if now is not None else self.tensors())
-        )
-        self.record.selection = then
-        self.record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
-
-    def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
-        # PEFT writes the adapter's name only into the keys of modules that it finds.
-        ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
-        if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
-            ends = ends[1:]
-        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
-        found = {_clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
-        if not found or any(".lora_embedding" in k for k in keys):
-            return
-        kept = self.pending.keep(found) if self.pending is not None else None
-        if kept is not None:
-            self._settle(kept, None)
-            return
-        pool = (
-            [t.name for t in self.pending.pool] if self.pending is not None else lora_layers(self.model, self.adapter)
-        )
-        verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
-        self._forget()  # loading may put new tensors in the place of the old
-
-    def _await(self, pending: Pending) -> None:
-        pending.tensors, pending.on_copy = self.tensors, _copied
-        self.pending = pending
-
-    def _forget(self) -> None:
-        """Tensors are looked up anew."""
-        self._tensors = {}
-        self._held.clear()
-
-    def _holds(self, optimizer: Optimizer) -> set[int]:
-        """Identities of this adapter's tensors that the optimizer holds."""
-        count = sum(len(g["params"]) for g in optimizer.param_groups)
-        if self._held.get(optimizer, (None,))[0] != count:
-            ids = self.ids()
-            self._held[optimizer] = count, {id(p) for g in optimizer.param_groups for p in g["params"]} & ids
-        return self._held[optimizer][1]
-
-    def _still(self) -> tuple[list[str], list[str]]:
-        """(faults, idle experts) among targets of which no tensor moved."""
-        still = verify.unmoved(self.tensors(), self._start)
-        whole = [t for t, names in still.items() if len(names) == len(self.tensors()[t])]
-        faults = [
-            f"{t} did not move: {verify.why_unmoved(self.tensors()[t], self._rate)}" for t in whole if "expert" not in t
-        ]
-        return faults, [t for t in whole if "expert" in t]
-
-    def _choose(self, optimizer: Optimizer) -> bool:
-        """Makes the pending choice; False while more batches are wanted than this step had."""
-        assert self.pending is not None
-        pending = self.pending
-        selection = pending.decided or pending.decide()
-        if selection is not None:
-            self._settle(selection, optimizer)
-            note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
-            return True
-        pending.go_on()
-        note(f"optimizer step {self.seen} only measures ({pending.progress()} batches); no layer changes")
-        return False
-
-    def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
-        """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizers."""
-        assert self.pending is not None
-        self.pending.close()
-        chosen, tensors = set(selection.targets), self.tensors()
-        removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
-        for name in list(lora_layers(self.model, self.adapter)):
-            if name.removeprefix("_orig_mod.") not in chosen:
-                unwrap_layer(self.model, name, self.adapter)
-        for holder in verify.holders(optimizer, self.ids()) if optimizer is not None else ():
-            for group in holder.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in removed]
-            for parameter in removed.values():
-                holder.state.pop(parameter, None)
-        for parameter in removed.values():
-            parameter.requires_grad_(False).grad = None
-        tuner = self._tuner()
-        if tuner is not None and hasattr(tuner, "targeted_module_names"):
-            names = tuner.targeted_module_names
-            tuner.targeted_module_names = [n for n in names if n.removeprefix("_orig_mod.") in chosen]
-        self.config.target_modules = chosen
-        self.record.selection = selection
-        self.pending = None
-        self._forget()
-        backward.install(self.model, selection.stack)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not notice that hooks and wrappers are gone
 
 
 def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> Follower:
@@ -316,18 +30,12 @@ def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pendin
         tether = model.__dict__["_layerpeft"] = Tether()
         model.register_load_state_dict_pre_hook(tether)
     tether.followers.append(follower)
-    _followers.add(follower)
+    FOLLOWERS.add(follower)
     if not _installed:
-        _installed.append(register_optimizer_step_pre_hook(lambda o, *_: _each("before_step", o)))
-        _installed.append(register_optimizer_step_post_hook(lambda o, *_: _each("after_step", o)))
+        _installed.append(register_optimizer_step_pre_hook(_before))
+        _installed.append(register_optimizer_step_post_hook(_after))
     trainer.install(_train_begin, _train_end, _state)
     return follower
-
-
-def followers_of(model: nn.Module | None) -> list[Follower]:
-    """The followers whose model is, or is inside, this one."""
-    inside = {id(m) for m in model.modules()} if model is not None else set()
-    return [f for f in _followers if id(f._model()) in inside]
 
 
 def check_trained(model: nn.Module) -> None:
@@ -339,15 +47,14 @@ def check_trained(model: nn.Module) -> None:
         follower.check()
 
 
-def _copied(model: nn.Module) -> None:
-    for follower in followers_of(model):
-        follower.measure_anew()
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for follower in alive():
+        follower.before_step(optimizer, any(callable(a) for a in (*args, *kwargs.values())))
 
 
-def _each(what: str, optimizer: Optimizer) -> None:
-    for follower in list(_followers):
-        if follower._model() is not None:
-            getattr(follower, what)(optimizer)
+def _after(optimizer: Optimizer, *_: Any) -> None:
+    for follower in alive():
+        follower.after_step(optimizer)
 
 
 def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None) -> None:
@@ -361,6 +68,8 @@ def _train_end(model: nn.Module | None, output_dir: str) -> None:
         pending.paced = False
     try:
         for follower in followers:
+            if not follower.seen and not follower._resumed and follower.pending is None:
+                raise TrainingError(f"the optimizer {NOT_HELD}")
             follower.check()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
@@ -380,15 +89,3 @@ def _state(model: nn.Module | None) -> dict[str, Any]:
         for f in followers_of(model)
         if f.record.selection is not None
     }
-
-
-def _raise(title: str, faults: list[str]) -> None:
-    problems = Problems(title)
-    for fault in faults:
-        problems.add(fault)
-    problems.raise_if_any(TrainingError)
-
-
-def _clean(name: str) -> str:
-    """A module's name in the unwrapped model."""
-    return ".".join(p for p in name.split(".") if p not in ("base_layer", "_orig_mod"))

@@ -17,6 +17,11 @@ PARAMETERS = (
 )  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
 
 
+def is_routed(name: str) -> bool:
+    """Whether a target belongs to the routed experts of a mixture, which a batch may leave out."""
+    return re.search(r"(^|\.)experts\.", name) is not None
+
+
 def match_targets(
     layers: LayerMap,
     target_modules: Names,

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError
+from layerpeft.targets import is_routed
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 BLOCK = 1 << 14
@@ -45,7 +46,9 @@ def checksums(model: nn.Module, among: Iterable[str] | None = None) -> dict[str,
     """Checksums of all parameters that do not require a gradient, or of those named."""
     wanted = None if among is None else set(among)
     return {
-        n: checksum(p) for n, p in model.named_parameters() if (not p.requires_grad if wanted is None else n in wanted)
+        n: checksum(p)
+        for n, p in model.named_parameters()
+        if (not p.requires_grad and ".lora_" not in n if wanted is None else n in wanted)
     }
 
 
@@ -67,7 +70,7 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
         if not all(bool(torch.isfinite(g).all()) for g in grads):
             faults.append(f"{target}: its gradient is not finite")
         if not grads and any(id(p) in stepping for p in group.values()):
-            if "expert" in target:
+            if is_routed(target):
                 idle.append(target)
             else:
                 faults.append(f"{target}: no gradient arrived")
@@ -111,7 +114,10 @@ def why_unmoved(group: Mapping[str, nn.Parameter], rate: float) -> str:
 
 def learning_rate(optimizer: Optimizer, ids: Set[int]) -> float:
     """The largest learning rate among the groups that hold one of these tensors."""
-    rates = [float(g["lr"]) for g in optimizer.param_groups if any(id(p) in ids for p in g["params"])]
+    groups = [g for g in optimizer.param_groups if any(id(p) in ids for p in g["params"])]
+    rates = [math.nan if g.get("lr") is None else float(g["lr"]) for g in groups]
+    if any(g.get("lr") is None for g in groups):
+        return 1.0  # the optimizer finds its rate by itself (Adafactor's relative step)
     return max((r for r in rates if math.isfinite(r)), default=0.0)
 
 
@@ -119,6 +125,29 @@ def skipped(optimizer: Optimizer) -> bool:
     """Whether a loss scaler tells the optimizer to skip this step (fused optimizers step through it without a change)."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def forget(optimizers: Iterable[Optimizer], removed: Mapping[int, nn.Parameter]) -> None:
+    """Takes parameters out of optimizers: out of the groups, their names, and the states."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) not in removed]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][i] for i in kept]
+        for parameter in removed.values():
+            optimizer.state.pop(parameter, None)
+
+
+def unheld(tensors: Parameters, model: nn.Module, stepping: Optimizer) -> bool:
+    """Whether an optimizer steps that holds parameters of this model, while no optimizer at all holds these tensors."""
+    ids = {id(p) for group in tensors.values() for p in group.values()}
+    inside = {id(p) for p in model.parameters()}
+    if not any(id(p) in inside for g in stepping.param_groups for p in g["params"]):
+        return False
+    if not any(p.grad is not None for group in tensors.values() for p in group.values()):
+        return False
+    return not any(id(p) in ids for o in holders(stepping, ids) for g in o.param_groups for p in g["params"])
 
 
 def holders(stepping: Optimizer, ids: Set[int]) -> list[Optimizer]:

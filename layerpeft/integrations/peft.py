@@ -111,8 +111,16 @@ def unwrap_layer(model: nn.Module, name: str, adapter: str) -> None:
     if set(_ranks(layer)) == {adapter}:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    else:
-        layer.delete_adapter(adapter)
+        return
+    others = [n for n in layer.active_adapters if n != adapter]
+    flags = {
+        n: [(p, p.requires_grad) for p in adapter_parameters(layer, n).values()] for n in _ranks(layer) if n != adapter
+    }
+    layer.delete_adapter(adapter)
+    # PEFT activates another adapter in the place of the one that goes; what was inactive stays so
+    layer._active_adapter = others
+    for parameter, flag in (pair for pairs in flags.values() for pair in pairs):
+        parameter.requires_grad_(flag)
 
 
 def _ranks(layer: LoraLayer) -> dict[str, int]:

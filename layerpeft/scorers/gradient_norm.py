@@ -11,6 +11,7 @@ import torch
 from layerpeft.errors import ScoreError
 from layerpeft.probe import Exact, Probe, Sketch
 from layerpeft.scores import Measured, Request, per_layer
+from layerpeft.targets import is_routed
 from layerpeft.weights import squared_norm
 
 
@@ -82,9 +83,7 @@ class GradientNorm:
 
     def result(self) -> Measured:
         """Norms per layer and per target. Raises: ScoreError when a target was never reached by a backward pass."""
-        unreached = [
-            t.name for t in self.request.targets if t.name not in self.probe.reached and "expert" not in t.name
-        ]
+        unreached = [t.name for t in self.request.targets if t.name not in self.probe.reached and not is_routed(t.name)]
         if unreached:
             raise ScoreError(
                 f"{len(unreached)} target(s) got no gradient: {', '.join(unreached[:4])}{' …' if len(unreached) > 4 else ''}. "

@@ -15,6 +15,7 @@ from layerpeft.errors import ScoreError
 from layerpeft.layers import Target
 from layerpeft.probe import Key, attach_taps
 from layerpeft.scores import Measured, Request
+from layerpeft.targets import is_routed
 from layerpeft.weights import weight_slices
 
 
@@ -79,7 +80,7 @@ class InputNorms:
     def result(self) -> Measured:
         """Outlier shares per layer. Raises: ScoreError when a target saw no input."""
         seen = {name for name, _ in self.squares}
-        unseen = [t.name for t in self.request.targets if t.name not in seen and "expert" not in t.name]
+        unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
             raise ScoreError(
                 f"{len(unseen)} target(s) were never called: {', '.join(unseen[:4])}{' …' if len(unseen) > 4 else ''}. "
