@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from layerpeft import LayerLoraConfig, check_trained, get_peft_model, plan, score_layers
+from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_report, plan, score_layers
 from layerpeft.errors import ConfigError, SelectionError, TrainingError
 from layerpeft.selection import Select
 
@@ -169,6 +169,7 @@ def test_optimizers_with_closures():
     for _ in range(2):
         optimizer.step(closure)
     check_trained(model)
+    assert [r.steps for r in layer_report(model).rows] == [0, 0, 2, 2]
 
 
 def test_a_second_adapter_may_train_after_the_first():
@@ -178,6 +179,7 @@ def test_a_second_adapter_may_train_after_the_first():
     model.set_adapter("b")
     step(model, optimizer_of(model))
     check_trained(model)
+    assert [r.steps for r in layer_report(model).rows] == [0, 0, 1, 1]
 
 
 def test_an_optimizer_without_a_learning_rate():
@@ -187,6 +189,7 @@ def test_an_optimizer_without_a_learning_rate():
     optimizer = Adafactor([p for p in model.parameters() if p.requires_grad], lr=None, relative_step=True)
     step(model, optimizer)
     check_trained(model)
+    assert [r.steps for r in layer_report(model).rows] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("value", [range(2, 4), (2, 3), [np.int64(2), np.int64(3)], np.array([2, 3]), {3, 2}])
