@@ -11,46 +11,20 @@ import json
 import platform
 import statistics
 import time
-import weakref
 from importlib.metadata import version
 from pathlib import Path
 
 import peft
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerpeft
+from layerpeft.plan import Live
 
 HERE = Path(__file__).parent
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 REPEATS = 7
-
-
-class Live(TorchDispatchMode):
-    """Peak bytes of storages that operations make while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self.held:
-                    self.held[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._drop, key)
-        return result
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.held.pop(key, 0)
 
 
 def llama() -> LlamaForCausalLM:
@@ -103,7 +77,7 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             step(model)
         flops[name] = counter.get_total_flops()
-        with Live() as live:
+        with Live(set()) as live:
             step(model)
         bytes_[name] = live.peak
     for _ in range(REPEATS):

@@ -173,7 +173,7 @@ def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
         return backward.Stop(None, "the model has no repeated blocks")
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Bytes of the storages that operations make, now and at the peak; those that exist already do not count."""
 
     def __init__(self, known: set[int]) -> None:
@@ -205,7 +205,7 @@ def trace(model: nn.Module, batch_size: int, length: int) -> tuple[int, int]:
     labels = ids if head is not None else ids[:, 0]  # a language model has a label per token, a classifier one per row
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    live = _Live(known)
+    live = Live(known)
     with FlopCounterMode(display=False) as counter, _no_collection(), live:
         try:
             model(input_ids=ids, labels=labels, **extra).loss.backward()
