@@ -18,6 +18,7 @@ from layerpeft import registry
 from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.losses import loss_of
 from layerpeft.integrations.peft import default_targets
 from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.scores import Measured, Measurement, Request, Scores, origin_of
@@ -244,22 +245,16 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
         raise ScoreError(
             f"a batch must be a mapping of model inputs (input_ids, labels, …), not {type(batch).__name__}"
         )
-    device = next(model.parameters()).device
+    # offloaded weights have no storage; their hooks bring the inputs to where they compute
+    devices = (p.device for p in model.parameters())
+    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def _loss(output: Any, needed: str) -> torch.Tensor | None:
     if needed != "backward":
         return None
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if (
-        loss is None
-        and isinstance(output, tuple)
-        and output
-        and isinstance(output[0], torch.Tensor)
-        and output[0].dim() == 0
-    ):
-        loss = output[0]
+    loss = loss_of(output)
     if loss is None:
         raise ScoreError("the model returned no loss: the batches need labels")
     return loss if loss.dim() == 0 else loss.mean()

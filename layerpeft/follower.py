@@ -7,7 +7,7 @@ import copy
 import json
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft import backward, verify
 from layerpeft.errors import Problems, SelectionError, TrainingError
+from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
 from layerpeft.notes import note
 from layerpeft.pending import Pending, Tensors
@@ -65,12 +66,13 @@ class Follower:
         self._held: weakref.WeakKeyDictionary[Optimizer, tuple[int, set[int]]] = weakref.WeakKeyDictionary()
         self._tensors: Tensors = {}
         self._start: dict[str, dict[str, torch.Tensor]] = {}
-        self._frozen: dict[str, int] = {}
-        self._others: dict[str, int] = {}
+        self._frozen: dict[str, verify.Seal] = {}
+        self._others: dict[str, verify.Seal] = {}
         self._stepped: set[int] = set()
         self._asked: frozenset[str] = frozenset()  # what PEFT made trainable
+        self._beside: set[str] = set()  # adapters there were when the weights were written down
         self._rate = 0.0
-        self._resumed = False
+        self._resumed = self._merges = False
         if pending is not None:
             self._await(pending)
 
@@ -156,11 +158,16 @@ class Follower:
         faults, idle = verify.before_step(self.tensors(), known, set() if closure else held - self._stepped)
         others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
         faults += verify.not_asked_for(others, self._asked)
+        if not self._start:
+            faults += self._changed_since_wrapping()
         _raise("stopped before the first update, because it would not train what was chosen", faults)
         self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
         if not self._start:
-            self._frozen = verify.checksums(self.model)
-            self._others = verify.checksums(self.model, others)
+            now = self._parameters()
+            gone = verify.outdated(self._frozen, now)
+            self._frozen = {n: s for n, s in self._frozen.items() if n not in gone}
+            self._frozen |= {n: verify.seal(p) for n, p in self._frozen_now().items() if n not in self._frozen}
+            self._others = {_clean(n): verify.seal(now[_clean(n)]) for n in others}
             self._start = verify.snapshot(self.tensors())
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -195,13 +202,14 @@ class Follower:
                 )
             return
         faults, idle = self._still()
-        now = dict(self.model.named_parameters())
-        faults += [
-            f"{n} is frozen and changed" for n, c in self._frozen.items() if n in now and verify.checksum(now[n]) != c
-        ]
+        now = self._parameters()
+        rounded = set(self.tensors()) if self._merges else set()
+        differ = verify.changed(self._frozen, now)
+        faults += [f"{n} is frozen and changed" for n in differ if n.removesuffix(".weight") not in rounded]
         _raise("what trained is not what was chosen", faults)
         self.record.idle_experts = tuple(idle)
-        still = {n: now[n] for n, c in self._others.items() if n in now and verify.checksum(now[n]) == c}
+        moved = {*verify.changed(self._others, now), *verify.outdated(self._others, now)}
+        still = {n: now[n] for n in self._others if n not in moved}
         for target, names in verify.unmoved(self.tensors(), self._start).items():
             group = self.tensors()[target]
             still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
@@ -210,13 +218,15 @@ class Follower:
         self.record.checks["unmoved"] = sorted(still)
         self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
 
-    def begin(self, restored: dict[str, Any] | None) -> None:
+    def begin(self, restored: dict[str, Any] | None, merges: bool = False) -> None:
         """A training begins: checks start anew, and it takes over the record of the run that it resumes.
+
+        `merges`: the trainer folds the adapter into the chosen weights and out again, which leaves rounding in them.
 
         Raises: SelectionError when that run chose otherwise.
         """
         self._forget()
-        self.seen, self._start, self._resumed = 0, {}, bool(restored)
+        self.seen, self._start, self._resumed, self._merges = 0, {}, bool(restored), merges
         self._stepped.clear()
         if self.pending is not None:
             self.pending.paced = True
@@ -238,6 +248,7 @@ class Follower:
 
     def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
+        self.unseal([_clean(k.removeprefix(prefix)) for k in state if k.startswith(prefix)])
         # PEFT writes the adapter's name only into the keys of modules that it finds.
         ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
         if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
@@ -255,6 +266,41 @@ class Follower:
         )
         verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
         self._forget()  # loading may put new tensors in the place of the old
+
+    def seal(self) -> None:
+        """Writes down, just after wrapping, what the frozen weights are.
+
+        Packed weights, which the first forward pass may lay out anew, are left for the first step; so is everything where all
+        layers train, since wrapping them is to cost no more than in PEFT, and where processes may still be made alike.
+        """
+        selection = self.record.selection
+        partial = self.pending is not None or (selection is not None and len(selection.layers) < selection.num_layers)
+        if partial and distributed.world_size() == 1:
+            self._frozen = {n: verify.seal(p) for n, p in self._frozen_now().items() if p.is_floating_point()}
+            self._beside = self._adapters()
+
+    def unseal(self, names: Iterable[str] | None = None) -> None:
+        """Forgets what these frozen weights were (None: all of them), because they change for a good reason."""
+        for name in list(self._frozen if names is None else names):
+            self._frozen.pop(name, None)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters, by names that wrapping and unwrapping does not change."""
+        return {_clean(n): p for n, p in self.model.named_parameters()}
+
+    def _adapters(self) -> set[str]:
+        return {self.adapter, *(getattr(self.model, "peft_config", None) or {})}
+
+    def _frozen_now(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self._parameters().items() if not p.requires_grad and ".lora_" not in n}
+
+    def _changed_since_wrapping(self) -> list[str]:
+        if distributed.world_size() > 1 or self._adapters() != self._beside:
+            self.unseal()  # some ways of starting another adapter take something out of the weights
+        return [
+            f"{n} is frozen and changed after the model was wrapped; wrap it when its weights are what they should be"
+            for n in verify.changed(self._frozen, self._parameters())
+        ]
 
     def _await(self, pending: Pending) -> None:
         pending.tensors, pending.on_copy = self.tensors, _copied

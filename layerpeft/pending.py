@@ -11,6 +11,7 @@ from torch import nn
 from layerpeft import choose
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.losses import watch_scale
 from layerpeft.layers import Target, layer_map
 from layerpeft.selection import Select, Selection
 
@@ -36,11 +37,12 @@ class Pending:
         self.decided: Selection | None = None
         self.began = False  # a forward pass of training was seen
         self._forwards = 0  # since the last backward pass
+        self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
         eager: Any = torch.compiler.disable  # what hooks write down would be lost in compiled graphs
         self._handles = [
             model.register_forward_pre_hook(eager(self.begin)),
-            model.register_forward_hook(eager(self._finish), always_call=True),
+            model.register_forward_hook(eager(self._finish), with_kwargs=True, always_call=True),
         ]
         self._start()
 
@@ -60,7 +62,7 @@ class Pending:
 
         Raises: ScoreError, SelectionError.
         """
-        self.measurement.next_batch()
+        self._next_batch()
         processes = distributed.world_size()
         batches = int(distributed.add_up(torch.tensor([self.measurement.batches])))
         if batches < (self.select.num_batches or 1) * processes:
@@ -115,14 +117,14 @@ class Pending:
         if not self._forwards:
             if self._unstepped and not any(bool(g.any()) for g in self._gradients()):
                 self.restart()  # the gradients were dropped: a loss scaler skipped that step
-            self.measurement.next_batch()
+            self._next_batch()
         self.began = True
         self._forwards += 1
         if not self.watches_backward:
             # The forward pass alone is watched, so that recomputing blocks in the backward pass counts nothing twice.
             self.measurement.attach()
 
-    def _finish(self, model: nn.Module, _args: Any, output: Any) -> None:
+    def _finish(self, model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if model is not self.model or not self._forwards:
             return
         if not self.watches_backward:
@@ -132,6 +134,13 @@ class Pending:
             tensor.register_hook(self._backward)
         if not watched:
             self._forwards = 0
+        elif self.watches_backward:
+            self._scales.append(watch_scale(model, kwargs, output))
+
+    def _next_batch(self) -> None:
+        # Pairs, whose forward passes share one loss, have no scale of their own.
+        self.measurement.next_batch(self._scales[0]() if len(self._scales) == 1 else None)
+        self._scales.clear()
 
     def _backward(self, _gradient: torch.Tensor) -> None:
         # Several forward passes before one backward pass (pairs, contrastive losses) are one batch.
@@ -155,6 +164,7 @@ class Pending:
     def _start(self) -> None:
         self.measurement = choose.start(self.model, self.select, self.layers, self.pool, live=True)
         self.decided, self._unstepped = None, False
+        self._scales.clear()
         if self.watches_backward:
             self.measurement.attach()
 

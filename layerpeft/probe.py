@@ -82,7 +82,8 @@ class Probe:
     """Taps on the outputs of targets; adds up `‖G_b‖²` over batches (with `signal`, sketches of G itself).
 
     State is real here: hooks are on the model between `attach` and `detach`. A batch counts once `next_batch` closes it; one
-    with a gradient that is not finite is left out if `skip_bad` (a loss scaler skips that step, too).
+    with a gradient that is not finite is left out if `skip_bad` (a loss scaler skips that step, too). Where it is known by what
+    the loss of every batch was multiplied on its way (accumulation, a loss scaler), that is divided out.
     Raises: ScoreError for `signal` without a sketch, since that would hold every full gradient at once.
     """
 
@@ -92,9 +93,10 @@ class Probe:
         if signal and not isinstance(how, Sketch):
             raise ScoreError("signal: true adds gradients up over batches and cannot be exact without holding them all")
         self.targets, self.how, self.signal, self.skip_bad = dict(targets), how, signal, skip_bad
-        self._fresh: dict[str, torch.Tensor] = {}
-        self.squared: dict[str, torch.Tensor] = {}
-        self.mean: dict[Key, torch.Tensor] = {}
+        self._fresh: dict[Key, torch.Tensor] = {}  # of the running batch: ‖G‖², or ΩᵀG
+        self._as_it_came: dict[Key, torch.Tensor] = {}
+        self._unscaled: dict[Key, torch.Tensor] = {}
+        self.scales_known = True
         self.reached: set[str] = set()
         self.batches = 0
         self._slots: dict[Key, _Slot] = {}
@@ -113,27 +115,35 @@ class Probe:
         self._handles.clear()
         self._anchor = None
 
-    def next_batch(self) -> None:
-        """Closes the running batch, if its backward pass has begun, and opens the next one."""
+    def next_batch(self, scale: float | None = None) -> None:
+        """Closes the running batch, if its backward pass has begun, and opens the next one.
+
+        `scale`: by what the batch's own loss was multiplied before its backward pass, where that is known.
+        """
         if self._backward_began:
             for key, slot in self._slots.items():
                 if slot.waiting:
                     self._count(key, slot.waiting)
-            bad = self.skip_bad and not all(bool(torch.isfinite(v)) for v in self._fresh.values())
-            for name, square in {} if bad else self._fresh.items():
-                self.squared[name] = self.squared[name] + square if name in self.squared else square
-            self.batches += not bad
+            if not self.skip_bad or all(bool(torch.isfinite(v).all()) for v in self._fresh.values()):
+                factor = 1.0 if scale is None else 1 / scale if self.signal else 1 / scale**2
+                self.scales_known &= scale is not None
+                for key, part in self._fresh.items():
+                    _add(self._as_it_came, key, part)
+                    _add(self._unscaled, key, part * factor)
+                self.batches += 1
         self._fresh = {}
         self._slots.clear()
         self._backward_began = False
 
-    def sums(self) -> dict[str, float]:
-        """Mean over batches of `‖G_b‖²` per target; with `signal`, `‖mean over batches of G_b‖²`."""
-        if not self.signal:
-            return {n: float(v) / self.batches for n, v in self.squared.items()}
+    def sums(self, *, unscaled: bool | None = None) -> dict[str, float]:
+        """Per target: the sum over batches of `‖G_b‖²`; with `signal`, `‖Σ over batches of G_b‖²`.
+
+        `unscaled`: with the losses' scales divided out (None: where all are known).
+        """
         found: dict[str, float] = {}
-        for (name, _), gradient in self.mean.items():
-            found[name] = found.get(name, 0.0) + float(_square(gradient / self.batches))
+        parts = self._unscaled if (self.scales_known if unscaled is None else unscaled) else self._as_it_came
+        for (name, _), part in parts.items():
+            found[name] = found.get(name, 0.0) + float(_square(part) if self.signal else part)
         return found
 
     def tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
@@ -175,11 +185,13 @@ class Probe:
         label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
         if self.signal:
             assert isinstance(self.how, Sketch)
-            part = self.how.running(label, gy, x)
-            self.mean[key] = self.mean[key] + part if key in self.mean else part
-            return
-        square = self.how.energy(label, self.batches, gy, x)
-        self._fresh[name] = self._fresh[name] + square if name in self._fresh else square
+            _add(self._fresh, key, self.how.running(label, gy, x))
+        else:
+            _add(self._fresh, key, self.how.energy(label, self.batches, gy, x))
+
+
+def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
+    sums[key] = sums[key] + part if key in sums else part
 
 
 def _square(t: torch.Tensor) -> torch.Tensor:

@@ -126,8 +126,8 @@ class Measurement(Protocol):
     def attach(self) -> None:
         """Puts the hooks on."""
 
-    def next_batch(self) -> None:
-        """Says that the batch before is complete."""
+    def next_batch(self, scale: float | None = None) -> None:
+        """Says that the batch before is complete; `scale`: by what its loss was multiplied, where that is known."""
 
     def detach(self) -> None:
         """Takes every hook off."""

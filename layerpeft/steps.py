@@ -30,6 +30,7 @@ def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pendin
         tether = model.__dict__["_layerpeft"] = Tether()
         model.register_load_state_dict_pre_hook(tether)
     tether.followers.append(follower)
+    follower.seal()
     FOLLOWERS.add(follower)
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_before))
@@ -57,9 +58,9 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
         follower.after_step(optimizer)
 
 
-def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None) -> None:
+def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None, merges: bool) -> None:
     for follower in followers_of(model):
-        follower.begin((restored or {}).get(follower.adapter))
+        follower.begin((restored or {}).get(follower.adapter), merges)
 
 
 def _train_end(model: nn.Module | None, output_dir: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -42,14 +43,29 @@ def checksum(t: torch.Tensor) -> int:
     return total
 
 
-def checksums(model: nn.Module, among: Iterable[str] | None = None) -> dict[str, int]:
-    """Checksums of all parameters that do not require a gradient, or of those named."""
-    wanted = None if among is None else set(among)
-    return {
-        n: checksum(p)
-        for n, p in model.named_parameters()
-        if (not p.requires_grad and ".lora_" not in n if wanted is None else n in wanted)
-    }
+@dataclass(frozen=True)
+class Seal:
+    """What a parameter was: its checksum, and the storage that the checksum is of."""
+
+    sum: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def seal(p: torch.Tensor) -> Seal:
+    """The parameter's seal."""
+    return Seal(checksum(p), p.dtype, p.shape)
+
+
+def changed(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names whose bits differ; one that was cast or cut up meanwhile has no bits to compare."""
+    there = [(n, s, now[n]) for n, s in seals.items() if n in now]
+    return [n for n, s, p in there if (s.dtype, s.shape) == (p.dtype, p.shape) and s.sum != checksum(p)]
+
+
+def outdated(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names that were cast, cut up or removed since."""
+    return {n for n, s in seals.items() if n not in now or (s.dtype, s.shape) != (now[n].dtype, now[n].shape)}
 
 
 def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tuple[list[str], list[str]]:

@@ -14,8 +14,8 @@ NAME = "LayerPeftCallback"
 def install(begin: Callable[..., None], end: Callable[..., None], state: Callable[..., dict[str, Any]]) -> None:
     """Adds the callback to the trainer's default list, once.
 
-    `begin(model, restored)` runs when training begins, `restored` being what `state(model)` gave at the checkpoint that is
-    resumed (None otherwise); `end(model, output_dir)` when it ends.
+    `begin(model, restored, merges)` runs when training begins, `restored` being what `state(model)` gave at the checkpoint that is
+    resumed (None otherwise), `merges` where TRL folds the adapter into the base and out again at every step; `end(model, output_dir)` when it ends.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -37,7 +37,8 @@ def install(begin: Callable[..., None], end: Callable[..., None], state: Callabl
             # A checkpoint of a run without this callback has no place for it, and Trainer would fail when it saves the next.
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), NAME: saved or self.state()}
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-            begin(self.model, attributes.get("records") if state.global_step else None)
+            merges = bool(getattr(args, "use_vllm", False))
+            begin(self.model, attributes.get("records") if state.global_step else None, merges)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             end(self.model, args.output_dir)

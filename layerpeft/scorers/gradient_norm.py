@@ -57,9 +57,9 @@ class GradientNorm:
         """Puts the probe on the model."""
         self.probe.attach(self.request.model)
 
-    def next_batch(self) -> None:
-        """Closes the batch."""
-        self.probe.next_batch()
+    def next_batch(self, scale: float | None = None) -> None:
+        """Closes the batch, whose loss was multiplied by `scale` (None: not known)."""
+        self.probe.next_batch(scale)
 
     def detach(self) -> None:
         """Takes the probe off the model."""
@@ -75,11 +75,13 @@ class GradientNorm:
                 "signal: true works in one process only; leave it out, or score beforehand with score_layers"
             )
         names = [t.name for t in self.request.targets]
-        counts = torch.tensor([float(self.probe.batches), *(float(n in self.probe.reached) for n in names)])
-        squares = torch.tensor([float(self.probe.squared.get(n, 0.0)) for n in names], dtype=torch.float64)
-        counts, squares = add(counts), add(squares)
-        self.probe.reached = {n for n, c in zip(names, counts[1:].tolist(), strict=True) if c}
-        self._sums = dict(zip(names, (squares / float(counts[0])).tolist(), strict=True))
+        unknown = float(not self.probe.scales_known)
+        counts = torch.tensor([float(self.probe.batches), *(float(n in self.probe.reached) for n in names), unknown])
+        *counts, unknown = add(counts).tolist()
+        mine = self.probe.sums(unscaled=not unknown)
+        squares = add(torch.tensor([mine.get(n, 0.0) for n in names], dtype=torch.float64))
+        self.probe.reached = {n for n, c in zip(names, counts[1:], strict=True) if c}
+        self._sums = dict(zip(names, (squares / counts[0]).tolist(), strict=True))
 
     def result(self) -> Measured:
         """Norms per layer and per target. Raises: ScoreError when a target was never reached by a backward pass."""
@@ -90,7 +92,9 @@ class GradientNorm:
                 "The model uses their weights without calling them, or the loss does not depend on them; "
                 "leave them out of target_modules."
             )
-        sums = self._sums if self._sums is not None else self.probe.sums()
+        # of the mean gradient, the batches are divided out before the square
+        count = self.probe.batches ** (2 if self.options.signal else 1)
+        sums = self._sums or {n: s / count for n, s in self.probe.sums().items()}
         if not any(sums.values()):
             raise ScoreError(
                 "all gradients are exactly zero: the loss does not depend on these layers, or all labels are ignored"

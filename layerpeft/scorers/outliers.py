@@ -56,7 +56,7 @@ class InputNorms:
         """Puts the hooks on."""
         self._handles = attach_taps(self.request.model, self.request.targets, self._tap)
 
-    def next_batch(self) -> None:
+    def next_batch(self, scale: float | None = None) -> None:
         """Counts the batch, if anything came through."""
         self.batches += self._running
         self._running = False
