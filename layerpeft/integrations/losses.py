@@ -61,7 +61,7 @@ def _share(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | float 
     items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if items is None:
         return 1.0
-    called = inspect.unwrap(getattr(type(model), "forward")).__code__.co_names
+    called = inspect.unwrap(type(model).forward).__code__.co_names
     first = DIVIDING.get(getattr(getattr(model, "loss_function", None), "__name__", ""))
     if "loss_function" not in called or first is None or labels is None or labels.is_floating_point():
         return None

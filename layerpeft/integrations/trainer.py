@@ -14,8 +14,9 @@ NAME = "LayerPeftCallback"
 def install(begin: Callable[..., None], end: Callable[..., None], state: Callable[..., dict[str, Any]]) -> None:
     """Adds the callback to the trainer's default list, once.
 
-    `begin(model, restored, merges)` runs when training begins, `restored` being what `state(model)` gave at the checkpoint that is
-    resumed (None otherwise), `merges` where TRL folds the adapter into the base and out again at every step; `end(model, output_dir)` when it ends.
+    `begin(model, restored, merges)` runs when training begins: `restored` is what `state(model)` gave at the checkpoint that is
+    resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
+    `end(model, output_dir)` runs when it ends.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
