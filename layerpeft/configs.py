@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from torch import nn
@@ -16,7 +16,7 @@ from layerpeft import report, save
 from layerpeft.choose import choose, needs_batches
 from layerpeft.errors import ConfigError, LayerpeftError, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_leaves
-from layerpeft.layers import LayerMap, base_of, layer_map
+from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.notes import note
 from layerpeft.selection import LiveRecord, Select, Selection
@@ -46,6 +46,8 @@ class LayerLoraConfig(LoraConfig):
         metadata={"help": "Train tensors that have no pre-trained values, such as a new classification head."},
     )
     batches: InitVar[Iterable[Any] | None] = None
+    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
+    method: ClassVar[str] = "lora"
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerLoraConfig")
@@ -67,8 +69,8 @@ class LayerLoraConfig(LoraConfig):
         problems.raise_if_any(ConfigError)
         super().__post_init__()
         self._batches = batches
-        if not select.is_all:
-            self.peft_type = LayerPeftType.LAYER_LORA  # type: ignore[assignment]
+        if not self.is_plain:
+            self.peft_type = self.kind  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoraConfig:
         twin = copy.copy(self)
@@ -82,10 +84,9 @@ class LayerLoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain data; PEFT's own keys alone where nothing is chosen."""
         plain = super().to_dict()
-        select = Select.parse(self.select)
-        if select.is_all:
+        if self.is_plain:
             return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
-        return plain | {"select": select.to_dict()}
+        return plain | {"select": Select.parse(self.select).to_dict()}
 
     def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
         """A copy that carries these batches."""
@@ -98,7 +99,7 @@ class LayerLoraConfig(LoraConfig):
 
         Raises: SelectionError, ScoreError, LayerMapError, ConfigError.
         """
-        if Select.parse(self.select).is_all:
+        if self.is_plain:
             return LoraConfig(**_lora_fields(self))
         given = batches if batches is not None else self._batches
         layers = layer_map(model, Select.parse(self.select).stack)
@@ -112,6 +113,15 @@ class LayerLoraConfig(LoraConfig):
             progress=progress,
         )
         return stock_config(self, model, selection)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where this is a stock LoRA config: all layers, nothing to record."""
+        return Select.parse(self.select).is_all
+
+    def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
+        """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
+        return RecordedLoraConfig(**given)
 
     @property
     def is_deferred(self) -> bool:
@@ -174,7 +184,8 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveR
 
 def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
     """The config that PEFT sees: full names of the chosen targets, new heads among the modules to save, and a record."""
-    kinds = {t.name: t.kind for t in layer_map(model, selection.stack).targets}
+    targets = layer_map(model, selection.stack).targets
+    kinds = {t.name: t.kind for t in targets}
     given = _lora_fields(config)
     born = new_modules(model) if config.train_new else ()
     if born:
@@ -189,8 +200,9 @@ def stock_config(config: LayerLoraConfig, model: nn.Module, selection: Selection
         "target_parameters": parameters or None,
         "exclude_modules": _namesakes(model, modules) or None,
     }
-    stock = RecordedLoraConfig(**given)
-    stock._layerpeft = LiveRecord(config=plain_config(config), selection=selection, new_tensors=born)  # type: ignore[attr-defined]
+    stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
+    record = LiveRecord(config=plain_config(config), method=config.method, selection=selection, new_tensors=born)
+    stock._layerpeft = record  # type: ignore[attr-defined]
     return stock
 
 
@@ -250,7 +262,7 @@ def plain_config(config: LayerLoraConfig) -> dict[str, Any]:
     """The config as JSON takes it, without what is empty."""
     plain = config.to_dict()
     kept = {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items() if v not in (None, {}, [], set())}
-    return kept | {"peft_type": LayerPeftType.LAYER_LORA.value}
+    return kept | {"peft_type": config.kind.value}
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:

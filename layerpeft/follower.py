@@ -21,37 +21,17 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
 from layerpeft.notes import note
 from layerpeft.pending import Pending, Tensors
+from layerpeft.projected import folded, originals
+from layerpeft.projection_state import on_load as on_load_projection
+from layerpeft.refresh import Refresher
 from layerpeft.selection import LiveRecord, Selection
 from layerpeft.targets import is_routed
+from layerpeft.tether import FOLLOWERS
 
 NOT_HELD = (
     "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
     "that require a gradient"
 )
-FOLLOWERS: weakref.WeakSet[Follower] = weakref.WeakSet()
-
-
-class Tether:
-    """Ties followers to the life of their model, and hears of adapters that are loaded into it.
-
-    Pickles of the model do not take it along; a deep copy of the model gets followers of its own.
-    """
-
-    def __init__(self, followers: list[Follower] | None = None) -> None:
-        self.followers = followers or []
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for follower in self.followers:
-            follower.on_load(state, prefix)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tether:
-        twin = memo[id(self)] = Tether()
-        twin.followers += [t for f in self.followers if (t := f.twin(memo)) is not None]
-        FOLLOWERS.update(twin.followers)
-        return twin
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Tether, ()
 
 
 class Follower:
@@ -60,6 +40,7 @@ class Follower:
     def __init__(self, model: nn.Module, adapter: str, config: Any, tuner: Any, pending: Pending | None) -> None:
         self.adapter, self.config = adapter, config
         self.pending: Pending | None = None
+        self.refresher: Refresher | None = None  # of an adapter that is trained by projection
         self.record: LiveRecord = config._layerpeft
         self.seen = 0  # optimizer steps of any kind
         self._model, self._tuner = weakref.ref(model), weakref.ref(tuner) if tuner is not None else lambda: None
@@ -71,7 +52,7 @@ class Follower:
         self._stepped: set[int] = set()
         self._asked: frozenset[str] = frozenset()  # what PEFT made trainable
         self._beside: set[str] = set()  # adapters there were when the weights were written down
-        self._rate = 0.0
+        self._rate, self._real = 0.0, False
         self._resumed = self._merges = False
         if pending is not None:
             self._await(pending)
@@ -108,7 +89,7 @@ class Follower:
         config._layerpeft_model = weakref.ref(model)
         twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
         twin._asked = self._asked
-        twin.pending = copy.deepcopy(self.pending, memo)
+        twin.pending, twin.refresher = copy.deepcopy((self.pending, self.refresher), memo)
         return twin
 
     def measure_anew(self) -> None:
@@ -127,6 +108,8 @@ class Follower:
         """Stops following; a choice that still waited is dropped."""
         if self.pending is not None:
             self.pending.close()
+        if self.refresher is not None:
+            self.refresher.disarm()
         FOLLOWERS.discard(self)
         self.model.__dict__["_layerpeft"].followers.remove(self)
 
@@ -135,7 +118,7 @@ class Follower:
 
         Raises: TrainingError for what would not train, or not be finite.
         """
-        self._rate = 0.0
+        self._rate, self._real = 0.0, False
         held = self._holds(optimizer)
         if not held:
             if not self.seen and self.pending is None and verify.unheld(self.tensors(), self.model, optimizer):
@@ -143,13 +126,16 @@ class Follower:
             return
         self.seen += 1
         if verify.skipped(optimizer):
-            if self.pending is not None:
-                self.pending.restart()
+            for measuring in filter(None, (self.pending, self.refresher)):
+                measuring.restart()
             return
         if self.pending is not None:
             if not self._choose(optimizer):
                 return
             held = self._holds(optimizer)
+        self._real = True
+        if self.refresher is not None:
+            self.refresher.before_step(self.model, self.adapter, optimizer, held)
         self._rate = verify.learning_rate(optimizer, held)
         if not self._rate or held <= self._stepped:
             return
@@ -172,6 +158,8 @@ class Follower:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in the first one."""
+        if self.refresher is not None and self._real:
+            self.refresher.after_step(self.model, self.adapter, optimizer, self._holds(optimizer))
         if self.pending is not None or not self._rate:
             return
         held, ids = self._holds(optimizer), self.ids()
@@ -210,7 +198,7 @@ class Follower:
         self.record.idle_experts = tuple(idle)
         moved = {*verify.changed(self._others, now), *verify.outdated(self._others, now)}
         still = {n: now[n] for n in self._others if n not in moved}
-        for target, names in verify.unmoved(self.tensors(), self._start).items():
+        for target, names in self._unmoved().items():
             group = self.tensors()[target]
             still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
         for name, parameter in still.items():
@@ -265,6 +253,9 @@ class Follower:
             [t.name for t in self.pending.pool] if self.pending is not None else lora_layers(self.model, self.adapter)
         )
         verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
+        if self.refresher is not None:
+            on_load_projection(self.model, self.adapter, state, prefix)
+            self.refresher.arm(self.model, self.adapter)
         self._forget()  # loading may put new tensors in the place of the old
 
     def seal(self) -> None:
@@ -284,14 +275,14 @@ class Follower:
         for name in list(self._frozen if names is None else names):
             self._frozen.pop(name, None)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def _parameters(self) -> dict[str, torch.Tensor]:
         """All parameters, by names that wrapping and unwrapping does not change."""
-        return {_clean(n): p for n, p in self.model.named_parameters()}
+        return {_clean(n): p for n, p in self.model.named_parameters()} | originals(self.model, self.adapter)
 
     def _adapters(self) -> set[str]:
         return {self.adapter, *(getattr(self.model, "peft_config", None) or {})}
 
-    def _frozen_now(self) -> dict[str, nn.Parameter]:
+    def _frozen_now(self) -> dict[str, torch.Tensor]:
         return {n: p for n, p in self._parameters().items() if not p.requires_grad and ".lora_" not in n}
 
     def _changed_since_wrapping(self) -> list[str]:
@@ -321,12 +312,16 @@ class Follower:
 
     def _still(self) -> tuple[list[str], list[str]]:
         """(faults, idle experts) among targets of which no tensor moved."""
-        still = verify.unmoved(self.tensors(), self._start)
+        still = self._unmoved()
         whole = [t for t, names in still.items() if len(names) == len(self.tensors()[t])]
         faults = [
             f"{t} did not move: {verify.why_unmoved(self.tensors()[t], self._rate)}" for t in whole if not is_routed(t)
         ]
         return faults, [t for t in whole if is_routed(t)]
+
+    def _unmoved(self) -> dict[str, list[str]]:
+        moved = folded(self.model, self.adapter)  # what a projection has trained may lie in the weights by now
+        return {t: n for t, n in verify.unmoved(self.tensors(), self._start).items() if t not in moved}
 
     def _choose(self, optimizer: Optimizer) -> bool:
         """Makes the pending choice; False while more batches are wanted than this step had."""

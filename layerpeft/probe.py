@@ -162,7 +162,7 @@ class Probe:
             for key, rows in keys.items():
                 self._observe(key, gy if rows is None else gy[rows], xs if rows is None else xs[rows])
 
-        return _Tap.apply(y, x, self._anchor, observe)
+        return tapped(y, x, self._anchor, observe)
 
     def _observe(self, key: Key, gy: torch.Tensor, x: torch.Tensor) -> None:
         self._backward_began = True
@@ -200,6 +200,11 @@ def _square(t: torch.Tensor) -> torch.Tensor:
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
+
+
+def tapped(y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, observe: Callable) -> torch.Tensor:
+    """`y` with a tap that hands (∂loss/∂y, x) to `observe` in the backward pass, which `anchor` makes sure of."""
+    return _Tap.apply(y, x, anchor, observe)  # type: ignore[return-value]
 
 
 class _Tap(torch.autograd.Function):

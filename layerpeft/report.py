@@ -246,6 +246,8 @@ def _changes(
 def _squared_norms(layer: Any, adapter_name: str, config: Any) -> tuple[float, float]:
     """(‖ΔW‖², ‖W‖²) of one target. Besides the model one full weight is held; two for packed DoRA and merged ones."""
     _check_measurable(layer, adapter_name, config)
+    if hasattr(layer, "trained_change"):  # more than the running adapter: what was folded into the weights
+        return layer.trained_change()
     dora = bool(getattr(config, "use_dora", False))
     merged = list(layer.merged_adapters)
     if any(name in getattr(layer, "lora_variant", ()) for name in merged):

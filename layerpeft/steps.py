@@ -13,17 +13,29 @@ from torch.optim.optimizer import (
 )
 
 from layerpeft.errors import TrainingError
-from layerpeft.follower import FOLLOWERS, NOT_HELD, Follower, Tether, alive, followers_of
+from layerpeft.follower import NOT_HELD, Follower, alive, followers_of
 from layerpeft.integrations import distributed, trainer
 from layerpeft.pending import Pending
+from layerpeft.refresh import Refresher
+from layerpeft.tether import FOLLOWERS, Tether
 
 __all__ = ["Pending", "check_trained", "follow", "followers_of"]
 _installed: list[Any] = []
 
 
-def follow(model: nn.Module, adapter: str, config: Any, tuner: nn.Module, pending: Pending | None) -> Follower:
+def follow(
+    model: nn.Module,
+    adapter: str,
+    config: Any,
+    tuner: nn.Module,
+    pending: Pending | None,
+    refresher: Refresher | None = None,
+) -> Follower:
     """Begins to follow one adapter; the follower lives as long as the model."""
     follower = Follower(model, adapter, config, tuner, pending)
+    follower.refresher = refresher
+    if refresher is not None and pending is None:
+        refresher.arm(model, adapter)
     follower._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     tether = model.__dict__.get("_layerpeft")
     if tether is None:

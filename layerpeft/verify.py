@@ -114,7 +114,7 @@ def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, torch.Tensor]
     return {t: names for t, names in still.items() if names}
 
 
-def why_unmoved(group: Mapping[str, nn.Parameter], rate: float) -> str:
+def why_unmoved(group: Mapping[str, torch.Tensor], rate: float) -> str:
     """The likely cause of tensors that did not move, and the cure."""
     low = [str(p.dtype).removeprefix("torch.") for p in group.values() if p.dtype in LOW]
     grads = [p.grad for p in group.values() if p.grad is not None]

@@ -9,6 +9,7 @@ import sys
 import layerpeft
 
 NAMES = [
+    "LayerGaloreConfig",
     "LayerLoraConfig",
     "LayerMap",
     "LayerpeftError",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import enum
+import functools
+import os
 import weakref
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -18,7 +22,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "LayerPeftType", "LoraLayer", "PeftModel"]
+__all__ = ["BaseTuner", "BaseTunerLayer", "LayerPeftType", "LoraLayer", "LoraLinear", "PeftModel"]
 
 HEAD_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
@@ -27,6 +31,7 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
     """Types of our own beside PEFT's closed list; PEFT's tables take them because they hash and compare as strings."""
 
     LAYER_LORA = "LAYER_LORA"
+    LAYER_GALORE = "LAYER_GALORE"
 
     def __str__(self) -> str:
         """What PEFT prints where it takes stock types only: on a model that already has adapters, or with `mixed=True`."""
@@ -81,6 +86,33 @@ def become_stock(tuner: BaseTuner, stock: type[BaseTuner]) -> None:
 
     handle = register_module_module_registration_hook(on_register)  # type: ignore[arg-type]
     weakref.finalize(tuner, handle.remove)
+
+
+_loading: ContextVar[str | None] = ContextVar("layerpeft_loading", default=None)
+
+
+def loading_folder() -> str | None:
+    """The folder whose adapter `PeftModel.load_adapter` is reading right now; None where nothing is, or the folder is not here."""
+    return _loading.get()
+
+
+def watch_loading() -> None:
+    """Lets `loading_folder` know: PEFT hands its hooks the tensors and not the folder. A second call changes nothing."""
+    original = PeftModel.load_adapter
+    if getattr(original, "_layerpeft_watched", False):
+        return
+
+    @functools.wraps(original)
+    def load_adapter(self: PeftModel, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = os.path.join(os.fspath(model_id), kwargs.get("subfolder") or "")
+        token = _loading.set(folder if os.path.isdir(folder) else None)
+        try:
+            return original(self, model_id, *args, **kwargs)
+        finally:
+            _loading.reset(token)
+
+    load_adapter._layerpeft_watched = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:

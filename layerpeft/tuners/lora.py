@@ -48,6 +48,7 @@ class LayerLoraModel(LoraModel):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         live = self.peft_config[adapter_name]
         if isinstance(live, RecordedLoraConfig):
+            refresher = self._prepared(model, live, adapter_name)
             record = live._layerpeft  # type: ignore[attr-defined]
             _tie(live, model, adapter_name)
             if record.new_tensors:
@@ -63,11 +64,15 @@ class LayerLoraModel(LoraModel):
             if self._layerpeft_pool is not None:
                 select = Select.parse(record.config["select"])
                 pending = steps.Pending(model, select, self._layerpeft_pool)
-            steps.follow(model, adapter_name, live, self, pending)
+            steps.follow(model, adapter_name, live, self, pending, refresher)
             if record.selection is not None:
                 backward.install(model, record.selection.stack)
         del self._layerpeft_pool
         become_stock(self, LoraModel)
+
+    def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Any:
+        """What a method of its own makes of the wrapped modules, before they are followed."""
+        return None
 
 
 def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
