@@ -9,14 +9,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
+from torch import nn
 
 from layerpeft import projection_state, save
 from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig
 from layerpeft.errors import ConfigError, Problems, unknown
-from layerpeft.integrations.peft import LayerPeftType
-from layerpeft.layers import Target
+from layerpeft.folds import Folds
+from layerpeft.integrations.peft import LayerPeftType, lora_layers
+from layerpeft.layers import Target, layer_map
+from layerpeft.projected import Projection, project
 from layerpeft.refresh import Refreshing
-from layerpeft.subspace import SIDES, SUBSPACES
+from layerpeft.selection import Select
+from layerpeft.subspace import SIDES, SUBSPACES, side_of
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
 SHARED = {
@@ -117,6 +121,28 @@ class LayerGaloreConfig(LayerLoraConfig):
         stock = ProjectedLoraConfig(**given)
         stock._layerpeft_projection = copy.copy(self)  # type: ignore[attr-defined]
         return stock
+
+
+def project_all(model: nn.Module, live: Any, adapter: str) -> None:
+    """Turns the LoRA modules of an adapter into projected ones; `live` is the config that PEFT wrapped them by."""
+    config: LayerGaloreConfig = live._layerpeft_projection
+    shapes = {t.name: t.shape for t in layer_map(model, Select.parse(config.select).stack).targets}
+    for name, layer in lora_layers(model, adapter).items():
+        name = name.removeprefix("_orig_mod.")
+        out, into = shapes[name]
+        project(
+            layer,
+            Projection(
+                name=name,
+                adapter=adapter,
+                side=side_of(config.proj_type, out, into),
+                scale=config.scale,
+                fold=config.fold,
+                seed=config.seed,
+                folds=Folds(out, into),
+                gap=config.update_proj_gap,
+            ),
+        )
 
 
 def _not_for_projection(config: LayerGaloreConfig) -> list[str]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from layerpeft.configs import RecordedLoraConfig
-from layerpeft.folds import Folds
-from layerpeft.galore_config import LayerGaloreConfig
-from layerpeft.integrations.peft import LayerPeftType, lora_layers, register, watch_loading
-from layerpeft.layers import layer_map
-from layerpeft.projected import Projection, project
+from layerpeft.galore_config import LayerGaloreConfig, project_all
+from layerpeft.integrations.peft import LayerPeftType, register, watch_loading
 from layerpeft.refresh import Refresher
-from layerpeft.subspace import side_of
+from layerpeft.selection import Select
 from layerpeft.tuners.lora import LayerLoraModel
 
 
@@ -22,22 +17,9 @@ class LayerGaloreModel(LayerLoraModel):
 
     def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Refresher:
         watch_loading()
+        project_all(model, live, adapter_name)
         config: LayerGaloreConfig = live._layerpeft_projection  # type: ignore[attr-defined]
-        select = live._layerpeft.config["select"]  # type: ignore[attr-defined]
-        shapes = {t.name: t.shape for t in layer_map(model, select.get("stack")).targets}
-        for name, layer in lora_layers(model, adapter_name).items():
-            name = name.removeprefix("_orig_mod.")
-            out, into = shapes[name]
-            side = side_of(config.proj_type, out, into)
-            state = Projection(
-                name, adapter_name, side, config.scale, config.fold, config.seed, Folds(out, into), config.update_proj_gap
-            )  # fmt: skip
-            project(layer, state)
-        return Refresher(config.refreshing, select.get("stack"))
+        return Refresher(config.refreshing, Select.parse(config.select).stack)
 
 
-def _registered() -> Any:
-    return register(LayerPeftType.LAYER_GALORE, LayerGaloreConfig, LayerGaloreModel, "lora_")
-
-
-_registered()
+register(LayerPeftType.LAYER_GALORE, LayerGaloreConfig, LayerGaloreModel, "lora_")
