@@ -53,6 +53,7 @@ class Refresher:
         self._sums: dict[str, torch.Tensor] = {}  # of the running step: ΩᵀG, GΩ, or G itself
         self._omegas: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._targets: dict[str, Target] = {}
         self._anchor: torch.Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Refresher:
@@ -68,10 +69,10 @@ class Refresher:
         due = [n for n, layer in layers.items() if state_of(layer).steps >= state_of(layer).due]
         if not due or self.how.subspace == "random":
             return
-        targets = [t for t in self._targets(model) if t.name in set(due)]
-        for target in targets:
-            layer = layers[target.name]
-            self._handles += attach_taps(model, [target], self._tap_for(layer))
+        if not set(due) <= set(self._targets):
+            self._targets = {t.name: t for t in layer_map(model, self.stack).targets}
+        for name in due:
+            self._handles += attach_taps(model, [self._targets[name]], self._tap_for(layers[name]))
 
     def disarm(self) -> None:
         """Takes the taps off and forgets what they saw."""
@@ -160,9 +161,6 @@ class Refresher:
             return None
         assert found is not None
         return distributed.add_up(found).to(found.device)
-
-    def _targets(self, model: nn.Module) -> list[Target]:
-        return list(layer_map(model, self.stack).targets)
 
     def _tap_for(self, layer: Any) -> Any:
         def tap(y: torch.Tensor, x: torch.Tensor, _keys: Mapping[Any, Any]) -> torch.Tensor:
