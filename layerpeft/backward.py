@@ -2,30 +2,41 @@
 
 Autograd stops there by itself. What defeats it are hooks that make the embeddings' output require a gradient, so that
 checkpointing works on frozen models (TRL and `prepare_model_for_kbit_training` ask for them): then the backward pass runs
-through, and recomputes, every frozen layer below. Those hooks are taken off while nothing below needs them, whoever put them
-there and however often. Reentrant checkpointing needs an input that requires a gradient; it gets one at the cut instead of at
-the bottom. Nothing is detached: where something below really trains (embeddings, prompt tokens, another adapter), its gradients
-flow on.
+through, and recomputes, every frozen layer below. Those hooks are silenced, whoever put them there and however often.
+Reentrant checkpointing needs an input that requires a gradient; it gets one at the cut instead of at the bottom. Nothing is
+detached: where something below really trains (embeddings, prompt tokens, another adapter or stack), its gradients flow on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from layerpeft.errors import LayerMapError
 from layerpeft.integrations.checkpointing import (
-    is_checkpointed,
+    checkpoints_itself,
+    follow_enabling,
+    go_straight,
+    gradient_flags,
     is_reentrant,
-    restore_hooks,
-    set_checkpointed,
-    take_input_hooks,
+    is_replica,
+    lets_gradients_in,
+    lower_flags,
+    modules_of,
+    parameters_of,
+    silence,
 )
 from layerpeft.layers import base_of, layer_map
+
+# In the model's own dict: the names of the blocks of every stack, those of the default stack first. Names, so that copies and
+# pickles of the model go on by themselves.
+_STACKS = "_layerpeft_stacks"
+_Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,118 +47,175 @@ class Stop:
     why: str
 
 
-@dataclass
-class _Cut:
-    """State on one model: the blocks, and what has been put aside."""
+@dataclass(frozen=True)
+class _Stack:
+    """The blocks of one stack, and the lowest that trains (None where none does)."""
 
-    blocks: Sequence[nn.Module]
-    is_last: bool  # False for an encoder whose output another stack goes on with
-    taken: list[Any] = field(default_factory=list)
-    quiet: list[nn.Module] = field(default_factory=list)
-    opened: RemovableHandle | None = None
-    at: int | None = None
-    reentrant: bool = False
+    blocks: tuple[nn.Module, ...]
+    lowest: int | None
+
+    @property
+    def below(self) -> tuple[nn.Module, ...]:
+        return self.blocks[: self.lowest]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What shall hold on a model now."""
+
+    silent: bool  # the libraries' input hooks do nothing
+    opened: tuple[nn.Module, ...] = ()  # reentrant blocks whose input shall require a gradient, if they need one
+    straight: tuple[nn.Module, ...] = ()  # what has nothing to recompute for, of which torch would warn
 
 
 def install(model: nn.Module, stack: str | None = None) -> Stop:
-    """Watches the model's forward passes and keeps the cut where the lowest trainable layer is; a second call changes nothing.
+    """Watches the model's forward passes and keeps the cut where the lowest trainable layer is, in every stack.
 
-    Does nothing, hooks included, where the first layer trains. Raises: LayerMapError for a model without blocks.
+    Does nothing, hooks included, where the first layer trains or nothing does; call it again when that has changed.
+    Raises: LayerMapError for a model without blocks.
     """
     base = base_of(model)
-    stop = where(base, stack)
     state: dict[str, Any] = base.__dict__
-    if stop.layer is None or "_layerpeft_cut" in state:
-        return stop
-    cut = _Cut(_blocks(base, stack), is_last=stack is None or layer_map(base).stack == layer_map(base, stack).stack)
-    state["_layerpeft_cut"] = _Keeper(cut)
-    base.register_forward_pre_hook(_before_forward)
-    _sync(base, cut)
-    return stop
+    watched: tuple[_Names, ...] = state.get(_STACKS, ())
+    own = watched[0] if watched and stack is None else _names(base, stack)
+    names = tuple(dict.fromkeys([*watched, own])) if watched else _all_names(base, own)
+    if watched or _partly([_stack(base, blocks) for blocks in names]):
+        state[_STACKS] = names
+        if not watched:
+            base.register_forward_pre_hook(_before_forward)
+            follow_enabling(base, _sync)
+        _sync(base)
+    return _where(model, base, own)
 
 
 def where(model: nn.Module, stack: str | None = None) -> Stop:
-    """The layer of a stack at which the backward pass stops, from what is trainable now."""
+    """The layer of a stack at which the backward pass stops, from what is trainable now.
+
+    Raises: LayerMapError for a model without blocks.
+    """
     base = base_of(model)
-    return _stop(base, _blocks(base, stack))
+    return _where(model, base, _names(base, stack))
 
 
-class _Keeper:
-    """Holds a cut; copies and pickles of the model start without one."""
-
-    def __init__(self, cut: _Cut | None = None) -> None:
-        self.cut = cut
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Keeper:
-        return _Keeper()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Keeper, ()
+def _where(model: nn.Module, base: nn.Module, names: _Names) -> Stop:
+    stack = _stack(base, names)
+    if stack.lowest == 0:
+        return Stop(None, "the first layer trains")
+    inside = {id(p) for p in parameters_of(base)}
+    outside = [p for p in parameters_of(model) if p.requires_grad and id(p) not in inside]
+    if outside:  # prompt and prefix tuning keep what trains in front of the model
+        name = next(n for n, p in model.named_parameters() if p is outside[0])
+        return Stop(None, f"{name}, in front of the layers, trains")
+    if stack.lowest is None:
+        return Stop(None, "nothing in these layers trains")
+    name = _in_front(base, stack)
+    if name is not None:
+        return Stop(None, f"{name}, below the layers, trains")
+    if _awaited(modules_of(base), _inside(stack.below)):
+        return Stop(None, f"a backward hook of your own waits below layer {stack.lowest}")
+    return Stop(stack.lowest, f"layer {stack.lowest} is the lowest that trains")
 
 
 def _before_forward(model: nn.Module, *_: Any) -> None:
-    # Inside a compiled graph the state of the last eager call, or of `install`, holds.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    cut = model.__dict__["_layerpeft_cut"].cut
-    if cut is not None:
-        _sync(model, cut)
+    # Inside a compiled graph the state of the last eager call holds, which can be stale in one harmless way: hooks are silent
+    # that would have nothing to do. The same holds for the replicas of DataParallel, which share the hooks and hold no parameter.
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not is_replica(model):
+        _sync(model)
 
 
-def _stop(model: nn.Module, blocks: Sequence[nn.Module]) -> Stop:
-    lowest = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())), None)
-    if lowest is None:
-        return Stop(None, "nothing in these layers trains")
-    if lowest == 0:
-        return Stop(None, "the first layer trains")
-    inside = {id(p) for b in blocks for p in b.parameters()}
+def _sync(model: nn.Module) -> None:
+    """Brings hooks and checkpointing into line with what trains now."""
+    stacks = [found for names in model.__dict__[_STACKS] if (found := _stack(model, names)).blocks]
+    modules = list(modules_of(model))
+    below = _inside(block for stack in stacks for block in stack.below)
+    cut = _cut(model, stacks) if _partly(stacks) and not _awaited(modules, below) else _Cut(silent=False)
+    silence(modules, cut.silent)
+    lower_flags(modules, gradient_flags(below, modules) if cut.silent else ())
+    opened, straight = ({id(block) for block in blocks} for blocks in (cut.opened, cut.straight))
+    for module in modules:
+        go_straight(module, id(module) in straight)
+    for block in (b for stack in stacks for b in stack.blocks):
+        _set_open(block, id(block) in opened)
+
+
+def _cut(model: nn.Module, stacks: Sequence[_Stack]) -> _Cut:
+    entries = [b for s in stacks for b in {s.blocks[0], s.blocks[s.lowest or 0]}]
+    if _reentrant_around(model, entries):
+        return _Cut(silent=False)
+    idle = _inside(b for s in stacks if any(map(is_reentrant, s.below)) and not _in_front(model, s) for b in s.below)
+    return _Cut(True, tuple(filter(is_reentrant, entries)), tuple(filter(is_reentrant, idle)))
+
+
+def _partly(stacks: Sequence[_Stack]) -> bool:
+    """Whether some layers train and, in some stack, the lowest do not."""
+    return any(s.lowest is not None for s in stacks) and any(s.lowest != 0 for s in stacks)
+
+
+def _in_front(model: nn.Module, stack: _Stack) -> str | None:
+    """What trains and stands before the blocks in the order of the modules, which is how embeddings and encoders stand."""
+    inside = {id(p) for block in stack.blocks for p in parameters_of(block)}
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
-            break  # parameters come in the order of the modules: what follows lies above, or in a part of its own
+            return None
         if parameter.requires_grad:
-            return Stop(None, f"{name}, below the layers, trains")
-    hooked = next((b for b in blocks[:lowest] for m in b.modules() if m._backward_hooks or m._backward_pre_hooks), None)
-    if hooked is not None:
-        return Stop(None, f"a backward hook of your own waits below layer {lowest}")
-    return Stop(lowest, f"layer {lowest} is the lowest that trains")
+            return name
+    return None
 
 
-def _sync(model: nn.Module, cut: _Cut) -> None:
-    """Brings hooks and checkpointing into line with what trains now."""
-    stop = _stop(model, cut.blocks)
-    reentrant = stop.layer is not None and is_reentrant(cut.blocks[stop.layer])
-    if reentrant and not cut.is_last:
-        # The stack that follows is recomputed from inputs which have to require a gradient, down to its own bottom.
-        stop = Stop(None, "reentrant checkpointing, and another stack follows this one")
-    if (stop.layer, reentrant) != (cut.at, cut.reentrant):
-        _undo(cut)
-        cut.at, cut.reentrant = stop.layer, reentrant
-        if stop.layer is not None and reentrant:
-            cut.opened = cut.blocks[stop.layer - 1].register_forward_hook(_open)
-    if stop.layer is not None:
-        cut.taken += take_input_hooks(model)
-        if reentrant:  # the blocks below have nothing to recompute for, and torch would warn of it
-            for block in cut.blocks[: stop.layer]:
-                if is_checkpointed(block):
-                    set_checkpointed(block, False)
-                    cut.quiet.append(block)
+def _inside(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for block in blocks for module in modules_of(block)]
 
 
-def _undo(cut: _Cut) -> None:
-    restore_hooks(cut.taken)
-    for block in cut.quiet:
-        set_checkpointed(block, True)
-    if cut.opened is not None:
-        cut.opened.remove()
-    cut.taken, cut.quiet, cut.opened = [], [], None
+def _awaited(modules: Iterable[nn.Module], below: Iterable[nn.Module]) -> bool:
+    """Whether a frozen module below has a backward hook, which the cut would leave without a call."""
+    waiting = [m for m in modules if m._backward_hooks or m._backward_pre_hooks]
+    under = {id(m) for m in below} if waiting else set()
+    return any(id(m) in under or lets_gradients_in(m) for m in waiting)
 
 
-def _open(_block: nn.Module, _args: Any, output: Any) -> None:
-    """Lets the hidden states require a gradient from here on."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    if torch.is_grad_enabled() and isinstance(hidden, torch.Tensor) and hidden.is_leaf:
+def _reentrant_around(model: nn.Module, entries: Sequence[nn.Module]) -> bool:
+    """Whether a container checkpoints its blocks in the reentrant way (older modelling files do), hooks on blocks included."""
+    return not all(checkpoints_itself(block) for block in entries) and any(map(is_reentrant, modules_of(model)))
+
+
+def _set_open(block: nn.Module, on: bool) -> None:
+    numbers = [number for number, hook in block._forward_pre_hooks.items() if hook is _open]
+    if on and not numbers:
+        block.register_forward_pre_hook(_open, with_kwargs=True)
+    elif not on:
+        for number in numbers:
+            del block._forward_pre_hooks[number], block._forward_pre_hooks_with_kwargs[number]
+
+
+def _open(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Lets the hidden states require a gradient: reentrant checkpointing asks its inputs by position whether there is any."""
+    hidden = args[0] if args else None
+    if not torch.is_grad_enabled() or not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
+        return
+    inside = any(p.requires_grad for p in parameters_of(block))
+    by_name = any(v.requires_grad for v in kwargs.values() if isinstance(v, torch.Tensor))
+    if hidden.is_leaf and (inside or by_name):
         hidden.requires_grad_(True)
 
 
-def _blocks(model: nn.Module, stack: str | None) -> list[nn.Module]:
-    return [model.get_submodule(layer.name) for layer in layer_map(model, stack).layers]
+def _stack(model: nn.Module, names: _Names) -> _Stack:
+    blocks = []
+    for name in names:
+        with suppress(AttributeError):  # a block that somebody has taken out
+            blocks.append(model.get_submodule(name))
+    lowest = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in parameters_of(b))), None)
+    return _Stack(tuple(blocks), lowest)
+
+
+def _all_names(base: nn.Module, own: _Names) -> tuple[_Names, ...]:
+    """The blocks of every stack: of the default one, of the others, and of one that a path has named."""
+    found = layer_map(base)
+    names = [tuple(layer.name for layer in found.layers)]
+    for other in found.stacks if len(found.stacks) > 1 else ():
+        with suppress(LayerMapError):  # one whose blocks share their weights
+            names.append(_names(base, other.rpartition("=")[2]))
+    return tuple(dict.fromkeys([*names, own]))
+
+
+def _names(base: nn.Module, stack: str | None) -> _Names:
+    return tuple(layer.name for layer in layer_map(base, stack).layers)

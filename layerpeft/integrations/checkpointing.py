@@ -1,51 +1,180 @@
-"""Gradient checkpointing as transformers and PEFT do it: its flag, its kind, and the hooks that come with it."""
+"""Gradient checkpointing as transformers and PEFT do it: its kind, the hooks that come with it, and how to leave them out."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
 
 INPUT_HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")  # PEFT's and transformers' functions
 OWNERS = ("transformers", "peft", "trl")
-
-Taken = tuple[nn.Module, int, Any]
-
-
-def is_checkpointed(block: nn.Module) -> bool:
-    """Whether transformers recomputes this block in the backward pass."""
-    return bool(getattr(block, "gradient_checkpointing", False))
+ENABLE = "enable_input_require_grads"
+_FUNCTION = "_gradient_checkpointing_func"
+_LOWERED = "_layerpeft_lowered"  # in a module's own dict: the flag of it that is turned off
 
 
-def set_checkpointed(block: nn.Module, on: bool) -> None:
-    """Turns the recomputing of one block on or off."""
-    block.gradient_checkpointing = on  # type: ignore[assignment]
+class Silent:
+    """Lies in the place of a hook that is not wanted now, so that the hook's handle still removes it; pickles go without."""
+
+    def __init__(self, hook: Callable[..., Any] | None = None) -> None:
+        self.hook = hook
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Silent:
+        return Silent(self.hook)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Silent, ()
+
+
+class Straight:
+    """Lies in the place of a block's checkpointing function and only calls the block; flags stay as the user set them."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+class After:
+    """`enable_input_require_grads` of one model, and then something more; it does not keep the model alive."""
+
+    def __init__(self, model: nn.Module, then: Callable[[nn.Module], None]) -> None:
+        self.model, self.then = weakref.ref(model), then
+
+    def __call__(self) -> None:
+        model: Any = self.model()
+        getattr(type(model), ENABLE)(model)
+        self.then(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> After:
+        return After(memo.get(id(self.model()), self.model()), self.then)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return After, (self.model(), self.then)
+
+
+def modules_of(root: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside, each once, in the order of `root.modules()` and in a fraction of its time."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting += [kid for kid in reversed(module._modules.values()) if kid is not None]
+
+
+def parameters_of(root: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters inside; a shared one comes more than once."""
+    return (p for module in modules_of(root) for p in module._parameters.values() if p is not None)
 
 
 def is_reentrant(block: nn.Module) -> bool:
-    """Whether the block is checkpointed in the reentrant way, which needs inputs that require a gradient."""
-    if not is_checkpointed(block):
-        return False
-    keywords = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
-    return bool(keywords.get("use_reentrant", False))
+    """Whether the block is checkpointed in the reentrant way, which needs an input that requires a gradient.
+
+    Torch takes that way where none is named, and what is not known is taken for it: one gradient too many is not wrong.
+    """
+    function = _checkpoint(block)
+    return function is not None and getattr(function, "keywords", {}).get("use_reentrant", True) is not False
 
 
-def take_input_hooks(model: nn.Module) -> list[Taken]:
-    """Takes off the libraries' hooks that make a module's output require a gradient; a user's own hooks stay."""
-    taken: list[Taken] = []
-    for module in model.modules():
+def checkpoints_itself(block: nn.Module) -> bool:
+    """Whether the block carries the flag of checkpointing, so that its hooks run outside of what is recomputed."""
+    return hasattr(block, "gradient_checkpointing")
+
+
+def is_replica(model: nn.Module) -> bool:
+    """Whether this is one of the short-lived copies that DataParallel runs."""
+    return bool(getattr(model, "_is_replica", False))
+
+
+def go_straight(block: nn.Module, on: bool) -> None:
+    """Leaves out the checkpointing of a block in which there is nothing to recompute for, or takes it up again."""
+    function = block.__dict__.get(_FUNCTION)
+    if on and not isinstance(function, Straight) and function is not None:
+        block.__dict__[_FUNCTION] = Straight(function)
+    elif not on and isinstance(function, Straight):
+        block.__dict__[_FUNCTION] = function.checkpoint
+
+
+def lets_gradients_in(module: nn.Module) -> bool:
+    """Whether a library has hooked on the module that its output shall require a gradient, silenced hooks included."""
+    return any(_is_input_hook(hook) for hook in module._forward_hooks.values())
+
+
+def silence(modules: Iterable[nn.Module], on: bool) -> None:
+    """Silences the libraries' hooks that make a module's output require a gradient; a user's own hooks stay.
+
+    With `on` false those speak again that their owners have not removed meanwhile.
+    """
+    for module in modules:
         for number, hook in list(module._forward_hooks.items()):
-            if _is_input_hook(hook):
-                taken.append((module, number, module._forward_hooks.pop(number)))
-    return taken
+            if on and _is_input_hook(hook) and not isinstance(hook, Silent):
+                module._forward_hooks[number] = Silent(hook)  # type: ignore[assignment]
+            elif not on and isinstance(hook, Silent):
+                if hook.hook is None:
+                    del module._forward_hooks[number]
+                else:
+                    module._forward_hooks[number] = hook.hook
 
 
-def restore_hooks(taken: list[Taken]) -> None:
-    """Puts them back where they were."""
-    for module, number, hook in taken:
-        module._forward_hooks[number] = hook
+def gradient_flags(below: Iterable[nn.Module], modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Flags by which a model lets a gradient in itself: T5's for its position bias in frozen blocks (`below`), wav2vec2's for
+    its features."""
+    found = [(m, "gradient_checkpointing") for m in below if _is_bare(m)]
+    extractors = [m for m in modules if "_requires_grad" in m.__dict__]
+    return found + [(m, "_requires_grad") for m in extractors if not any(p.requires_grad for p in parameters_of(m))]
+
+
+def lower_flags(modules: Sequence[nn.Module], flags: Iterable[tuple[nn.Module, str]]) -> None:
+    """Turns these flags off, and those on again that were turned off before and are not among them."""
+    wanted = {id(module): flag for module, flag in flags}
+    lowered = [m for m in modules if _LOWERED in m.__dict__ and id(m) not in wanted]
+    checkpointing = bool(lowered) and any(
+        getattr(m, "gradient_checkpointing", False) for m in modules if _LOWERED not in m.__dict__
+    )
+    for module in lowered:
+        flag = module.__dict__.pop(_LOWERED)
+        setattr(module, flag, checkpointing if flag == "gradient_checkpointing" else True)
+    for module in modules if wanted else ():
+        flag = wanted.get(id(module))
+        if flag is not None and getattr(module, flag):
+            module.__dict__[_LOWERED] = flag
+            setattr(module, flag, False)
+
+
+def follow_enabling(model: nn.Module, then: Callable[[nn.Module], None]) -> None:
+    """Calls `then(model)` whenever somebody has asked for input gradients; compiled code looks at hooks only once."""
+    if hasattr(type(model), ENABLE):
+        model.__dict__.setdefault(ENABLE, After(model, then))
+
+
+def _checkpoint(block: nn.Module) -> Callable[..., Any] | None:
+    """The function that checkpoints the block; None where it is not checkpointed."""
+    function = block.__dict__.get(_FUNCTION)
+    if function is None or not getattr(block, "gradient_checkpointing", False):
+        return None
+    return function.checkpoint if isinstance(function, Straight) else function
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module has the flag of checkpointing and is neither a model nor a block, which use it for what it says."""
+    return "gradient_checkpointing" in module.__dict__ and not isinstance(
+        module, (GradientCheckpointingLayer, PreTrainedModel)
+    )
 
 
 def _is_input_hook(hook: Any) -> bool:
+    if isinstance(hook, Silent):
+        return True
     name = getattr(hook, "__name__", "")
     return name in INPUT_HOOKS and str(getattr(hook, "__module__", "")).split(".")[0] in OWNERS
