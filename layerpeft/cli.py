@@ -17,8 +17,11 @@ import torch
 
 from layerpeft.compare import compare, parse_arms
 from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
-from layerpeft.forecast import as_data, forecast
+from layerpeft.forecast import forecast
+from layerpeft.integrations import hub
+from layerpeft.measure import measure
 from layerpeft.recipe import Recipe, load_recipe
+from layerpeft.recipe_around import on_hub
 from layerpeft.run import is_first, run, score
 from layerpeft.shipped import find_recipe, recipes
 
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _read(words)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as args.until_the_end:
             for message in _NOT_FOR_USERS:
                 warnings.filterwarnings("ignore", message=message)
             args.command(args)
@@ -73,6 +76,9 @@ def _read(words: list[str]) -> argparse.Namespace:
         hint = f" Did you mean `layerpeft {close}`?" if close else ""
         raise UsageError(f"unknown command {first!r}.{hint} Commands: {', '.join(commands)}.")
     args, rest = parser.parse_known_args(words)
+    if hasattr(args, "settings"):  # those behind an option, which argparse leaves over
+        args.settings += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if "=" not in word or word.startswith("-")]
     if rest:
         raise UsageError(_stray(rest, hasattr(args, "settings")))
     if getattr(args, "recipe", "") is None:
@@ -115,6 +121,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     add("train", "train a recipe", _train, recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", _plan, recipe=True)
     planning.add_argument("--fit", metavar="SIZE", help="find the largest choice that fits into SIZE, as 24GB")
+    planning.add_argument(
+        "--accelerator", action="store_true", help="count as on a GPU, even where there is none (default: what is here)"
+    )
+    planning.add_argument(
+        "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
+    )
     scoring = add("score", "score the layers of a recipe's model, without training", _score, recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", _compare, recipe=True)
     comparing.add_argument(
@@ -139,10 +151,16 @@ def _parser() -> tuple[_Parser, list[str]]:
 def _load(args: argparse.Namespace, purpose: str) -> Recipe:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
         recipe = load_recipe(args.recipe, args.settings, purpose)
+    _settle(args, recipe)
+    return recipe
+
+
+def _settle(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Says what was mapped or left out; until the command ends, a hub that cannot be reached is not asked again."""
+    args.until_the_end.enter_context(hub.settled(on_hub(recipe.values)))
     if is_first():
         for notice in recipe.notices:
             print(f"note: {notice}", file=sys.stderr)
-    return recipe
 
 
 def _say(text: str) -> None:
@@ -165,8 +183,17 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    found = forecast(_load(args, "score"), args.fit)
-    _say(json.dumps(as_data(found)) if args.json else str(found))
+    with _only_json(args.json):
+        found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
+        _settle(args, found.recipe)
+        measured = measure(args.recipe, [*args.settings, *found.changes]) if args.measure else None
+    if args.json:
+        if is_first():
+            print(json.dumps(found.to_dict() | ({"measured": measured.to_dict()} if measured else {})))
+        return
+    _say(str(found))
+    if measured:
+        _say(f"\n{measured}")
 
 
 def _score(args: argparse.Namespace) -> None:

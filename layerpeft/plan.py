@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from layerpeft import backward, choose
-from layerpeft.configs import LayerLoraConfig, target_names
-from layerpeft.errors import ConfigError, LayerpeftError, unknown
+from layerpeft import backward, optimizers
+from layerpeft.assume import fixed
+from layerpeft.counting import Live, Pass, count
+from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems
+from layerpeft.galore_config import project_all
+from layerpeft.integrations.fused_head import add_head, in_place
+from layerpeft.integrations.quantized import as_quantized, weight_bytes
 from layerpeft.integrations.tracing import as_traced
-from layerpeft.layers import LayerMap, base_of, layer_map
-from layerpeft.scores import Scores
-from layerpeft.selection import Select, how_many
-from layerpeft.targets import exclusions, match_targets
+from layerpeft.layers import base_of, layer_map
+from layerpeft.plan_text import plan_lines, size_text
+from layerpeft.projection import projections
 
-# bytes of optimizer state per trained element, besides the weight itself
-STATES = {
-    "adamw_torch": 8,
-    "adamw_torch_fused": 8,
-    "adamw_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
-    "lion_32bit": 4,
-    "lion_8bit": 1,
-    "sgd": 0,
-    "rmsprop": 4,
-    "adagrad": 4,
-}
+__all__ = ["Live", "Plan", "PlanRow", "Step", "plan", "size_text", "trace"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is run, beyond its rows and tokens: what a trainer's arguments say.
+
+    `autocast`: the type of mixed precision; `checkpointing_kwargs`: as in TrainingArguments; `fused_head`: TRL's loss, which
+    never forms the logits (SFT, DPO, GRPO), and `in_place`: counted as on an accelerator; `quantization`: a
+    BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step.
+    """
+
+    autocast: torch.dtype | None = None
+    checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    fused_head: bool = False
+    in_place: bool = False
+    optim_args: str | None = None
+    quantization: Any = None
+    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,50 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, operations of one step, where the backward pass stops and why."""
+    """Bytes by part, operations of one step, where the backward pass stops and why.
+
+    `kept`: a pass that keeps its activations; `recomputed`: one with checkpointing (None where the model has none);
+    `everything`: operations of training all weights, in the same order. `checkpointing` says which of the two applies.
+    """
 
     rows: tuple[PlanRow, ...]
     trainable: int
     total: int
-    parts: Mapping[str, int]
-    flops: int
-    flops_full: int
+    weights: int
+    gradients: int
+    states: int
+    optimizer: str
+    kept: Pass
+    recomputed: Pass | None
+    everything: tuple[int, int | None]
+    checkpointing: bool
     stop: backward.Stop
     assumed: tuple[str, ...]
+
+    @property
+    def applies(self) -> Pass:
+        """The pass that training will make."""
+        return self.recomputed if self.checkpointing and self.recomputed else self.kept
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes by part."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.states,
+            "activations": self.applies.peak,
+        }
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward and backward pass."""
+        return self.applies.flops
+
+    @property
+    def flops_full(self) -> int:
+        """Those of the same pass with every weight trained."""
+        return self.everything[1] if self.checkpointing and self.everything[1] else self.everything[0]
 
     @property
     def peak_bytes(self) -> int:
@@ -72,7 +112,7 @@ class Plan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(plan_lines(self))
 
 
 def plan(
@@ -83,48 +123,131 @@ def plan(
     length: int = 512,
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
+    step: Step | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What one training step costs, without loading a weight.
 
     `model`: a transformers model (only its config and dtype are read), or the folder or name of a language model;
-    `batch_size` rows of `length` tokens. Activations count the peak of what one forward and backward pass makes.
-    Raises: LayerpeftError for a config that does not fit the model, and ConfigError for an unknown optimizer.
+    `batch_size` rows of `length` tokens, or the shapes of an example batch (`inputs`) for models that read something else.
+    Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
-    if optimizer not in STATES:
-        raise ConfigError(unknown("optimizer", optimizer, STATES))
+    step = step or Step()
+    wrapped, assumed, stop = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     with torch.device("meta"):
-        empty = _built(model)
-        resolved, assumed = _resolved(config, empty)
-        wrapped: Any = peft.get_peft_model(empty, resolved).train()
-        stop = _install(wrapped, resolved)
-        if checkpointing:
-            wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         full = _built(model).train()
-    with as_traced(wrapped):
-        peak, flops = trace(wrapped, batch_size, length)
-    with as_traced(full):
-        everything = trace(full, batch_size, length)[1]
+    kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
+    if checkpointing and recomputed is None:
+        raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
+    full_kept, full_recomputed = _passes(full, batch_size, length, step, inputs)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trainable)
-    parts = {
-        "weights": sum(t.numel() * t.element_size() for t in [*wrapped.parameters(), *wrapped.buffers()]),
-        "gradients": gradients,
-        "optimizer": STATES[optimizer] * sum(p.numel() for p in trainable),
-        "activations": peak,
-    }
+    shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
+    passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
         rows=_rows(wrapped),
         trainable=sum(p.numel() for p in trainable),
         total=sum(p.numel() for p in wrapped.parameters()),
-        parts=parts,
-        flops=flops,
-        flops_full=everything,
+        weights=weight_bytes(wrapped) + _originals(wrapped),
+        gradients=sum(p.numel() * p.element_size() for p in trainable),
+        states=optimizers.state_bytes(optimizer, trainable, step.optim_args),
+        optimizer=optimizer,
+        kept=kept,
+        recomputed=recomputed,
+        everything=(full_kept.flops, full_recomputed and full_recomputed.flops),
+        checkpointing=checkpointing,
         stop=stop,
-        assumed=(*assumed, f"{batch_size} rows of {length} tokens, {optimizer}"),
+        assumed=(*assumed, f"{shape}, {optimizer}{passes}"),
     )
 
 
-def _built(model: nn.Module | str | Path) -> nn.Module:
+def peak_bytes(
+    model: nn.Module | str | Path,
+    config: peft.PeftConfig,
+    *,
+    batch_size: int,
+    length: int,
+    optimizer: str,
+    checkpointing: bool,
+    step: Step,
+) -> int:
+    """`plan(...).peak_bytes` alone: one trace instead of four. Raises: as `plan`."""
+    wrapped = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)[0]
+    with as_traced(wrapped):
+        if checkpointing:
+            _recompute(wrapped, step)
+        activations = trace(wrapped, batch_size, length, step).peak
+    trainable = [p for p in wrapped.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trainable)
+    return (
+        weight_bytes(wrapped)
+        + _originals(wrapped)
+        + gradients
+        + optimizers.state_bytes(optimizer, trainable, step.optim_args)
+        + activations
+    )
+
+
+def layers_that_train(
+    model: nn.Module | str | Path, config: peft.PeftConfig, step: Step
+) -> tuple[list[int], bool, int]:
+    """Without tracing a step: the layers, whether the model can recompute its activations, and bytes of weights.
+
+    Raises: as `plan`.
+    """
+    wrapped = _wrapped(model, config, [], step)[0]
+    weights = weight_bytes(wrapped) + _originals(wrapped)
+    return [row.layer for row in _rows(wrapped) if row.trains], _recompute(wrapped, step), weights
+
+
+def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
+    """What is wrong with the numbers and the optimizer's name."""
+    found = [f"{name}={n!r}: at least 1" for name, n in (("batch_size", batch_size), ("length", length)) if n < 1]
+    return found + [s for s in [optimizers.problem(optimizer)] if s]
+
+
+def _wrapped(
+    model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
+) -> tuple[Any, tuple[str, ...], backward.Stop]:
+    """The adapter on a model without storage, what had to be assumed, and where the backward pass will stop.
+
+    Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides.
+    """
+    problems = Problems("plan")
+    for sentence in wrong:
+        problems.add(sentence)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
+            empty = _built(model, step.quantization)
+            resolved, assumed = fixed(config, empty)
+            wrapped: Any = peft.get_peft_model(empty, resolved).train()
+            if hasattr(resolved, "_layerpeft_projection"):
+                project_all(base_of(wrapped), resolved, "default")
+                kept = size_text(_originals(wrapped))
+                assumed += (f"a step without a refresh, once weights were folded (their originals take {kept})",)
+            if step.fused_head and step.quantization is not None:
+                _half(wrapped)
+            stop = _install(wrapped, resolved)
+    except LayerpeftError as error:
+        if not problems.items:
+            raise
+        problems.add(str(error))
+    except (ValueError, TypeError) as error:  # PEFT's own
+        problems.add(" ".join(str(error).split()))
+    problems.raise_if_any(ConfigError)
+    if step.fused_head:
+        add_head(base_of(wrapped))
+    return wrapped, assumed, stop
+
+
+def _half(wrapped: nn.Module) -> None:
+    """TRL's trainers train adapters of a quantized base in bfloat16, all but DoRA's magnitudes."""
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     if isinstance(model, str | Path):
@@ -132,36 +255,24 @@ def _built(model: nn.Module | str | Path) -> nn.Module:
             found = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model config at {model!s}: {' '.join(str(error).split())[:200]}") from error
-        return AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
-    if not isinstance(model, nn.Module):
+        built = AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
+    elif not isinstance(model, nn.Module):
         raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
-    base = base_of(model)
-    found = getattr(base, "config", None)
-    if not isinstance(found, PretrainedConfig):
-        raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
-    return type(base)(copy.deepcopy(found)).to(next(base.parameters()).dtype)
+    else:
+        base = base_of(model)
+        config = getattr(base, "config", None)
+        if not isinstance(config, PretrainedConfig):
+            raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
+        built = type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
+    if quantization is not None:
+        as_quantized(built, quantization)
+    return built
 
 
-def _resolved(config: peft.PeftConfig, model: nn.Module) -> tuple[peft.PeftConfig, tuple[str, ...]]:
-    """The config with its layers fixed. A choice that needs weights or data is taken at its costliest."""
-    if not isinstance(config, LayerLoraConfig):
-        return copy.deepcopy(config), ()
-    select = Select.parse(config.select)
-    if isinstance(select.by, Scores) or choose.needs(select) == "nothing":
-        return config.resolve(model), ()
-    layers = layer_map(model, select.stack)
-    targets = match_targets(
-        layers,
-        target_names(config, layers),
-        exclusions(config.exclude_modules, model, layers),
-        config.target_parameters,
-    )
-    among = choose.candidates(select, layers, targets)
-    count = how_many(select.keep, len(among)) or len(among)
-    twin = copy.deepcopy(config)
-    twin.select = {"layers": among[:count], "stack": layers.stack}
-    note = f"which {count} of {len(among)} layers is not known yet: the lowest are assumed, the costliest choice"
-    return twin.resolve(model), (note,)
+def _originals(wrapped: nn.Module) -> int:
+    """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
+    found = [layer for _, layer in projections(wrapped, "default") if layer._layerpeft_projection.fold == "beside"]
+    return sum(layer.get_base_layer().weight.nbytes for layer in found)
 
 
 def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
@@ -169,104 +280,98 @@ def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
     stack = record.selection.stack if record is not None else None
     try:
         return backward.install(wrapped, stack)
-    except LayerpeftError:
+    except LayerMapError:
         return backward.Stop(None, "the model has no repeated blocks")
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the storages that operations make, now and at the peak; those that exist already do not count."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.known, self.held, self.now, self.peak = known, {}, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self.known and key not in self.held:
-                    self.held[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._drop, key)
-        return result
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.held.pop(key, 0)
+# ---- tracing --------------------------------------------------------------------------------------------------------
 
 
-def trace(model: nn.Module, batch_size: int, length: int) -> tuple[int, int]:
-    """(peak bytes of activations and temporaries, floating-point operations) of one forward and backward pass."""
+def _passes(
+    model: nn.Module, batch_size: int, length: int, step: Step, inputs: Mapping[str, Any] | None
+) -> tuple[Pass, Pass | None]:
+    """One pass as it is, and one with checkpointing."""
+    if step.fused_head and not isinstance(model, peft.PeftModel):
+        add_head(model)
+    with as_traced(model):
+        kept = trace(model, batch_size, length, step, inputs)
+        return kept, trace(model, batch_size, length, step, inputs) if _recompute(model, step) else None
+
+
+def _recompute(model: nn.Module, step: Step) -> bool:
+    """Turns checkpointing on, as Trainer does; False where the model has none."""
+    base: Any = base_of(model)
+    kwargs = {k: v for k, v in step.checkpointing_kwargs.items() if k != "selective"}
+    try:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+    except (AttributeError, ValueError):
+        return False
+    return True
+
+
+def trace(
+    model: nn.Module,
+    batch_size: int,
+    length: int,
+    step: Step | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Pass:
+    """Counts one forward and backward pass of a model, traced or real. Raises: ConfigError for one that cannot be run so."""
+    step = step or Step()
     device = next(model.parameters()).device
+    given = _batch(model, batch_size, length, device) if inputs is None else _alike(inputs, device)
+    if getattr(getattr(model, "config", None), "use_cache", None):
+        given["use_cache"] = False
+    if step.fused_head:
+        given["fused_lm_head"] = True
+    cast: AbstractContextManager[Any] = torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
+    try:
+        with in_place() if step.fused_head and step.in_place else nullcontext():
+            return count(partial(_run, model, given, cast), model)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(
+            "plan traces one step of a language model or a sequence classifier on token ids, or of another model on the "
+            f"shapes of a batch (inputs=…); {type(base_of(model)).__name__} cannot be traced that way "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractContextManager[Any]) -> None:
+    with cast:
+        loss = model(**given).loss
+    loss.backward()
+
+
+def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device) -> dict[str, Any]:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
     head: Any = getattr(base_of(model), "get_output_embeddings", lambda: None)()
-    labels = ids if head is not None else ids[:, 0]  # a language model has a label per token, a classifier one per row
-    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
-    known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    live = Live(known)
-    with FlopCounterMode(display=False) as counter, _no_collection(), live:
-        try:
-            model(input_ids=ids, labels=labels, **extra).loss.backward()
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ConfigError(
-                "plan traces one step of a language model or a sequence classifier on token ids; "
-                f"{type(base_of(model)).__name__} cannot be traced that way ({' '.join(str(error).split())[:200]})"
-            ) from error
-    made = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    model.zero_grad(set_to_none=True)
-    return max(0, live.peak - made), int(counter.get_total_flops())
+    # a language model has a label per token, a classifier one per row
+    return {"input_ids": ids, "labels": ids if head is not None else ids[:, 0]}
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keeps Python's cycle collector still, so that the same model gives the same peak every time."""
-    gc.collect()
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
+def _alike(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        k: torch.zeros(v.shape, dtype=v.dtype, device=device) if isinstance(v, torch.Tensor) else v
+        for k, v in inputs.items()
+    }
 
 
 def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
+    """The layers of the stack that was chosen from."""
     base = base_of(wrapped)
+    config: Any = next(iter(getattr(wrapped, "peft_config", {}).values()), None)
+    record = getattr(config, "_layerpeft", None)
     try:
-        layers: LayerMap = layer_map(base)
-    except LayerpeftError:
+        layers = layer_map(base, record.selection.stack if record is not None else None)
+    except LayerMapError:
         return ()
     found = []
     for layer in layers.layers:
-        block = list(base.get_submodule(layer.name).parameters())
-        trained = sum(p.numel() for p in block if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in block if not p.requires_grad)
-        found.append(PlanRow(layer.index, layer.name, trained > 0, trained, size))
+        block: Any = base.get_submodule(layer.name)
+        held = list(block.parameters())
+        trained = sum(p.numel() for p in held if p.requires_grad)
+        added = sum(p.numel() * p.element_size() for p in held if p.requires_grad)
+        found.append(PlanRow(layer.index, layer.name, trained > 0, trained, weight_bytes(block) - added))
     return tuple(found)
-
-
-def _lines(found: Plan) -> list[str]:
-    lines = [f"{'layer':>5}  {'name':<28}  trains  {'trainable':>12}  {'weights':>10}"]
-    for row in found.rows:
-        mark = "yes" if row.trains else "no"
-        lines.append(
-            f"{row.layer:>5}  {row.name:<28}  {mark:<6}  {row.trainable:>12,}  {size_text(row.weight_bytes):>10}"
-        )
-    lines.append(f"trainable: {found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.2f} %)")
-    lines += [f"{name + ':':<14}{size_text(size):>10}" for name, size in found.parts.items()]
-    lines.append(f"{'together:':<14}{size_text(found.peak_bytes):>10}")
-    where = "the bottom" if found.stop.layer is None else f"layer {found.stop.layer}"
-    lines.append(f"backward pass: down to {where} ({found.stop.why})")
-    lines.append(f"operations per step: {found.flops:.3g}, {found.flops / found.flops_full:.2f} of training everything")
-    return lines + [f"assumed: {text}" for text in found.assumed]
-
-
-def size_text(size: float) -> str:
-    """Bytes as a person reads them (binary units)."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -10,9 +10,8 @@ from typing import Any
 from layerpeft.typecheck import Setting, settings_of
 
 TRAINERS = ("sft", "classification")
-METHODS = ("lora",)
-LATER_METHODS = ("galore", "full", "quant", "lisa")
-PURPOSES = ("train", "score", "compare")
+LATER_METHODS = ("full", "quant", "lisa")
+PURPOSES = ("train", "plan", "score", "compare")
 
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
 _OWN: dict[str, Setting] = {
@@ -251,8 +250,7 @@ _QUANT = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
 _LATER = {
     "lisa_": "LISA (other layers every few steps, with full weights) is not in this version; a fixed random choice is"
     " `layerpeft: {select: {by: random, keep: 2}}`",
-    "galore": "GaLore (gradient projection) is not in this version; take it out, or train LoRA on chosen layers:"
-    " `layerpeft: {select: {by: gradient_norm, keep: 25%}}`",
+    "galore": "GaLore (gradient projection) is a method: `layerpeft: {method: galore, r: 128, update_proj_gap: 200, scale: 0.25}`",
     "apollo": "APOLLO is not in this version; take it out",
     "badam": "BAdam is not in this version; take it out",
     "spectrum_": "Spectrum (full weights by signal-to-noise ratio) is not in this version; take it out",

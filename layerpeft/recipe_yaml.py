@@ -89,8 +89,11 @@ def parse_value(text: str) -> Any:
     return document.data["value"]
 
 
-def override(document: Document, settings: Sequence[str]) -> Document:
-    """The document with `dotted.key=value` settings of the command line laid over it."""
+def override(document: Document, settings: Sequence[str], templates: str = "columns") -> Document:
+    """The document with `dotted.key=value` settings of the command line laid over it.
+
+    What lies below the key `templates` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
+    """
     data, places, problems = _copy(document.data), dict(document.places), list(document.problems)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -98,8 +101,9 @@ def override(document: Document, settings: Sequence[str]) -> Document:
         if not equals or not all(parts):
             problems.append(f"command line: {setting!r} is not of the form key=value (example: layerpeft.r=8)")
             continue
+        plain = len(parts) > 1 and parts[0] == templates and not text.lstrip().startswith(('"', "'"))
         try:
-            value = parse_value(text)
+            value = text if plain else parse_value(text)
         except ValueError as error:
             reason = str(error).removeprefix("line 1: ").removeprefix("command line: ")
             problems.append(f"command line: {setting!r}: {reason}")
@@ -138,6 +142,12 @@ def _copy(value: Any) -> Any:
 def dump(data: dict[str, Any]) -> str:
     """YAML text that `parse` reads back as the same data: keys in their own order, text quoted wherever it looks like a value."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flow(value: Any) -> str:
+    """A value on one line, as `key=value` takes it."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
 
 
 class _Walk:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problems, RecipeError
+from layerpeft.errors import Problems, RecipeError, nearest
 from layerpeft.shipped import resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -20,6 +20,7 @@ FORMS = {
     "sft": (("prompt", "completion"), ("user", "assistant"), ("system", "user", "assistant"), ("text",)),
     "classification": (("text", "label"), ("text", "text_pair", "label")),
 }
+READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
 
 
 def local_files(name: str | list[str]) -> list[Path] | None:
@@ -67,20 +68,56 @@ def columns_of(path: Path) -> list[str]:
         raise RecipeError(f"{path} is no readable {path.suffix} file: {error}") from error
 
 
+def broken_lines(path: Path, most: int | None = READ_AHEAD) -> list[str]:
+    """What cannot be read in a file of JSON lines, by line (three at most); empty for other kinds of file.
+
+    `most`: bytes to look through, None for all.
+    """
+    found: list[str] = []
+    if path.suffix != ".jsonl":
+        return found
+    seen = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            seen += len(line)
+            if (most is not None and seen > most) or len(found) == 3:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                found.append(f"{path}, line {number}: not readable as JSON ({what})")
+                continue
+            if not isinstance(row, dict):
+                found.append(f"{path}, line {number}: a row must be a mapping of columns, not {type(row).__name__}")
+    return found
+
+
 def _json_columns(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig") as file:
-        first = next(line for line in file if line.strip())
-        try:
-            row = json.loads(first)
-        except json.JSONDecodeError:
-            if path.suffix == ".jsonl":
-                raise
-            file.seek(0)
-            row = json.loads(file.read().lstrip("\ufeff"))
+        if path.suffix == ".jsonl":
+            rows = (_row(line) for line in file if line.strip())
+            first = next(rows)
+            found = first if first is not None else next((row for row in rows if row is not None), None)
+            return [] if found is None else list(found)  # broken lines are named one by one elsewhere
+        text = file.read()
+        if not text.strip():
+            raise StopIteration
+        row = json.loads(text)
     row = row[0] if isinstance(row, list) and row else row
     if not isinstance(row, dict):
         raise RecipeError(f"{path}: a row must be a mapping of columns, not {type(row).__name__}")
     return list(row)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def template_columns(template: str) -> list[str]:
@@ -113,12 +150,19 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 
 
 def column_problems(
-    trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str = "text"
-) -> list[str]:
-    """What keeps rows with the columns `have` from being trained on, as sentences."""
+    trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str | None = "text"
+) -> list[tuple[str, str]]:
+    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence."""
+    if not have:
+        return []  # nothing could be read of them, and that is said elsewhere
     if columns:
-        missing = {name for template in columns.values() for name in template_columns(template)} - set(have)
-        return [f"no column {name!r} in the data; it has {', '.join(have)}" for name in sorted(missing)]
+        found = []
+        for name, template in columns.items():
+            for missing in sorted(set(template_columns(template)) - set(have)):
+                close = nearest(missing, have)
+                hint = f" Did you mean {close!r}?" if close else ""
+                found.append((name, f"no column {missing!r} in the data; it has {', '.join(have)}.{hint}"))
+        return found
     if trainer == "classification":
         ready = {"text", "label"} <= set(have)
         example = 'columns: {text: "{sentence}", label: "{class}"}'
@@ -131,22 +175,25 @@ def column_problems(
         if trainer == "classification"
         else f"`messages`, `prompt` and `completion`, or `{text_field}`"
     )
-    return [] if ready else [f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}"]
+    if ready:
+        return []
+    return [("", f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}")]
 
 
-def form_problem(trainer: str, columns: Mapping[str, Any]) -> str | None:
-    """What is wrong with the names or templates of `columns`, as a sentence, or None."""
+def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with the names or templates of `columns`: the template ("" for all of them) and a sentence, or None."""
     for name, template in columns.items():
         if not isinstance(template, str):
-            return f"{name}: a template is text with columns in braces, not {template!r}"
+            return name, f"a template is text with columns in braces, not {template!r}"
         try:
             if not template_columns(template) and name != "system":
-                return f"{name}: {template!r} names no column; write it in braces, as in '{{{template or 'question'}}}'"
+                return name, f"{template!r} names no column; write it in braces, as in '{{{template or 'question'}}}'"
         except ValueError as error:
-            return f"{name}: {error}"
+            return name, str(error)
     if set(columns) not in [set(form) for form in FORMS[trainer]]:
         allowed = "; ".join(" + ".join(form) for form in FORMS[trainer])
-        return f"{' + '.join(columns) or 'nothing'} is not a complete set for trainer: {trainer}; allowed: {allowed}"
+        given = " + ".join(columns) or "nothing"
+        return "", f"{given} is not a complete set for trainer: {trainer}; allowed: {allowed}"
     return None
 
 
@@ -170,7 +217,10 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
             return None
         return datasets.load_dataset(source, config, split=split)
     except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        broken = [sentence for file in files or () for sentence in broken_lines(file, None)]
+        reason = (
+            broken[0] if broken else str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
         raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {reason}") from error
 
 
@@ -181,8 +231,8 @@ def shape(rows: Any, trainer: str, columns: Mapping[str, str] | None, text_field
     """
     have = list(rows.column_names)
     problems = Problems("data")
-    for sentence in column_problems(trainer, have, columns, text_field):
-        problems.add(sentence)
+    for name, sentence in column_problems(trainer, have, columns, text_field):
+        problems.add(f"columns.{name}: {sentence}" if name else sentence)
     problems.raise_if_any(RecipeError)
     if not columns:
         return rows

@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from layerpeft.cli import main
+from layerpeft.integrations import hub
 
 HEAD = """\
 trainer: sft
@@ -21,6 +22,11 @@ output_dir: out
 """
 BLOCK = "layerpeft: {method: lora, select: last:2, r: 4}\n"
 GOOD = HEAD + BLOCK
+LONG = """\
+columns:
+  prompt: "{question}"
+  completion: "{answer}"
+"""
 CLASSES = """\
 trainer: classification
 model_name_or_path: layerpeft://llama-6m
@@ -102,7 +108,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["line 8", "model_init_kwargs: {quantization_config: {load_in_4bit: true}}"],
     ),
     "lisa": (GOOD + "lisa_n_layers: 2\n", ["line 8", "lisa_n_layers", "not in this version"]),
-    "galore_rank": (GOOD + "galore_rank: 64\n", ["line 8", "galore_rank", "not in this version"]),
+    "galore_rank": (GOOD + "galore_rank: 64\n", ["line 8", "galore_rank", "layerpeft: {method: galore,"]),
     "galore_optim": (GOOD + "optim: galore_adamw\n", ["line 8", "galore_adamw", "frozen"]),
     "both_spellings": (
         GOOD + "max_seq_length: 128\nmax_length: 256\n",
@@ -114,8 +120,19 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "mlx_layers": (GOOD + "num_layers: 4\n", ["line 8", "layerpeft: {select: last:4}"]),
     # the choice of layers
     "no_select": (block("method: lora"), ["line 7", "select: missing", "gradient_norm"]),
-    "method": (block("method: lore, select: last:2"), ["line 7", "method 'lore'", "Did you mean 'lora'?"]),
-    "later_method": (block("method: galore, select: last:2"), ["line 7", "'galore' is not in this version", "lora"]),
+    "method": (block("method: lor, select: last:2"), ["line 7", "method 'lor'", "Did you mean 'lora'?"]),
+    "later_method": (
+        block("method: lisa, select: last:2"),
+        ["line 7", "'lisa' is not in this version", "lora, galore"],
+    ),
+    "other_method": (
+        block("select: last:2, update_proj_gap: 9"),
+        ["line 7: update_proj_gap", "belongs to method: galore"],
+    ),
+    "lora_for_galore": (
+        block("method: galore, select: last:2, use_dora: true"),
+        ["line 7", "use_dora=True: LoRA's own"],
+    ),
     "scorer": (block("select: {by: gradient_nrom, keep: 2}"), ["line 7", "Did you mean 'gradient_norm'?", "outliers"]),
     "keep_missing": (block("select: {by: gradient_norm}"), ["line 7", "keep: missing"]),
     "keep_one_point_zero": (
@@ -128,10 +145,10 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         block("select: {by: gradient_norm, keep: 2, exakt: true}"),
         ["line 7", "'exakt'", "Did you mean 'exact'?"],
     ),
-    "too_deep": (block("select: last:40"), ["40", "12"]),
-    "out_of_range": (block("select: [3, 17]"), ["17", "0 to 11"]),
-    "keep_too_many": (block("select: {by: gradient_norm, keep: 13}"), ["13", "12"]),
-    "targets": (block("select: last:2, target_modules: [q_porj]"), ["'q_porj'", "Did you mean 'q_proj'?"]),
+    "too_deep": (block("select: last:40"), ["line 7", "asks for 40 layers of 12"]),
+    "out_of_range": (block("select: [3, 17]"), ["line 7", "17", "0 to 11"]),
+    "keep_too_many": (block("select: {by: gradient_norm, keep: 13}"), ["line 7", "keep: 13", "12"]),
+    "targets": (block("select: last:2, target_modules: [q_porj]"), ["line 7", "'q_porj'", "Did you mean 'q_proj'?"]),
     "scores_file": (block("select: {by: nowhere.json, keep: 2}"), ["line 7", "nowhere.json"]),
     "layers_to_transform": (
         block("select: last:2, layers_to_transform: [1]"),
@@ -141,7 +158,10 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "no_such_file": (GOOD.replace("layerpeft://gsm8k_train", "gsm_train"), ["line 3", "no file 'gsm_train.jsonl'"]),
     "no_such_shipped": (GOOD.replace("gsm8k_train", "gsm8k_trian"), ["line 3", "Did you mean 'gsm8k_train.jsonl'?"]),
     "wrong_kind": (GOOD.replace("layerpeft://gsm8k_train.jsonl", "./rows.xlsx"), ["line 3", ".jsonl", "rows.xlsx"]),
-    "broken_rows": (GOOD.replace("layerpeft://gsm8k_train", "broken"), ["line 3", "broken.jsonl", "no readable"]),
+    "broken_rows": (
+        GOOD.replace("layerpeft://gsm8k_train", "broken"),
+        ["line 3: dataset_name", "broken.jsonl, line 1: not readable as JSON"],
+    ),
     "no_rows": (GOOD.replace("layerpeft://gsm8k_train", "none"), ["line 3", "none.jsonl", "empty"]),
     "column": (GOOD.replace("{question}", "{qestion}"), ["line 5", "no column 'qestion'", "question, answer"]),
     "no_columns": (without("columns"), ["line 3", "question, answer", "columns: {prompt:"]),
@@ -163,13 +183,68 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["line 9", "exclude each other"],
     ),
     "tracker": (GOOD + "report_to: wandbb\n", ["line 8", "'wandbb'", "none"]),
-    "best_without_eval": (GOOD + "load_best_model_at_end: true\n", ["load_best_model_at_end"]),
-    "foreign_constructor": (GOOD + "accelerator_config: nowhere.json\n", ["nowhere.json", "No such file"]),
+    "best_without_eval": (GOOD + "load_best_model_at_end: true\n", ["line 8: load_best_model_at_end", "strategy"]),
+    "foreign_constructor": (
+        GOOD + "accelerator_config: nowhere.json\n",
+        ["line 8: accelerator_config", "nowhere.json", "No such file"],
+    ),
     "method_is_a_list": (block("method: [lora], select: last:2"), ["line 7", "unknown method ['lora']"]),
     "nested_field": (block("select: last:2, eva_config: {rha: 2}"), ["line 7", "eva_config", "rho"]),
     "class_column": (CLASSES.replace("{label}", "{nolabel}") + BLOCK, ["line 4", "no column 'nolabel'", "coarse"]),
     "quantization_bit": (GOOD + "quantization_bit: 4\n", ["line 8", "quantization_config: {load_in_4bit: true}"]),
+    # the architecture: each at the line of its own key
+    "targets_of_all": (block("select: all, target_modules: [q_porj, v_proj]"), ["line 7", "'q_porj'", "'q_proj'?"]),
+    "exclusions": (block("select: last:2, exclude_modules: [qproj]"), ["line 7: exclude_modules: 'qproj'", "'q_proj'"]),
+    "no_parameters": (
+        block("select: last:2, target_parameters: [w]"),
+        ["line 7: target_parameters: 'w'", "none of that"],
+    ),
+    "stack": (block("select: {layers: last:2, stack: encoder}"), ["line 7: stack: unknown stack 'encoder'"]),
+    "exclude_range": (block("select: {layers: all, exclude: [12]}"), ["line 7: exclude:", "12 is out of range"]),
+    "output_embeddings": (
+        block("select: all, target_modules: [lm_head]"),
+        ["line 7: target_modules", "lm_head", "TRL"],
+    ),
+    "own_lines": (
+        HEAD + "layerpeft:\n  r: 4\n  target_modules: [v_porj]\n  select:\n    by: random\n    keep: 13\n",
+        ["2 problems", "line 9: target_modules: 'v_porj'", "line 12: keep: 13"],
+    ),
+    # rows
+    "late_line": (
+        GOOD.replace("layerpeft://gsm8k_train", "late"),
+        ["line 3", "late.jsonl, line 3: not readable as JSON"],
+    ),
+    "list_for_row": (GOOD.replace("layerpeft://gsm8k_train", "list"), ["line 3", "list.jsonl, line 2: a row must be"]),
+    "own_column": (
+        GOOD.replace('columns: {prompt: "{question}", completion: "{answer}"}', LONG.replace("{answer}", "{anwser}")),
+        ["line 7: columns.completion: no column 'anwser'", "Did you mean 'answer'?"],
+    ),
+    "unquoted_template": (
+        GOOD.replace('columns: {prompt: "{question}", completion: "{answer}"}', LONG.replace('"', "")),
+        ["line 6: columns.prompt: put the template in quotes"],
+    ),
+    # devices
+    "flash_attention": (GOOD + "attn_implementation: flash_attention_3\n", ["line 8", "flash_attn_interface", "sdpa"]),
+    "lomo": (GOOD + "optim: lomo\n", ["line 8: optim", "full weights", "'sgd'"]),
     # several at once
+    "devices_at_once": (
+        GOOD + "bf16: true\nload_best_model_at_end: true\nlearning_rte: 1\n",
+        ["3 problems", "line 8: bf16: ", "line 9: load_best_model_at_end: ", "line 10: unknown key"],
+    ),
+    "everything_at_once": (
+        GOOD.replace("{question}", "{qestion}").replace("layerpeft://gsm8k_train", "late").replace("r: 4", "r: four")
+        + "learning_rte: 1\nbf16: true\n",
+        [
+            "6 problems",
+            "line 3: dataset_name: late.jsonl, line 3",
+            "line 5: columns.prompt",
+            "(dataset_name)",
+            "(eval_dataset)",
+            "line 7: r: expected",
+            "line 8: unknown key",
+            "line 9: bf16: ",
+        ],
+    ),
     "all_at_once": (
         GOOD + "learning_rte: 1e-4\nbf16: off\nlora_r: 4\n",
         ["3 problems", "line 8", "line 9", "line 10", "learning_rate", "write `false`", "layerpeft: {r: 4}"],
@@ -187,6 +262,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     (tmp_path / "none.jsonl").write_text("")
+    row = '{"question": "Why?", "answer": "So."}\n'
+    (tmp_path / "late.jsonl").write_text(row + row + '{"question": "Why?",\n' + row)
+    (tmp_path / "list.jsonl").write_text(row + "[1]\n")
     (tmp_path / "hollow").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -235,3 +313,60 @@ def test_broken_recipe_in_a_process_of_its_own(name: str, place: Path) -> None:
     for fragment in fragments:
         assert fragment in found.stderr
     assert "Traceback" not in found.stderr and found.stdout == ""
+
+
+def test_a_plan_gathers_what_rows_and_optimizer_add(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = GOOD.replace("last:2", "last:40").replace("gsm8k_eval.jsonl\n", "gsm8k_eval.jsonl\nmax_train_samples: 0\n")
+    (place / "recipe.yaml").write_text(text + "optim: grokadamw\n")
+    assert main(["plan", "recipe.yaml"]) == 2
+    message = capsys.readouterr().err
+    fragments = ["3 problems", "line 5: max_train_samples", "line 8: layers: ", "line 9: optim: optimizer 'grokadamw'"]
+    places = [message.index(fragment) for fragment in fragments]
+    assert places == sorted(places)
+    (place / "one.jsonl").write_text('{"before": "a", "label": "x"}\n' * 4)
+    classes = CLASSES.replace("layerpeft://revision_train", "one") + BLOCK.replace("last:2", "last:40")
+    (place / "recipe.yaml").write_text(classes)
+    assert main(["plan", "recipe.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "2 problems" in message and "line 6: layers: " in message
+    assert "line 3: dataset_name: label: the training rows hold one class only" in message
+
+
+def test_unknown_keys_are_answered_shortly(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "recipe.yaml").write_text(block("select: last:2, lora_alhpa: 8") + "learning_rte: 1e-4\n")
+    assert main(["train", "recipe.yaml"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unknown key" in line]
+    assert len(lines) == 2 and all(len(line) < 240 and "Did you mean" in line for line in lines)
+
+
+def test_without_a_network_the_hub_is_asked_once(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked: list[object] = []
+
+    def refuse(address: object, *_: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    hub.reachable.cache_clear()
+    text = GOOD.replace("layerpeft://llama-6m", "nobody/nothing").replace(
+        "layerpeft://gsm8k_train.jsonl", "nobody/rows"
+    )
+    (place / "recipe.yaml").write_text(text.replace("eval_dataset: layerpeft://gsm8k_eval.jsonl\n", "") + "seed: x\n")
+    try:
+        assert main(["plan", "recipe.yaml"]) == 2
+    finally:
+        hub.reachable.cache_clear()
+    message = capsys.readouterr().err
+    for fragment in (
+        "3 problems",
+        "line 2: model_name_or_path: cannot load",
+        "line 3: dataset_name: cannot load",
+        "line 7",
+    ):
+        assert fragment in message
+    assert "Retrying" not in message and len(asked) == 1
+    assert constants.HF_HUB_OFFLINE is False

@@ -74,6 +74,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "quickstrat"], ["Did you mean 'quickstart'?"]),
         (["train", "."], ["is a folder"]),
         (["train", "quickstart", "--learning_rate", "1e-4"], ["learning_rate=1e-4"]),
+        (["plan", "quickstart", "--fit", "1MB", "--json", "layerpeft.selct=last:2"], ["Did you mean 'select'?"]),
         (["train", "quickstart", "oops"], ["'oops' is not of the form key=value"]),
         (["train", "quickstart", "layerpeft.selct=last:2"], ["command line", "Did you mean 'select'?"]),
         (["recipes", "shwo"], ["Did you mean 'show'?"]),

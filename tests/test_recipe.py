@@ -15,7 +15,7 @@ from trl import SFTConfig
 from layerpeft import recipe_keys, rows, shipped
 from layerpeft.errors import RecipeError
 from layerpeft.recipe import layer_config, load_recipe, to_yaml, training_arguments
-from layerpeft.recipe_yaml import dump, override, parse
+from layerpeft.recipe_yaml import dump, flow, override, parse
 from layerpeft.typecheck import Setting, complaint, fits, settings_of
 from layerpeft.typecheck import build as build_value
 
@@ -94,6 +94,22 @@ def test_override_reaches_inside_and_says_where_it_was_written() -> None:
     assert after.place("layerpeft", "select", "keep") == "command line"
     assert after.place("layerpeft", "select", "by") == "line 4"
     assert document.data["layerpeft"]["select"]["keep"] == 2
+
+
+def test_templates_on_the_command_line_are_text() -> None:
+    settings = ["columns.text={x}", "columns.prompt=Q: {q}, {z}", 'columns.completion="{a}\\n"', "other.text={x: 1}"]
+    after = override(parse("columns: {text: a}\n"), settings)
+    assert after.problems == ()
+    assert after.data["columns"] == {"text": "{x}", "prompt": "Q: {q}, {z}", "completion": "{a}\n"}
+    assert after.data["other"] == {"text": {"x": 1}} and after.place("columns", "text") == "command line"
+
+
+@pytest.mark.parametrize(
+    "value", [3, 1e-5, True, None, "last:2", "1e-5", [9, 11], {"by": "random", "keep": 2}, "a, b: c"]
+)
+def test_a_value_on_one_line_is_read_back(value: Any) -> None:
+    assert override(parse("a: 1\n"), [f"b.c={flow(value)}"]).data["b"]["c"] == value
+    assert "\n" not in flow(value)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +218,7 @@ def test_warmup_steps_below_one_is_a_share() -> None:
     assert TrainingArguments(output_dir="x", warmup_steps=0.1, use_cpu=True).get_warmup_steps(200) == 20
 
 
-@pytest.mark.parametrize(
-    "key", ["lisa_activated_layers", "lisa_interval_steps", "use_galore", "galore_rank", "use_badam"]
-)
+@pytest.mark.parametrize("key", ["lisa_activated_layers", "lisa_interval_steps", "use_badam", "apollo_rank"])
 def test_later_methods_say_so(key: str) -> None:
     assert "not in this version" in (recipe_keys.other_road(key, 2) or "")
 
@@ -235,6 +249,17 @@ def test_every_kind_of_file_is_read(kind: str, files: Path) -> None:
     assert shaped.column_names == ["prompt", "completion"]
     assert shaped[0] == {"prompt": "Q: q0", "completion": "a0!"}
     assert shaped[1] == {"prompt": "Q: q1", "completion": "!"}
+
+
+def test_broken_lines_are_named(files: Path) -> None:
+    good = (files / "a.jsonl").read_text()
+    (files / "b.jsonl").write_text(good + '{"question": 1,}\n' + good + "[1]\n\n" + '"x"\n{\n')
+    found = rows.broken_lines(files / "b.jsonl")
+    assert [text.split(":")[0] for text in found] == [f"{files}/b.jsonl, line {n}" for n in (3, 6, 8)]
+    assert rows.broken_lines(files / "b.jsonl", most=len(good)) == [] and rows.broken_lines(files / "a.csv") == []
+    assert rows.columns_of(files / "b.jsonl") == ["question", "answer"]
+    with pytest.raises(RecipeError, match="b.jsonl, line 3: not readable as JSON"):
+        rows.load("b.jsonl", config=None, split="train")
 
 
 def test_lists_and_patterns_of_files(files: Path) -> None:
@@ -333,10 +358,10 @@ def test_bf16_is_turned_off_where_no_device_has_it(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     text = "".join(x for x in shipped.recipes()["quickstart"].read_text().splitlines(True) if not x.startswith("bf16"))
     (tmp_path / "r.yaml").write_text(text)
-    monkeypatch.setattr("layerpeft.recipe._has_bf16", lambda: False)
+    monkeypatch.setattr("layerpeft.recipe_around.has_bf16", lambda: False)
     recipe = load_recipe("r.yaml")
     assert training_arguments(recipe).bf16 is False and any("bf16 is off" in notice for notice in recipe.notices)
-    monkeypatch.setattr("layerpeft.recipe._has_bf16", lambda: True)
+    monkeypatch.setattr("layerpeft.recipe_around.has_bf16", lambda: True)
     assert "bf16" not in load_recipe("r.yaml", ["use_cpu=true"]).values
 
 

@@ -1,0 +1,85 @@
+"""bitsandbytes' linears without weights: the bytes they would hold, and stand-ins that can be traced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+BLOCK_4BIT = 64  # weights per scale, bitsandbytes' default
+BLOCK_NESTED = 256  # scales per scale of scales
+_MARK = "_layerpeft_bytes"
+
+
+def as_quantized(model: nn.Module, settings: Any) -> None:
+    """Puts stand-ins into a model on the meta device where transformers would quantize; `settings`: a BitsAndBytesConfig.
+
+    Raises: ImportError without bitsandbytes.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    quantizer.postprocess_model(model)  # says on the model that it is quantized, as PEFT and TRL ask
+    for module in model.modules():
+        if hasattr(module, "source_cls"):  # transformers' mark on what it has put in
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+            module.__dict__[_MARK] = _bytes(module.out_features, module.in_features, settings)  # type: ignore[arg-type]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
+    packed = {id(m.weight): m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__}
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(packed.get(key, t.numel() * t.element_size()) for key, t in tensors.items())
+
+
+def operations() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of bitsandbytes' own products, where that package is in use: op and formula."""
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    # its 8-bit products are made of torch's, which are counted as they are
+    return {torch.ops.bitsandbytes.gemm_4bit: lambda x, _packed, shape, *_, **__: 2 * x.numel() * shape[0]}
+
+
+def _bytes(rows: int, columns: int, settings: Any) -> int:
+    """A quantized matrix with all that belongs to it."""
+    count = rows * columns
+    if settings.load_in_8bit:
+        return count + 4 * rows
+    blocks = -(-count // BLOCK_4BIT)
+    if settings.bnb_4bit_use_double_quant:
+        return count // 2 + blocks + 4 * -(-blocks // BLOCK_NESTED) + 4 * (16 + 256 + 1)
+    return count // 2 + 4 * (blocks + 16)
+
+
+class _Multiply(torch.autograd.Function):
+    """x Wᵀ with a W that is unpacked for the forward pass, dropped, and unpacked again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], keep: bool) -> torch.Tensor:
+        ctx.shape = shape
+        if keep:
+            ctx.save_for_backward(x)
+        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device), None, None
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    given = x.dtype
+    four_bit = hasattr(module, "compute_dtype")
+    if four_bit and module.compute_dtype is not None:
+        x = x.to(module.compute_dtype)
+    shape = module.out_features, module.in_features
+    y: Any = _Multiply.apply(x, shape, not four_bit)  # 8 bits keep their input
+    if module.bias is not None:
+        y = y + module.bias.to(y.dtype)
+    return y.to(given)
