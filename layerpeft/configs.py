@@ -99,6 +99,10 @@ class LayerLoraConfig(LoraConfig):
 
         Raises: SelectionError, ScoreError, LayerMapError, ConfigError.
         """
+        return self.settled(model, batches, progress=progress)
+
+    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """What PEFT will be given to wrap that model by. Raises: as `resolve`."""
         if self.is_plain:
             return LoraConfig(**_lora_fields(self))
         given = batches if batches is not None else self._batches

@@ -21,7 +21,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
 from layerpeft.notes import note
 from layerpeft.pending import Pending, Tensors
-from layerpeft.projected import folded, originals
+from layerpeft.projection import folded, originals
 from layerpeft.projection_state import on_load as on_load_projection
 from layerpeft.refresh import Refresher
 from layerpeft.selection import LiveRecord, Selection
@@ -135,7 +135,7 @@ class Follower:
             held = self._holds(optimizer)
         self._real = True
         if self.refresher is not None:
-            self.refresher.before_step(self.model, self.adapter, optimizer, held)
+            self.refresher.before_step(self.model, self.adapter, optimizer, held, closure)
         self._rate = verify.learning_rate(optimizer, held)
         if not self._rate or held <= self._stepped:
             return
@@ -254,7 +254,8 @@ class Follower:
         )
         verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
         if self.refresher is not None:
-            on_load_projection(self.model, self.adapter, state, prefix)
+            identity = self.config._layerpeft_projection.identity
+            on_load_projection(self.model, self.adapter, state, prefix, identity)
             self.refresher.arm(self.model, self.adapter)
         self._forget()  # loading may put new tensors in the place of the old
 

@@ -17,7 +17,8 @@ from layerpeft.errors import ConfigError, Problems, unknown
 from layerpeft.folds import Folds
 from layerpeft.integrations.peft import LayerPeftType, lora_layers
 from layerpeft.layers import Target, layer_map
-from layerpeft.projected import Projection, project
+from layerpeft.projected import project
+from layerpeft.projection import Projection
 from layerpeft.refresh import Refreshing
 from layerpeft.selection import Select
 from layerpeft.subspace import SIDES, SUBSPACES, side_of
@@ -28,6 +29,9 @@ SHARED = {
     "r", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 KINDS = ("linear", "conv1d")
+IDENTITY = (
+    "r", "update_proj_gap", "scale", "proj_type", "subspace", "basis", "moments", "stagger", "oversample", "gap_overlap", "seed",
+)  # fmt: skip
 CHOICES = {
     "proj_type": SIDES,
     "subspace": SUBSPACES,
@@ -85,10 +89,22 @@ class LayerGaloreConfig(LayerLoraConfig):
         self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
         super().__post_init__(batches)
 
+    def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """Never: a stock config would be ordinary LoRA. Raises: ConfigError."""
+        raise ConfigError(
+            "gradient projection has no stock config that means the same: give the config itself to get_peft_model or to a "
+            "trainer's peft_config=, on a model without other adapters"
+        )
+
     @property
     def is_plain(self) -> bool:
         """Never: with all layers it is projection still."""
         return False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to go on where the other stopped."""
+        return {name: getattr(self, name) for name in IDENTITY}
 
     @property
     def refreshing(self) -> Refreshing:
@@ -163,6 +179,8 @@ def _not_for_projection(config: LayerGaloreConfig) -> list[str]:
 class ProjectedLoraConfig(RecordedLoraConfig):
     """What PEFT sees of a projection while it trains; its folder is a stock LoRA adapter, with the state to go on from."""
 
+    projects: ClassVar[bool] = True
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """The sum of all that was trained as factors, the state, PEFT's file under which the factors are read, and the record.
 
@@ -175,7 +193,7 @@ class ProjectedLoraConfig(RecordedLoraConfig):
             return
         asked: LayerGaloreConfig = self._layerpeft_projection  # type: ignore[attr-defined]
         adapter = getattr(self, "_layerpeft_adapter", "default")
-        found = projection_state.write(os.fspath(save_directory), model, adapter, asked.max_rank)
+        found = projection_state.write(os.fspath(save_directory), model, adapter, asked.identity, asked.max_rank)
         if found["errors"]:
             record.checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
         twin = object.__new__(type(self))  # a copy that keeps the record, which copies leave behind

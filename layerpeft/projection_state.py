@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,17 +17,19 @@ from layerpeft import save
 from layerpeft.errors import SaveError
 from layerpeft.folds import Factors, part, recompressed
 from layerpeft.integrations.peft import loading_folder
-from layerpeft.projected import held, projections, restore, tensors
+from layerpeft.projection import fixed_of, held, projections, restore, tensors, trained_of
 
 STATE = "layerpeft_state.safetensors"
 KEYS = ("lora_A.weight", "lora_B.weight")
 
 
-def write(folder: str | os.PathLike[str], model: nn.Module, adapter: str, max_rank: int | None) -> dict[str, Any]:
+def write(
+    folder: str | os.PathLike[str], model: nn.Module, adapter: str, identity: Mapping[str, Any], max_rank: int | None
+) -> dict[str, Any]:
     """Puts the sum of all that was trained, as stock LoRA factors, into the weights that PEFT has just saved, and writes the state.
 
-    Returns the ranks by module, and the relative error of those that `max_rank` cut. Raises: SaveError for a module that is
-    not among the saved weights.
+    `identity`: the options that a run which goes on from there must share. Returns the ranks by module, and the relative error
+    of those that `max_rank` cut. Raises: SaveError for a module that is not among the saved weights.
     """
     found = {n: (layer, *_cut(held(layer), max_rank)) for n, layer in projections(model, adapter)}
     weights, path = _read(folder)
@@ -39,7 +43,7 @@ def write(folder: str | os.PathLike[str], model: nn.Module, adapter: str, max_ra
     _replace(path, weights)
     state = {f"{n}|{k}": t.contiguous() for n, (layer, *_) in found.items() for k, t in tensors(layer).items()}
     temporary = os.path.join(folder, f".{STATE}.partial")
-    save_file(state, temporary, metadata={"format": "pt"})
+    save_file(state, temporary, metadata={"projection": json.dumps(dict(identity))})
     os.replace(temporary, os.path.join(folder, STATE))
     return {
         "ranks": {n: pair[0].shape[1] for n, (_, pair, _) in found.items()},
@@ -52,10 +56,11 @@ def _cut(pair: Factors, max_rank: int | None) -> tuple[Factors, float]:
     return recompressed(pair, max_rank) if max_rank is not None else (pair, 0.0)
 
 
-def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str) -> None:
+def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str, identity: Mapping[str, Any]) -> None:
     """An adapter is being loaded into a live projection model: takes over the state that lies beside it.
 
-    Raises: SaveError where there is none, since the stock adapter alone would load as nothing.
+    Raises: SaveError where there is none, since the stock adapter alone would load as nothing; and, before anything is changed,
+    where it is that of other options or shapes.
     """
     named = re.compile(r"\.lora_[AB](\.[^.]+)?\.weight$")
     keys = [k for k in state if k.startswith(prefix) and named.search(k)]
@@ -75,11 +80,28 @@ def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: st
     missing = [n for n in layers if f"{n}|counts" not in saved]
     if missing:
         raise SaveError(f"{path} lacks the state of {len(missing)} module(s), such as {missing[0]}")
+    _same(path, layers, saved, identity)
     for name, layer in layers.items():
         restore(layer, part(saved, f"{name}|"))
     live = {f"{prefix}{n}": p for n, p in model.named_parameters()}
     for key in keys:  # what is loaded next is what was restored just now
         state[key] = live[key].detach().clone()  # type: ignore[index]
+
+
+def _same(path: str, layers: Mapping[str, Any], saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    with safe_open(path, "pt") as file:
+        then = json.loads((file.metadata() or {}).get("projection", "{}"))
+    differ = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in identity.items() if k in then and then[k] != v]
+    if differ:
+        raise SaveError(
+            f"{path} is of a run with other options ({'; '.join(differ)}): give the same to go on, or start from the adapter with "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True), which trains it as ordinary LoRA"
+        )
+    for name, layer in layers.items():
+        for key, tensor in (("fixed", fixed_of(layer)), ("trained", trained_of(layer))):
+            if saved[f"{name}|{key}"].shape != tensor.shape:
+                was, now = tuple(saved[f"{name}|{key}"].shape), tuple(tensor.shape)
+                raise SaveError(f"{path}: {name} was projected with a factor {was}, and here it has {now}")
 
 
 def ranks(found: Mapping[str, Any], scale_to_one: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from layerpeft import subspace
+from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed
-from layerpeft.layers import Target, layer_map
 from layerpeft.notes import note
-from layerpeft.probe import attach_taps, tapped
-from layerpeft.projected import (
+from layerpeft.probe import tapped
+from layerpeft.projection import (
     Projection,
     basis_of,
     fixed_of,
@@ -27,7 +28,9 @@ from layerpeft.projected import (
     state_of,
     trained_of,
     unscale,
+    wide,
 )
+from layerpeft.projection_optimizers import Row, check
 
 OVERLAP_GROWS_TO = 16  # an adaptive gap becomes at most so many times the one asked for
 
@@ -45,49 +48,70 @@ class Refreshing:
     gap_overlap: float | None
 
 
-class Refresher:
-    """Renews the bases of one adapter's projected modules. State is real here: taps are on modules whose refresh is due."""
+@dataclass
+class _Seen:
+    """What one module's running step has shown: `ΩᵀG` (k, in), `GΩ` (out, k), or G (out, in); and by which Ω."""
 
-    def __init__(self, how: Refreshing, stack: str | None) -> None:
-        self.how, self.stack = how, stack
-        self._sums: dict[str, torch.Tensor] = {}  # of the running step: ΩᵀG, GΩ, or G itself
-        self._omegas: dict[str, torch.Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-        self._targets: dict[str, Target] = {}
+    parameter: torch.Tensor
+    handle: RemovableHandle
+    sum: torch.Tensor | None = None
+    omega: torch.Tensor | None = None
+    counted: bool = False  # some of it is in the gradient by now
+
+
+class Refresher:
+    """Renews the bases of one adapter's projected modules. State is real here: what the running step has shown of those due."""
+
+    def __init__(self, how: Refreshing) -> None:
+        self.how = how
+        self._seen: dict[str, _Seen] = {}
         self._anchor: torch.Tensor | None = None
+        self._row: Row | None = None  # what is known of the optimizer that steps
+        self._off = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Refresher:
-        return Refresher(self.how, self.stack)
+        return Refresher(self.how)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nobody, ()  # a pickled model is followed by nobody
 
     def arm(self, model: nn.Module, adapter: str) -> None:
-        """Puts taps on the modules whose next step gives them a basis; called before a forward pass, and after every step."""
-        self.disarm()
+        """Watches the modules whose next step gives them a basis; called before a forward pass, and after every step."""
         layers = dict(projections(model, adapter))
         self._spread([state_of(layer) for layer in layers.values()])
-        for layer in layers.values():
+        for name, layer in layers.items():
             unscale(layer)
-        due = [n for n, layer in layers.items() if state_of(layer).steps >= state_of(layer).due]
-        if not due or self.how.subspace == "random":
-            return
-        if not set(due) <= set(self._targets):
-            self._targets = {t.name: t for t in layer_map(model, self.stack).targets}
-        for name in due:
-            self._handles += attach_taps(model, [self._targets[name]], self._tap_for(layers[name]))
+            state = state_of(layer)
+            state.watcher, state.watched = self, self.how.subspace != "random" and state.steps >= state.due
+            if not state.watched:
+                self._forget(name)
 
     def disarm(self) -> None:
-        """Takes the taps off and forgets what they saw."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._sums, self._omegas = [], {}, {}
+        """Stops watching, for good."""
+        self._off = True
+        for name in list(self._seen):
+            self._forget(name)
 
     def restart(self) -> None:
-        """Forgets what a step saw that a loss scaler skipped; the taps stay for the next."""
-        self._sums = {}
+        """Forgets what a step saw that a loss scaler skipped."""
+        for name in list(self._seen):
+            self._forget(name)
 
-    def before_step(self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int]) -> None:
-        """Exact subspaces serve the very step whose gradient they come from, as in the reference."""
+    def before_step(
+        self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int], closure: bool = False
+    ) -> None:
+        """Exact subspaces serve the very step whose gradient they come from, as in the reference.
+
+        Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
+        """
+        self._row = check(optimizer, self.how.moments)
         if self.how.subspace != "svd":
             return
+        if closure:
+            raise TrainingError(
+                "subspace='svd' gives a step the basis of its own gradient, which a step with a closure does not have before it "
+                "begins; use subspace='sketch'"
+            )
         for name, layer in self._due(model, adapter, held):
             gradient = self._gathered(name)
             if gradient is None:
@@ -105,9 +129,12 @@ class Refresher:
             found = None if self.how.subspace == "random" else self._gathered(name)
             if self.how.subspace == "random" or found is not None:
                 self._renew(layer, found, optimizer)
-        for _, layer in projections(model, adapter):
+            elif state_of(layer).watched and trained_of(layer).grad is not None:
+                self._failed(state_of(layer), "its gradient could not be watched (torch.compile hides it)")
+        for name, layer in projections(model, adapter):
             if id(trained_of(layer)) in held:
                 state_of(layer).steps += 1
+                self._forget(name)
         self.arm(model, adapter)
 
     def _due(self, model: nn.Module, adapter: str, held: set[int]) -> list[tuple[str, Any]]:
@@ -126,21 +153,34 @@ class Refresher:
         else:
             new = subspace.strongest(seen, rank, state.side)
         if new is None:
-            state.failed += 1
-            state.due = state.steps + 1
-            note(f"{state.name}: no new subspace was found ({state.failed} so far); it goes on in the old one")
+            self._failed(state, "no new subspace was found")
             return False
+        old = wide(old).clone()
         new = new.to(old)
         state.overlap = subspace.overlap(new, old)
         self._adapt(state)
         if self.how.basis == "aligned" and state.refreshes:
             new = subspace.aligned(new, old)
         fold(layer)
-        rotate(old.clone(), new, optimizer.state.get(trained_of(layer), {}), state.side, self.how.moments)
+        means, squares = self._moments(optimizer.state.get(trained_of(layer), {}))
+        rotate(old, new, means, squares, state.side, self.how.moments)
         set_basis(layer, new)
         state.refreshes += 1
         state.due = state.steps + (state.gap if state.refreshes > 1 else state.first_gap)
         return True
+
+    def _moments(self, states: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The optimizer's averages of gradients and of their squares, of one trained factor."""
+        if self._row is None:
+            return [], []
+        found = {k: v for k, v in states.items() if isinstance(v, torch.Tensor) and v.dim() == 2}
+        return [found[k] for k in self._row.means if k in found], [found[k] for k in self._row.squares if k in found]
+
+    def _failed(self, state: Projection, why: str) -> None:
+        state.failed += 1
+        state.due = state.steps + 1
+        if state.failed & (state.failed - 1) == 0:  # the first, second, fourth, eighth time
+            note(f"{state.name}: {why} ({state.failed} time(s) so far); it goes on in the old subspace")
 
     def _adapt(self, state: Projection) -> None:
         """Doubles the gap of a module whose subspace stays where it is (the idea of Q-GaLore, arXiv 2407.08296)."""
@@ -154,7 +194,9 @@ class Refresher:
             state.first_gap = number * state.gap // len(states) or state.gap if self.how.stagger else state.gap
 
     def _gathered(self, name: str) -> torch.Tensor | None:
-        found = self._sums.pop(name, None)
+        seen = self._seen.get(name)
+        found = seen.sum if seen is not None else None
+        self._forget(name)
         if distributed.world_size() == 1:
             return found
         if not distributed.everywhere(found is not None):
@@ -162,35 +204,56 @@ class Refresher:
         assert found is not None
         return distributed.add_up(found).to(found.device)
 
-    def _tap_for(self, layer: Any) -> Any:
-        def tap(y: torch.Tensor, x: torch.Tensor, _keys: Mapping[Any, Any]) -> torch.Tensor:
-            if not torch.is_grad_enabled() or not layer.training or layer.disable_adapters or not y.is_floating_point():
-                return y
-            if self._anchor is None or self._anchor.device != y.device:
-                self._anchor = torch.zeros((), device=y.device, requires_grad=True)
-            return tapped(y, x, self._anchor, lambda gy, xs: self._see(layer, gy, xs))
+    def _forget(self, name: str) -> None:
+        seen = self._seen.pop(name, None)
+        if seen is not None:
+            seen.handle.remove()
 
-        return tap
+    @torch.compiler.disable
+    def __call__(self, layer: Any, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A watched module's output, whose gradient will be seen. It runs outside of compiled code, where it would be lost."""
+        if self._off or not y.is_floating_point():
+            return y
+        name, trained = state_of(layer).name, trained_of(layer)
+        if name not in self._seen or self._seen[name].parameter is not trained:
+            self._forget(name)
+            handle = trained.register_post_accumulate_grad_hook(partial(self._count, name))
+            self._seen[name] = _Seen(trained, handle)
+        if self._anchor is None or self._anchor.device != y.device:
+            self._anchor = torch.zeros((), device=y.device, requires_grad=True)
+        return tapped(y, x, self._anchor, partial(self._see, layer))
+
+    def _count(self, name: str, _: torch.Tensor) -> None:
+        if name in self._seen:
+            self._seen[name].counted = True
 
     def _see(self, layer: Any, gy: torch.Tensor, x: torch.Tensor) -> None:
-        """Adds one call's share: `ΩᵀG` (k, in), `GΩ` (out, k), or G (out, in) for an exact subspace."""
+        """Adds one call's share; what came of gradients that were dropped since (a skipped step, a batch thrown away) goes."""
         state = state_of(layer)
+        seen = self._seen.get(state.name)
+        if seen is None:
+            return
+        grad = seen.parameter.grad
+        if seen.counted and (grad is None or not bool(grad.any())):
+            seen.sum, seen.counted = None, False
         gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(gy.dtype)
         if self.how.subspace == "svd":
             part = gy.T @ x
         else:
-            omega = self._omega(layer, state).to(gy.dtype)
+            if seen.omega is None:
+                seen.omega = self._omega(layer, state)
+            omega = seen.omega.to(gy.dtype)
             part = (gy @ omega).T @ x if state.side == "right" else gy.T @ (x @ omega)
-        part = part if part.dtype == torch.float64 else part.float()
-        self._sums[state.name] = self._sums[state.name] + part if state.name in self._sums else part
+        seen.sum = wide(part) if seen.sum is None else seen.sum + wide(part)
 
     def _omega(self, layer: Any, state: Projection) -> torch.Tensor:
-        if state.name not in self._omegas:
-            trained = trained_of(layer).detach()
-            warm = trained if state.side == "right" else trained.T
-            key = f"{state.key}|sketch {state.refreshes}"
-            self._omegas[state.name] = subspace.sketching_matrix(key, warm, self.how.oversample)
-        return self._omegas[state.name]
+        trained = trained_of(layer).detach()
+        warm = trained if state.side == "right" else trained.T
+        return subspace.sketching_matrix(f"{state.key}|sketch {state.refreshes}", warm, self.how.oversample)
+
+
+def _nobody() -> None:
+    """In the place of a refresher that was pickled."""
 
 
 def _projected(gradient: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import peft
@@ -12,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 
+from layerpeft.integrations.hooks import has_hook
 from layerpeft.integrations.peft import LayerPeftType
 
 
@@ -123,3 +125,14 @@ def test_accelerate_says_when_gradients_are_complete():
     from accelerate.state import GradientState
 
     assert GradientState().sync_gradients in (True, False)
+
+
+def test_torch_keeps_the_hooks_of_a_tensor_where_they_are_looked_for():
+    class Mine:
+        def __call__(self, gradient):
+            return gradient
+
+    tensor = torch.nn.Parameter(torch.ones(2))
+    assert not has_hook(tensor, Mine)
+    tensor.register_hook(Mine())
+    assert has_hook(tensor, Mine) and not has_hook(copy.deepcopy(tensor), Mine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import peft
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import layerpeft
 from layerpeft import LayerGaloreConfig, check_trained, subspace
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import lora_layers
-from layerpeft.projected import basis_of, fixed_of, projections, state_of, trained_of
+from layerpeft.projection import basis_of, fixed_of, projections, state_of, trained_of
 from tests.loops import LAYERS, adamw, chosen, llama, make_batches, record, step
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -255,10 +256,10 @@ def test_moments_at_a_refresh(batches, policy, side):
 
     rotate = refresh.rotate
 
-    def watched(before, after, moments, *rest):
-        if moments is optimizer.state[trained_of(layer)]:
+    def watched(before, after, means, squares, *rest):
+        if means[0] is optimizer.state[trained_of(layer)]["exp_avg"]:
             remember()
-        rotate(before, after, moments, *rest)
+        rotate(before, after, means, squares, *rest)
 
     refresh.rotate = watched
     try:
@@ -331,3 +332,14 @@ def test_the_loss_falls_with_a_sketch_as_with_the_svd(batches):
     assert falls["sketch"] > 0.9 * falls["svd"] > 0.2
     assert falls["svd"] > falls["random"]
     print(falls)
+
+
+def test_beside_another_adapter_it_is_refused_and_never_becomes_ordinary_lora():
+    config = LayerGaloreConfig(select="last:2", r=4, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="no stock config that means the same"):
+        config.resolve(llama())
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {n for n, _ in model.named_parameters()}
+    with pytest.raises(ValueError, match="takes a model without other adapters"):
+        model.add_adapter("other", config)
+    assert {n for n, _ in model.named_parameters()} == before

@@ -35,6 +35,8 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
 
     def __str__(self) -> str:
         """What PEFT prints where it takes stock types only: on a model that already has adapters, or with `mixed=True`."""
+        if self is LayerPeftType.LAYER_GALORE:
+            return f"{self.value} (gradient projection takes a model without other adapters)"
         return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
 
 

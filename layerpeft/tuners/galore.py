@@ -8,7 +8,6 @@ from layerpeft.configs import RecordedLoraConfig
 from layerpeft.galore_config import LayerGaloreConfig, project_all
 from layerpeft.integrations.peft import LayerPeftType, register, watch_loading
 from layerpeft.refresh import Refresher
-from layerpeft.selection import Select
 from layerpeft.tuners.lora import LayerLoraModel
 
 
@@ -19,7 +18,7 @@ class LayerGaloreModel(LayerLoraModel):
         watch_loading()
         project_all(model, live, adapter_name)
         config: LayerGaloreConfig = live._layerpeft_projection  # type: ignore[attr-defined]
-        return Refresher(config.refreshing, Select.parse(config.select).stack)
+        return Refresher(config.refreshing)
 
 
 register(LayerPeftType.LAYER_GALORE, LayerGaloreConfig, LayerGaloreModel, "lora_")

@@ -43,7 +43,7 @@ class LayerLoraModel(LoraModel):
             self._layerpeft_pool = _pool(config, model)
             self.peft_config[adapter_name] = _pool_config(config, model, self._layerpeft_pool)
         else:
-            self.peft_config[adapter_name] = config.resolve(model)
+            self.peft_config[adapter_name] = config.settled(model)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         live = self.peft_config[adapter_name]
@@ -143,6 +143,11 @@ def load(
     live.__class__ = RecordedLoraConfig
     tuner: Any = loaded.base_model
     _tie(live, tuner.model, adapter)
+    if is_trainable and live._layerpeft.method == "galore":
+        note(
+            "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter(folder, "
+            "adapter_name) on a model that LayerGaloreConfig has wrapped, as Trainer's resume_from_checkpoint does"
+        )
     if is_trainable:
         steps.follow(tuner.model, adapter, live, tuner, None)
         backward.install(tuner.model, live._layerpeft.selection.stack)

@@ -1,0 +1,275 @@
+"""The arithmetic of gradient projection on one module: bases, folds, the working weight, and what a resumed run needs.
+
+`W + s·B·Q` with `Q` (r, in) fixed and `B` (out, r) trained is LoRA with its A frozen ("right"); `W + s·P·C` with `P` (out, r) fixed
+is LoRA with its B frozen ("left"). The gradient of the trained factor is divided by s on its way, so that it is the projected
+gradient `G Qᵀ` itself, as in GaLore (arXiv 2403.03507), and clipping and SGD mean what they mean there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import TrainingError
+from layerpeft.folds import Factors, Folds, exactly, part, stacked, stochastically
+from layerpeft.integrations.hooks import has_hook
+from layerpeft.integrations.peft import LoraLayer, lora_layers
+from layerpeft.subspace import rotation
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Projection:
+    """The running state of one projected module; `steps` and `refreshes` count its own active time."""
+
+    name: str
+    adapter: str
+    side: str
+    scale: float
+    fold: str
+    seed: int
+    folds: Folds
+    gap: int
+    due: int = 0  # the step, of its own, whose gradient gives the next basis
+    first_gap: int = 0  # from the first refresh to the second, so that later ones are spread over steps
+    steps: int = 0
+    refreshes: int = 0
+    failed: int = 0
+    overlap: float | None = None
+    original: torch.Tensor | None = None  # the weight as it was, from the first fold on
+    working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
+    packed: nn.Parameter | None = None  # the quantized weight as it was, while it is merged
+    beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
+    watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
+    watcher: Any = None  # called with (module, y, x), gives y
+
+    @property
+    def key(self) -> str:
+        """What random draws of this module go by."""
+        return f"{self.seed}|{self.name}"
+
+
+def unscale(layer: Any) -> None:
+    """Lets the trained factor's gradient be that of the projected problem; once for each tensor that takes its place."""
+    state, trained = state_of(layer), trained_of(layer)
+    if state.scale != 1.0 and trained.requires_grad and not has_hook(trained, _Unscale):
+        trained.register_hook(_Unscale(1 / state.scale))
+
+
+class _Unscale:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.factor
+
+
+def state_of(layer: Any) -> Projection:
+    """The state of a projected module."""
+    return layer._layerpeft_projection
+
+
+def projections(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The projected modules of an adapter, by their name in the unwrapped model."""
+    for layer in lora_layers(model, adapter).values():
+        state = getattr(layer, "_layerpeft_projection", None)
+        if state is not None and state.adapter == adapter:
+            yield state.name, layer
+
+
+def originals(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The weights as they were, by parameter name, of the modules whose working weight has folds in it."""
+    found = ((n, state_of(layer).original) for n, layer in projections(model, adapter))
+    return {f"{n}.weight": weight for n, weight in found if weight is not None}
+
+
+def folded(model: nn.Module, adapter: str) -> set[str]:
+    """The modules that have folds."""
+    return {n for n, layer in projections(model, adapter) if state_of(layer).folds.count}
+
+
+def fixed_of(layer: LoraLayer) -> nn.Parameter:
+    """The factor that is fixed within a period: Q (r, in), or P (out, r)."""
+    state = state_of(layer)
+    return (layer.lora_A if state.side == "right" else layer.lora_B)[state.adapter].weight  # type: ignore[return-value]
+
+
+def trained_of(layer: LoraLayer) -> nn.Parameter:
+    """The factor that trains: B (out, r), or C (r, in)."""
+    state = state_of(layer)
+    return (layer.lora_B if state.side == "right" else layer.lora_A)[state.adapter].weight  # type: ignore[return-value]
+
+
+def basis_of(layer: LoraLayer) -> torch.Tensor:
+    """The fixed factor as orthonormal rows, (r, size)."""
+    fixed = fixed_of(layer).detach()
+    return fixed if state_of(layer).side == "right" else fixed.T
+
+
+@torch.no_grad()
+def set_basis(layer: LoraLayer, rows: torch.Tensor) -> None:
+    """Puts orthonormal rows (r, size) in the place of the fixed factor."""
+    fixed_of(layer).copy_(rows if state_of(layer).side == "right" else rows.T)
+
+
+def running(layer: LoraLayer) -> Factors:
+    """The running period as factors (out, r), (r, in), scale included, in float32 (float64 for such factors)."""
+    state = state_of(layer)
+    a, b = (wide(m[state.adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+    return (state.scale * b, a) if state.side == "right" else (b, state.scale * a)
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is that already."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@torch.no_grad()
+def fold(layer: LoraLayer) -> None:
+    """Takes the running period into the sum of folds and into the working weight, and zeroes the trained factor."""
+    if not bool(trained_of(layer).any()):
+        return
+    state_of(layer).folds.add(*running(layer))
+    trained_of(layer).zero_()
+    refold(layer)
+
+
+@torch.no_grad()
+def refold(layer: Any) -> None:
+    """Forms the working weight anew from the original and the whole sum, so that rounding never adds up over folds."""
+    state: Any = state_of(layer)
+    weight = layer.get_base_layer().weight
+    if hasattr(weight, "full_tensor") or not weight.numel():
+        raise TrainingError(
+            f"{state.name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
+            "use DDP or ZeRO-2, or LayerLoraConfig"
+        )
+    if not weight.is_floating_point():
+        like = trained_of(layer)
+        state.beside = [
+            (p.to(like.device, like.dtype), q.to(like.device, like.dtype)) for p, q in [state.folds.factors()]
+        ]
+        return
+    keep_original(layer)
+    whole = wide(state.original.to(weight.device))
+    change = state.folds.sum().to(whole)
+    whole = whole + (change.T if layer.fan_in_fan_out else change)
+    if weight.dtype in LOW:
+        generator = torch.Generator().manual_seed(hash_of(f"{state.key}|{state.folds.count}"))
+        whole = stochastically(whole, weight.dtype, generator)
+    if state.working is not None:
+        state.working.copy_(whole)
+    else:
+        weight.data.copy_(whole)
+
+
+@torch.no_grad()
+def keep_original(layer: Any) -> None:
+    """Keeps the weight as it was, before anything is written into it for the first time."""
+    state: Any = state_of(layer)
+    weight = layer.get_base_layer().weight
+    if not weight.is_floating_point():
+        state.packed = weight
+    elif state.original is None:
+        state.original = weight.detach().to("cpu" if state.fold == "base" else weight.device, copy=True)
+
+
+@torch.no_grad()
+def restart(layer: Any) -> None:
+    """Lets the weight be what it is without the running period, from what was kept."""
+    state: Any = state_of(layer)
+    base = layer.get_base_layer()
+    if state.packed is not None:
+        base.weight, state.packed = state.packed, None
+    elif state.folds.count:
+        refold(layer)
+    elif state.original is not None:
+        show(layer, working=True)
+        base.weight.data.copy_(state.original)
+
+
+def hash_of(text: str) -> int:
+    """A seed from a text, equal in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@torch.no_grad()
+def show(layer: Any, *, working: bool) -> None:
+    """Puts the working weight, or the original, into the module; nothing is copied where it is there already."""
+    state: Any = state_of(layer)
+    if state.original is None or working == (state.working is None):
+        return
+    weight = layer.get_base_layer().weight
+    if working:
+        weight.data = state.working.to(weight.device)
+        state.working = None
+    else:
+        state.working = weight.data
+        weight.data = state.original.to(weight.device)
+
+
+def held(layer: Any) -> Factors:
+    """All that was trained, as factors (out, k), (k, in), scale included: what the weights really hold.
+
+    A weight in a short dtype holds the sum of folds rounded, so it is the difference of working weight and original that counts.
+    """
+    state = state_of(layer)
+    weight = layer.get_base_layer().weight
+    now = tuple(t.cpu() for t in running(layer))
+    if state.original is None or weight.dtype not in LOW or layer.merged:
+        both = stacked([state.folds.factors(), now])  # type: ignore[list-item]
+        return both if both[0].shape[1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
+    working = state.working if state.working is not None else weight.data
+    change = working.float().cpu() - state.original.float().cpu()
+    return exactly((change.T if layer.fan_in_fan_out else change) + now[0].float() @ now[1].float())
+
+
+@torch.no_grad()
+def rotate(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    means: Iterable[torch.Tensor],
+    squares: Iterable[torch.Tensor],
+    side: str,
+    policy: str,
+) -> None:
+    """What a refresh does with the optimizer's moments of a trained factor: `keep`, `reset`, or `project` into the new basis.
+
+    `project` takes first moments as coordinates, `m (old newᵀ)`, and second ones as their variances, with the squared matrix (as in
+    LDAdam, arXiv 2410.16103, without its correction).
+    """
+    if policy == "keep":
+        return
+    turn = rotation(old, new)
+    for moments, matrix in ((means, turn), (squares, turn.square())):
+        for moment in moments:
+            if policy == "reset":
+                moment.zero_()
+            else:
+                by = matrix.to(moment)
+                moment.copy_(moment @ by if side == "right" else by.T @ moment)
+
+
+def tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """All that a resumed run needs of one module."""
+    state = state_of(layer)
+    counts = [state.gap, state.due, state.steps, state.refreshes, state.failed]
+    found = {"fixed": fixed_of(layer).detach().cpu(), "trained": trained_of(layer).detach().cpu()}
+    return found | {"counts": torch.tensor(counts)} | {f"folds.{k}": v for k, v in state.folds.state().items()}
+
+
+@torch.no_grad()
+def restore(layer: Any, saved: Mapping[str, torch.Tensor]) -> None:
+    """Takes over what `tensors` gave, the working weight included."""
+    state = state_of(layer)
+    state.gap, state.due, state.steps, state.refreshes, state.failed = saved["counts"].tolist()
+    state.folds.restore(part(saved, "folds."))
+    fixed_of(layer).copy_(saved["fixed"])
+    trained_of(layer).copy_(saved["trained"])
+    restart(layer)
