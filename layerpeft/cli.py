@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, plan, score, compare, recipes, env. Errors of ours end in one message and exit code 2."""
+"""The command `layerpeft`: train, plan, score, compare, merge, recipes, env. Errors of ours end in one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
 from layerpeft.forecast import forecast
 from layerpeft.integrations import hub
 from layerpeft.measure import measure
+from layerpeft.merge import merge
 from layerpeft.recipe import Recipe, load_recipe
 from layerpeft.recipe_around import on_hub
 from layerpeft.run import is_first, run, score
@@ -135,6 +136,11 @@ def _parser() -> tuple[_Parser, list[str]]:
     comparing.add_argument(
         "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
     )
+    merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk", _merge)
+    merging.add_argument("folder", metavar="FOLDER", help="folder of the adapter")
+    merging.add_argument("into", metavar="OUT", help="new folder for the full model")
+    merging.add_argument("--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)")
+    merging.add_argument("--dtype", metavar="TYPE", help="of the weights, as bfloat16 (default: the base's)")
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
@@ -209,6 +215,15 @@ def _compare(args: argparse.Namespace) -> None:
         found = compare(_load(args, "compare"), arms, _say)
     if args.json and is_first():
         print(json.dumps(found.to_dict()))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype, None) if args.dtype else None
+    if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
+    with contextlib.redirect_stdout(sys.stderr):
+        target = merge(args.folder, args.into, base=args.base, dtype=dtype)
+    _say(f"{target}: a full model, which transformers loads by itself")
 
 
 def _recipes(args: argparse.Namespace) -> None:

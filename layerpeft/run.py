@@ -309,4 +309,5 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     if recipe.trainer == "classification":
         extra = f", num_labels={len(json.loads((folder / 'labels.json').read_text(encoding='utf-8')))}"
     call = f"layerpeft.layer_report(layerpeft.load('{folder}'{extra}))"
-    return [*lines, f'python -c "import layerpeft; print({call})"']
+    into = f"layerpeft merge {folder} {folder}-merged    # a full model, for where adapters cannot go"
+    return [*lines, f'python -c "import layerpeft; print({call})"', into]

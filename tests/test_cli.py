@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 import layerpeft
 from layerpeft import shipped
@@ -166,6 +166,10 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
         prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}')), "score"))
     )
     assert not torch.equal(trained, fresh.score.weight.to(trained.dtype))
+    assert "layerpeft merge out-revision out-revision-merged " in text
+    assert main(["merge", "out-revision", "out-revision-merged"]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(place / "out-revision-merged")
+    assert torch.equal(merged.score.weight, trained)
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped.recipes()) - {"quickstart", "revision"}))

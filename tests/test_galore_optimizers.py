@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,12 @@ def test_every_row_is_tested():
     assert {row.name for row in TABLE if row.verdict == "refused"} == refused - {"master weights"}
     assert all(row.figure for row in TABLE if row.verdict == "equal")
     assert all(row.cure for row in TABLE if row.verdict == "refused")
+
+
+def test_every_row_is_in_the_docs():
+    lines = (Path(__file__).parents[1] / "docs" / "projection.md").read_text(encoding="utf-8").splitlines()
+    for row in TABLE:
+        assert any(f"`{row.name}`" in line and f"| {row.verdict}" in line for line in lines), row.name
 
 
 @pytest.mark.parametrize("name", EQUAL)
