@@ -23,7 +23,9 @@ MODELS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "chat_template.jinja", "labels.json")
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "chat_template.jinja", "labels.json",
+)  # fmt: skip
 
 
 def merge(
@@ -63,7 +65,7 @@ def merge(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)
-    for name in (n for n in TOKENIZER if (Path(folder) / n).is_file()):
+    for name in (n for n in BESIDE if (Path(folder) / n).is_file()):
         shutil.copyfile(Path(folder) / name, partial / name)
     if target.is_dir():
         target.rmdir()
