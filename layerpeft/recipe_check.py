@@ -46,6 +46,7 @@ class Check:
             self.add(sentence, *path)
 
     def run(self, source: str, path: Path) -> Recipe:
+        """The recipe as far as it can be read; every problem is written down on the way."""
         for sentence in self.document.problems:
             self.add(sentence)
         data = self.document.data
@@ -86,6 +87,7 @@ class Check:
         return recipe
 
     def required(self, values: Mapping[str, Any], done: keys.Translation) -> None:
+        """Keys without which there is no run."""
         replaced = {
             "dataset_name": ("datasets", "dataset", "data"),
             "model_name_or_path": ("model",),
@@ -115,6 +117,7 @@ class Check:
         return good
 
     def unknown_key(self, key: str, value: Any, known: Mapping[str, Setting], trainer: str) -> str:
+        """What to say of a top-level key that does not exist."""
         if key in keys.FIXED:
             return f"{key}: {keys.FIXED[key]}"
         if key == "select" or any(key in keys.block_settings(kind) for kind in CONFIGS.values()):
@@ -160,6 +163,7 @@ class Check:
         return self.construct("", lambda: Select.parse(select), "layerpeft", "select")
 
     def unknown_field(self, key: str, method: str, known: Mapping[str, Setting]) -> str:
+        """What to say of a key that the method's config does not have."""
         if key in keys.FIXED:
             return f"{key}: {keys.FIXED[key]}"
         hint = keys.BLOCK_HINTS.get(key)

@@ -163,6 +163,7 @@ class _Walk:
         return f"line {node.start_mark.line + 1}" if self.where == "line" else self.where
 
     def value(self, node: Any, path: Path) -> Any:
+        """Any node as plain data."""
         if id(node) in self.open:
             self.problems.append(f"{self.at(node)}: an alias (`*name`) that holds itself")
             return None
@@ -184,6 +185,7 @@ class _Walk:
         return items
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        """A mapping, with the places of its keys; a key that stands twice is a problem."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -205,6 +207,7 @@ class _Walk:
         return merged | own
 
     def merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+        """What `<<` brings in."""
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         out: dict[str, Any] = {}
         for part in reversed(parts):
@@ -216,6 +219,7 @@ class _Walk:
         return out
 
     def scalar(self, node: yaml.Node) -> Any:
+        """A scalar as YAML 1.2 reads it."""
         kind, text = node.tag.removeprefix(_TAG), str(node.value)
         if kind == "str":
             return text

@@ -351,6 +351,7 @@ def test_a_second_adapter_that_starts_from_the_weights_is_no_fault(batch):
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if ".default." in n], 1e-3)
     step(model, optimizer, batch)
     check_trained(model)
+    assert record(model).checks["end"]
 
 
 def test_a_frozen_weight_nudged_after_a_deferred_choice(batch):
