@@ -31,7 +31,7 @@ from layerpeft.integrations.checkpointing import (
     parameters_of,
     silence,
 )
-from layerpeft.layers import base_of, layer_map
+from layerpeft.layers import LayerMap, base_of, layer_map
 
 # In the model's own dict: the names of the blocks of every stack, those of the default stack first. Names, so that copies and
 # pickles of the model go on by themselves.
@@ -77,8 +77,10 @@ def install(model: nn.Module, stack: str | None = None) -> Stop:
     base = base_of(model)
     state: dict[str, Any] = base.__dict__
     watched: tuple[_Names, ...] = state.get(_STACKS, ())
-    own = watched[0] if watched and stack is None else _names(base, stack)
-    names = tuple(dict.fromkeys([*watched, own])) if watched else _all_names(base, own)
+    found = None if watched and stack is None else layer_map(base, stack)
+    own = watched[0] if found is None else _of(found)
+    default = found if stack is None else None
+    names = tuple(dict.fromkeys([*watched, own])) if watched else _all_names(base, own, default)
     if watched or _partly([_stack(base, blocks) for blocks in names]):
         state[_STACKS] = names
         if not watched:
@@ -207,10 +209,10 @@ def _stack(model: nn.Module, names: _Names) -> _Stack:
     return _Stack(tuple(blocks), lowest)
 
 
-def _all_names(base: nn.Module, own: _Names) -> tuple[_Names, ...]:
+def _all_names(base: nn.Module, own: _Names, default: LayerMap | None) -> tuple[_Names, ...]:
     """The blocks of every stack: of the default one, of the others, and of one that a path has named."""
-    found = layer_map(base)
-    names = [tuple(layer.name for layer in found.layers)]
+    found = default or layer_map(base)
+    names = [_of(found)]
     for other in found.stacks if len(found.stacks) > 1 else ():
         with suppress(LayerMapError):  # one whose blocks share their weights
             names.append(_names(base, other.rpartition("=")[2]))
@@ -218,4 +220,8 @@ def _all_names(base: nn.Module, own: _Names) -> tuple[_Names, ...]:
 
 
 def _names(base: nn.Module, stack: str | None) -> _Names:
-    return tuple(layer.name for layer in layer_map(base, stack).layers)
+    return _of(layer_map(base, stack))
+
+
+def _of(found: LayerMap) -> _Names:
+    return tuple(layer.name for layer in found.layers)

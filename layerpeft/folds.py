@@ -8,23 +8,27 @@ from typing import Any
 
 import torch
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # (out, k), (k, in)
+Factors = tuple[torch.Tensor, torch.Tensor]  # (out, k), (k, in); with experts, a leading dimension each
 
 
 @dataclass
 class Folds:
-    """`Σ left_i right_i` (out, in) in float32 (float64 for such weights), on the CPU. `count`: how many folds there were."""
+    """`Σ left_i right_i` (out, in) in float32 (float64 for such weights), on the CPU. `count`: how many folds there were.
+
+    `experts`: so many sums side by side, (experts, out, in), whose factors have the same number of columns.
+    """
 
     out: int
     into: int
     pieces: list[Factors] = field(default_factory=list)
     dense: torch.Tensor | None = None
     count: int = 0
+    experts: int = 0
 
     @property
     def rank(self) -> int:
         """Columns of all factors together."""
-        return min(self.out, self.into) if self.dense is not None else sum(left.shape[1] for left, _ in self.pieces)
+        return min(self.out, self.into) if self.dense is not None else sum(left.shape[-1] for left, _ in self.pieces)
 
     @property
     def nbytes(self) -> int:
@@ -33,29 +37,34 @@ class Folds:
         return sum(t.nbytes for t in held)
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds a piece (out, r), (r, in); as one dense sum from where factors would be larger."""
+        """Adds a piece (…, out, r), (…, r, in); as one dense sum from where factors would be larger."""
         self.count += 1
         piece = left.detach().cpu().clone(), right.detach().cpu().clone()
-        if self.dense is None and self.rank + left.shape[1] < min(self.out, self.into):
+        if self.dense is None and self.rank + left.shape[-1] < min(self.out, self.into):
             self.pieces.append(piece)
             return
         self.dense = self.sum() + piece[0] @ piece[1]
         self.pieces = []
 
-    def sum(self) -> torch.Tensor:
-        """The whole, (out, in)."""
+    def sum(self, which: Any = ...) -> torch.Tensor:
+        """The whole, (…, out, in), or that of one expert."""
         if self.dense is not None:
-            return self.dense
+            return self.dense[which]
         if not self.pieces:
-            return torch.zeros(self.out, self.into)
+            return torch.zeros(*self._many, self.out, self.into)[which]
         left, right = stacked(self.pieces)
-        return left @ right
+        return left[which] @ right[which]
 
     def factors(self) -> Factors:
         """Factors whose product is the sum: stacked pieces, or the dense sum beside an identity, which is exact, too."""
         if self.dense is None:
-            return stacked(self.pieces) if self.pieces else (torch.zeros(self.out, 0), torch.zeros(0, self.into))
+            none = torch.zeros(*self._many, self.out, 0), torch.zeros(*self._many, 0, self.into)
+            return stacked(self.pieces) if self.pieces else none
         return exactly(self.dense)
+
+    @property
+    def _many(self) -> tuple[int, ...]:
+        return (self.experts,) if self.experts else ()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything, as tensors."""
@@ -74,29 +83,35 @@ class Folds:
 
 
 def stacked(pieces: list[Factors]) -> Factors:
-    """One pair of factors (out, Σr), (Σr, in) for the sum of all."""
-    return torch.cat([left for left, _ in pieces], 1), torch.cat([right for _, right in pieces], 0)
+    """One pair of factors (…, out, Σr), (…, Σr, in) for the sum of all."""
+    return torch.cat([left for left, _ in pieces], -1), torch.cat([right for _, right in pieces], -2)
 
 
 def exactly(whole: torch.Tensor) -> Factors:
     """Factors of a dense matrix without rounding: itself and an identity, the smaller one."""
-    out, into = whole.shape
+    *many, out, into = whole.shape
     if out < into:
-        return torch.eye(out, dtype=whole.dtype), whole
-    return whole, torch.eye(into, dtype=whole.dtype)
+        return torch.eye(out, dtype=whole.dtype).expand(*many, -1, -1), whole
+    return whole, torch.eye(into, dtype=whole.dtype).expand(*many, -1, -1)
 
 
 def recompressed(pair: Factors, rank: int) -> tuple[Factors, float]:
-    """The nearest pair of at most `rank`, by QR of both and a small SVD; and the relative error (Frobenius) that this leaves."""
+    """The nearest pair of at most `rank`, by QR of both and a small SVD; and the relative error (Frobenius) that this leaves.
+
+    With experts each has its own nearest pair, and the error is that of all together.
+    """
     left, right = pair
-    if left.shape[1] <= rank:
+    if left.shape[-1] <= rank:
         return pair, 0.0
     ql, rl = torch.linalg.qr(left.double())
-    qr, rr = torch.linalg.qr(right.T.double())
-    u, s, vh = torch.linalg.svd(rl @ rr.T, full_matrices=False)
-    lost, whole = s[rank:].square().sum(), s.square().sum()
-    root = s[:rank].sqrt()
-    new = ((ql @ u[:, :rank]) * root).to(left.dtype), (root[:, None] * (vh[:rank] @ qr.T)).to(right.dtype)
+    qr, rr = torch.linalg.qr(right.mT.double())
+    u, s, vh = torch.linalg.svd(rl @ rr.mT, full_matrices=False)
+    lost, whole = s[..., rank:].square().sum(), s.square().sum()
+    root = s[..., :rank].sqrt()
+    new = (
+        ((ql @ u[..., :rank]) * root[..., None, :]).to(left.dtype),
+        (root[..., None] * (vh[..., :rank, :] @ qr.mT)).to(right.dtype),
+    )
     return (new[0].contiguous(), new[1].contiguous()), float((lost / whole).sqrt()) if whole > 0 else 0.0
 
 

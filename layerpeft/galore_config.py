@@ -14,10 +14,12 @@ from torch import nn
 from layerpeft import projection_state, save
 from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig
 from layerpeft.errors import ConfigError, Problems, unknown
+from layerpeft.expert_uses import check_experts
 from layerpeft.folds import Folds
 from layerpeft.integrations.peft import LayerPeftType, lora_layers
-from layerpeft.layers import Target, layer_map
+from layerpeft.layers import Target, base_of, layer_map
 from layerpeft.projected import project
+from layerpeft.projected_experts import ProjectedExperts
 from layerpeft.projection import Projection
 from layerpeft.refresh import Refreshing
 from layerpeft.selection import Select
@@ -26,9 +28,10 @@ from layerpeft.subspace import SIDES, SUBSPACES, side_of
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
 SHARED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
+    "r", "target_modules", "target_parameters", "exclude_modules", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 }  # fmt: skip
-KINDS = ("linear", "conv1d")
+KINDS = ("linear", "conv1d", "experts")
 IDENTITY = (
     "r", "update_proj_gap", "scale", "proj_type", "subspace", "basis", "moments", "stagger", "oversample", "gap_overlap", "seed",
 )  # fmt: skip
@@ -51,7 +54,8 @@ class LayerGaloreConfig(LayerLoraConfig):
     reference), `project` or `reset`. `stagger` spreads refreshes over the gap. `gap_overlap`: a module whose new subspace
     overlaps the old by at least this much (0 to 1) waits twice as long. `fold`: where the original weights stay, `beside` (on
     their device) or `base` (on the CPU). `max_rank` of the saved adapter; None saves the exact sum. `select` and `batches` as
-    in `LayerLoraConfig`. Raises: ConfigError naming every problem at once.
+    in `LayerLoraConfig`, as is `target_parameters`: weights of experts in one 3-D tensor, with a basis per expert.
+    Raises: ConfigError naming every problem at once.
     """
 
     r: int = field(default=128, metadata={"help": "Rank of the subspace, as in GaLore."})
@@ -96,6 +100,12 @@ class LayerGaloreConfig(LayerLoraConfig):
             "trainer's peft_config=, on a model without other adapters"
         )
 
+    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """What PEFT will be given to wrap that model by. Raises: as `resolve`, and ConfigError for experts of a kind not known."""
+        stock = super().settled(model, batches, progress=progress)
+        check_experts(base_of(model), stock.target_parameters or ())
+        return stock
+
     @property
     def is_plain(self) -> bool:
         """Never: with all layers it is projection still."""
@@ -128,10 +138,11 @@ class LayerGaloreConfig(LayerLoraConfig):
         unfit = [t for t in targets if t.kind not in KINDS]
         if unfit:
             raise ConfigError(
-                f"gradient projection is for linear layers and Conv1D, and {unfit[0].name} ({unfit[0].kind}) is none"
-                f"{f', nor are {len(unfit) - 1} others' if len(unfit) > 1 else ''}; leave them out of target_modules"
+                f"gradient projection is for linear layers, Conv1D and experts, and {unfit[0].name} ({unfit[0].kind}) is none"
+                f"{f', nor are {len(unfit) - 1} others' if len(unfit) > 1 else ''}; leave them out of target_modules and "
+                "target_parameters"
             )
-        small = {t.name: min(t.shape) for t in targets if min(t.shape) < self.r}
+        small = {t.name: min(t.shape[-2:]) for t in targets if min(t.shape[-2:]) < self.r}
         ranks = {f"^{name.replace('.', chr(92) + '.')}$": rank for name, rank in small.items()}
         given |= {"rank_pattern": ranks, "alpha_pattern": {k: self.scale * r for k, r in ranks.items()}}
         stock = ProjectedLoraConfig(**given)
@@ -144,8 +155,10 @@ def project_all(model: nn.Module, live: Any, adapter: str) -> None:
     config: LayerGaloreConfig = live._layerpeft_projection
     shapes = {t.name: t.shape for t in layer_map(model, Select.parse(config.select).stack).targets}
     for name, layer in lora_layers(model, adapter).items():
-        name = name.removeprefix("_orig_mod.")
-        out, into = shapes[name]
+        path = name.removeprefix("_orig_mod.")
+        parameter = getattr(layer, "parameter_name", None)
+        name = f"{'.'.join(p for p in path.split('.') if p != 'base_layer')}.{parameter}" if parameter else path
+        *experts, out, into = shapes[name]
         project(
             layer,
             Projection(
@@ -155,9 +168,12 @@ def project_all(model: nn.Module, live: Any, adapter: str) -> None:
                 scale=config.scale,
                 fold=config.fold,
                 seed=config.seed,
-                folds=Folds(out, into),
+                folds=Folds(out, into, experts=sum(experts)),
                 gap=config.update_proj_gap,
+                experts=sum(experts),
+                path=path,
             ),
+            ProjectedExperts if experts else None,
         )
 
 

@@ -25,7 +25,7 @@ from layerpeft.integrations.quantized import as_quantized, weight_bytes
 from layerpeft.integrations.tracing import as_traced
 from layerpeft.layers import base_of, layer_map
 from layerpeft.plan_text import plan_lines, size_text
-from layerpeft.projection import projections
+from layerpeft.projection import projections, weight_of
 
 __all__ = ["Live", "Plan", "PlanRow", "Step", "plan", "size_text", "trace"]
 
@@ -272,7 +272,7 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
 def _originals(wrapped: nn.Module) -> int:
     """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
     found = [layer for _, layer in projections(wrapped, "default") if layer._layerpeft_projection.fold == "beside"]
-    return sum(layer.get_base_layer().weight.nbytes for layer in found)
+    return sum(weight_of(layer).nbytes for layer in found)
 
 
 def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:

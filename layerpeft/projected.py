@@ -12,6 +12,7 @@ from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import LoraLinear, dequantized
 from layerpeft.projection import (
     Projection,
+    basis_of,
     fixed_of,
     held,
     keep_original,
@@ -20,6 +21,7 @@ from layerpeft.projection import (
     show,
     trained_of,
     unscale,
+    weight_of,
 )
 from layerpeft.subspace import random_basis
 
@@ -102,10 +104,13 @@ class Projected:
     @torch.no_grad()
     def trained_change(self: Any) -> tuple[float, float]:
         """(‖ΔW‖², ‖W‖²) of all that was trained, folds included, against the original weight."""
-        state, base = self._layerpeft_projection, self.get_base_layer()
+        state = self._layerpeft_projection
         left, right = held(self)
-        before = state.original if state.original is not None else dequantized(base)
-        return float((left.double() @ right.double()).square().sum()), float(before.double().square().sum())
+        before = state.original
+        if before is None:
+            before = weight_of(self) if state.experts else dequantized(self.get_base_layer())
+        change = sum(float((left[s].double() @ right[s].double()).square().sum()) for s in state.slots)
+        return change, sum(float(before[s].double().square().sum()) for s in state.slots)
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output; over a quantized weight the folds are a second branch."""
@@ -130,10 +135,15 @@ class ProjectedLinear(Projected, LoraLinear):
 _CLASSES: dict[type, type] = {LoraLinear: ProjectedLinear}
 
 
-def project(layer: Any, state: Projection) -> None:
-    """Turns a LoRA module into a projected one: a random orthonormal basis, a zero trained factor, and its gradient unscaled."""
+def project(layer: Any, state: Projection, becomes: type | None = None) -> None:
+    """Turns a LoRA module into a projected one: random orthonormal bases, a zero trained factor, and its gradient unscaled.
+
+    `becomes`: its class from now on, where it is not made from the module's own.
+    """
     kind = type(layer)
-    if not issubclass(kind, Projected):
+    if becomes is not None:
+        layer.__class__ = becomes
+    elif not issubclass(kind, Projected):
         layer.__class__ = _CLASSES.setdefault(kind, type(f"Projected{kind.__name__}", (Projected, kind), {}))
     layer._layerpeft_projection = state
     frozen = "lora_A" if state.side == "right" else "lora_B"
@@ -141,8 +151,10 @@ def project(layer: Any, state: Projection) -> None:
     fixed, trained = fixed_of(layer), trained_of(layer)
     fixed.requires_grad_(False)
     if fixed.device.type != "meta":
-        rank, size = (fixed.shape[0], fixed.shape[1]) if state.side == "right" else (fixed.shape[1], fixed.shape[0])
+        rank, size = basis_of(layer).shape[-2:]
         with torch.no_grad():
             trained.zero_()
-        set_basis(layer, random_basis(f"{state.key}|first", rank, size, fixed))
+        for slot in state.slots:
+            key = f"{state.key}|first" + (f"|{slot}" if state.experts else "")
+            set_basis(layer, random_basis(key, rank, size, fixed), slot)
     unscale(layer)

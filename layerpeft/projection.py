@@ -3,6 +3,9 @@
 `W + s·B·Q` with `Q` (r, in) fixed and `B` (out, r) trained is LoRA with its A frozen ("right"); `W + s·P·C` with `P` (out, r) fixed
 is LoRA with its B frozen ("left"). The gradient of the trained factor is divided by s on its way, so that it is the projected
 gradient `G Qᵀ` itself, as in GaLore (arXiv 2403.03507), and clipping and SGD mean what they mean there.
+
+A weight of experts (experts, out, in) has all this once per expert, in two parameters laid out as PEFT does it: A (experts·r, in),
+and B (out, r·experts) with the experts innermost. `rights` and `lefts` see them as (experts, r, in) and (experts, out, r).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -19,9 +23,11 @@ from layerpeft.errors import TrainingError
 from layerpeft.folds import Factors, Folds, exactly, part, stacked, stochastically
 from layerpeft.integrations.hooks import has_hook
 from layerpeft.integrations.peft import LoraLayer, lora_layers
+from layerpeft.integrations.peft_experts import stores_out_first
 from layerpeft.subspace import rotation
 
 LOW = (torch.bfloat16, torch.float16)
+Slot = int | EllipsisType  # an expert, or all there is
 
 
 @dataclass
@@ -36,6 +42,8 @@ class Projection:
     seed: int
     folds: Folds
     gap: int
+    experts: int = 0  # matrices in the weight, each with a basis of its own; 0 for a plain matrix
+    path: str = ""  # of the wrapped module in the model, where it is not the name
     due: int = 0  # the step, of its own, whose gradient gives the next basis
     first_gap: int = 0  # from the first refresh to the second, so that later ones are spread over steps
     steps: int = 0
@@ -53,6 +61,11 @@ class Projection:
     def key(self) -> str:
         """What random draws of this module go by."""
         return f"{self.seed}|{self.name}"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What picks one matrix after the other out of tensors with one per expert."""
+        return tuple(range(self.experts)) if self.experts else (...,)
 
 
 def unscale(layer: Any) -> None:
@@ -85,8 +98,8 @@ def projections(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
 
 def originals(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """The weights as they were, by parameter name, of the modules whose working weight has folds in it."""
-    found = ((n, state_of(layer).original) for n, layer in projections(model, adapter))
-    return {f"{n}.weight": weight for n, weight in found if weight is not None}
+    found = ((n, state_of(layer)) for n, layer in projections(model, adapter))
+    return {n if s.experts else f"{n}.weight": s.original for n, s in found if s.original is not None}
 
 
 def folded(model: nn.Module, adapter: str) -> set[str]:
@@ -106,22 +119,49 @@ def trained_of(layer: LoraLayer) -> nn.Parameter:
     return (layer.lora_B if state.side == "right" else layer.lora_A)[state.adapter].weight  # type: ignore[return-value]
 
 
+def weight_of(layer: Any) -> nn.Parameter:
+    """The weight that is trained, (out, in) or (experts, out, in) or as the module stores it."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+def rights(a: torch.Tensor, experts: int) -> torch.Tensor:
+    """A view of an A as (r, in), or (experts, r, in)."""
+    return a.view(experts, -1, a.shape[-1]) if experts else a
+
+
+def lefts(b: torch.Tensor, experts: int) -> torch.Tensor:
+    """A view of a B as (out, r), or (experts, out, r)."""
+    return b.view(b.shape[0], -1, experts).permute(2, 0, 1) if experts else b
+
+
+def at(t: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """One of a tensor's matrices, or the tensor itself."""
+    return t if slot is ... else t[slot]
+
+
 def basis_of(layer: LoraLayer) -> torch.Tensor:
-    """The fixed factor as orthonormal rows, (r, size)."""
-    fixed = fixed_of(layer).detach()
-    return fixed if state_of(layer).side == "right" else fixed.T
+    """A view of the fixed factor as orthonormal rows, (r, size) or (experts, r, size)."""
+    state, fixed = state_of(layer), fixed_of(layer).detach()
+    return rights(fixed, state.experts) if state.side == "right" else lefts(fixed, state.experts).mT
+
+
+def like_trained(layer: LoraLayer, t: torch.Tensor) -> torch.Tensor:
+    """A view of what is laid out like the trained factor: (out, r) or (r, in), or that of every expert."""
+    state = state_of(layer)
+    return lefts(t, state.experts) if state.side == "right" else rights(t, state.experts)
 
 
 @torch.no_grad()
-def set_basis(layer: LoraLayer, rows: torch.Tensor) -> None:
+def set_basis(layer: LoraLayer, rows: torch.Tensor, slot: Slot = ...) -> None:
     """Puts orthonormal rows (r, size) in the place of the fixed factor."""
-    fixed_of(layer).copy_(rows if state_of(layer).side == "right" else rows.T)
+    basis_of(layer)[slot].copy_(rows)
 
 
 def running(layer: LoraLayer) -> Factors:
-    """The running period as factors (out, r), (r, in), scale included, in float32 (float64 for such factors)."""
+    """The running period as factors (…, out, r), (…, r, in), scale included, in float32 (float64 for such factors)."""
     state = state_of(layer)
     a, b = (wide(m[state.adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+    a, b = rights(a, state.experts), lefts(b, state.experts)
     return (state.scale * b, a) if state.side == "right" else (b, state.scale * a)
 
 
@@ -144,7 +184,7 @@ def fold(layer: LoraLayer) -> None:
 def refold(layer: Any) -> None:
     """Forms the working weight anew from the original and the whole sum, so that rounding never adds up over folds."""
     state: Any = state_of(layer)
-    weight = layer.get_base_layer().weight
+    weight = weight_of(layer)
     if hasattr(weight, "full_tensor") or not weight.numel():
         raise TrainingError(
             f"{state.name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
@@ -157,23 +197,27 @@ def refold(layer: Any) -> None:
         ]
         return
     keep_original(layer)
-    whole = wide(state.original.to(weight.device))
-    change = state.folds.sum().to(whole)
-    whole = whole + (change.T if layer.fan_in_fan_out else change)
-    if weight.dtype in LOW:
-        generator = torch.Generator().manual_seed(hash_of(f"{state.key}|{state.folds.count}"))
-        whole = stochastically(whole, weight.dtype, generator)
-    if state.working is not None:
-        state.working.copy_(whole)
-    else:
-        weight.data.copy_(whole)
+    working = state.working if state.working is not None else weight.data
+    for slot in state.slots:  # one expert at a time, so that no other whole weight is needed
+        whole = wide(state.original[slot].to(weight.device))
+        whole = whole + as_stored(layer, state.folds.sum(slot).to(whole))
+        if weight.dtype in LOW:
+            key = f"{state.key}|{state.folds.count}" + (f"|{slot}" if state.experts else "")
+            whole = stochastically(whole, weight.dtype, torch.Generator().manual_seed(hash_of(key)))
+        working[slot].copy_(whole)
+
+
+def as_stored(layer: Any, change: torch.Tensor) -> torch.Tensor:
+    """A change (…, out, in) the way the module stores its weight; and back."""
+    turned = not stores_out_first(layer) if state_of(layer).experts else layer.fan_in_fan_out
+    return change.mT if turned else change
 
 
 @torch.no_grad()
 def keep_original(layer: Any) -> None:
     """Keeps the weight as it was, before anything is written into it for the first time."""
     state: Any = state_of(layer)
-    weight = layer.get_base_layer().weight
+    weight = weight_of(layer)
     if not weight.is_floating_point():
         state.packed = weight
     elif state.original is None:
@@ -184,14 +228,13 @@ def keep_original(layer: Any) -> None:
 def restart(layer: Any) -> None:
     """Lets the weight be what it is without the running period, from what was kept."""
     state: Any = state_of(layer)
-    base = layer.get_base_layer()
     if state.packed is not None:
-        base.weight, state.packed = state.packed, None
+        layer.get_base_layer().weight, state.packed = state.packed, None
     elif state.folds.count:
         refold(layer)
     elif state.original is not None:
         show(layer, working=True)
-        base.weight.data.copy_(state.original)
+        weight_of(layer).data.copy_(state.original)
 
 
 def hash_of(text: str) -> int:
@@ -205,7 +248,7 @@ def show(layer: Any, *, working: bool) -> None:
     state: Any = state_of(layer)
     if state.original is None or working == (state.working is None):
         return
-    weight = layer.get_base_layer().weight
+    weight = weight_of(layer)
     if working:
         weight.data = state.working.to(weight.device)
         state.working = None
@@ -215,19 +258,18 @@ def show(layer: Any, *, working: bool) -> None:
 
 
 def held(layer: Any) -> Factors:
-    """All that was trained, as factors (out, k), (k, in), scale included: what the weights really hold.
+    """All that was trained, as factors (…, out, k), (…, k, in), scale included: what the weights really hold.
 
     A weight in a short dtype holds the sum of folds rounded, so it is the difference of working weight and original that counts.
     """
-    state = state_of(layer)
-    weight = layer.get_base_layer().weight
+    state, weight = state_of(layer), weight_of(layer)
     now = tuple(t.cpu() for t in running(layer))
     if state.original is None or weight.dtype not in LOW or layer.merged:
         both = stacked([state.folds.factors(), now])  # type: ignore[list-item]
-        return both if both[0].shape[1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
+        return both if both[0].shape[-1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
     working = state.working if state.working is not None else weight.data
     change = working.float().cpu() - state.original.float().cpu()
-    return exactly((change.T if layer.fan_in_fan_out else change) + now[0].float() @ now[1].float())
+    return exactly(as_stored(layer, change) + now[0].float() @ now[1].float())
 
 
 @torch.no_grad()

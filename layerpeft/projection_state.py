@@ -17,7 +17,7 @@ from layerpeft import save
 from layerpeft.errors import SaveError
 from layerpeft.folds import Factors, part, recompressed
 from layerpeft.integrations.peft import loading_folder
-from layerpeft.projection import fixed_of, held, projections, restore, tensors, trained_of
+from layerpeft.projection import fixed_of, held, projections, restore, state_of, tensors, trained_of
 
 STATE = "layerpeft_state.safetensors"
 KEYS = ("lora_A.weight", "lora_B.weight")
@@ -32,21 +32,24 @@ def write(
     of those that `max_rank` cut. Raises: SaveError for a module that is not among the saved weights.
     """
     found = {n: (layer, *_cut(held(layer), max_rank)) for n, layer in projections(model, adapter)}
+    paths = {n: state_of(layer).path or n for n, (layer, *_) in found.items()}
     weights, path = _read(folder)
-    prefix = next((k[: -len(f"{n}.{e}")] for k in weights for n in found for e in KEYS if k.endswith(f"{n}.{e}")), "")
-    missing = [n for n in found if f"{prefix}{n}.{KEYS[0]}" not in weights]
+    prefix = next(
+        (k[: -len(f"{n}.{e}")] for k in weights for n in paths.values() for e in KEYS if k.endswith(f"{n}.{e}")), ""
+    )
+    missing = [n for n in found if f"{prefix}{paths[n]}.{KEYS[0]}" not in weights]
     if missing:
         raise SaveError(f"{folder}: {len(missing)} trained module(s) are not among the saved weights: {missing[0]}")
-    for name, (_, (left, right), _) in found.items():
-        weights[f"{prefix}{name}.lora_A.weight"] = right.contiguous()
-        weights[f"{prefix}{name}.lora_B.weight"] = left.contiguous()
+    for name, (_, pair, _) in found.items():
+        for key, factor in zip(KEYS, _as_stock(*pair), strict=True):
+            weights[f"{prefix}{paths[name]}.{key}"] = factor.contiguous()
     _replace(path, weights)
     state = {f"{n}|{k}": t.contiguous() for n, (layer, *_) in found.items() for k, t in tensors(layer).items()}
     temporary = os.path.join(folder, f".{STATE}.partial")
     save_file(state, temporary, metadata={"projection": json.dumps(dict(identity))})
     os.replace(temporary, os.path.join(folder, STATE))
     return {
-        "ranks": {n: pair[0].shape[1] for n, (_, pair, _) in found.items()},
+        "ranks": {n: pair[0].shape[-1] for n, (_, pair, _) in found.items()},
         "errors": {n: error for n, (*_, error) in found.items() if error},
     }
 
@@ -54,6 +57,13 @@ def write(
 def _cut(pair: Factors, max_rank: int | None) -> tuple[Factors, float]:
     pair = pair[0].float(), pair[1].float()
     return recompressed(pair, max_rank) if max_rank is not None else (pair, 0.0)
+
+
+def _as_stock(left: torch.Tensor, right: torch.Tensor) -> Factors:
+    """LoRA's A and B of such factors, as PEFT lays them out: those of experts one below the other, B with the experts innermost."""
+    if left.dim() == 2:
+        return right, left
+    return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
 
 
 def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str, identity: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,11 @@ from layerpeft.notes import note
 from layerpeft.probe import tapped
 from layerpeft.projection import (
     Projection,
+    Slot,
+    at,
     basis_of,
-    fixed_of,
     fold,
+    like_trained,
     projections,
     rotate,
     set_basis,
@@ -32,7 +34,13 @@ from layerpeft.projection import (
 )
 from layerpeft.projection_optimizers import Row, check
 
+# optimizers that look at a tensor as one matrix, while that of experts holds as many as there are experts
+MATRIX_WISE = ("Muon", "Adafactor")
 OVERLAP_GROWS_TO = 16  # an adaptive gap becomes at most so many times the one asked for
+
+
+Rows = Sequence[tuple[Slot, Any]]  # expert, and what picks its rows out of all; None: all of them
+EVERY: Rows = ((..., None),)
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,12 @@ class Refreshing:
 
 @dataclass
 class _Seen:
-    """What one module's running step has shown: `ΩᵀG` (k, in), `GΩ` (out, k), or G (out, in); and by which Ω."""
+    """What one module's running step has shown: `ΩᵀG` (k, in), `GΩ` (out, k), or G (out, in), of each expert; and by which Ω."""
 
     parameter: torch.Tensor
     handle: RemovableHandle
     sum: torch.Tensor | None = None
-    omega: torch.Tensor | None = None
+    omegas: dict[Slot, torch.Tensor] = field(default_factory=dict)
     counted: bool = False  # some of it is in the gradient by now
 
 
@@ -105,6 +113,8 @@ class Refresher:
         Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
         """
         self._row = check(optimizer, self.how.moments)
+        if self._row is not None and self._row.name in MATRIX_WISE:
+            _refuse_experts(self._row.name, model, adapter)
         if self.how.subspace != "svd":
             return
         if closure:
@@ -145,26 +155,27 @@ class Refresher:
         ]
 
     def _renew(self, layer: Any, seen: torch.Tensor | None, optimizer: Optimizer) -> bool:
-        """A new basis, the old period folded away; False where nothing usable was found, and the old basis stays."""
-        state, old = state_of(layer), basis_of(layer)
-        rank = old.shape[0]
-        if seen is None:
-            new = subspace.random_basis(f"{state.key}|{state.refreshes}", rank, old.shape[1], old)
-        else:
-            new = subspace.strongest(seen, rank, state.side)
-        if new is None:
+        """A new basis, the old period folded away; False where nothing usable was found, and the old basis stays.
+
+        An expert that no token reached keeps its own.
+        """
+        state, old = state_of(layer), wide(basis_of(layer)).clone()
+        found = _bases(layer, old, seen)
+        if found is None:
             self._failed(state, "no new subspace was found")
+        if not found:
             return False
-        old = wide(old).clone()
-        new = new.to(old)
-        state.overlap = subspace.overlap(new, old)
+        found = {slot: new.to(old) for slot, new in found.items()}
+        state.overlap = sum(subspace.overlap(new, old[slot]) for slot, new in found.items()) / len(found)
         self._adapt(state)
-        if self.how.basis == "aligned" and state.refreshes:
-            new = subspace.aligned(new, old)
         fold(layer)
         means, squares = self._moments(optimizer.state.get(trained_of(layer), {}))
-        rotate(old, new, means, squares, state.side, self.how.moments)
-        set_basis(layer, new)
+        for slot, new in found.items():
+            if self.how.basis == "aligned" and state.refreshes:
+                new = subspace.aligned(new, old[slot])
+            m, s = ([at(like_trained(layer, t), slot) for t in some] for some in (means, squares))
+            rotate(old[slot], new, m, s, state.side, self.how.moments)
+            set_basis(layer, new, slot)
         state.refreshes += 1
         state.due = state.steps + (state.gap if state.refreshes > 1 else state.first_gap)
         return True
@@ -210,8 +221,11 @@ class Refresher:
             seen.handle.remove()
 
     @torch.compiler.disable
-    def __call__(self, layer: Any, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A watched module's output, whose gradient will be seen. It runs outside of compiled code, where it would be lost."""
+    def __call__(self, layer: Any, y: torch.Tensor, x: torch.Tensor, rows: Rows = EVERY) -> torch.Tensor:
+        """A watched module's output, whose gradient will be seen. It runs outside of compiled code, where it would be lost.
+
+        `rows`: which of the flattened rows went through which expert.
+        """
         if self._off or not y.is_floating_point():
             return y
         name, trained = state_of(layer).name, trained_of(layer)
@@ -221,13 +235,13 @@ class Refresher:
             self._seen[name] = _Seen(trained, handle)
         if self._anchor is None or self._anchor.device != y.device:
             self._anchor = torch.zeros((), device=y.device, requires_grad=True)
-        return tapped(y, x, self._anchor, partial(self._see, layer))
+        return tapped(y, x, self._anchor, partial(self._see, layer, rows))
 
     def _count(self, name: str, _: torch.Tensor) -> None:
         if name in self._seen:
             self._seen[name].counted = True
 
-    def _see(self, layer: Any, gy: torch.Tensor, x: torch.Tensor) -> None:
+    def _see(self, layer: Any, rows: Rows, gy: torch.Tensor, x: torch.Tensor) -> None:
         """Adds one call's share; what came of gradients that were dropped since (a skipped step, a batch thrown away) goes."""
         state = state_of(layer)
         seen = self._seen.get(state.name)
@@ -237,19 +251,27 @@ class Refresher:
         if seen.counted and (grad is None or not bool(grad.any())):
             seen.sum, seen.counted = None, False
         gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(gy.dtype)
-        if self.how.subspace == "svd":
-            part = gy.T @ x
-        else:
-            if seen.omega is None:
-                seen.omega = self._omega(layer, state)
-            omega = seen.omega.to(gy.dtype)
-            part = (gy @ omega).T @ x if state.side == "right" else gy.T @ (x @ omega)
-        seen.sum = wide(part) if seen.sum is None else seen.sum + wide(part)
+        for slot, some in rows:
+            part = wide(self._share(layer, seen, slot, *((gy, x) if some is None else (gy[some], x[some]))))
+            if not state.experts:
+                seen.sum = part if seen.sum is None else seen.sum + part
+                continue
+            if seen.sum is None:
+                seen.sum = part.new_zeros(state.experts, *part.shape)
+            seen.sum[slot] += part
 
-    def _omega(self, layer: Any, state: Projection) -> torch.Tensor:
-        trained = trained_of(layer).detach()
-        warm = trained if state.side == "right" else trained.T
-        return subspace.sketching_matrix(f"{state.key}|sketch {state.refreshes}", warm, self.how.oversample)
+    def _share(self, layer: Any, seen: _Seen, slot: Slot, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What some rows show of one matrix's gradient."""
+        state = state_of(layer)
+        if self.how.subspace == "svd":
+            return gy.T @ x
+        if slot not in seen.omegas:
+            warm = like_trained(layer, trained_of(layer).detach())[slot]
+            key = f"{state.key}|sketch {state.refreshes}" + (f"|{slot}" if state.experts else "")
+            warm = warm if state.side == "right" else warm.T
+            seen.omegas[slot] = subspace.sketching_matrix(key, warm, self.how.oversample)
+        omega = seen.omegas[slot].to(gy.dtype)
+        return (gy @ omega).T @ x if state.side == "right" else gy.T @ (x @ omega)
 
 
 def _nobody() -> None:
@@ -258,8 +280,36 @@ def _nobody() -> None:
 
 def _projected(gradient: torch.Tensor, layer: Any) -> torch.Tensor:
     """The gradient of the trained factor, from the whole gradient: `G Qᵀ`, or `Pᵀ G`."""
-    fixed = fixed_of(layer).detach().to(gradient.dtype)
-    return gradient @ fixed.T if state_of(layer).side == "right" else fixed.T @ gradient
+    basis = basis_of(layer).to(gradient.dtype)
+    found = torch.empty_like(trained_of(layer), dtype=gradient.dtype)
+    like_trained(layer, found).copy_(gradient @ basis.mT if state_of(layer).side == "right" else basis @ gradient)
+    return found
+
+
+def _bases(layer: Any, old: torch.Tensor, seen: torch.Tensor | None) -> dict[Slot, torch.Tensor] | None:
+    """New orthonormal rows for all that the step has shown, at random where it was not asked; None where one cannot be found."""
+    state, (rank, size) = state_of(layer), old.shape[-2:]
+    found: dict[Slot, torch.Tensor] = {}
+    for slot in state.slots:
+        if seen is None:
+            key = f"{state.key}|{state.refreshes}" + (f"|{slot}" if state.experts else "")
+            found[slot] = subspace.random_basis(key, rank, size, old)
+        elif not state.experts or bool(seen[slot].any()):
+            new = subspace.strongest(seen[slot], rank, state.side)
+            if new is None:
+                return None
+            found[slot] = new
+    return found
+
+
+def _refuse_experts(name: str, model: nn.Module, adapter: str) -> None:
+    """Raises: TrainingError for an optimizer that takes the factors of all experts for one matrix."""
+    held = [n for n, layer in projections(model, adapter) if state_of(layer).experts]
+    if held:
+        raise TrainingError(
+            f"{name} looks at what it trains as one matrix, and the factors of all experts of {held[0]} lie in one tensor; train "
+            "experts with AdamW or another optimizer that goes by elements"
+        )
 
 
 def _factor(grad: torch.Tensor, unclipped: torch.Tensor) -> float:
