@@ -77,6 +77,8 @@ def install(model: nn.Module, stack: str | None = None) -> Stop:
     base = base_of(model)
     state: dict[str, Any] = base.__dict__
     watched: tuple[_Names, ...] = state.get(_STACKS, ())
+    if not watched and stack is None and _all_firsts_train(base):
+        return Stop(None, "the first layer trains")
     found = None if watched and stack is None else layer_map(base, stack)
     own = watched[0] if found is None else _of(found)
     default = found if stack is None else None
@@ -88,6 +90,26 @@ def install(model: nn.Module, stack: str | None = None) -> Stop:
             follow_enabling(base, _sync)
         _sync(base)
     return _where(model, base, own)
+
+
+_ROWS = (nn.ModuleList, nn.Sequential)
+
+
+def _all_firsts_train(base: nn.Module) -> bool:
+    """Whether something trains in the first of every row of alike modules: then nothing can be cut, and layers need no search."""
+    waiting, rows = [base], 0
+    while waiting:
+        module = waiting.pop()
+        kids = [kid for kid in module._modules.values() if kid is not None]
+        if isinstance(module, _ROWS) and len(kids) > 1:
+            rows += 1
+            if any(type(kid) is not type(kids[0]) for kid in kids):
+                return False
+            if not any(p.requires_grad for p in parameters_of(kids[0])):
+                return False
+            kids = kids[:1]
+        waiting += kids
+    return rows > 0
 
 
 def where(model: nn.Module, stack: str | None = None) -> Stop:

@@ -116,8 +116,14 @@ class Projected:
         """The module's output; over a quantized weight the folds are a second branch."""
         if not torch.compiler.is_compiling():
             unscale(self)
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state = self._layerpeft_projection
+        if _in_one(self, x, args, kwargs):
+            y = self.base_layer(x)
+            z = self.lora_A[state.adapter](x)
+            left = self.lora_B[state.adapter].weight.t()
+            y = torch.addmm(y.flatten(0, -2), z.flatten(0, -2), left, alpha=self.scaling[state.adapter]).view_as(y)
+        else:
+            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if state.adapter not in self.active_adapters or self.disable_adapters or self.merged:
             return y
         if state.beside:
@@ -126,6 +132,21 @@ class Projected:
         if state.watched and state.watcher is not None and self.training and torch.is_grad_enabled():
             y = state.watcher(self, y, x)
         return y
+
+
+def _in_one(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the branch can be added by the very product that makes it, which saves two passes over the output."""
+    weight = layer.lora_B[layer._layerpeft_projection.adapter].weight if not layer.merged else None
+    return (
+        weight is not None
+        and not args
+        and not kwargs
+        and not layer.disable_adapters
+        and layer.active_adapters == [layer._layerpeft_projection.adapter]
+        and x.dim() > 1
+        and x.dtype == weight.dtype == layer.base_layer.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class ProjectedLinear(Projected, LoraLinear):
