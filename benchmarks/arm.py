@@ -29,13 +29,16 @@ def nothing(_step: int) -> None:
 class Ready:
     """A model with its optimizer. `before_step` gets the number of the optimizer step.
 
-    `refresh`: makes what a method does now and then, all in one step (new projections), fall due in the next step.
+    `refresh`: makes what a method does now and then, all in one step (new projections), fall due in the next step. `state`: bytes
+    of what a method of projection holds now, by part. `folds`: how often every projected weight has been written by now, at least.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     before_step: Callable[[int], None] = nothing
     refresh: Callable[[], None] | None = None
+    state: Callable[[], dict[str, int]] | None = None
+    folds: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,22 @@ def lines(sweeps: Mapping[str, Any], title: str, path: Path) -> Path:
     return _save(figure, path)
 
 
+def curves(
+    found: Mapping[str, tuple[Sequence[float], Sequence[float]]], words: tuple[str, str], title: str, path: Path
+) -> Path:
+    """One line per arm, from xs and ys; `words` name the axes."""
+    figure, axes = _figure(1, 1, (7.2, 3.8))
+    for index, (label, (xs, ys)) in enumerate(found.items()):
+        colour = LINES[index % len(LINES)]
+        axes[0].plot(xs, ys, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=label)
+    axes[0].grid(axis="y", color="#e6eaed", linewidth=0.8)
+    axes[0].set_xlabel(words[0], color=INK)
+    axes[0].set_ylabel(words[1], color=INK)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
+    return _save(figure, path)
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

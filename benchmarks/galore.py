@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.arm import Unavailable
+from benchmarks.count import optimizer_bytes, size, tensors_in
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,9 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if "projector" in state:
             state["projector"].ortho_matrix = None
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, int]:
+    """Bytes by part: the projections, and all else that the optimizer holds."""
+    basis = size(tensors_in([state["projector"] for state in optimizer.state.values() if "projector" in state]))
+    return {"basis": basis, "moments": optimizer_bytes(optimizer, model) - basis}

@@ -19,6 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-12x64": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=12, heads=(4, 4)),
     "llama-12x384": dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, heads=(6, 6)),
+    "llama-12x512": dict(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, heads=(8, 8)),
+    "llama-1x2048": dict(vocab_size=256, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, heads=(16, 16)),
     "llama-32x64": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=32, heads=(4, 4)),
     "llama-2-7b": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, heads=(32, 32)

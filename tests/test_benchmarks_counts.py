@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 
 from benchmarks.arm import Arm, read_arms
 from benchmarks.case import RESULTS, load
-from benchmarks.kinds.training import Options, Steps
+from benchmarks.kinds import projection, scan, wrapping
+from benchmarks.kinds.training import Options
+from benchmarks.setting import prepare
+from benchmarks.steps import Steps
+from benchmarks.trace import traced
 from layerpeft.errors import Problems
 
-GUARD = load("guard")
+GUARD, FOLDED = load("guard"), load("guard_projection")
 STORED = json.loads((RESULTS / "guard.json").read_text(encoding="utf-8"))
 SAME = all(
     version(p) == v for p, v in STORED["provenance"]["versions"].items() if p in ("torch", "transformers", "peft")
@@ -23,10 +28,21 @@ ROOM = 1.001 if SAME else 1.03  # other versions may differ a little by themselv
 
 def counted(options: Options, label: str) -> dict[str, int]:
     arms: dict[str, Arm] = {arm.label: arm for arm in read_arms(options.arms, Problems("test"))}
-    steps = Steps(arms[label], options, "cpu")
+    steps = Steps(arms[label], options.model, options.batch, options.setting, options.seed)
     for _ in range(options.warm_up):
         steps()
     return steps.counts()
+
+
+def after_folds(options: projection.Options, label: str) -> dict[str, int]:
+    """Every count of an arm of projection: of an ordinary step, of the worst ones, and of its state by part."""
+    arm = next(arm for arm in read_arms(options.arms, Problems("test")) if arm.label == label)
+    steps = Steps(arm, options.model, options.batch, options.setting, options.seed)
+    return flat(projection.counted(steps, arm, options))
+
+
+def flat(row: dict) -> dict[str, int]:
+    return row["counts"] | row["state"] | {k: v for k, v in row.items() if k.endswith("_bytes")}
 
 
 @pytest.mark.parametrize("label", list(GUARD.options.arms))
@@ -38,6 +54,71 @@ def test_no_count_has_grown(label):
     assert set(found) == set(stored)
     grown = {key: (found[key], bar) for key, bar in stored.items() if found[key] > bar * ROOM}
     assert not grown, "python -m benchmarks.run guard writes new numbers, where they are meant to grow"
+
+
+@pytest.mark.parametrize("label", list(FOLDED.options.arms))
+def test_no_count_of_projection_has_grown_after_two_folds(label):
+    pytest.importorskip("galore_torch")
+    stored = flat(result("guard_projection")["arms"][label])
+    found = after_folds(FOLDED.options, label)
+    assert set(found) == set(stored) and found["worst_kept_bytes"] >= found["kept_bytes"] > 0
+    grown = {key: (found[key], bar) for key, bar in stored.items() if found[key] > bar * ROOM}
+    assert not grown, "python -m benchmarks.run guard_projection writes new numbers, where they are meant to grow"
+
+
+@pytest.mark.parametrize("name", ["overhead_all", "overhead_cut"])
+def test_no_count_without_checkpointing_has_grown(name):
+    """At the size of the results, since the guard is checkpointed."""
+    stored = result(name)["arms"]["layerpeft"]["counts"]
+    found = counted(load(name).options, "layerpeft")
+    grown = {key: (found[key], bar) for key, bar in stored.items() if found[key] > bar * ROOM}
+    assert set(found) == set(stored) and not grown
+
+
+def test_no_count_of_the_large_shape_has_grown():
+    options = load("llama2_7b_traced").options
+    arm = next(arm for arm in read_arms(options.arms, Problems("test")) if arm.label == "layerpeft")
+    stored = result("llama2_7b_traced")["arms"]["layerpeft"]["counts"]
+    found = traced(arm, options.model, options.batch, lambda ready: prepare(ready, options.setting))
+    grown = {key: (found[key], bar) for key, bar in stored.items() if found[key] > bar * ROOM}
+    assert set(found) == set(stored) and not grown
+
+
+def test_no_count_of_a_scan_has_grown():
+    options = load("scan").options
+    stored, found = result("scan")["scan"], scan.counts(replace(options, count=1))
+    for name in ("probe", "exact"):
+        assert found[name]["flops"] <= stored[name]["flops"] / options.count * ROOM, name
+        for key in ("peak_bytes", "weight_bytes", "gradient_share"):
+            assert found[name][key] <= stored[name][key] * ROOM, (name, key)
+    assert found["probe"]["flops"] <= 1.3 * found[scan.REFERENCE]["flops"]
+    assert found["probe"]["gradient_share"] <= 0.03
+
+
+@pytest.mark.skipif(not SAME, reason="calls are those of the versions that the result was taken with")
+def test_wrapping_makes_no_more_calls_than_it_did():
+    found = wrapping.calls(load("wrapping").options)
+    for name, row in result("wrapping")["wrapping"].items():
+        assert found[name] <= 1.01 * row["calls"], name
+    assert found["all layers"] <= 1.05
+
+
+def test_a_grown_count_of_projection_would_be_seen():
+    """The bar lies close: a rank more is above it."""
+    stored = flat(result("guard_projection")["arms"]["layerpeft_galore_3"])
+    more = replace(FOLDED.options, arms={"more": {**FOLDED.options.arms["layerpeft_galore_3"], "r": 17}})
+    found = after_folds(more, "more")
+    for key in ("trainable", "gradient_bytes", "optimizer_bytes", "trained", "basis", "moments"):
+        assert found[key] > stored[key] * ROOM, key
+    assert found["originals"] == stored["originals"]
+
+
+def test_projection_is_smaller_than_the_reference_s():
+    """At the size of the guard already; the claims at their own size are held below."""
+    rows = result("guard_projection")["arms"]
+    ours, theirs = rows["layerpeft_galore"]["counts"], rows["galore_linears"]["counts"]
+    for key in ("flops", "kept_bytes", "gradient_bytes"):
+        assert ours[key] < theirs[key], key
 
 
 def test_a_grown_count_would_be_seen():
@@ -88,6 +169,17 @@ def test_the_results_checked_in_are_within_the_bars():
     assert result("overhead_all")["arms"]["layerpeft"]["time"]["median"] <= 1.02
     scan = result("scan")["scan"]
     assert scan["probe"]["time"]["median"] <= 1.3 and scan["probe"]["gradient_share"] <= 0.03
+
+
+def test_projection_as_checked_in_is_within_the_bars():
+    rows = result("projection")["arms"]
+    ours, theirs = rows["layerpeft_galore"], rows["galore_linears"]["counts"]
+    assert ours["counts"]["kept_bytes"] <= 0.82 * theirs["kept_bytes"]
+    assert ours["worst_kept_bytes"] <= 0.87 * theirs["kept_bytes"]
+    assert ours["counts"]["gradient_bytes"] <= 0.12 * theirs["gradient_bytes"]
+    assert result("refresh")["arms"]["sketch"]["refresh"]["median"] <= 1.5
+    over = result("learning")["arms"]["sketch"]["over"]
+    assert min(over["svd"], over["galore_torch"]) >= 0.97
 
 
 def result(name: str) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from benchmarks.arm import Ready
-from benchmarks.galore import Projection, forget, optimizer
+from benchmarks.galore import Projection, forget, optimizer, state_bytes
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,4 @@ def build(model: nn.Module, options: Options, traced: bool) -> Ready:
     """`GaLoreAdamW` over all weights. Raises: Unavailable without the package."""
     model.requires_grad_(True)
     made = optimizer(model, options, rest=options.rest)
-    return Ready(model, made, refresh=lambda: forget(made))
+    return Ready(model, made, refresh=lambda: forget(made), state=lambda: state_bytes(made, model))

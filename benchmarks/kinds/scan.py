@@ -49,6 +49,32 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     """
     options: Options = case.options
     torch.set_num_threads(options.threads)
+    found = _passes(options)
+    rows: dict[str, Any] = _rows(found)
+    say("counted")
+    times = clock.interleaved(found.functions, options.rounds, options.seed)
+    for name, row in clock.ratios(times, REFERENCE).items():
+        rows[name] |= {"time": row, "seconds": round(statistics.median(times[name]), 4)}
+    return {"scan": rows, "errors": _errors(found.scan, options.seeds)}
+
+
+def counts(options: Options) -> dict[str, dict[str, Any]]:
+    """The counts alone, by pass over the batches."""
+    return _rows(_passes(options))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What passes over the batches, and over which model."""
+
+    base: Any
+    wrapped: Any
+    data: list[Any]
+    scan: Callable[..., layerpeft.Scores]
+    functions: Mapping[str, Callable[[], Any]]
+
+
+def _passes(options: Options) -> _Passes:
     base: Any = build(options.model, seed=options.seed)
     data = batches(options.model, options.batch, base.config.vocab_size, count=options.count, seed=options.seed)
     wrapped = peft.get_peft_model(
@@ -64,16 +90,17 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
         return layerpeft.score_layers(base, batches=data, target_modules="all-linear", progress=False, **how)
 
     functions = {REFERENCE: lora, "probe": scan, "exact": lambda: scan(exact=True)}
-    rows: dict[str, Any] = {
-        name: _counts(function, wrapped if name == REFERENCE else base) for name, function in functions.items()
+    return _Passes(base, wrapped, data, scan, functions)
+
+
+def _rows(found: _Passes) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {
+        name: _counts(function, found.wrapped if name == REFERENCE else found.base)
+        for name, function in found.functions.items()
     }
     for name in ("probe", "exact"):
-        rows[name]["gradient_share"] = _gradient_share(base, data, exact=name == "exact")
-    say("counted")
-    times = clock.interleaved(functions, options.rounds, options.seed)
-    for name, row in clock.ratios(times, REFERENCE).items():
-        rows[name] |= {"time": row, "seconds": round(statistics.median(times[name]), 4)}
-    return {"scan": rows, "errors": _errors(scan, options.seeds)}
+        rows[name]["gradient_share"] = _gradient_share(found.base, found.data, exact=name == "exact")
+    return rows
 
 
 def _gradient_share(model: Any, data: list[Any], exact: bool) -> float:

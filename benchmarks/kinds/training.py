@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import chart, clock, count, table
+from benchmarks import chart, clock, table
 from benchmarks.arm import Arm, Unavailable, read_arms
 from benchmarks.case import Case
-from benchmarks.model import Batch, Model, batches, build
+from benchmarks.model import Batch, Model
 from benchmarks.model import check as check_model
 from benchmarks.setting import Setting, prepare
+from benchmarks.steps import Steps
 from benchmarks.trace import traced
 from layerpeft.errors import Problems, unknown
 
@@ -74,42 +75,6 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     return {"arms": {arm.label: arm.to_dict() | measured[arm.label] for arm in arms}}
 
 
-class Steps:
-    """One arm that steps on one batch; state: the number of the next step."""
-
-    def __init__(self, arm: Arm, options: Options, device: str) -> None:
-        model: Any = build(options.model, device, options.seed)
-        vocabulary = model.config.vocab_size
-        self.ready = prepare(arm.build(model), options.setting)
-        self.batch = batches(options.model, options.batch, vocabulary, seed=options.seed, device=device)[0]
-        self.number = 0
-
-    def __call__(self) -> None:
-        count.step(self.ready, self.batch, self.number)
-        self.number += 1
-
-    def counts(self) -> dict[str, int]:
-        """The counts of a step."""
-        found = count.counts(self.ready, self.batch, self.number)
-        self.number += 1
-        return found
-
-    def refreshes(self, times: Sequence[float], gap: int) -> dict[str, float]:
-        """What refreshes add: the mean over all steps, in usual steps (the median). Empty where too few steps were timed to tell.
-
-        Where everything is refreshed in one step, that step is made once; else the timed steps have to hold whole gaps.
-        """
-        usual = statistics.median(times)
-        if self.ready.refresh is not None:
-            self.ready.refresh()
-            mean = 1 + (clock.seconds(self) / usual - 1) / gap
-        elif len(times) % gap == 0:
-            mean = statistics.mean(times) / usual
-        else:
-            return {}
-        return {"mean_over_usual_step": round(mean, 4)}
-
-
 def _traced(arm: Arm, options: Options, say: Say) -> dict[str, Any]:
     say(f"{arm.label}: traced")
     try:
@@ -123,7 +88,7 @@ def _together(arms: Sequence[Arm], options: Options, say: Say) -> dict[str, dict
     steps: dict[str, Steps] = {}
     for arm in arms:
         try:
-            steps[arm.label] = Steps(arm, options, "cpu")
+            steps[arm.label] = Steps(arm, options.model, options.batch, options.setting, options.seed)
         except Unavailable as error:
             found[arm.label] = {"skipped": str(error)}
             continue
@@ -167,7 +132,7 @@ def _one_by_one(arms: Sequence[Arm], options: Options, say: Say) -> dict[str, di
 def _alone(arm: Arm, options: Options, device: str) -> tuple[dict[str, Any], list[float]]:
     """One arm from its building to its last step, with the accelerator's own peak over whole steps."""
     torch.manual_seed(options.seed)
-    steps = Steps(arm, options, device)
+    steps = Steps(arm, options.model, options.batch, options.setting, options.seed, device)
     for _ in range(options.warm_up):
         steps()
     row: dict[str, Any] = {"counts": steps.counts()}

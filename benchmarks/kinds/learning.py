@@ -1,0 +1,176 @@
+"""How far arms come: the decrease of the held-out loss on GSM8K rows, with the same rows in the same order, over several seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks import chart, count, table
+from benchmarks.arm import Arm, Unavailable, read_arms
+from benchmarks.case import Case
+from benchmarks.model import Batch, Model, build, folder
+from benchmarks.model import check as check_model
+from layerpeft import shipped
+from layerpeft.errors import Problems, unknown
+
+Say = Callable[[str], None]
+Example = tuple[list[int], list[int]]  # tokens, and labels with -100 over the question
+HELD_OUT_ROWS = 16  # in one batch
+
+
+@dataclass(frozen=True)
+class Options:
+    """`steps` optimizer steps on `batch.rows` rows, cut at `batch.length` tokens, drawn anew from each of `seeds`.
+
+    `lr` rises over `warm_up` steps and falls in a line to nothing; `held_out` rows are evaluated at the start and every
+    `look_every` steps. `against`: the arms whose decrease is the unit of a column.
+    """
+
+    model: Model
+    batch: Batch
+    arms: Mapping[str, Any]
+    against: Sequence[str]
+    lr: float
+    steps: int = 300
+    warm_up: int = 20
+    seeds: Sequence[int] = (0, 1, 2)
+    held_out: int = 64
+    look_every: int = 50
+    threads: int = 1
+
+
+def check(options: Options, problems: Problems) -> None:
+    """Adds what is wrong with the options."""
+    check_model(options.model, options.batch, problems)
+    if options.model.shipped is None or options.batch.text != "gsm8k":
+        problems.add("model: learning needs a model that knows something (shipped) and real rows (batch.text: gsm8k)")
+    read_arms(options.arms, problems)
+    for label in options.against:
+        if label not in options.arms:
+            problems.add(f"against: {unknown('label', label, options.arms)}")
+    for name in ("steps", "held_out", "look_every"):
+        if getattr(options, name) < 1:
+            problems.add(f"{name}: {getattr(options, name)} is not at least 1")
+    if not options.seeds:
+        problems.add("seeds: none given")
+
+
+def measure(case: Case, say: Say) -> dict[str, Any]:
+    """The arms' rows: losses by seed, decreases, their mean, and its ratio to those of other arms."""
+    options: Options = case.options
+    torch.set_num_threads(options.threads)
+    train, held_out = rows(options.model, "train", options.batch.length), _held_out(options)
+    arms = read_arms(options.arms, Problems(case.name))
+    found: dict[str, dict[str, Any]] = {arm.label: {"runs": []} for arm in arms}
+    for seed in options.seeds:
+        for arm in arms:
+            try:
+                run = _run(arm, options, seed, train, held_out)
+            except Unavailable as error:
+                found[arm.label] = {"skipped": str(error)}
+                continue
+            found[arm.label]["runs"].append(run)
+            say(f"{arm.label}, seed {seed}: the loss fell by {run['decrease']:.4f}")
+    return {"arms": {arm.label: arm.to_dict() | _summary(arm.label, found, options.against) for arm in arms}}
+
+
+def rows(model: Model, which: str, length: int) -> list[Example]:
+    """The package's GSM8K rows as question and answer, at most `length` tokens each."""
+    tokenizer = AutoTokenizer.from_pretrained(folder(model))
+    path = Path(shipped.resolve(f"{shipped.SCHEME}gsm8k_{which}.jsonl"))
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(f" {row['answer']}")["input_ids"], tokenizer.eos_token_id]
+        found.append(((question + answer)[:length], ([-100] * len(question) + answer)[:length]))
+    return found
+
+
+def collated(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """One batch, padded to its longest row."""
+    longest = max(len(ids) for ids, _ in examples)
+    padded = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ids, labels in examples:
+        rest = longest - len(ids)
+        padded["input_ids"].append(ids + [0] * rest)
+        padded["attention_mask"].append([1] * len(ids) + [0] * rest)
+        padded["labels"].append(labels + [-100] * rest)
+    return {name: torch.tensor(values) for name, values in padded.items()}
+
+
+def _held_out(options: Options) -> list[dict[str, torch.Tensor]]:
+    found = rows(options.model, "eval", options.batch.length)[: options.held_out]
+    return [collated(found[i : i + HELD_OUT_ROWS]) for i in range(0, len(found), HELD_OUT_ROWS)]
+
+
+def _run(arm: Arm, options: Options, seed: int, train: list[Example], held_out: list[Any]) -> dict[str, Any]:
+    """One arm from the pre-trained weights on."""
+    torch.manual_seed(seed)
+    if any(field.name == "seed" for field in fields(arm.options)):
+        arm = replace(arm, options=replace(arm.options, seed=seed))
+    ready = arm.build(build(options.model, seed=seed))
+    ready.model.train()
+    draw, losses = torch.Generator().manual_seed(seed), [_loss(ready.model, held_out)]
+    for number in range(options.steps):
+        rate = options.lr * min(1.0, (number + 1) / options.warm_up) * (1 - number / options.steps)
+        for group in ready.optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(0, len(train), (options.batch.rows,), generator=draw).tolist()
+        count.step(ready, collated([train[i] for i in chosen]), number)
+        if (number + 1) % options.look_every == 0 or number + 1 == options.steps:
+            losses.append(_loss(ready.model, held_out))
+    looked = [0, *range(options.look_every, options.steps, options.look_every), options.steps]
+    decrease = round(losses[0] - losses[-1], 5)
+    return {"seed": seed, "steps": looked, "losses": [round(loss, 5) for loss in losses], "decrease": decrease}
+
+
+@torch.no_grad()
+def _loss(model: Any, held_out: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """The mean over batches."""
+    model.eval()
+    found = statistics.mean(float(model(**batch).loss) for batch in held_out)
+    model.train()
+    return found
+
+
+def _summary(label: str, found: Mapping[str, Any], against: Sequence[str]) -> dict[str, Any]:
+    if "skipped" in found[label]:
+        return found[label]
+    mean = {name: statistics.mean(r["decrease"] for r in row["runs"]) for name, row in found.items() if "runs" in row}
+    over = {other: round(mean[label] / mean[other], 4) for other in against if other in mean}
+    return found[label] | {"mean_decrease": round(mean[label], 5), "over": over}
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """One line per arm: the decrease by seed, its mean, and the mean over that of other arms."""
+    done = {label: row for label, row in result["arms"].items() if "runs" in row}
+    seeds = [run["seed"] for run in next(iter(done.values()))["runs"]]
+    others = [label for label in result["case"]["against"] if label in done]
+    head = ["arm", *(f"seed {seed}" for seed in seeds), "mean decrease", *(f"over `{other}`" for other in others)]
+    lines = []
+    for label, row in result["arms"].items():
+        if "skipped" in row:
+            lines.append([f"`{label}`", row["skipped"], *[""] * (len(head) - 2)])
+            continue
+        line = [f"`{label}`", *(f"{run['decrease']:.4f}" for run in row["runs"]), f"{row['mean_decrease']:.4f}"]
+        lines.append(line + [f"{row['over'][other]:.4f}" for other in others])
+    start = next(iter(done.values()))["runs"][0]["losses"][0]
+    return f"{table.markdown(head, lines)}\n\nDecrease of the held-out loss, which is {start:.3f} before."
+
+
+def draw(result: Mapping[str, Any], path: Path) -> Path:
+    """The held-out loss over the steps, the mean of the seeds, a line per arm."""
+    curves = {}
+    for label, row in result["arms"].items():
+        if "runs" in row:
+            means = [statistics.mean(at) for at in zip(*(run["losses"] for run in row["runs"]), strict=True)]
+            curves[label] = (row["runs"][0]["steps"], means)
+    return chart.curves(curves, ("optimizer steps", "held-out loss"), result["title"], path)
