@@ -177,9 +177,15 @@ def test_projection_as_checked_in_is_within_the_bars():
     assert ours["counts"]["kept_bytes"] <= 0.82 * theirs["kept_bytes"]
     assert ours["worst_kept_bytes"] <= 0.87 * theirs["kept_bytes"]
     assert ours["counts"]["gradient_bytes"] <= 0.12 * theirs["gradient_bytes"]
+    assert ours["time"]["median"] <= 0.9
     assert result("refresh")["arms"]["sketch"]["refresh"]["median"] <= 1.5
     over = result("learning")["arms"]["sketch"]["over"]
     assert min(over["svd"], over["galore_torch"]) >= 0.97
+
+
+def test_wrapping_as_checked_in_is_no_slower_than_pefts():
+    found = result("wrapping")["wrapping"]["all layers"]
+    assert found["fastest"] <= 1.0 and found["calls"] <= 1.005
 
 
 def result(name: str) -> dict:
