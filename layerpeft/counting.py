@@ -95,9 +95,17 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
+def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    products = 2 * a.numel() * b.shape[-1]
+    return (
+        products // len(a) if a.dim() == 3 and b.dim() == 2 else products
+    )  # each expert meets its own columns of b alone
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     # torch counts the attention of every device but this one
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped,
 }

@@ -76,8 +76,8 @@ class Uses(TorchFunctionMode):
             # transformers' own fallback makes the gradient of the whole weight, frozen or not
             by_rows = "grouped_mm_fallback" in str(func)
             return self.used(use, partial(_one_by_one, use) if by_rows else partial(func, *args, **kwargs))
-        if kind == "__getitem__" and seen.which is None and not seen.turned and _is_index(args[1]):
-            return self._made(self.picked(args[0], args[1]), args[1], False)
+        if kind == "__getitem__" and seen.which is None and _is_index(args[1]):
+            return self._made(self.picked(args[0], args[1]), args[1], seen.turned)
         try:
             result = func(*args, **kwargs)
         except (TypeError, ValueError, RuntimeError, LookupError) as error:

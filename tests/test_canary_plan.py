@@ -66,3 +66,22 @@ def test_the_hub_tells_of_its_retries_in_one_place():
 
     assert _http.logger is logging.getLogger("huggingface_hub.utils._http")
     assert "HF_HUB_OFFLINE" in inspect.getsource(constants.is_offline_mode)
+
+
+def test_transformers_sends_grouped_products_through_one_function_that_can_be_replaced(monkeypatch):
+    from transformers.integrations import moe
+
+    seen = []
+
+    def counted(input, weight, offs):
+        seen.append((input.shape, weight.shape, len(offs)))
+        return input @ weight[0]
+
+    monkeypatch.setattr(moe, "_grouped_mm", counted)
+    model = MODELS["mixtral"]()
+    assert model.config._experts_implementation in ("eager", "grouped_mm")
+    model.set_experts_implementation("grouped_mm")
+    model(input_ids=torch.arange(8)[None])
+    experts = model.config.num_local_experts
+    assert len(seen) == 2 * model.config.num_hidden_layers
+    assert all(x[-1] == w[1] and w[0] == e == experts for x, w, e in seen)

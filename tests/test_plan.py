@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -199,3 +200,20 @@ def test_a_folder_without_weights_is_planned_and_not_trained(capsys, tmp_path, l
     assert "has no weights" in said.err and "together" in said.out
     assert main(["train", "last_layers", *settings]) == 2
     assert "has no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_planned_whatever_way_they_are_computed(name, how):
+    model = MODELS[name]()
+    model.set_experts_implementation(how)
+    config = LayerLoraConfig(select="last:1", target_modules=["q_proj"], r=4, task_type="CAUSAL_LM")
+    found = plan(model, config, batch_size=4, length=32)
+    real = trace(get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).train(), 4, 32)
+    assert found.kept.flops == real.flops
+    assert found.kept.peak == pytest.approx(real.peak, rel=0.15)
+    assert model.config._experts_implementation == how
+    experts = [f"experts.{n}" for n in ("gate_up_proj", "down_proj")]
+    options = {"select": "last:1", "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    projected = plan(model, LayerGaloreConfig(**options, target_parameters=experts), batch_size=4, length=32)
+    assert projected.kept.flops > plan(model, LayerGaloreConfig(**options), batch_size=4, length=32).kept.flops
