@@ -101,20 +101,27 @@ class Scores:
 
 @dataclass(frozen=True)
 class Request:
-    """What a scorer is asked: the targets of one model, and a seed of its own; `live`: training itself is being watched."""
+    """What a scorer is asked: the targets of one model, and a seed of its own; `live`: training itself is being watched.
+
+    `before`: what is known of every layer by now (empty: nothing yet); `outer`: the model as training calls it, with what wraps
+    `model`.
+    """
 
     model: nn.Module
     layers: LayerMap
     targets: tuple[Target, ...]
     seed: int = 0
     live: bool = False
+    before: tuple[float | None, ...] = ()
+    outer: nn.Module | None = None
+    before: tuple[float | None, ...] = ()  # what is known of the layers by now, where they are measured again
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a scorer answers: one number per layer of the map, and the parts they were made from."""
 
-    values: tuple[float, ...]
+    values: tuple[float | None, ...]
     targets: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from layerpeft import registry
 from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
+from layerpeft.grammar import check_grammar, checked_keep, how_many, layer_numbers
 from layerpeft.scores import Scores
+
+__all__ = ["DEFAULT_BATCHES", "LiveRecord", "Select", "Selection", "how_many", "layer_numbers", "options_of"]
 
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
 DEFAULT_BATCHES = 8
+MEMORIES = ("last", "ema")
+STATES = ("keep", "clear", "offload")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Select:
     layers: Any = "all"
     exclude: Any = None
     reselect_steps: int | None = None
+    rescore_steps: int | str | None = None
+    warmup_steps: int | None = None
+    always: Any = None
+    memory: str | None = None
+    decay: float | None = None
+    state: str | None = None
+    log_gradients: bool | None = None
     num_batches: int | None = None
     seed: int = 0
     stack: str | None = None
@@ -61,7 +71,13 @@ class Select:
     @property
     def is_all(self) -> bool:
         """True where nothing is left out: plain PEFT."""
-        return self.by == "depth" and self.layers == "all" and self.exclude is None and self.keep is None
+        whole = self.layers == "all" and self.exclude is None and self.keep is None
+        return self.by == "depth" and whole and self.reselect_steps is None
+
+    @property
+    def is_scheduled(self) -> bool:
+        """True where layers are chosen again during training."""
+        return self.reselect_steps is not None
 
     @property
     def rule(self) -> str:
@@ -120,125 +136,8 @@ class LiveRecord:
     checks: dict[str, Any] = field(default_factory=dict)
     new_tensors: tuple[str, ...] = ()
     idle_experts: tuple[str, ...] = ()
-
-
-def layer_numbers(value: Any, count: int) -> tuple[int, ...]:
-    """The layers that a grammar names in a stack of `count`, ascending.
-
-    `3`, `-1`, `[3, 7]`, `"8-15"`, `"first:2"`, `"last:25%"`, `"first:10+last:2"`, `"stride:4"`, `"all"`.
-    Raises: SelectionError for what is out of range, matches nothing, or cannot be read.
-    """
-    problems = Problems(f"layers of a stack of {count}")
-    found: set[int] = set()
-    for part in _parts(value):
-        found.update(_part(part, count, problems))
-    problems.raise_if_any(SelectionError)
-    if not found:
-        raise SelectionError(f"layers: {value!r} names no layer")
-    return tuple(sorted(found))
-
-
-def how_many(keep: Any, candidates: int) -> int | None:
-    """Number of layers that `keep` means among `candidates`; None for "auto". Shares are rounded half up, at least 1.
-
-    Raises: SelectionError when more are asked for than there are.
-    """
-    if keep is None or keep == "auto":
-        return None
-    share = _share(keep)
-    number = max(1, math.floor(share * candidates + 0.5)) if share is not None else int(keep)
-    if number > candidates:
-        raise SelectionError(f"keep: {keep} layers are asked for, and there are {candidates} to choose from")
-    return number
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return [p.strip() for p in re.split(r"[+,]", value)]
-    if isinstance(value, bytes):
-        return [value]
-    if isinstance(value, Sequence):
-        return [p for item in value for p in _parts(item)]
-    return [value]
-
-
-def _part(part: Any, count: int, problems: Problems) -> range:
-    if isinstance(part, int) and not isinstance(part, bool):
-        return _index(part, part, count, problems)
-    text = str(part)
-    if text == "all":
-        return range(count)
-    if re.fullmatch(r"-?\d+", text):
-        return _index(int(text), part, count, problems)
-    if between := re.fullmatch(r"(\d+)-(\d+)", text):
-        low, high = int(between[1]), int(between[2])
-        if low > high:
-            problems.add(f"{part!r} runs backwards; write {high}-{low}")
-        elif high >= count:
-            problems.add(f"{part!r} is out of range; layers are 0 to {count - 1}")
-        return range(low, min(high + 1, count))
-    if ends := re.fullmatch(r"(first|last):(\d+(?:\.\d+)?)(%?)", text):
-        number = _end_count(ends[2], ends[3], count, part, problems)
-        return range(number) if ends[1] == "first" else range(count - number, count)
-    if (stride := re.fullmatch(r"stride:(\d+)", text)) and int(stride[1]) >= 1:
-        return range(0, count, int(stride[1]))
-    problems.add(
-        f"cannot read {part!r}; write 3, -1, [3, 7], '8-15', 'first:2', 'last:25%', 'first:10+last:2', 'stride:4', 'all'"
-    )
-    return range(0)
-
-
-def _index(index: int, part: Any, count: int, problems: Problems) -> range:
-    if -count <= index < count:
-        return range(index % count, index % count + 1)
-    problems.add(f"{part} is out of range; layers are 0 to {count - 1} (or -1 to -{count})")
-    return range(0)
-
-
-def _end_count(number: str, percent: str, count: int, part: Any, problems: Problems) -> int:
-    value = float(number)
-    if percent and not 0 < value <= 100 or not percent and (value != int(value) or value < 1):
-        problems.add(f"{part!r} takes a whole number from 1, or a share above 0 % up to 100 %")
-        return 0
-    found = max(1, math.floor(count * value / 100 + 0.5)) if percent else int(value)
-    if found > count:
-        problems.add(f"{part!r} asks for {found} layers of {count}")
-        return 0
-    return found
-
-
-def _share(keep: Any) -> float | None:
-    """The share that `keep` means, or None for a count."""
-    if isinstance(keep, str):
-        return float(keep.rstrip("%")) / 100
-    return keep if isinstance(keep, float) and keep < 1 else None
-
-
-def _check_keep(keep: Any, problems: Problems) -> Any:
-    offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
-    if keep is None or keep == "auto":
-        return keep
-    if isinstance(keep, str):
-        if re.fullmatch(r"\d+", keep):
-            keep = int(keep)
-        elif not re.fullmatch(r"\d+(\.\d+)?%", keep) or not 0 < float(keep[:-1]) < 100:
-            problems.add(f"keep: {keep!r} is not {offer}; for everything write select: all")
-            return None
-        else:
-            return keep
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        problems.add(f"keep: {keep!r} is not {offer}")
-    elif isinstance(keep, float) and not 0 < keep < 1:
-        problems.add(
-            f"keep: {keep} has two meanings; write 1 for one layer, or select: all for every layer"
-            if keep == 1.0
-            else f"keep: {keep} is not {offer}"
-        )
-    elif isinstance(keep, int) and keep < 1:
-        problems.add(f"keep: {keep} is not {offer}")
-    else:
-        return keep
-    return None
+    masters: Any = None  # what keeps float32 masters, and saves them
+    schedule: Any = None  # of a choice that is made again: what knows where it stands
 
 
 def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:
@@ -246,25 +145,37 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
     if not isinstance(known.get("stack"), str | None):
         problems.add(f"stack: {known.pop('stack')!r} is not a name")
-    known["keep"] = _check_keep(known.get("keep"), problems)
+    if not isinstance(known.get("log_gradients"), bool | None):
+        problems.add(f"log_gradients: {known.pop('log_gradients')!r} is not true or false")
+    known["keep"] = checked_keep(known.get("keep"), problems)
     by = _check_by(known.get("by", "depth"), problems)
     known["by"] = by
     pick = known.get("pick")
     if pick is not None and pick not in registry.names(PICKS):
         problems.add(unknown("pick", pick, registry.names(PICKS)))
         known["pick"] = None
-    for name, least in (("reselect_steps", 1), ("num_batches", 1), ("seed", None)):
+    for name, least in (
+        ("reselect_steps", 1),
+        ("rescore_steps", 1),
+        ("warmup_steps", 1),
+        ("num_batches", 1),
+        ("seed", None),
+    ):
         value = known.get(name)
+        if name == "rescore_steps" and value == "never":
+            continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or (least and value < least)):
             problems.add(f"{name}: {value!r} is not a whole number{f' from {least}' if least else ''}")
             known.pop(name)
     _check_together(known, problems)
-    for name in ("layers", "exclude"):
+    _check_schedule(known, problems)
+    for name in ("layers", "exclude", "always"):
         if known.get(name) is not None:
-            _check_grammar(name, known[name], problems)
+            check_grammar(name, known[name], problems)
     parsed = cls(**known)
     schema = _option_types(by, parsed.rule)
-    for name, value in given.items():
+    given = {name: value for name, value in given.items() if value is not None}  # null: not given
+    for name, value in list(given.items()):
         if name not in schema:
             problems.add(unknown("key", name, [*own, *schema]))
         else:
@@ -306,23 +217,36 @@ def _check_by(by: Any, problems: Problems) -> Any:
 
 def _check_together(known: dict[str, Any], problems: Problems) -> None:
     by, keep, pick = known.get("by"), known.get("keep"), known.get("pick")
-    if by != "depth" and keep is None and not problems.items:
+    again = known.get("reselect_steps") is not None
+    if (by != "depth" or pick is not None and again) and keep is None and not problems.items:
         problems.add("keep: missing; say how many layers to keep (a number, a share, or 'auto')")
-    if keep == "auto" and pick not in (None, "split"):
+    rule = registry.get(PICKS, pick) if pick in registry.names(PICKS) else None
+    if keep == "auto" and rule is not None and not getattr(rule, "DECIDES", False):
         problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}")
-    if pick == "split" and keep not in (None, "auto"):
-        problems.add(f"pick: split decides the number itself; write keep: auto instead of keep: {keep}")
+    if getattr(rule, "AGAIN_ONLY", False) and not again:
+        problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps")
+    if getattr(rule, "DECIDES", False) and keep not in (None, "auto"):
+        problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}")
 
 
-def _check_grammar(name: str, value: Any, problems: Problems) -> None:
-    trial = Problems("")
-    for part in _parts(value):
-        if not isinstance(part, str | int) or isinstance(part, bool):
-            trial.add(f"cannot read {part!r} as a layer")
-        else:
-            _part(part, 10**9, trial)  # only the spelling can be wrong in so deep a stack
-    for item in trial.items:
-        problems.add(f"{name}: {item}")
+def _check_schedule(known: dict[str, Any], problems: Problems) -> None:
+    given = [
+        n for n in ("rescore_steps", "warmup_steps", "always", "memory", "decay", "state") if known.get(n) is not None
+    ]
+    if known.get("reselect_steps") is None:
+        for name in given:
+            problems.add(f"{name}: is of choices that are made again during training; it needs reselect_steps")
+        return
+    if known.get("keep") is None and known.get("by", "depth") == "depth" and not problems.items:
+        problems.add("keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)")
+    for name, allowed in (("memory", MEMORIES), ("state", STATES)):
+        if known.get(name) is not None and known[name] not in allowed:
+            problems.add(unknown(name, known[name], allowed))
+    decay = known.get("decay")
+    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
+        problems.add(f"decay: {decay!r} is not a number from 0 to below 1")
+    elif decay is not None and known.get("memory") != "ema":
+        problems.add("decay: is of memory: ema")
 
 
 def _option_types(by: Any, rule: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerpeft.draws import successive
 from layerpeft.errors import SelectionError
 
 
@@ -23,20 +24,8 @@ def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options)
         raise SelectionError(
             "pick: sample draws in proportion to score, and some scores are negative; use top or bottom"
         )
-    urn = {i: s for i, s in enumerate(scores) if s > 0}
+    positive = sum(s > 0 for s in scores)
     count = len(scores) if keep is None else keep
-    if len(urn) < count:
-        raise SelectionError(f"pick: sample is to draw {count} layers, but only {len(urn)} have a score above zero")
-    generator = random.Random(f"layerpeft sample {seed}")
-    drawn: list[int] = []
-    while len(drawn) < count:
-        point = generator.random() * sum(urn.values())
-        chosen = next(reversed(urn))  # rounding may leave the point just past the last one
-        for i, s in urn.items():
-            point -= s
-            if point < 0:
-                chosen = i
-                break
-        drawn.append(chosen)
-        del urn[chosen]
-    return drawn
+    if positive < count:
+        raise SelectionError(f"pick: sample is to draw {count} layers, but only {positive} have a score above zero")
+    return successive(scores, count, random.Random(f"layerpeft sample {seed}"))

@@ -8,6 +8,8 @@ from typing import Literal
 
 from layerpeft.errors import SelectionError
 
+DECIDES = True  # the scores say how many
+
 
 @dataclass(frozen=True)
 class Options:

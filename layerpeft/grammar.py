@@ -1,0 +1,140 @@
+"""The layer grammar, and how many layers `keep` means."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from layerpeft.errors import Problems, SelectionError
+
+
+def layer_numbers(value: Any, count: int) -> tuple[int, ...]:
+    """The layers that a grammar names in a stack of `count`, ascending.
+
+    `3`, `-1`, `[3, 7]`, `"8-15"`, `"first:2"`, `"last:25%"`, `"first:10+last:2"`, `"stride:4"`, `"all"`.
+    Raises: SelectionError for what is out of range, matches nothing, or cannot be read.
+    """
+    problems = Problems(f"layers of a stack of {count}")
+    found: set[int] = set()
+    for part in _parts(value):
+        found.update(_part(part, count, problems))
+    problems.raise_if_any(SelectionError)
+    if not found:
+        raise SelectionError(f"layers: {value!r} names no layer")
+    return tuple(sorted(found))
+
+
+def how_many(keep: Any, candidates: int) -> int | None:
+    """Number of layers that `keep` means among `candidates`; None for "auto". Shares are rounded half up, at least 1.
+
+    Raises: SelectionError when more are asked for than there are.
+    """
+    if keep is None or keep == "auto":
+        return None
+    share = _share(keep)
+    number = max(1, math.floor(share * candidates + 0.5)) if share is not None else int(keep)
+    if number > candidates:
+        raise SelectionError(f"keep: {keep} layers are asked for, and there are {candidates} to choose from")
+    return number
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [p.strip() for p in re.split(r"[+,]", value)]
+    if isinstance(value, bytes):
+        return [value]
+    if isinstance(value, Sequence):
+        return [p for item in value for p in _parts(item)]
+    return [value]
+
+
+def _part(part: Any, count: int, problems: Problems) -> range:
+    if isinstance(part, int) and not isinstance(part, bool):
+        return _index(part, part, count, problems)
+    text = str(part)
+    if text == "all":
+        return range(count)
+    if re.fullmatch(r"-?\d+", text):
+        return _index(int(text), part, count, problems)
+    if between := re.fullmatch(r"(\d+)-(\d+)", text):
+        low, high = int(between[1]), int(between[2])
+        if low > high:
+            problems.add(f"{part!r} runs backwards; write {high}-{low}")
+        elif high >= count:
+            problems.add(f"{part!r} is out of range; layers are 0 to {count - 1}")
+        return range(low, min(high + 1, count))
+    if ends := re.fullmatch(r"(first|last):(\d+(?:\.\d+)?)(%?)", text):
+        number = _end_count(ends[2], ends[3], count, part, problems)
+        return range(number) if ends[1] == "first" else range(count - number, count)
+    if (stride := re.fullmatch(r"stride:(\d+)", text)) and int(stride[1]) >= 1:
+        return range(0, count, int(stride[1]))
+    problems.add(
+        f"cannot read {part!r}; write 3, -1, [3, 7], '8-15', 'first:2', 'last:25%', 'first:10+last:2', 'stride:4', 'all'"
+    )
+    return range(0)
+
+
+def _index(index: int, part: Any, count: int, problems: Problems) -> range:
+    if -count <= index < count:
+        return range(index % count, index % count + 1)
+    problems.add(f"{part} is out of range; layers are 0 to {count - 1} (or -1 to -{count})")
+    return range(0)
+
+
+def _end_count(number: str, percent: str, count: int, part: Any, problems: Problems) -> int:
+    value = float(number)
+    if percent and not 0 < value <= 100 or not percent and (value != int(value) or value < 1):
+        problems.add(f"{part!r} takes a whole number from 1, or a share above 0 % up to 100 %")
+        return 0
+    found = max(1, math.floor(count * value / 100 + 0.5)) if percent else int(value)
+    if found > count:
+        problems.add(f"{part!r} asks for {found} layers of {count}")
+        return 0
+    return found
+
+
+def _share(keep: Any) -> float | None:
+    """The share that `keep` means, or None for a count."""
+    if isinstance(keep, str):
+        return float(keep.rstrip("%")) / 100
+    return keep if isinstance(keep, float) and keep < 1 else None
+
+
+def checked_keep(keep: Any, problems: Problems) -> Any:
+    offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
+    if keep is None or keep == "auto":
+        return keep
+    if isinstance(keep, str):
+        if re.fullmatch(r"\d+", keep):
+            keep = int(keep)
+        elif not re.fullmatch(r"\d+(\.\d+)?%", keep) or not 0 < float(keep[:-1]) < 100:
+            problems.add(f"keep: {keep!r} is not {offer}; for everything write select: all")
+            return None
+        else:
+            return keep
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        problems.add(f"keep: {keep!r} is not {offer}")
+    elif isinstance(keep, float) and not 0 < keep < 1:
+        problems.add(
+            f"keep: {keep} has two meanings; write 1 for one layer, or select: all for every layer"
+            if keep == 1.0
+            else f"keep: {keep} is not {offer}"
+        )
+    elif isinstance(keep, int) and keep < 1:
+        problems.add(f"keep: {keep} is not {offer}")
+    else:
+        return keep
+    return None
+
+
+def check_grammar(name: str, value: Any, problems: Problems) -> None:
+    trial = Problems("")
+    for part in _parts(value):
+        if not isinstance(part, str | int) or isinstance(part, bool):
+            trial.add(f"cannot read {part!r} as a layer")
+        else:
+            _part(part, 10**9, trial)  # only the spelling can be wrong in so deep a stack
+    for item in trial.items:
+        problems.add(f"{name}: {item}")
