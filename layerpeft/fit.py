@@ -78,11 +78,13 @@ def fit(
     layers, can_recompute, weights = layers_that_train(model, config, step)
     chosen += layers
     recompute = checkpointing or can_recompute
-    found = _largest(asked, chosen, recompute, lambda trial: size(trial) <= room)
+    ranks = [config.r] if config.method == "full" else _ranks(config.r)
+    found = _largest(asked, chosen, recompute, ranks, lambda trial: size(trial) <= room)
     if found is None:
-        least = replace(asked, layers=1, rank=_ranks(config.r)[-1], rows=1, checkpointing=recompute)
+        least = replace(asked, layers=1, rank=ranks[-1], rows=1, checkpointing=recompute)
+        rank = f" at rank {least.rank}" if config.method != "full" else ""
         raise ConfigError(
-            f"nothing fits into {size_text(room)}: one layer at rank {least.rank}, one row at a time"
+            f"nothing fits into {size_text(room)}: one layer{rank}, one row at a time"
             f"{', with checkpointing' if recompute else ''}, takes {size_text(size(least))}, {size_text(weights)} of it weights. "
             "Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), or in 4 bit "
             "(model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
@@ -101,9 +103,11 @@ def fit(
     return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, settings)
 
 
-def _largest(asked: _Trial, chosen: Sequence[int], recompute: bool, fits: Callable[[_Trial], bool]) -> _Trial | None:
+def _largest(
+    asked: _Trial, chosen: Sequence[int], recompute: bool, ranks: Sequence[int], fits: Callable[[_Trial], bool]
+) -> _Trial | None:
     """Layers first, with everything else at its least; then rank, rows and time are won back as far as there is room."""
-    ranks, rows = _ranks(asked.rank), [n for n in range(asked.rows, 0, -1) if asked.rows % n == 0]
+    rows = [n for n in range(asked.rows, 0, -1) if asked.rows % n == 0]
     least = replace(asked, rank=ranks[-1], rows=1, checkpointing=recompute)
     if not fits(least):
         low, high = 0, len(chosen)  # low fits, high does not

@@ -19,13 +19,15 @@ from layerpeft import backward, optimizers
 from layerpeft.assume import fixed
 from layerpeft.counting import Live, Pass, count
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems
+from layerpeft.full import wrappers
+from layerpeft.full_config import FullLoraConfig, place_all
 from layerpeft.galore_config import project_all
 from layerpeft.integrations.fused_head import add_head, in_place
 from layerpeft.integrations.quantized import as_quantized, weight_bytes
 from layerpeft.integrations.tracing import as_traced
 from layerpeft.layers import base_of, layer_map
+from layerpeft.plan_parts import config_of, half, opened, originals, training
 from layerpeft.plan_text import plan_lines, size_text
-from layerpeft.projection import projections, weight_of
 
 __all__ = ["Live", "Plan", "PlanRow", "Step", "plan", "size_text", "trace"]
 
@@ -140,16 +142,16 @@ def plan(
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
     full_kept, full_recomputed = _passes(full, batch_size, length, step, inputs)
-    trainable = [p for p in wrapped.parameters() if p.requires_grad]
+    cost = training(wrapped, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
         rows=_rows(wrapped),
-        trainable=sum(p.numel() for p in trainable),
+        trainable=cost.trainable,
         total=sum(p.numel() for p in wrapped.parameters()),
-        weights=weight_bytes(wrapped) + _originals(wrapped),
-        gradients=sum(p.numel() * p.element_size() for p in trainable),
-        states=optimizers.state_bytes(optimizer, trainable, step.optim_args),
+        weights=weight_bytes(wrapped) + originals(wrapped) + cost.masters,
+        gradients=cost.gradients,
+        states=cost.states,
         optimizer=optimizer,
         kept=kept,
         recomputed=recomputed,
@@ -176,15 +178,8 @@ def peak_bytes(
         if checkpointing:
             _recompute(wrapped, step)
         activations = trace(wrapped, batch_size, length, step).peak
-    trainable = [p for p in wrapped.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trainable)
-    return (
-        weight_bytes(wrapped)
-        + _originals(wrapped)
-        + gradients
-        + optimizers.state_bytes(optimizer, trainable, step.optim_args)
-        + activations
-    )
+    cost = training(wrapped, optimizer, step.optim_args)
+    return weight_bytes(wrapped) + originals(wrapped) + cost.masters + cost.gradients + cost.states + activations
 
 
 def layers_that_train(
@@ -195,7 +190,7 @@ def layers_that_train(
     Raises: as `plan`.
     """
     wrapped = _wrapped(model, config, [], step)[0]
-    weights = weight_bytes(wrapped) + _originals(wrapped)
+    weights = weight_bytes(wrapped) + originals(wrapped)
     return [row.layer for row in _rows(wrapped) if row.trains], _recompute(wrapped, step), weights
 
 
@@ -220,13 +215,16 @@ def _wrapped(
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
             empty = _built(model, step.quantization)
             resolved, assumed = fixed(config, empty)
+            if isinstance(resolved, FullLoraConfig):
+                place_all(empty, resolved, "default")
             wrapped: Any = peft.get_peft_model(empty, resolved).train()
             if hasattr(resolved, "_layerpeft_projection"):
                 project_all(base_of(wrapped), resolved, "default")
-                kept = size_text(_originals(wrapped))
+                kept = size_text(originals(wrapped))
                 assumed += (f"a step without a refresh, once weights were folded (their originals take {kept})",)
+            assumed += opened(wrapped, resolved)
             if step.fused_head and step.quantization is not None:
-                _half(wrapped)
+                half(wrapped)
             stop = _install(wrapped, resolved)
     except LayerpeftError as error:
         if not problems.items:
@@ -238,13 +236,6 @@ def _wrapped(
     if step.fused_head:
         add_head(base_of(wrapped))
     return wrapped, assumed, stop
-
-
-def _half(wrapped: nn.Module) -> None:
-    """TRL's trainers train adapters of a quantized base in bfloat16, all but DoRA's magnitudes."""
-    for name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
@@ -267,12 +258,6 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
     if quantization is not None:
         as_quantized(built, quantization)
     return built
-
-
-def _originals(wrapped: nn.Module) -> int:
-    """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
-    found = [layer for _, layer in projections(wrapped, "default") if layer._layerpeft_projection.fold == "beside"]
-    return sum(weight_of(layer).nbytes for layer in found)
 
 
 def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
@@ -361,8 +346,8 @@ def _alike(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
     """The layers of the stack that was chosen from."""
     base = base_of(wrapped)
-    config: Any = next(iter(getattr(wrapped, "peft_config", {}).values()), None)
-    record = getattr(config, "_layerpeft", None)
+    record = getattr(config_of(wrapped), "_layerpeft", None)
+    own = {id(p) for w in wrappers(wrapped, "default") for p in w.parameters()}  # in the weights already
     try:
         layers = layer_map(base, record.selection.stack if record is not None else None)
     except LayerMapError:
@@ -372,6 +357,6 @@ def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
         block: Any = base.get_submodule(layer.name)
         held = list(block.parameters())
         trained = sum(p.numel() for p in held if p.requires_grad)
-        added = sum(p.numel() * p.element_size() for p in held if p.requires_grad)
+        added = sum(p.numel() * p.element_size() for p in held if p.requires_grad and id(p) not in own)
         found.append(PlanRow(layer.index, layer.name, trained > 0, trained, weight_bytes(block) - added))
     return tuple(found)

@@ -17,6 +17,9 @@ PARAMETERS = (
 )  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
 
 
+MODULE = "module"  # kind of a target that is trained and saved whole
+
+
 def is_routed(name: str) -> bool:
     """Whether a target belongs to the routed experts of a mixture, which a batch may leave out."""
     return re.search(r"(^|\.)experts\.", name) is not None
@@ -70,6 +73,25 @@ def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
         return hits == [False, True]
 
     return {n for n in given if not only_outside(n)} or None
+
+
+def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The matrices that stand for targets when they are scored: themselves, or, for modules that train whole, those inside.
+
+    A layer of which only other modules train (norms) is scored by all its matrices.
+    """
+    names = {t.name: t.layer for t in targets if t.kind == MODULE}
+    if not names:
+        return tuple(targets)
+    inside = [t for t in layers.targets if any(a in names for a in _upwards(t.name))]
+    bare = {*names.values()} - {t.layer for t in inside}
+    found = {t.name for t in inside} | {t.name for t in layers.targets if t.layer in bare}
+    return tuple(t for t in layers.targets if t.name in found)
+
+
+def _upwards(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
 def _matching(patterns: Names, names: list[str], problems: Problems, layers: LayerMap, what: str = "") -> set[str]:

@@ -1,0 +1,87 @@
+"""What a planned training takes besides weights and activations: gradients, optimizer states, masters; and what sleeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from layerpeft import optimizers
+from layerpeft.assume import Asleep
+from layerpeft.full import open_all, wrappers
+from layerpeft.full_config import FullLoraConfig
+from layerpeft.layers import base_of
+from layerpeft.plan_text import size_text
+from layerpeft.projection import projections, weight_of
+
+_RESTING = "_layerpeft_resting"  # in a planned model's own dict: names of the parameters of layers that sleep
+
+
+@dataclass(frozen=True)
+class Training:
+    """Elements that train, and bytes of their gradients, of optimizer states, and of float32 masters."""
+
+    trainable: int
+    gradients: int
+    states: int
+    masters: int
+
+
+def training(wrapped: nn.Module, optimizer: str, optim_args: str | None) -> Training:
+    """What training takes besides the weights and activations."""
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    asleep: Asleep | None = getattr(config_of(wrapped), "_layerpeft_asleep", None)
+    resting = [p for n, p in wrapped.named_parameters() if n in wrapped.__dict__.get(_RESTING, ())]
+    stateful = trained + (resting if asleep is not None and asleep.keeps_states else [])
+    copied = 0
+    if getattr(getattr(config_of(wrapped), "_layerpeft_full", None), "master_weights", False):
+        copied = sum(4 * p.numel() for p in trained if p.element_size() < 4)
+        stateful = [torch.empty_like(p, dtype=torch.float32) if p.element_size() < 4 else p for p in stateful]
+    return Training(
+        sum(p.numel() for p in trained),
+        # around a step gradients are there in both types
+        sum(p.numel() * p.element_size() for p in trained) + copied,
+        optimizers.state_bytes(optimizer, stateful, optim_args),
+        copied,
+    )
+
+
+def opened(wrapped: nn.Module, resolved: peft.PeftConfig) -> tuple[str, ...]:
+    """Lets gradients into what trains at the costliest moment, and nowhere else; what is to be said of it."""
+    notes: tuple[str, ...] = ()
+    if isinstance(resolved, FullLoraConfig):
+        open_all(wrapped, "default")
+        held = {id(t): t.nbytes for w in wrappers(wrapped, "default") for t in [*w.parameters(), *w.buffers()]}
+        notes = (
+            f"the original weights of what was ever trained are kept on the CPU (up to {size_text(sum(held.values()))})",
+        )
+    asleep: Asleep | None = getattr(resolved, "_layerpeft_asleep", None)
+    if asleep is not None:
+        base = base_of(wrapped)
+        held = {id(p) for name in asleep.layers for p in base.get_submodule(name).parameters() if p.requires_grad}
+        found = {n: p for n, p in wrapped.named_parameters() if id(p) in held}
+        for parameter in found.values():
+            parameter.requires_grad_(False)
+        wrapped.__dict__[_RESTING] = set(found)  # by name, since tracing puts other tensors in their place
+    return notes
+
+
+def config_of(wrapped: nn.Module) -> Any:
+    """The live config of the one adapter; None where there is none."""
+    return next(iter(getattr(wrapped, "peft_config", {}).values()), None)
+
+
+def half(wrapped: nn.Module) -> None:
+    """TRL's trainers train adapters of a quantized base in bfloat16, all but DoRA's magnitudes."""
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def originals(wrapped: nn.Module) -> int:
+    """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
+    found = [layer for _, layer in projections(wrapped, "default") if layer._layerpeft_projection.fold == "beside"]
+    return sum(weight_of(layer).nbytes for layer in found)
