@@ -13,6 +13,7 @@ from layerpeft import backward
 from layerpeft.choose import score_layers
 from layerpeft.configs import LayerLoraConfig
 from layerpeft.errors import LayerMapError, LayerpeftError
+from layerpeft.full_config import LayerFullConfig
 from layerpeft.galore_config import LayerGaloreConfig
 from layerpeft.layers import LayerMap, layer_map
 from layerpeft.plan import Plan, plan
@@ -21,11 +22,13 @@ from layerpeft.save import last_checkpoint
 from layerpeft.scores import Scores
 from layerpeft.selection import Select, Selection
 from layerpeft.steps import check_trained
-from layerpeft.tuners import galore as galore  # importing a tuner registers it with PEFT
+from layerpeft.tuners import full as _full  # noqa: F401 - importing a tuner registers it with PEFT
+from layerpeft.tuners import galore as galore
 from layerpeft.tuners.lora import load, save_record  # importing the tuner registers it with PEFT
 
 __version__ = "0.1.0"
 __all__ = [
+    "LayerFullConfig",
     "LayerGaloreConfig",
     "LayerLoraConfig",
     "LayerMap",

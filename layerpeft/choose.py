@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +33,8 @@ from layerpeft.selection import (
     layer_numbers,
     options_of,
 )
-from layerpeft.targets import Names, exclusions, match_targets
+from layerpeft.targets import Names, exclusions, match_targets, measured_for
+from layerpeft.turns import window_seed
 
 Batches = Iterable[Any]
 
@@ -82,6 +84,18 @@ def choose(
     layers = layer_map(model, select.stack)
     names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
     targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
+    return choose_among(model, select, layers, targets, batches, progress)
+
+
+def choose_among(
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    batches: Batches | None = None,
+    progress: bool = True,
+) -> Selection:
+    """The choice among targets that are known already. Raises: as `choose`."""
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
     scores = select.by if isinstance(select.by, Scores) else _score(model, select, layers, targets, batches, progress)
@@ -93,6 +107,11 @@ def needs_batches(select: Select) -> bool:
     return isinstance(select.by, str) and needs(select) in ("forward", "backward")
 
 
+def live_only(select: Select) -> bool:
+    """Whether the scorer watches training itself, and cannot score a model before it."""
+    return isinstance(select.by, str) and bool(getattr(registry.get(SCORERS, select.by), "LIVE_ONLY", False))
+
+
 def needs(select: Select) -> str:
     """What the scorer needs: "nothing", "weights", "forward" or "backward"."""
     if not isinstance(select.by, str):
@@ -101,10 +120,18 @@ def needs(select: Select) -> str:
 
 
 def start(
-    model: nn.Module, select: Select, layers: LayerMap, targets: tuple[Target, ...], *, live: bool = False
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    *,
+    live: bool = False,
+    before: tuple[float | None, ...] = (),
+    seed: int | None = None,
 ) -> Measurement:
-    """A measurement that waits for batches (`live`: those of training itself)."""
-    request = Request(base_of(model), layers, targets, select.seed, live)
+    """A measurement that waits for batches (`live`: those of training itself); `before`: what is known of the layers by now."""
+    among = measured_for(layers, targets)
+    request = Request(base_of(model), layers, among, select.seed if seed is None else seed, live, before, model)
     return registry.get(SCORERS, str(select.by)).start(request, options_of(select, SCORERS))
 
 
@@ -113,7 +140,7 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
     options = options_of(select, SCORERS)
     plain = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
     return Scores(
-        measured.values,
+        tuple(math.nan if v is None else v for v in measured.values),  # a layer that was not seen is an error here
         by=str(select.by),
         fingerprint=layers.fingerprint,
         stack=layers.stack,
@@ -121,6 +148,18 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
         targets=dict(measured.targets),
         origin=origin_of(layers, seed=select.seed, num_batches=num_batches),
     )
+
+
+def measure(model: nn.Module, select: Select, targets: tuple[Target, ...], window: int = 0) -> Measured:
+    """What a scorer that needs no batches says of the model as it is now; `window` gives random ones another seed."""
+    layers = layer_map(model, select.stack)
+    request = Request(base_of(model), layers, measured_for(layers, targets), window_seed(select.seed, window))
+    return registry.get(SCORERS, str(select.by)).score(request, options_of(select, SCORERS))
+
+
+def score_targets(model: nn.Module, select: Select, targets: tuple[Target, ...], batches: Batches) -> Scores:
+    """The scores of `select` over targets that are known already. Raises: ScoreError."""
+    return _score(model, select, layer_map(model, select.stack), targets, batches, True)
 
 
 def candidates(select: Select, layers: LayerMap, targets: tuple[Target, ...]) -> list[int]:
@@ -190,12 +229,16 @@ def _score(
     progress: bool,
 ) -> Scores:
     scorer = registry.get(SCORERS, str(select.by))
+    if getattr(scorer, "LIVE_ONLY", False):
+        raise ScoreError(
+            f"by: {select.by} is measured on adapters while they train, and cannot be measured beforehand; write it with "
+            "reselect_steps and let a trainer measure it, or choose by gradient_norm"
+        )
     options = options_of(select, SCORERS)
     needed = scorer.needs(options)
     if needed in ("nothing", "weights"):
-        return make_scores(
-            select, layers, scorer.score(Request(base_of(model), layers, targets, select.seed), options), 0
-        )
+        request = Request(base_of(model), layers, measured_for(layers, targets), select.seed)
+        return make_scores(select, layers, scorer.score(request, options), 0)
     if batches is None:
         raise SelectionError(
             f"by: {select.by} is measured on data; pass batches=… (any iterable of model inputs with labels), "

@@ -11,21 +11,24 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerpeft.choose import choose
+from layerpeft.choose import choose_among
 from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.layers import layer_map
 from layerpeft.recipe import Recipe, to_yaml
-from layerpeft.selection import Select
+from layerpeft.schedule import schedule_of
+from layerpeft.selection import Select, Selection, how_many
 from layerpeft.training import (
     Setup,
+    all_targets,
     batches_for,
     held_out_numbers,
     load_model,
     make_trainer,
     prepare,
-    targets_of,
     train,
     wrap,
 )
@@ -35,6 +38,8 @@ ARMS = ("random", "last", "first", "all")
 NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Plan = tuple[str, tuple[int, ...], Mapping[str, Any]]  # name of a run, its layers, and what its `select` says
 
 
 @dataclass(frozen=True)
@@ -113,15 +118,15 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
             raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
         model = load_model(setup)
         batches, setup = batches_for(setup, model, select)
-        plans, num_layers = _plan(recipe, model, select, batches, arms)
+        plans, num_layers = (_scheduled if select.is_scheduled else _plan)(recipe, model, select, batches, arms)
         del model
     name = NAMES[setup.measure]
     say(f"{len(plans)} runs, each from the same weights over the same rows in the same order")
     runs: list[Run] = []
     before = math.nan
-    for index, (arm, layers) in enumerate(plans):
+    for index, (arm, layers, how) in enumerate(plans):
         with contextlib.redirect_stdout(sys.stderr):
-            trainer, model = _trainer(setup, layers, select.stack)
+            trainer, model = _trainer(setup, how, None if runs or not select.is_scheduled else batches)
             if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
                 before = held_out_numbers(trainer)[setup.measure]
             runs.append(run := _train(setup, arm, layers, trainer, model))
@@ -195,18 +200,16 @@ def table(found: Comparison) -> str:
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]
-) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
-    """Name and layers of every run, the recipe's first. Raises: RecipeError when there is nothing to choose."""
-    where = targets_of(recipe)
+def _plan(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
+    """Every run, the recipe's first, and the number of layers. Raises: RecipeError when there is nothing to choose."""
+    choose = partial(_choice, recipe, model)
     among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
-    ours = choose(model, select, batches=batches, **where)
+    ours = choose(select, batches)
     by_place = select.by == "depth" and select.keep is None
     if by_place:  # the grammar is the choice itself: other arms draw from the whole stack
         among.pop("layers", None)
     keep = len(ours.layers)
-    everything = choose(model, {**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}, **where).layers
+    everything = choose({**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}).layers
     if keep == len(everything):
         raise RecipeError(
             f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare"
@@ -215,32 +218,73 @@ def _plan(
     plans = [(own, ours.layers)]
     for arm in arms:
         if arm.kind == "random":
-            plans += _draws(model, {**among, "by": "random", "keep": keep}, where, arm.draws)
+            plans += _draws(choose, {**among, "by": "random", "keep": keep}, arm.draws)
         elif arm.kind == "all":
             plans.append(("all", everything))
         else:
             pick = "top" if arm.kind == "last" else "bottom"
-            plans.append(
-                (arm.kind, choose(model, {**among, "by": "depth", "keep": keep, "pick": pick}, **where).layers)
-            )
-    return plans, ours.num_layers
+            plans.append((arm.kind, choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers))
+    return [(arm, layers, {"layers": list(layers), "stack": select.stack}) for arm, layers in plans], ours.num_layers
+
+
+def _scheduled(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
+    """As `_plan`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
+
+    Raises: RecipeError where the number of layers at a time is left to the scores.
+    """
+    if select.keep in (None, "auto"):
+        raise RecipeError(
+            f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
+            "compare with keep: N"
+        )
+    found = layer_map(model, select.stack)
+    schedule = schedule_of(select, found, all_targets(recipe, model, found))
+    keep = how_many(select.keep, len(schedule.among)) or 0
+    clock = {
+        k: v
+        for k, v in select.to_dict().items()
+        if k not in ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
+    }
+    choose = partial(_choice, recipe, model)
+    among = {k: clock[k] for k in ("layers", "exclude", "stack") if k in clock}
+    plans: list[Plan] = [(f"{select.rule} every {select.reselect_steps}", schedule.pool, select.to_dict())]
+    for arm in arms:
+        if arm.kind == "random":
+            seeds = range(1, arm.draws + 1)
+            plans += [
+                (f"random:{s}", schedule.pool, {**clock, "pick": "uniform", "seed": select.seed + s}) for s in seeds
+            ]
+        elif arm.kind == "all":
+            plans.append(("all", schedule.pool, {"layers": list(schedule.pool), "stack": select.stack}))
+        else:
+            pick = "top" if arm.kind == "last" else "bottom"
+            layers = choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers
+            plans.append((arm.kind, layers, {"layers": list(layers), "stack": select.stack}))
+    return plans, len(found)
+
+
+def _choice(recipe: Recipe, model: Any, select: Any, batches: Any = None) -> Selection:
+    """What a way to choose means among the recipe's targets."""
+    parsed = Select.parse(select)
+    layers = layer_map(model, parsed.stack)
+    return choose_among(model, parsed, layers, all_targets(recipe, model, layers), batches)
 
 
 def _draws(
-    model: Any, select: Mapping[str, Any], where: Mapping[str, Any], number: int
+    choose: Callable[[Any], Selection], select: Mapping[str, Any], number: int
 ) -> list[tuple[str, tuple[int, ...]]]:
     """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
     found: dict[tuple[int, ...], str] = {}
     for seed in range(100 * number):
-        found.setdefault(choose(model, {**select, "seed": seed}, **where).layers, f"random:{seed}")
+        found.setdefault(choose({**select, "seed": seed}).layers, f"random:{seed}")
         if len(found) == number:
             return [(name, layers) for layers, name in found.items()]
     raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
 
 
-def _trainer(setup: Setup, layers: tuple[int, ...], stack: str | None) -> tuple[Any, Any]:
-    """A trainer that saves nothing, and the model it trains, with the adapter on these layers."""
-    model = wrap(setup, load_model(setup), {"layers": list(layers), "stack": stack}, None)
+def _trainer(setup: Setup, select: Mapping[str, Any], batches: Any) -> tuple[Any, Any]:
+    """A trainer that saves nothing, and the model it trains, with the adapter on the layers that this means."""
+    model = wrap(setup, load_model(setup), dict(select), batches)
     changes: dict[str, Any] = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
     return make_trainer(setup, model, load_best_model_at_end=False, push_to_hub=False, **changes), model
 

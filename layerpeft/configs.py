@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft import report, save
+from layerpeft import heatmap, report, save
 from layerpeft.choose import choose, needs_batches
 from layerpeft.errors import ConfigError, LayerpeftError, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_leaves
@@ -20,7 +20,7 @@ from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.notes import note
 from layerpeft.selection import LiveRecord, Select, Selection
-from layerpeft.targets import PARAMETERS
+from layerpeft.targets import PARAMETERS, exclusions, match_targets
 
 OWN_FIELDS = ("select", "train_new")
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
@@ -62,8 +62,6 @@ class LayerLoraConfig(LoraConfig):
                     problems.add(
                         f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone"
                     )
-            if select.reselect_steps is not None:
-                problems.add("reselect_steps: choosing again during training is not available for LoRA in this version")
         if not isinstance(self.train_new, bool):
             problems.add(f"train_new={self.train_new!r} is not true or false")
         problems.raise_if_any(ConfigError)
@@ -105,6 +103,11 @@ class LayerLoraConfig(LoraConfig):
         """What PEFT will be given to wrap that model by. Raises: as `resolve`."""
         if self.is_plain:
             return LoraConfig(**_lora_fields(self))
+        if self.is_scheduled:
+            raise ConfigError(
+                "select: layers that are chosen again during training have no stock config that means the same; give the config "
+                "itself to get_peft_model or to a trainer's peft_config="
+            )
         given = batches if batches is not None else self._batches
         layers = layer_map(model, Select.parse(self.select).stack)
         selection = choose(
@@ -116,6 +119,15 @@ class LayerLoraConfig(LoraConfig):
             target_parameters=self.target_parameters,
             progress=progress,
         )
+        return self.stock_for(model, selection)
+
+    def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
+        """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
+        names, exclude = target_names(self, layers), exclusions(self.exclude_modules, model, layers)
+        return match_targets(layers, names, exclude, self.target_parameters)
+
+    def stock_for(self, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+        """The config that PEFT sees for a choice, with its record. Raises: ConfigError."""
         return stock_config(self, model, selection)
 
     @property
@@ -126,6 +138,11 @@ class LayerLoraConfig(LoraConfig):
     def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
         """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
         return RecordedLoraConfig(**given)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """True where layers are chosen again during training."""
+        return Select.parse(self.select).is_scheduled
 
     @property
     def is_deferred(self) -> bool:
@@ -170,11 +187,22 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveR
     """`layers.csv`, `layers.png`, then the manifest `layerpeft.json` over all files of the adapter."""
     assert record.selection is not None
     found = report.layer_report(model, adapter)
-    report.write_csv(found.rows, os.path.join(folder, "layers.csv"))
-    report.write_png(found.rows, os.path.join(folder, "layers.png"), record.selection.why)
+    table, picture = (os.path.join(folder, name) for name in save.PICTURES)
+    if record.masters is not None:
+        record.masters.save(folder)
+    scheduled, names, why = {}, record.selection.layer_names, record.selection.why
+    if record.schedule is None:
+        report.write_csv(found.rows, table)
+        report.write_png(found.rows, picture, why)
+    else:
+        record.schedule.save(folder)
+        scheduled = {"schedule": record.schedule.plain()}
+        heatmap.write_switches(scheduled["schedule"], names, found.rows, table)
+        heatmap.write_heatmap(scheduled["schedule"], names, picture, why)
     save.write_manifest(
         folder,
-        {
+        scheduled
+        | {
             "method": record.method,
             "selection": record.selection.to_dict(),
             "config": record.config,

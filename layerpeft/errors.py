@@ -69,3 +69,11 @@ def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
     close = nearest(name, names)
     hint = f" Did you mean {close!r}?" if close else ""
     return f"unknown {what} {name!r}.{hint} Allowed: {', '.join(names)}."
+
+
+def raise_faults(title: str, faults: Iterable[str]) -> None:
+    """Raises: TrainingError naming all of them; nothing where there are none."""
+    problems = Problems(title)
+    for fault in faults:
+        problems.add(fault)
+    problems.raise_if_any(TrainingError)

@@ -16,17 +16,22 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft import backward, verify
-from layerpeft.errors import Problems, SelectionError, TrainingError
+from layerpeft.errors import SelectionError, TrainingError, raise_faults
+from layerpeft.full import keep_originals, loaded_modules, put_back
 from layerpeft.integrations import distributed
-from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
+from layerpeft.integrations.peft import loading_folder
 from layerpeft.notes import note
 from layerpeft.pending import Pending, Tensors
-from layerpeft.projection import folded, originals
+from layerpeft.projection import folded
 from layerpeft.projection_state import on_load as on_load_projection
 from layerpeft.refresh import Refresher
+from layerpeft.scheduled import Scheduled
+from layerpeft.sealing import Sealed
+from layerpeft.sealing import clean as _clean
 from layerpeft.selection import LiveRecord, Selection
 from layerpeft.targets import is_routed
 from layerpeft.tether import FOLLOWERS
+from layerpeft.trained import Mastered, masters_for, trained_tensors, unwrap_others, wrapped_names
 
 NOT_HELD = (
     "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
@@ -34,7 +39,7 @@ NOT_HELD = (
 )
 
 
-class Follower:
+class Follower(Scheduled, Mastered):
     """Watches the optimizer steps of one adapter of one model, which it does not keep alive."""
 
     def __init__(self, model: nn.Module, adapter: str, config: Any, tuner: Any, pending: Pending | None) -> None:
@@ -46,14 +51,14 @@ class Follower:
         self._model, self._tuner = weakref.ref(model), weakref.ref(tuner) if tuner is not None else lambda: None
         self._held: weakref.WeakKeyDictionary[Optimizer, tuple[int, set[int]]] = weakref.WeakKeyDictionary()
         self._tensors: Tensors = {}
-        self._start: dict[str, dict[str, torch.Tensor]] = {}
-        self._frozen: dict[str, verify.Seal] = {}
-        self._others: dict[str, verify.Seal] = {}
+        self._sealed = Sealed(adapter)
         self._stepped: set[int] = set()
+        self._since: set[str] = set()  # targets that trained since this training began
         self._asked: frozenset[str] = frozenset()  # what PEFT made trainable
-        self._beside: set[str] = set()  # adapters there were when the weights were written down
         self._rate, self._real = 0.0, False
         self._resumed = self._merges = False
+        self.masters = masters_for(config)
+        self.record.masters = self if self.masters is not None else None
         if pending is not None:
             self._await(pending)
 
@@ -67,12 +72,7 @@ class Follower:
     def tensors(self) -> Tensors:
         """Target -> the adapter's tensors in it, with the bias that it trains."""
         if not self._tensors:
-            for name, layer in lora_layers(self.model, self.adapter).items():
-                parameter = getattr(layer, "parameter_name", None)
-                target = f"{_clean(name)}.{parameter}" if parameter else _clean(name)
-                group = adapter_parameters(layer, self.adapter)
-                bias = getattr(layer.get_base_layer(), "bias", None) if self.config.bias == "lora_only" else None
-                self._tensors[target] = group | ({"bias": bias} if isinstance(bias, nn.Parameter) else {})
+            self._tensors = trained_tensors(self.model, self.adapter, self.config.bias)
         return self._tensors
 
     def ids(self) -> set[int]:
@@ -90,6 +90,8 @@ class Follower:
         twin = memo[id(self)] = Follower(model, self.adapter, config, tuner, None)
         twin._asked = self._asked
         twin.pending, twin.refresher = copy.deepcopy((self.pending, self.refresher), memo)
+        twin.gauge, twin.switcher = copy.deepcopy((self.gauge, self.switcher), memo)
+        twin.record.schedule = twin.switcher
         return twin
 
     def measure_anew(self) -> None:
@@ -98,6 +100,9 @@ class Follower:
             self.pending.close()
             self._await(Pending(self.model, self.pending.select, self.pending.pool))
             self.pending.begin(self.model)
+        if self.gauge is not None:
+            self.gauge.close()
+            self._measure()
 
     @property
     def live(self) -> bool:
@@ -106,8 +111,8 @@ class Follower:
 
     def retire(self) -> None:
         """Stops following; a choice that still waited is dropped."""
-        if self.pending is not None:
-            self.pending.close()
+        for measuring in filter(None, (self.pending, self.gauge)):
+            measuring.close()
         if self.refresher is not None:
             self.refresher.disarm()
         FOLLOWERS.discard(self)
@@ -126,13 +131,17 @@ class Follower:
             return
         self.seen += 1
         if verify.skipped(optimizer):
-            for measuring in filter(None, (self.pending, self.refresher)):
+            for measuring in filter(None, (self.pending, self.gauge, self.refresher)):
                 measuring.restart()
             return
         if self.pending is not None:
             if not self._choose(optimizer):
                 return
             held = self._holds(optimizer)
+        if self.switcher is not None:
+            self._take_measure()
+            self.start()
+            held = self._active(held)
         self._real = True
         if self.refresher is not None:
             self.refresher.before_step(self.model, self.adapter, optimizer, held, closure)
@@ -141,65 +150,71 @@ class Follower:
             return
         ids = self.ids()
         known = {id(p) for o in verify.holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
-        faults, idle = verify.before_step(self.tensors(), known, set() if closure else held - self._stepped)
+        faults, idle = verify.before_step(self.training(), known, set() if closure else held - self._stepped)
         others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
         faults += verify.not_asked_for(others, self._asked)
-        if not self._start:
-            faults += self._changed_since_wrapping()
-        _raise("stopped before the first update, because it would not train what was chosen", faults)
+        if not self._sealed.start:
+            faults += verify.not_held(self.tensors(), known) if self.switcher is not None else []
+            faults += self._sealed.changed_since_wrapping(self.model)
+        raise_faults("stopped before the first update, because it would not train what was chosen", faults)
         self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
-        if not self._start:
-            now = self._parameters()
-            gone = verify.outdated(self._frozen, now)
-            self._frozen = {n: s for n, s in self._frozen.items() if n not in gone}
-            self._frozen |= {n: verify.seal(p) for n, p in self._frozen_now().items() if n not in self._frozen}
-            self._others = {_clean(n): verify.seal(now[_clean(n)]) for n in others}
-            self._start = verify.snapshot(self.tensors())
+        if not self._sealed.start:
+            self._sealed.begin(self.model, self.tensors(), others)
+            keep_originals(self.model, self.adapter, self.training())
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in the first one."""
+        """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in its first one."""
+        held = self._active(self._holds(optimizer)) if self._real else set()
         if self.refresher is not None and self._real:
-            self.refresher.after_step(self.model, self.adapter, optimizer, self._holds(optimizer))
-        if self.pending is not None or not self._rate:
-            return
-        held, ids = self._holds(optimizer), self.ids()
+            self.refresher.after_step(self.model, self.adapter, optimizer, held)
+        if self.pending is None and self._rate:
+            self._stepped_with(held)
+        if self.switcher is not None and self._real:
+            self._advance(optimizer)
+
+    def _stepped_with(self, held: set[int]) -> None:
+        training = self.training()
+        ids = {id(p) for group in training.values() for p in group.values()}
         if not ids <= self._stepped:
+            fresh = [t for t, group in training.items() if not {id(p) for p in group.values()} <= self._stepped]
             self._stepped |= held
             if ids <= self._stepped:  # where several optimizers share the tensors, all of them have stepped by now
-                faults, idle = self._still()
-                _raise("the first update left chosen targets as they were", faults)
+                faults, idle = self._still(fresh)
+                raise_faults("the first update left chosen targets as they were", faults)
                 self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
                 self.record.checks["first_step"] = "every chosen target moved"
         selection = self.record.selection
         for layer in selection.layers if selection is not None else ():
             inside = f"{selection.layer_names[layer]}."  # type: ignore[union-attr]
-            first = next(
-                (p for t, group in self.tensors().items() if t.startswith(inside) for p in group.values()), None
-            )
+            first = next((p for t, group in training.items() if t.startswith(inside) for p in group.values()), None)
             if id(first) in held:  # one tensor stands for the layer, should several optimizers share it
                 self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
+                self._since.update(t for t in training if t.startswith(inside))
 
     def check(self) -> None:
         """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
         if self.pending is not None and self.pending.began:
             raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} batches came")
-        if not self._start:
+        if not self._sealed.start:
             if self.seen and not self._resumed:
                 raise TrainingError(
                     f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
                 )
             return
-        faults, idle = self._still()
-        now = self._parameters()
-        rounded = set(self.tensors()) if self._merges else set()
-        differ = verify.changed(self._frozen, now)
-        faults += [f"{n} is frozen and changed" for n in differ if n.removesuffix(".weight") not in rounded]
-        _raise("what trained is not what was chosen", faults)
+        tensors, now = self.tensors(), self._sealed.parameters(self.model)
+        trained = set(tensors) if self.switcher is None else self._since
+        faults, idle = self._still(trained)
+        rounded = set(tensors) if self._merges else set()
+        faults += [
+            f"{n} is frozen and changed" for n in self._sealed.changed(now) if n.removesuffix(".weight") not in rounded
+        ]
+        off = {t: s for t, s in self._sealed.start.items() if t not in trained and t not in rounded}
+        faults += [f"{t} was never switched on and changed" for t, s in off.items() if verify.changed(s, tensors[t])]
+        raise_faults("what trained is not what was chosen", faults)
         self.record.idle_experts = tuple(idle)
-        moved = {*verify.changed(self._others, now), *verify.outdated(self._others, now)}
-        still = {n: now[n] for n in self._others if n not in moved}
-        for target, names in self._unmoved().items():
-            group = self.tensors()[target]
+        still = self._sealed.still(now)
+        for target, names in self._unmoved(trained).items():
+            group = tensors[target]
             still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
         for name, parameter in still.items():
             note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
@@ -214,12 +229,18 @@ class Follower:
         Raises: SelectionError when that run chose otherwise.
         """
         self._forget()
-        self.seen, self._start, self._resumed, self._merges = 0, {}, bool(restored), merges
+        self.seen, self._sealed.start, self._resumed, self._merges = 0, {}, bool(restored), merges
         self._stepped.clear()
+        self._since.clear()
         if self.pending is not None:
             self.pending.paced = True
-        if not restored:
-            return
+        if restored:
+            self._take_over(restored)
+        self.watch_gradients()
+        if self.switcher is not None and self.pending is None:
+            self.start()
+
+    def _take_over(self, restored: dict[str, Any]) -> None:
         then = Selection.from_dict(restored["selection"])
         asked, asks = restored.get("select") or {}, json.loads(json.dumps(self.record.config.get("select") or {}))
         differ = [
@@ -242,21 +263,31 @@ class Follower:
         if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
             ends = ends[1:]
         keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
-        found = {_clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
+        whole = loaded_modules(self.model, self.adapter, state, prefix)
+        found = whole | {_clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
         if not found or any(".lora_embedding" in k for k in keys):
             return
-        kept = self.pending.keep(found) if self.pending is not None else None
+        kept = self.pending.keep(found) if self.pending is not None and self.switcher is None else None
         if kept is not None:
             self._settle(kept, None)
             return
-        pool = (
-            [t.name for t in self.pending.pool] if self.pending is not None else lora_layers(self.model, self.adapter)
-        )
-        verify.same_targets("the adapter that is loaded", found, {_clean(n) for n in pool})
+        if not (whole and self.switcher is not None):
+            pool = (
+                [t.name for t in self.pending.pool]
+                if self.pending is not None
+                else wrapped_names(self.model, self.adapter)
+            )
+            verify.same_targets("the adapter that is loaded", found, set(pool))
         if self.refresher is not None:
             identity = self.config._layerpeft_projection.identity
             on_load_projection(self.model, self.adapter, state, prefix, identity)
             self.refresher.arm(self.model, self.adapter)
+        folder = loading_folder()
+        if folder is not None:
+            self.read_masters(folder)
+            if self.switcher is not None:
+                put_back(self.model, self.adapter, whole)
+                self.restore(folder)
         self._forget()  # loading may put new tensors in the place of the old
 
     def seal(self) -> None:
@@ -268,34 +299,20 @@ class Follower:
         selection = self.record.selection
         partial = self.pending is not None or (selection is not None and len(selection.layers) < selection.num_layers)
         if partial and distributed.world_size() == 1:
-            self._frozen = {n: verify.seal(p) for n, p in self._frozen_now().items() if p.is_floating_point()}
-            self._beside = self._adapters()
+            self._sealed.wrapped(self.model)
 
     def unseal(self, names: Iterable[str] | None = None) -> None:
         """Forgets what these frozen weights were (None: all of them), because they change for a good reason."""
-        for name in list(self._frozen if names is None else names):
-            self._frozen.pop(name, None)
+        self._sealed.forget(names)
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        """All parameters, by names that wrapping and unwrapping does not change."""
-        return {_clean(n): p for n, p in self.model.named_parameters()} | originals(self.model, self.adapter)
-
-    def _adapters(self) -> set[str]:
-        return {self.adapter, *(getattr(self.model, "peft_config", None) or {})}
-
-    def _frozen_now(self) -> dict[str, torch.Tensor]:
-        return {n: p for n, p in self._parameters().items() if not p.requires_grad and ".lora_" not in n}
-
-    def _changed_since_wrapping(self) -> list[str]:
-        if distributed.world_size() > 1 or self._adapters() != self._beside:
-            self.unseal()  # some ways of starting another adapter take something out of the weights
-        return [
-            f"{n} is frozen and changed after the model was wrapped; wrap it when its weights are what they should be"
-            for n in verify.changed(self._frozen, self._parameters())
-        ]
+    def _on_copy(self, model: nn.Module) -> None:
+        for follower in followers_of(model):
+            follower.measure_anew()
 
     def _await(self, pending: Pending) -> None:
-        pending.tensors, pending.on_copy = self.tensors, _copied
+        pending.tensors, pending.on_copy = self.tensors, self._on_copy
+        if self.switcher is not None:
+            pending.decider = self._first
         self.pending = pending
 
     def _forget(self) -> None:
@@ -311,18 +328,20 @@ class Follower:
             self._held[optimizer] = count, {id(p) for g in optimizer.param_groups for p in g["params"]} & ids
         return self._held[optimizer][1]
 
-    def _still(self) -> tuple[list[str], list[str]]:
-        """(faults, idle experts) among targets of which no tensor moved."""
-        still = self._unmoved()
+    def _still(self, among: Iterable[str]) -> tuple[list[str], list[str]]:
+        """(faults, idle experts) among those targets of which no tensor moved."""
+        still = self._unmoved(among)
         whole = [t for t, names in still.items() if len(names) == len(self.tensors()[t])]
         faults = [
             f"{t} did not move: {verify.why_unmoved(self.tensors()[t], self._rate)}" for t in whole if not is_routed(t)
         ]
         return faults, [t for t in whole if is_routed(t)]
 
-    def _unmoved(self) -> dict[str, list[str]]:
-        moved = folded(self.model, self.adapter)  # what a projection has trained may lie in the weights by now
-        return {t: n for t, n in verify.unmoved(self.tensors(), self._start).items() if t not in moved}
+    def _unmoved(self, among: Iterable[str]) -> dict[str, list[str]]:
+        # what a projection has trained may lie in the weights by now, and small updates in the masters alone
+        moved = folded(self.model, self.adapter) | self.ahead()
+        before = {t: self._sealed.start[t] for t in among if t in self._sealed.start}
+        return {t: n for t, n in verify.unmoved(self.tensors(), before).items() if t not in moved}
 
     def _choose(self, optimizer: Optimizer) -> bool:
         """Makes the pending choice; False while more batches are wanted than this step had."""
@@ -330,7 +349,12 @@ class Follower:
         pending = self.pending
         selection = pending.decided or pending.decide()
         if selection is not None:
-            self._settle(selection, optimizer)
+            if self.switcher is None:
+                self._settle(selection, optimizer)
+            else:
+                pending.close()
+                self.pending = None
+                self.start()
             note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
             return True
         pending.go_on()
@@ -343,9 +367,7 @@ class Follower:
         self.pending.close()
         chosen, tensors = set(selection.targets), self.tensors()
         removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
-        for name in list(lora_layers(self.model, self.adapter)):
-            if name.removeprefix("_orig_mod.") not in chosen:
-                unwrap_layer(self.model, name, self.adapter)
+        whole = unwrap_others(self.model, self.adapter, chosen)
         if optimizer is not None:
             verify.forget(verify.holders(optimizer, self.ids()), removed)
         for parameter in removed.values():
@@ -354,7 +376,8 @@ class Follower:
         if tuner is not None and hasattr(tuner, "targeted_module_names"):
             names = tuner.targeted_module_names
             tuner.targeted_module_names = [n for n in names if n.removeprefix("_orig_mod.") in chosen]
-        self.config.target_modules = chosen
+        if not whole:
+            self.config.target_modules = chosen
         self.record.selection = selection
         self.pending = None
         self._forget()
@@ -375,20 +398,3 @@ def followers_of(model: nn.Module | None) -> list[Follower]:
     """The followers whose model is, or is inside, this one."""
     inside = {id(m) for m in model.modules()} if model is not None else set()
     return [f for f in alive() if id(f.model) in inside]
-
-
-def _copied(model: nn.Module) -> None:
-    for follower in followers_of(model):
-        follower.measure_anew()
-
-
-def _raise(title: str, faults: list[str]) -> None:
-    problems = Problems(title)
-    for fault in faults:
-        problems.add(fault)
-    problems.raise_if_any(TrainingError)
-
-
-def _clean(name: str) -> str:
-    """A module's name in the unwrapped model."""
-    return ".".join(p for p in name.split(".") if p not in ("base_layer", "_orig_mod"))

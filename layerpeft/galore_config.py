@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +31,10 @@ SHARED = {
     "r", "target_modules", "target_parameters", "exclude_modules", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
     "ensure_weight_tying",
 }  # fmt: skip
+NOT_DAMPED = (
+    "select: by: importance damps what an adapter adds to a layer and sees whether it is missed; a projection adds most of it to "
+    "the weights themselves, so there is nothing to damp. Use by: gradient_norm, or method: lora (LayerLoraConfig)"
+)
 KINDS = ("linear", "conv1d", "experts")
 IDENTITY = (
     "r", "update_proj_gap", "scale", "proj_type", "subspace", "basis", "moments", "stagger", "oversample", "gap_overlap", "seed",
@@ -89,6 +93,9 @@ class LayerGaloreConfig(LayerLoraConfig):
             problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1")
         for name in _not_for_projection(self):
             problems.add(f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning for projection")
+        by = self.select.get("by") if isinstance(self.select, Mapping) else getattr(self.select, "by", None)
+        if by == "importance":
+            problems.add(NOT_DAMPED)
         problems.raise_if_any(ConfigError)
         self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
         super().__post_init__(batches)

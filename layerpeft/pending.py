@@ -13,7 +13,9 @@ from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.losses import watch_scale
 from layerpeft.layers import Target, layer_map
+from layerpeft.scores import Measured
 from layerpeft.selection import Select, Selection
+from layerpeft.turns import window_seed
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
 
@@ -27,8 +29,17 @@ class Pending:
     `on_copy` and `paced` are set by who follows the steps.
     """
 
-    def __init__(self, model: nn.Module, select: Select, pool: tuple[Target, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        select: Select,
+        pool: tuple[Target, ...],
+        before: tuple[float | None, ...] = (),
+        turn: int = 0,
+    ) -> None:
         self.model, self.select, self.pool = model, select, pool
+        self.before, self.turn = before, turn  # what is known of the layers by now, and how often they were measured
+        self.decider: Callable[[Measured, int], Selection] = self._by_rule
         self.layers = layer_map(model, select.stack)
         self.watches_backward = choose.needs(select) == "backward"
         self.tensors: Callable[[], Tensors] = dict
@@ -62,6 +73,15 @@ class Pending:
 
         Raises: ScoreError, SelectionError.
         """
+        found = self.measured()
+        return None if found is None else distributed.from_first(self.decider(*found))
+
+    def _by_rule(self, measured: Measured, batches: int) -> Selection:
+        scores = choose.make_scores(self.select, self.layers, measured, batches)
+        return choose.make_selection(self.select, self.layers, self.pool, scores)
+
+    def measured(self) -> tuple[Measured, int] | None:
+        """What was measured, on how many batches; None while more are wanted. Every process must ask. Raises: ScoreError."""
         self._next_batch()
         processes = distributed.world_size()
         batches = int(distributed.add_up(torch.tensor([self.measurement.batches])))
@@ -69,8 +89,7 @@ class Pending:
             return None
         if processes > 1:
             self.measurement.combine(distributed.add_up)
-        scores = choose.make_scores(self.select, self.layers, self.measurement.result(), batches)
-        return distributed.from_first(choose.make_selection(self.select, self.layers, self.pool, scores))
+        return self.measurement.result(), batches
 
     def progress(self) -> str:
         """How many batches were measured, of how many."""
@@ -162,7 +181,10 @@ class Pending:
             parameter.grad = None if self.decided is not None or parameter.grad is None else parameter.grad.zero_()
 
     def _start(self) -> None:
-        self.measurement = choose.start(self.model, self.select, self.layers, self.pool, live=True)
+        seed = window_seed(self.select.seed, self.turn)
+        self.measurement = choose.start(
+            self.model, self.select, self.layers, self.pool, live=True, before=self.before, seed=seed
+        )
         self.decided, self._unstepped = None, False
         self._scales.clear()
         if self.watches_backward:

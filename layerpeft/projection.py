@@ -50,6 +50,7 @@ class Projection:
     refreshes: int = 0
     failed: int = 0
     overlap: float | None = None
+    active: bool = True  # whether it trains now
     original: torch.Tensor | None = None  # the weight as it was, from the first fold on
     working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
     packed: nn.Parameter | None = None  # the quantized weight as it was, while it is merged
@@ -180,16 +181,22 @@ def fold(layer: LoraLayer) -> None:
     refold(layer)
 
 
+def refuse_part(layer: Any) -> None:
+    """Raises: TrainingError where this process holds a part of the weight only."""
+    weight = weight_of(layer)
+    if hasattr(weight, "full_tensor") or not weight.numel():
+        raise TrainingError(
+            f"{state_of(layer).name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
+            "use DDP or ZeRO-2, or LayerLoraConfig"
+        )
+
+
 @torch.no_grad()
 def refold(layer: Any) -> None:
     """Forms the working weight anew from the original and the whole sum, so that rounding never adds up over folds."""
     state: Any = state_of(layer)
     weight = weight_of(layer)
-    if hasattr(weight, "full_tensor") or not weight.numel():
-        raise TrainingError(
-            f"{state.name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
-            "use DDP or ZeRO-2, or LayerLoraConfig"
-        )
+    refuse_part(layer)
     if not weight.is_floating_point():
         like = trained_of(layer)
         state.beside = [

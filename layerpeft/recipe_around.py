@@ -8,14 +8,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from layerpeft import optimizers, rows
 from layerpeft import recipe_keys as keys
 from layerpeft.errors import LayerpeftError, RecipeError
+from layerpeft.integrations.trainer import backend
 from layerpeft.recipe_values import Recipe, training_arguments
 from layerpeft.save import last_checkpoint
 from layerpeft.shipped import resolve
+from layerpeft.switching import NOT_UNDER
 
 Problem = tuple[tuple[str, ...], str]  # the keys down to what is wrong, and a sentence
 # files that `score` and `compare` leave in output_dir: a run may start beside them
@@ -187,6 +190,17 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
         sentence = "model_init_kwargs: quantization needs bitsandbytes (pip install bitsandbytes)"
         found.append((("model_init_kwargs",), sentence))
     return found
+
+
+def backend_problems(good: Mapping[str, Any], select: Any) -> list[Problem]:
+    """A schedule of layers under what divides the optimizer among the processes."""
+    name = backend(SimpleNamespace(**good))
+    if name is None or not isinstance(select, Mapping) or select.get("reselect_steps") is None:
+        return []
+    sentence = NOT_UNDER.format(backend=name).removeprefix("select: ")
+    if good.get(name.lower()):
+        return [((name.lower(),), f"{name.lower()}: {sentence}")]
+    return [(("layerpeft", "select"), f"select: {sentence} (accelerate launch has asked for {name})")]
 
 
 def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:

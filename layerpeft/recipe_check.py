@@ -70,6 +70,7 @@ class Check:
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
         method, select, fields, sound = self.block(good.get("layerpeft"), trainer)
+        self.add_all(around.backend_problems(good, select))
         if trainer:
             self.add_all(around.data_problems(good, trainer, self.purpose, "columns" not in self.wrong))
         problems, notices = around.folder_problems(good, self.purpose)
@@ -136,8 +137,10 @@ class Check:
         method = given.pop("method", "lora")
         if not isinstance(method, str) or method not in CONFIGS:
             later = f"method {method!r} is not in this version; there is: {', '.join(CONFIGS)}"
+            road = keys.METHOD_ROADS.get(method) if isinstance(method, str) else None
             spelled = method in keys.LATER_METHODS
-            self.add(later if spelled else unknown("method", method, CONFIGS), "layerpeft", "method")
+            sentence = f"method {method!r} is written as {road}" if road else later
+            self.add(sentence if spelled or road else unknown("method", method, CONFIGS), "layerpeft", "method")
             method = "lora"
         select = given.pop("select", None)
         sound = self.select(select)

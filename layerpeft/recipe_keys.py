@@ -10,7 +10,14 @@ from typing import Any
 from layerpeft.typecheck import Setting, settings_of
 
 TRAINERS = ("sft", "classification")
-LATER_METHODS = ("full", "quant", "lisa")
+LATER_METHODS = ("quant",)
+# methods of papers that are a method of ours with a choice of layers
+METHOD_ROADS = {
+    "lisa": "`method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}` (`layerpeft train lisa` is an example)",
+    "badam": "`method: full, select: {pick: cycle, keep: 1, reselect_steps: 50, state: clear}` (`layerpeft train badam`)",
+    "spectrum": "`method: full, select: {by: snr, keep: 25%}`",
+    "freeze": "`method: full, select: last:2`",
+}
 PURPOSES = ("train", "plan", "score", "compare")
 
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
@@ -248,14 +255,16 @@ _BLOCK = {  # the same setting by another road: TRL's, axolotl's and LLaMA-Facto
 _SELECT = ("peft_layers_to_transform", "layers_to_transform", "lora_layers_to_transform")
 _QUANT = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
 _LATER = {
-    "lisa_": "LISA (other layers every few steps, with full weights) is not in this version; a fixed random choice is"
-    " `layerpeft: {select: {by: random, keep: 2}}`",
+    "lisa_": "LISA (other layers every few steps, with full weights) is"
+    " `layerpeft: {method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}}`; `layerpeft train lisa` is an example",
     "galore": "GaLore (gradient projection) is a method: `layerpeft: {method: galore, r: 128, update_proj_gap: 200, scale: 0.25}`",
     "apollo": "APOLLO is not in this version; take it out",
-    "badam": "BAdam is not in this version; take it out",
-    "spectrum_": "Spectrum (full weights by signal-to-noise ratio) is not in this version; take it out",
-    "freeze_": 'full weights on some layers are not in this version; LoRA on the last two is `layerpeft: {select: "last:2"}`',
+    "badam": "BAdam (one layer after the other, with full weights) is"
+    " `layerpeft: {method: full, select: {pick: cycle, keep: 1, reselect_steps: 50, state: clear}}`",
+    "spectrum_": "Spectrum (full weights by signal-to-noise ratio) is `layerpeft: {method: full, select: {by: snr, keep: 25%}}`",
+    "freeze_": 'full weights on some layers are `layerpeft: {method: full, select: "last:2"}`',
 }
+_ORDERS = {"ascending": "ascending", "descending": "descending", "random": "permutation"}  # BAdam's names for ours
 _SENTENCES = {
     "finetuning_type": "write `layerpeft: {method: lora}`",
     "adapter": "write `layerpeft: {method: lora}`",
@@ -300,10 +309,34 @@ def other_road(key: str, value: Any) -> str | None:
         return f"write `model_init_kwargs: {{quantization_config: {{load_in_4bit: true, {key}: {_flow(value)}}}}}`"
     if key in _SENTENCES:
         return _SENTENCES[key]
+    if sentence := _paper(key, value):
+        return sentence
     for start, sentence in _LATER.items():
         if key.startswith((start, f"use_{start}")):
             return sentence
     return None
+
+
+def _paper(key: str, value: Any) -> str | None:
+    """The road of a setting of LISA (LMFlow, axolotl) or BAdam (LLaMA-Factory) that means the same here, with its value."""
+    lisa, badam = (
+        {"pick": "uniform", "keep": 2, "reselect_steps": 20},
+        {"pick": "cycle", "keep": 1, "reselect_steps": 50},
+    )
+    if key == "badam_switch_mode" and value in _ORDERS:
+        select: dict[str, Any] = badam | {"order": _ORDERS[value], "state": "clear"}
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        return None
+    elif key in ("lisa_n_layers", "lisa_activated_layers"):
+        select = lisa | {"keep": value}
+    elif key in ("lisa_step_interval", "lisa_interval_steps"):
+        select = lisa | {"reselect_steps": value}
+    elif key == "badam_switch_interval":
+        select = badam | {"reselect_steps": value, "state": "clear"}
+    else:
+        return None
+    inside = ", ".join(f"{k}: {v}" for k, v in select.items())
+    return f"write it in the block: `layerpeft: {{method: full, select: {{{inside}}}}}`"
 
 
 BLOCK_HINTS = {

@@ -35,7 +35,8 @@ def choice_problems(recipe: Recipe) -> list[Problem]:
         sentence = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {text}"
         return [(("model_name_or_path",), sentence)]
     select = Select.parse(recipe.select)
-    found = _plain_targets(recipe, model) if select.is_all else _against(recipe, select, model)
+    plain = select.is_all and recipe.method != "full"
+    found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
     return found or _dry_run(recipe, model)
 
 
@@ -77,6 +78,8 @@ def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
 
 def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
     """The targets that are meant (all there are, where that is wrong), and what is wrong with how they are named."""
+    if recipe.method == "full":
+        return _whole_modules(recipe, model, layers)
     block: Mapping[str, Any] = recipe.block
     modules, parameters = block.get("target_modules"), block.get("target_parameters")
     found: list[Problem] = []
@@ -97,6 +100,20 @@ def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, l
     except LayerpeftError as error:
         found += [p for p in _at(error, "exclude_modules") if not found or " matches no target" in p[1]]
     return layers.targets, found
+
+
+def _whole_modules(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
+    """The same for weights that train themselves."""
+    try:
+        return layer_config(recipe).targets_in(model, layers), []
+    except LayerpeftError as error:
+        found: list[Problem] = []
+        for item in items_of(error):
+            text = item.removeprefix("target_modules: ")
+            named = ("exclude_modules", "modules_to_save")
+            key = next((n for n in named if text.startswith(f"{n}:") or str(error).startswith(n)), "target_modules")
+            found.append(((BLOCK, key), f"{key}: {text.removeprefix(f'{key}: ')}"))
+        return layers.targets, found
 
 
 def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
@@ -133,6 +150,8 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
         return [((BLOCK, *([named] if named else [])), f"{named or BLOCK}: {text}")]
     except Exception:
         return []  # something that cannot be done without weights; whether it is wrong shows with them
+    if recipe.method == "full":  # a head trains in place there, and whoever reads its weight reads what was trained
+        return []
     head = base_of(wrapped).get_output_embeddings() if recipe.trainer == "sft" else None  # type: ignore[operator]
     if head is not None and hasattr(type(head), "adapter_layer_names"):
         sentence = (

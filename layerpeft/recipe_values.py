@@ -9,12 +9,17 @@ from typing import Any
 
 from layerpeft import recipe_keys as keys
 from layerpeft.configs import LayerLoraConfig
+from layerpeft.full_config import LayerFullConfig
 from layerpeft.galore_config import LayerGaloreConfig
 from layerpeft.recipe_yaml import dump
 from layerpeft.selection import Select
 from layerpeft.typecheck import build
 
-CONFIGS: dict[str, type[LayerLoraConfig]] = {"lora": LayerLoraConfig, "galore": LayerGaloreConfig}
+CONFIGS: dict[str, type[LayerLoraConfig]] = {
+    "lora": LayerLoraConfig,
+    "galore": LayerGaloreConfig,
+    "full": LayerFullConfig,
+}
 TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 

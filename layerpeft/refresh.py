@@ -25,6 +25,7 @@ from layerpeft.projection import (
     fold,
     like_trained,
     projections,
+    refuse_part,
     rotate,
     set_basis,
     state_of,
@@ -90,9 +91,19 @@ class Refresher:
         for name, layer in layers.items():
             unscale(layer)
             state = state_of(layer)
-            state.watcher, state.watched = self, self.how.subspace != "random" and state.steps >= state.due
+            due = state.steps >= state.due and trained_of(layer).requires_grad
+            state.watcher, state.watched = self, self.how.subspace != "random" and due
             if not state.watched:
                 self._forget(name)
+
+    def switched(self, model: nn.Module, adapter: str, training: set[str]) -> None:
+        """Other modules train from now on: those that did not until now get a new basis at their next step."""
+        for name, layer in projections(model, adapter):
+            state = state_of(layer)
+            if name in training and not state.active:
+                state.due = state.steps
+            state.active = name in training
+        self.arm(model, adapter)
 
     def disarm(self) -> None:
         """Stops watching, for good."""
@@ -112,6 +123,8 @@ class Refresher:
 
         Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
         """
+        for _, layer in projections(model, adapter) if self._row is None else ():
+            refuse_part(layer)
         self._row = check(optimizer, self.how.moments)
         if self._row is not None and self._row.name in MATRIX_WISE:
             _refuse_experts(self._row.name, model, adapter)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, unknown
+from layerpeft.full import full_layers
 from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.layers import base_of, layer_map
 
@@ -90,7 +91,8 @@ def layer_report(model: nn.Module, adapter_name: str = "default") -> LayerReport
     if lost:
         notes.append(f"{len(lost)} chosen targets carry no adapter {adapter_name!r}: {_some(lost)}")
     changes = _changes(_by_layer(selection.layer_names, chosen), selection.layer_names, config, adapter_name, notes)
-    by = selection.scores.by if selection.scores else selection.select.get("by")
+    notes += record.schedule.notes() if record.schedule is not None else []
+    by = selection.scores.by if selection.scores else None if record.schedule else selection.select.get("by")
     return LayerReport(tuple(_record_rows(record, changes)), by, selection.why, tuple(notes))
 
 
@@ -109,7 +111,7 @@ def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
     for row in rows:
         cells = (row.layer, row.name, row.score, str(row.chosen).lower(), row.steps, row.change)
         writer.writerow(["" if cell is None else cell for cell in cells])
-    _replace(Path(path), text.getvalue().encode())
+    replace_file(Path(path), text.getvalue().encode())
 
 
 def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> bool:
@@ -120,13 +122,13 @@ def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> 
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        _warn_no_matplotlib()
+        warn_no_matplotlib()
         return False
     figure = _figure(rows, title)
     picture = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    _replace(Path(path), picture.getvalue())
+    replace_file(Path(path), picture.getvalue())
     return True
 
 
@@ -154,7 +156,7 @@ def _wrapped(model: nn.Module, adapter_name: str) -> list[_Wrapped]:
         name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
         parameter = getattr(module, "parameter_name", None)
         found.append(_Wrapped(f"{name}.{parameter}" if parameter else name, module))
-    return found
+    return found + [_Wrapped(name, module) for name, module in full_layers(base_of(model), adapter_name).items()]
 
 
 def _by_layer(layer_names: Sequence[str], wrapped: Sequence[_Wrapped]) -> dict[int, list[_Wrapped]]:
@@ -176,6 +178,8 @@ def _record_rows(record: Any, changes: Mapping[int, float | None]) -> list[Row]:
     # a layer's own number is all that depth measures: no score worth showing
     values = selection.scores.values if selection.scores and selection.scores.by != "depth" else ()
     chosen = set(selection.layers)
+    if record.schedule is not None:
+        chosen, values = record.schedule.ever(), record.schedule.scores()
     return [
         Row(
             layer=index,
@@ -276,7 +280,7 @@ def _check_measurable(layer: Any, adapter_name: str, config: Any) -> None:
     variant = getattr(layer, "lora_variant", {}).get(adapter_name)
     if variant is not None and not plain:
         raise _Unmeasured(f"the LoRA variant {type(variant).__name__} is not one matrix added to the weight")
-    if any(tensor.is_meta or tensor.numel() == 0 for tensor in layer.parameters()):
+    if any(t.is_meta or t.numel() == 0 or hasattr(t, "to_local") for t in layer.parameters()):
         raise _Unmeasured("its weights are offloaded or split over processes")
 
 
@@ -382,11 +386,11 @@ def _figure(rows: Sequence[Row], title: str) -> Any:
 
 
 @functools.cache
-def _warn_no_matplotlib() -> None:
+def warn_no_matplotlib() -> None:
     logger.warning("matplotlib is not installed: no picture of the layers is drawn (pip install matplotlib)")
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write beside the file and swap it in, so that a failure leaves the old one whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

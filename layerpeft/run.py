@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.choose import choose
+from layerpeft.choose import choose_among
 from layerpeft.errors import RecipeError
 from layerpeft.layers import layer_map
 from layerpeft.notes import note
@@ -27,12 +27,12 @@ from layerpeft.save import last_checkpoint, selection_of
 from layerpeft.selection import Select, Selection
 from layerpeft.training import (
     Setup,
+    all_targets,
     batches_for,
     held_out_numbers,
     load_model,
     make_trainer,
     prepare,
-    targets_of,
     train,
     wrap,
 )
@@ -100,7 +100,8 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
         setup = prepare(recipe)
         model = load_model(setup)
         batches, _ = batches_for(setup, model, select)
-        selection = choose(model, select, batches=batches, **targets_of(recipe))
+        layers = layer_map(model, select.stack)
+        selection = choose_among(model, select, layers, all_targets(recipe, model, layers), batches)
     if is_first():
         _write_scores(recipe, selection, model, say)
     return selection
@@ -140,6 +141,8 @@ def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
 
 def _wrapped(recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None) -> tuple[Any, Setup]:
     """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
+    if kept is not None and Select.parse(recipe.select).is_scheduled:
+        return wrap(setup, model, recipe.select, None), setup  # the schedule goes on when the checkpoint is loaded
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup

@@ -30,7 +30,8 @@ MANIFEST = "layerpeft.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICTURES = ("layers.csv", "layers.png")
-ADAPTER_FILES = (CONFIG, *WEIGHTS, "layerpeft_state.safetensors", *PICTURES)
+STATES = tuple(f"layerpeft_{name}.safetensors" for name in ("state", "optimizer", "masters"))
+ADAPTER_FILES = (CONFIG, *WEIGHTS, *STATES, *PICTURES)
 
 _RESERVED = ("format", "versions", "files", "sha256")
 _PACKAGES = ("layerpeft", "peft", "transformers", "torch")

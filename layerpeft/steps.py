@@ -15,11 +15,13 @@ from torch.optim.optimizer import (
 from layerpeft.errors import TrainingError
 from layerpeft.follower import NOT_HELD, Follower, alive, followers_of
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.peft import watch_saving
 from layerpeft.pending import Pending
 from layerpeft.refresh import Refresher
+from layerpeft.switching import NOT_UNDER, Switcher
 from layerpeft.tether import FOLLOWERS, Tether
 
-__all__ = ["Pending", "check_trained", "follow", "followers_of"]
+__all__ = ["Pending", "Switcher", "check_trained", "follow", "followers_of"]
 _installed: list[Any] = []
 
 
@@ -30,12 +32,15 @@ def follow(
     tuner: nn.Module,
     pending: Pending | None,
     refresher: Refresher | None = None,
+    switcher: Switcher | None = None,
 ) -> Follower:
     """Begins to follow one adapter; the follower lives as long as the model."""
     follower = Follower(model, adapter, config, tuner, pending)
     follower.refresher = refresher
     if refresher is not None and pending is None:
         refresher.arm(model, adapter)
+    if switcher is not None:
+        follower.schedule(switcher)
     follower._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     tether = model.__dict__.get("_layerpeft")
     if tether is None:
@@ -47,7 +52,8 @@ def follow(
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_before))
         _installed.append(register_optimizer_step_post_hook(_after))
-    trainer.install(_train_begin, _train_end, _state)
+    watch_saving(distributed.is_cut)
+    trainer.install(_train_begin, _train_end, _state, _news)
     return follower
 
 
@@ -63,15 +69,28 @@ def check_trained(model: nn.Module) -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for follower in alive():
         follower.before_step(optimizer, any(callable(a) for a in (*args, *kwargs.values())))
+        follower.lend(optimizer)
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
     for follower in alive():
+        follower.take_back()
         follower.after_step(optimizer)
 
 
-def _train_begin(model: nn.Module | None, restored: dict[str, Any] | None, merges: bool) -> None:
+def _news(model: nn.Module | None) -> dict[str, float]:
+    found: dict[str, float] = {}
     for follower in followers_of(model):
+        found |= follower.news()
+    return found
+
+
+def _train_begin(
+    model: nn.Module | None, restored: dict[str, Any] | None, merges: bool, backend: str | None = None
+) -> None:
+    for follower in followers_of(model):
+        if follower.switcher is not None and backend is not None:
+            raise TrainingError(NOT_UNDER.format(backend=backend))
         follower.begin((restored or {}).get(follower.adapter), merges)
 
 
@@ -84,6 +103,7 @@ def _train_end(model: nn.Module | None, output_dir: str) -> None:
             if not follower.seen and not follower._resumed and follower.pending is None:
                 raise TrainingError(f"the optimizer {NOT_HELD}")
             follower.check()
+            follower.rest()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
         rescue = os.path.join(output_dir, "unverified")

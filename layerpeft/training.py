@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from layerpeft import rows
-from layerpeft.choose import candidates, needs_batches
+from layerpeft.choose import candidates, live_only, needs_batches
 from layerpeft.errors import RecipeError
 from layerpeft.integrations.peft import default_targets
-from layerpeft.layers import LayerMap, layer_map
+from layerpeft.layers import LayerMap, Target, layer_map
 from layerpeft.recipe import Recipe, layer_config, training_arguments
+from layerpeft.schedule import scoreless
 from layerpeft.scores import Scores
 from layerpeft.selection import DEFAULT_BATCHES, Select, how_many
 from layerpeft.shipped import resolve
@@ -76,11 +77,7 @@ def check_choice(setup: Setup) -> LayerMap | None:
         return None
     model = empty_model(setup)
     layers = layer_map(model, select.stack)
-    where = targets_of(recipe)
-    if where["target_modules"] is None and not where["target_parameters"]:
-        where["target_modules"] = default_targets(layers.model_type) or "all-linear"
-    where["exclude_modules"] = exclusions(where["exclude_modules"], model, layers)
-    targets = match_targets(layers, **where)
+    targets = all_targets(recipe, model, layers)
     how_many(select.keep, len(candidates(select, layers, targets)))
     if isinstance(select.by, Scores):
         select.by.check(layers)
@@ -131,7 +128,7 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
 def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] | None, Setup]:
     """Batches for a choice that is measured on data, None for any other."""
     parsed = Select.parse(select)
-    if not needs_batches(parsed):
+    if not needs_batches(parsed) or live_only(parsed) or (parsed.is_scheduled and scoreless(parsed)):
         return None, setup
     return first_batches(setup, model, parsed.num_batches or DEFAULT_BATCHES)
 
@@ -142,6 +139,17 @@ def wrap(setup: Setup, model: nn.Module, select: Any, batches: Sequence[Any] | N
 
     set_seed(training_arguments(setup.recipe).seed)
     return peft.get_peft_model(model, layer_config(setup.recipe, select, batches))  # type: ignore[arg-type,return-value]
+
+
+def all_targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
+    """The targets of a recipe in every layer. Raises: SelectionError, ConfigError."""
+    if recipe.method == "full":
+        return layer_config(recipe).targets_in(model, layers)
+    where = targets_of(recipe)
+    if where["target_modules"] is None and not where["target_parameters"]:
+        where["target_modules"] = default_targets(layers.model_type) or "all-linear"
+    where["exclude_modules"] = exclusions(where["exclude_modules"], model, layers)
+    return match_targets(layers, **where)
 
 
 def targets_of(recipe: Recipe) -> dict[str, Any]:

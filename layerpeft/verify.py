@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError
+from layerpeft.integrations import distributed
+from layerpeft.integrations.distributed import local
 from layerpeft.targets import is_routed
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
@@ -25,7 +27,7 @@ def checksum(t: torch.Tensor) -> int:
     The bytes are read as 64-bit words in rows of `BLOCK`; sums by row and sums by column are each weighted by place, so that
     changes which cancel within a row still show in the columns.
     """
-    data = t.detach()
+    data = local(t.detach())
     if data.device.type == "meta" or not data.numel():
         return 0
     data = data.contiguous().flatten().view(torch.uint8)
@@ -45,7 +47,7 @@ def checksum(t: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Seal:
-    """What a parameter was: its checksum, and the storage that the checksum is of."""
+    """What a parameter (this process's part of it) was: its checksum, and the storage that the checksum is of."""
 
     sum: int
     dtype: torch.dtype
@@ -54,18 +56,22 @@ class Seal:
 
 def seal(p: torch.Tensor) -> Seal:
     """The parameter's seal."""
-    return Seal(checksum(p), p.dtype, p.shape)
+    return Seal(checksum(p), *_kind(p))
 
 
 def changed(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> list[str]:
     """Names whose bits differ; one that was cast or cut up meanwhile has no bits to compare."""
     there = [(n, s, now[n]) for n, s in seals.items() if n in now]
-    return [n for n, s, p in there if (s.dtype, s.shape) == (p.dtype, p.shape) and s.sum != checksum(p)]
+    return [n for n, s, p in there if (s.dtype, s.shape) == _kind(p) and s.sum != checksum(p)]
 
 
 def outdated(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that were cast, cut up or removed since."""
-    return {n for n, s in seals.items() if n not in now or (s.dtype, s.shape) != (now[n].dtype, now[n].shape)}
+    return {n for n, s in seals.items() if n not in now or (s.dtype, s.shape) != _kind(now[n])}
+
+
+def _kind(p: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    return p.dtype, local(p).shape
 
 
 def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tuple[list[str], list[str]]:
@@ -75,6 +81,7 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
     """
     faults: list[str] = []
     idle: list[str] = []
+    finite = _finite(tensors)
     for target, group in tensors.items():
         frozen = [n for n, p in group.items() if not p.requires_grad]
         missing = [n for n, p in group.items() if id(p) not in known and n not in frozen]
@@ -83,7 +90,7 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
             faults.append(f"{target}: requires_grad is switched off for {', '.join(frozen)}")
         if missing:
             faults.append(f"{target}: not in the optimizer: {', '.join(missing)}")
-        if not all(bool(torch.isfinite(g).all()) for g in grads):
+        if not finite[target]:
             faults.append(f"{target}: its gradient is not finite")
         if not grads and any(id(p) in stepping for p in group.values()):
             if is_routed(target):
@@ -91,6 +98,25 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
             else:
                 faults.append(f"{target}: no gradient arrived")
     return faults, idle
+
+
+def _finite(tensors: Parameters) -> dict[str, bool]:
+    """Target -> whether its gradients are finite, in every process that holds a part of them."""
+    found = [
+        all(bool(torch.isfinite(local(p.grad)).all()) for p in group.values() if p.grad is not None)
+        for group in tensors.values()
+    ]
+    return dict(zip(tensors, distributed.agreed(found) if _cut(tensors) else found, strict=True))
+
+
+def _cut(tensors: Parameters) -> bool:
+    return any(distributed.is_cut(p) for group in tensors.values() for p in group.values())
+
+
+def not_held(tensors: Parameters, known: Set[int]) -> list[str]:
+    """Faults for tensors that no optimizer holds, and that would never train when their layer is switched on."""
+    missing = {t: [n for n, p in group.items() if id(p) not in known] for t, group in tensors.items()}
+    return [f"{t}: not in the optimizer: {', '.join(names)}" for t, names in missing.items() if names]
 
 
 def not_asked_for(trainable: Iterable[str], asked: Set[str]) -> list[str]:
@@ -103,14 +129,21 @@ def not_asked_for(trainable: Iterable[str], asked: Set[str]) -> list[str]:
     ]
 
 
-def snapshot(tensors: Parameters) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of the adapter's tensors."""
-    return {t: {n: p.detach().clone() for n, p in group.items()} for t, group in tensors.items()}
+def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, Seal]]) -> dict[str, list[str]]:
+    """Target -> its tensors that are as they were sealed; targets of which every tensor moved are left out.
 
-
-def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[str]]:
-    """Target -> its tensors that are as in the snapshot; targets of which every tensor moved are left out."""
-    still = {t: [n for n, p in group.items() if torch.equal(p.detach(), before[t][n])] for t, group in tensors.items()}
+    Of tensors that are cut up over processes (FSDP2), those that are so in every process; each of them must ask.
+    """
+    still = {}
+    for target, seals in before.items():
+        now = tensors[target]
+        moved = {*changed(seals, now), *outdated(seals, now)}
+        still[target] = [n for n in seals if n not in moved]
+    if _cut(tensors):
+        places = [(t, n) for t, seals in before.items() for n in seals]
+        agreed = zip(places, distributed.agreed([n in still[t] for t, n in places]), strict=True)
+        everywhere = {place for place, unmoved_there in agreed if unmoved_there}
+        still = {t: [n for n in names if (t, n) in everywhere] for t, names in still.items()}
     return {t: names for t, names in still.items() if names}
 
 

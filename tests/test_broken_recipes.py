@@ -107,7 +107,16 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         GOOD + "load_in_4bit: true\n",
         ["line 8", "model_init_kwargs: {quantization_config: {load_in_4bit: true}}"],
     ),
-    "lisa": (GOOD + "lisa_n_layers: 2\n", ["line 8", "lisa_n_layers", "not in this version"]),
+    "lisa": (
+        GOOD + "lisa_n_layers: 3\n",
+        ["line 8", "{method: full, select: {pick: uniform, keep: 3, reselect_steps: 20}}"],
+    ),
+    "lisa_clock": (GOOD + "lisa_step_interval: 5\n", ["line 8", "{pick: uniform, keep: 2, reselect_steps: 5}"]),
+    "badam_clock": (
+        GOOD + "badam_switch_interval: 9\n",
+        ["line 8", "{pick: cycle, keep: 1, reselect_steps: 9, state: clear}"],
+    ),
+    "badam_order": (GOOD + "badam_switch_mode: descending\n", ["line 8", "reselect_steps: 50, order: descending"]),
     "galore_rank": (GOOD + "galore_rank: 64\n", ["line 8", "galore_rank", "layerpeft: {method: galore,"]),
     "galore_optim": (GOOD + "optim: galore_adamw\n", ["line 8", "galore_adamw", "frozen"]),
     "both_spellings": (
@@ -122,12 +131,25 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "no_select": (block("method: lora"), ["line 7", "select: missing", "gradient_norm"]),
     "method": (block("method: lor, select: last:2"), ["line 7", "method 'lor'", "Did you mean 'lora'?"]),
     "later_method": (
+        block("method: quant, select: last:2"),
+        ["line 7", "'quant' is not in this version", "lora, galore, full"],
+    ),
+    "method_of_a_paper": (
         block("method: lisa, select: last:2"),
-        ["line 7", "'lisa' is not in this version", "lora, galore"],
+        ["line 7", "'lisa' is written as `method: full, select: {pick: uniform"],
+    ),
+    "lora_for_full": (block("method: full, select: last:2, r: 4"), ["line 7", "r=4: LoRA's own"]),
+    "modules_for_full": (
+        block("method: full, select: last:2, target_modules: [input_layernrom]"),
+        ["line 7", "'input_layernrom'", "Did you mean 'input_layernorm'?"],
     ),
     "other_method": (
         block("select: last:2, update_proj_gap: 9"),
         ["line 7: update_proj_gap", "belongs to method: galore"],
+    ),
+    "importance_for_galore": (
+        block("method: galore, select: {by: importance, pick: sigmoid, keep: 2, reselect_steps: 5}"),
+        ["line 7", "by: importance damps", "method: lora"],
     ),
     "lora_for_galore": (
         block("method: galore, select: last:2, use_dora: true"),

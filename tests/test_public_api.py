@@ -9,6 +9,7 @@ import sys
 import layerpeft
 
 NAMES = [
+    "LayerFullConfig",
     "LayerGaloreConfig",
     "LayerLoraConfig",
     "LayerMap",

@@ -218,9 +218,15 @@ def test_warmup_steps_below_one_is_a_share() -> None:
     assert TrainingArguments(output_dir="x", warmup_steps=0.1, use_cpu=True).get_warmup_steps(200) == 20
 
 
-@pytest.mark.parametrize("key", ["lisa_activated_layers", "lisa_interval_steps", "use_badam", "apollo_rank"])
-def test_later_methods_say_so(key: str) -> None:
-    assert "not in this version" in (recipe_keys.other_road(key, 2) or "")
+def test_later_methods_say_so() -> None:
+    assert "not in this version" in (recipe_keys.other_road("apollo_rank", 2) or "")
+
+
+@pytest.mark.parametrize(
+    "key", ["lisa_activated_layers", "lisa_interval_steps", "use_badam", "freeze_trainable_layers"]
+)
+def test_methods_of_papers_are_said_in_our_words(key: str) -> None:
+    assert "method: full" in (recipe_keys.other_road(key, 2) or "")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_without_rows_there_is_no_picture(tmp_path):
 
 def test_without_matplotlib_one_warning_and_no_failure(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    report._warn_no_matplotlib.cache_clear()
+    report.warn_no_matplotlib.cache_clear()
     with caplog.at_level(logging.WARNING, logger="layerpeft.report"):
         assert report.write_png(made_up(3), tmp_path / "layers.png", "x") is False
         assert report.write_png(made_up(3), tmp_path / "layers.png", "x") is False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def world_size() -> int:
@@ -32,6 +34,46 @@ def everywhere(fact: bool) -> bool:
     return int(add_up(torch.tensor([int(fact)]))) == world_size()
 
 
+def agreed(facts: list[bool]) -> list[bool]:
+    """Which of these facts hold in every process; every process must ask, with facts of the same things."""
+    return [int(n) == world_size() for n in add_up(torch.tensor(facts, dtype=torch.int64))] if facts else []
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's own part of a tensor that is cut up over processes; the tensor itself where it is not."""
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Part:
+    """This process's part of a tensor, on the CPU, and how the whole is cut up."""
+
+    part: torch.Tensor
+    mesh: Any
+    placements: Any
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def part_of(tensor: Any, part: torch.Tensor) -> Part:
+    """`part` as that of a tensor that is cut up like this one."""
+    return Part(part, tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+
+
+def put_together(part: Part, device: torch.device) -> torch.Tensor:
+    """The tensor that is cut up, as it was, on that device."""
+    from torch.distributed.tensor import DTensor
+
+    here = part.part.to(device, non_blocking=True)
+    options: dict[str, Any] = {"run_check": False, "shape": part.shape, "stride": part.stride}
+    return DTensor.from_local(here, part.mesh, part.placements, **options)
+
+
+def is_cut(tensor: Any) -> bool:
+    """Whether each process holds a part of this tensor only (FSDP2)."""
+    return hasattr(tensor, "to_local")
+
+
 def from_first(value: Any) -> Any:
     """What process 0 holds, in every process."""
     if world_size() == 1:
@@ -39,6 +81,12 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_group_device())
     return box[0]
+
+
+def awaits_every_gradient() -> bool:
+    """Whether the forward pass that runs now is inside a DDP that was not told to look for parameters without a gradient."""
+    active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return active is not None and (not active.find_unused_parameters or bool(getattr(active, "static_graph", False)))
 
 
 def random_devices(devices: set[torch.device]) -> tuple[list[torch.device], str]:

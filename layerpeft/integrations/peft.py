@@ -6,7 +6,7 @@ import enum
 import functools
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,15 +16,37 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "LayerPeftType", "LoraLayer", "LoraLinear", "PeftModel"]
+from layerpeft.errors import SaveError
+
+__all__ = [
+    "DUMMY_TARGET_MODULES",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "LayerPeftType",
+    "LoraLayer",
+    "LoraLinear",
+    "ModulesToSaveWrapper",
+    "PeftModel",
+]
 
 HEAD_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
+HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+)  # what PEFT adds to modules_to_save for these tasks, whether it is there or not
 
 
 class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialises its types as (str, Enum) members
@@ -32,11 +54,14 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
 
     LAYER_LORA = "LAYER_LORA"
     LAYER_GALORE = "LAYER_GALORE"
+    LAYER_FULL = "LAYER_FULL"
 
     def __str__(self) -> str:
         """What PEFT prints where it takes stock types only: on a model that already has adapters, or with `mixed=True`."""
         if self is LayerPeftType.LAYER_GALORE:
             return f"{self.value} (gradient projection takes a model without other adapters)"
+        if self is LayerPeftType.LAYER_FULL:
+            return f"{self.value} (training the weights themselves takes a model without other adapters)"
         return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
 
 
@@ -115,6 +140,31 @@ def watch_loading() -> None:
 
     load_adapter._layerpeft_watched = True  # type: ignore[attr-defined]
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+CUT = (
+    "the weights are divided among the processes (fully_shard), and one process holds a part of each only; gather them in every "
+    "process, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) from "
+    "torch.distributed.checkpoint.state_dict, and then save in the first one: model.save_pretrained(folder, state_dict=state)"
+)
+
+
+def watch_saving(is_part: Callable[[Any], bool]) -> None:
+    """Lets `PeftModel.save_pretrained` refuse parts of weights before it writes anything. A second call changes nothing."""
+    original = PeftModel.save_pretrained
+    if getattr(original, "_layerpeft_watched", False):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("state_dict")
+        tensors = self.parameters() if given is None else given.values()
+        if "_layerpeft" in self.get_base_model().__dict__ and any(map(is_part, tensors)):
+            raise SaveError(CUT)
+        return original(self, *args, **kwargs)
+
+    save_pretrained._layerpeft_watched = True  # type: ignore[attr-defined]
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:

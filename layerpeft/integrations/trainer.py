@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,17 @@ from torch.autograd import Variable
 NAME = "LayerPeftCallback"
 
 
-def install(begin: Callable[..., None], end: Callable[..., None], state: Callable[..., dict[str, Any]]) -> None:
+def install(
+    begin: Callable[..., None],
+    end: Callable[..., None],
+    state: Callable[..., dict[str, Any]],
+    news: Callable[..., dict[str, float]],
+) -> None:
     """Adds the callback to the trainer's default list, once.
 
     `begin(model, restored, merges)` runs when training begins: `restored` is what `state(model)` gave at the checkpoint that is
     resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
-    `end(model, output_dir)` runs when it ends.
+    `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -39,12 +45,31 @@ def install(begin: Callable[..., None], end: Callable[..., None], state: Callabl
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), NAME: saved or self.state()}
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             merges = bool(getattr(args, "use_vllm", False))
-            begin(self.model, attributes.get("records") if state.global_step else None, merges)
+            begin(self.model, attributes.get("records") if state.global_step else None, merges, backend(args))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if isinstance(logs, dict) and args.report_to:
+                logs.update(news(self.model))  # the trackers come later in the list
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             end(self.model, args.output_dir)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
+
+
+def backend(args: Any) -> str | None:
+    """What splits the optimizer over processes, in ways that tensors cannot be switched on and off under.
+
+    `args`: the training arguments, or anything with their attributes; `accelerate launch` says it in the environment.
+    """
+    if getattr(args, "deepspeed", None) or _launched("DEEPSPEED"):
+        return "DeepSpeed"
+    on_cpu = getattr(args, "use_cpu", False) or _launched("CPU")  # where Accelerate runs DDP in the place of FSDP
+    return "FSDP" if (getattr(args, "fsdp", None) or _launched("FSDP")) and not on_cpu else None
+
+
+def _launched(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
 
 def last_micro_batch() -> bool:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import copy
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraModel, PeftModel
 from torch import nn
 
-from layerpeft import backward, choose, save, steps
+from layerpeft import backward, choose, save, schedule, steps
+from layerpeft.choose import needs_batches
 from layerpeft.configs import (
     INIT_WITHOUT_TRACE,
     LayerLoraConfig,
     RecordedLoraConfig,
-    stock_config,
-    target_names,
     write_record,
 )
 from layerpeft.errors import ConfigError, Problems
+from layerpeft.full import adopt
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.peft import LayerPeftType, become_stock, register
+from layerpeft.integrations.peft import LayerPeftType, become_stock, register, watch_loading
 from layerpeft.layers import Target, base_of, layer_map
 from layerpeft.notes import note
-from layerpeft.selection import Select
-from layerpeft.targets import exclusions, match_targets
+from layerpeft.schedule import schedule_of
+from layerpeft.scores import Scores
+from layerpeft.selection import Select, Selection
 
 # initialisations that take a random or data-dependent part out of the base weights, which no later load finds again
 INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
@@ -36,12 +38,15 @@ class LayerLoraModel(LoraModel):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self._layerpeft_pool: tuple[Target, ...] | None = None
+        self._layerpeft_known: list[float] | None = None
         if not isinstance(config, LayerLoraConfig):
             return
         keep_cpu_layout(model)
-        if config.is_deferred:
-            self._layerpeft_pool = _pool(config, model)
-            self.peft_config[adapter_name] = _pool_config(config, model, self._layerpeft_pool)
+        if config.is_scheduled or config.is_deferred:
+            self._layerpeft_pool = pool = scheduled_pool(config, model) if config.is_scheduled else _pool(config, model)
+            self._layerpeft_known = first_scores(config, model, pool) if config.is_scheduled else None
+            self.peft_config[adapter_name] = _pool_config(config, model, pool)
+            watch_loading()
         else:
             self.peft_config[adapter_name] = config.settled(model)
 
@@ -60,14 +65,17 @@ class LayerLoraModel(LoraModel):
                 )
             if live.bias == "all":
                 _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
-            pending = None
+            pending = switcher = None
             if self._layerpeft_pool is not None:
-                select = Select.parse(record.config["select"])
-                pending = steps.Pending(model, select, self._layerpeft_pool)
-            steps.follow(model, adapter_name, live, self, pending, refresher)
+                select, pool = Select.parse(record.config["select"]), self._layerpeft_pool
+                if select.is_scheduled:
+                    switcher = steps.Switcher(select, layer_map(model, select.stack), pool, self._layerpeft_known)
+                else:
+                    pending = steps.Pending(model, select, pool)
+            steps.follow(model, adapter_name, live, self, pending, refresher, switcher)
             if record.selection is not None:
                 backward.install(model, record.selection.stack)
-        del self._layerpeft_pool
+        del self._layerpeft_pool, self._layerpeft_known
         become_stock(self, LoraModel)
 
     def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Any:
@@ -91,7 +99,7 @@ def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
     problems.raise_if_any(ConfigError)
     select = Select.parse(config.select)
     layers = layer_map(model, select.stack)
-    targets = match_targets(layers, target_names(config, layers), exclusions(config.exclude_modules, model, layers))
+    targets = config.targets_in(model, layers)
     allowed = set(choose.candidates(select, layers, targets))
     return tuple(t for t in targets if t.layer in allowed)
 
@@ -100,9 +108,51 @@ def _pool_config(config: LayerLoraConfig, model: nn.Module, pool: tuple[Target, 
     everything = copy.deepcopy(config)
     layers = layer_map(model, Select.parse(config.select).stack)
     selection = choose.make_selection(Select(layers=config_layers(pool), stack=layers.stack), layers, pool, None)
-    stock = stock_config(everything, base_of(model), selection)
-    stock._layerpeft.selection = None  # type: ignore[attr-defined]
+    stock = everything.stock_for(base_of(model), selection)
+    record = stock._layerpeft  # type: ignore[attr-defined]
+    record.selection = pool_selection(config, selection) if config.is_scheduled else None
     return stock
+
+
+def scheduled_pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
+    """All targets of all layers that a schedule may ever train. Raises: ConfigError, SelectionError."""
+    problems = Problems("layers that change while training, and these options, do not go together")
+    if config.bias == "all":
+        problems.add("bias='all' means biases outside of what is switched; use bias='lora_only'")
+    select = Select.parse(config.select)
+    if config.target_parameters and needs_batches(select):
+        problems.add(
+            f"target_parameters: experts are not measured once they are wrapped; choose by something other than {select.by}"
+        )
+    problems.raise_if_any(ConfigError)
+    layers = layer_map(model, select.stack)
+    targets = config.targets_in(model, layers)
+    allowed = set(schedule_of(select, layers, targets).pool)
+    return tuple(t for t in targets if t.layer in allowed)
+
+
+def first_scores(config: LayerLoraConfig, model: nn.Module, pool: tuple[Target, ...]) -> list[float] | None:
+    """The scores of a schedule before anything trains; None where they wait for the first step's batches."""
+    select = Select.parse(config.select)
+    if isinstance(select.by, Scores):
+        select.by.check(layer_map(model, select.stack))
+        return list(select.by.values)
+    if not needs_batches(select):
+        return [0.0 if v is None else v for v in choose.measure(model, select, pool).values]
+    if config._batches is None or choose.live_only(select):
+        return None
+    return list(choose.score_targets(model, select, pool, config._batches).values)
+
+
+def pool_selection(config: LayerLoraConfig, selection: Selection) -> Selection:
+    """The record of a schedule: every layer that it may ever train, and how it chooses among them."""
+    select = Select.parse(config.select)
+    name = select.by.by if isinstance(select.by, Scores) else select.by
+    by = "" if schedule.scoreless(select) else f" by {name}"
+    every = f"every {select.reselect_steps} steps" if select.reselect_steps != 1 else "every step"
+    keep = "as many as the scores say" if select.keep in (None, "auto") else select.keep
+    why = f"{keep} of {len(selection.layers)} layers at a time, chosen again {every}{by} (pick: {select.rule})"
+    return replace(selection, why=why, select=select.to_dict() | {"by": name})
 
 
 def config_layers(pool: tuple[Target, ...]) -> list[int]:
@@ -143,6 +193,9 @@ def load(
     live.__class__ = RecordedLoraConfig
     tuner: Any = loaded.base_model
     _tie(live, tuner.model, adapter)
+    selection = live._layerpeft.selection
+    if live._layerpeft.method == "full" and selection is not None:
+        adopt(tuner.model, adapter, selection.layer_names, live._layerpeft.config.get("biases", True))
     if is_trainable and live._layerpeft.method == "galore":
         note(
             "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter(folder, "

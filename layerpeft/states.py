@@ -1,0 +1,145 @@
+"""What becomes of an optimizer's states of tensors that stop training for a while: kept, cleared, or taken to the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from layerpeft.integrations.distributed import Part, is_cut, local, part_of, put_together
+
+FILE = "layerpeft_optimizer.safetensors"
+Store = dict[str, dict[str, Any]]  # tensor's name -> its state, on the CPU
+
+
+def put_away(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Parameter], policy: str, store: Store) -> None:
+    """Applies the policy to the states of these tensors: `keep` does nothing, `clear` drops them, `offload` moves them to `store`.
+
+    On an accelerator the copy is asynchronous, in the order of the current stream.
+    """
+    if policy == "keep":
+        return
+    for optimizer in optimizers:
+        for name, parameter in tensors.items():
+            state = optimizer.state.pop(parameter, None)
+            if state and policy == "offload":
+                store[name] = {key: _to_cpu(value) for key, value in state.items()}
+
+
+def bring_back(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Parameter], store: Store) -> None:
+    """Gives states back to the optimizer that holds the tensor, on the tensor's device."""
+    for optimizer in optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in tensors.items():
+            if name in store and id(parameter) in held:
+                optimizer.state[parameter] = {
+                    key: _to_device(value, parameter.device) for key, value in store.pop(name).items()
+                }
+
+
+def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:
+    """Bytes of all tensors that are reachable from `optimizer.state`, every storage once; this process's part where it has one."""
+    storages = {}
+    for optimizer in optimizers:
+        for tensor in tensors_in(optimizer.state.values()):
+            storage = local(tensor).untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """All tensors in nested plain containers."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Part):
+            yield value.part
+        elif isinstance(value, Mapping):
+            yield from tensors_in(value.values())
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def packed(store: Store) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """A store as (tensors by "name|key", plain values by name), for safetensors and JSON.
+
+    Raises: TypeError for values that are neither tensors nor plain data.
+    """
+    found: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, state in store.items():
+        plain[name] = {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                found[f"{name}|{key}"] = value.contiguous()
+            elif value is None or isinstance(value, bool | int | float | str):
+                plain[name][key] = value
+            else:
+                raise TypeError(f"{name}: the optimizer's state {key!r} is a {type(value).__name__}")
+    return found, plain
+
+
+def unpacked(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Mapping[str, Any]]) -> Store:
+    """What `packed` gave, put together again."""
+    store: Store = {name: dict(values) for name, values in plain.items()}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("|")
+        store.setdefault(name, {})[part] = tensor
+    return store
+
+
+def save_store(folder: str | os.PathLike[str], store: Store) -> None:
+    """Writes the states that are away from the optimizer beside an adapter; an older file goes where there are none.
+
+    States that are divided among the processes are not written.
+    """
+    path = os.path.join(folder, FILE)
+    if not store or divided(store):
+        if os.path.exists(path):
+            os.remove(path)
+        return
+    if any(t.is_pinned() for t in tensors_in(store.values())):
+        torch.accelerator.synchronize()  # copies that are still on their way
+    tensors, plain = packed(store)
+    save_file(tensors, f"{path}.partial", metadata={"plain": json.dumps(plain)})
+    os.replace(f"{path}.partial", path)
+
+
+def divided(store: Store) -> bool:
+    """Whether these are one process's parts of states only."""
+    return any(isinstance(value, Part) for state in store.values() for value in state.values())
+
+
+def load_store(folder: str | os.PathLike[str]) -> Store:
+    """What `save_store` wrote; empty where it wrote nothing."""
+    path = os.path.join(folder, FILE)
+    if not os.path.isfile(path):
+        return {}
+    with safe_open(path, "pt") as file:
+        plain = json.loads((file.metadata() or {}).get("plain", "{}"))
+    return unpacked(load_file(path), plain)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and is_cut(value):
+        return part_of(value, _to_cpu(local(value)))
+    if not isinstance(value, torch.Tensor) or value.device.type in ("cpu", "meta"):
+        return value
+    there = torch.empty_like(value, device="cpu", pin_memory=True)
+    return there.copy_(value, non_blocking=True)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Part):
+        return put_together(value, device)
+    # counters of steps stay on the CPU, where optimizers keep them unless they are captured in graphs
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return value
+    return value.to(device, non_blocking=True)
