@@ -24,6 +24,7 @@ from layerpeft.scores import Measured
 from layerpeft.selection import LiveRecord, Selection
 from layerpeft.states import load_store
 from layerpeft.switching import Switcher, holders
+from layerpeft.trained import rest_but
 
 NEEDS_UNUSED = (
     "layers change while training, and DistributedDataParallel waits for the gradients of all of them: build it with "
@@ -120,6 +121,7 @@ class Scheduled:
             self._norms.close()
             self._norms = None
         if self.switcher is not None:
+            rest_but(self.model, self.adapter, None)
             self.switcher.thaw(self.tensors())
 
     def restore(self, folder: str) -> None:
@@ -145,6 +147,7 @@ class Scheduled:
         for measuring in filter(None, (self.pending, self.gauge)):
             measuring.close()
         self.pending = self.gauge = None
+        rest_but(self.model, self.adapter, None)
         self.switcher.thaw(self.tensors())
         self.switcher.restore(manifest["schedule"], load_store(folder))
         self.record.steps_trained = {int(r["layer"]): int(r["steps"]) for r in manifest["report"] if r.get("steps")}
@@ -153,6 +156,7 @@ class Scheduled:
     def _switch(self, training: list[str], always: bool = True) -> None:
         """What follows from another set of layers: originals kept (`always`: of always-on modules too), refreshes, the cut."""
         keep_originals(self.model, self.adapter, training, always)
+        rest_but(self.model, self.adapter, set(training))
         if self.masters is not None and self.switcher is not None:
             tensors, policy = self.tensors(), self.switcher.schedule.state
             for target in tensors.keys() - set(training):

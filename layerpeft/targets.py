@@ -75,6 +75,9 @@ def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
     return {n for n in given if not only_outside(n)} or None
 
 
+MATRICES = ("linear", "conv1d", "experts")
+
+
 def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, ...]:
     """The matrices that stand for targets when they are scored: themselves, or, for modules that train whole, those inside.
 
@@ -83,9 +86,10 @@ def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, .
     names = {t.name: t.layer for t in targets if t.kind == MODULE}
     if not names:
         return tuple(targets)
-    inside = [t for t in layers.targets if any(a in names for a in _upwards(t.name))]
+    able = [t for t in layers.targets if t.kind in MATRICES]  # not routers and convolutions, which no scorer measures
+    inside = [t for t in able if any(a in names for a in _upwards(t.name))]
     bare = {*names.values()} - {t.layer for t in inside}
-    found = {t.name for t in inside} | {t.name for t in layers.targets if t.layer in bare}
+    found = {t.name for t in inside} | {t.name for t in able if t.layer in bare}
     return tuple(t for t in layers.targets if t.name in found)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.full import full_layers, full_parameters, unwrap, wrappers
-from layerpeft.integrations.peft import adapter_parameters, lora_layers, unwrap_layer
+from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layers, unwrap_layer
 from layerpeft.masters import Masters
 from layerpeft.sealing import clean
 
@@ -24,8 +24,7 @@ def trained_tensors(model: nn.Module, adapter: str, bias: str = "none") -> Tenso
     """Target -> the adapter's tensors in it, with the bias that LoRA trains; the weights themselves where those train."""
     found: Tensors = {}
     for name, layer in lora_layers(model, adapter).items():
-        parameter = getattr(layer, "parameter_name", None)
-        target = f"{clean(name)}.{parameter}" if parameter else clean(name)
+        target = _target(name, layer)
         group = adapter_parameters(layer, adapter)
         own = getattr(layer.get_base_layer(), "bias", None) if bias == "lora_only" else None
         found[target] = group | ({"bias": own} if isinstance(own, nn.Parameter) else {})
@@ -34,6 +33,17 @@ def trained_tensors(model: nn.Module, adapter: str, bias: str = "none") -> Tenso
         if held:
             found[name] = held
     return found
+
+
+def _target(name: str, layer: Any) -> str:
+    parameter = getattr(layer, "parameter_name", None)
+    return f"{clean(name)}.{parameter}" if parameter else clean(name)
+
+
+def rest_but(model: nn.Module, adapter: str, training: Set[str] | None) -> None:
+    """Lets LoRA modules rest that are not among these targets (None: none rests), whatever PEFT switches off and on meanwhile."""
+    for name, layer in lora_layers(model, adapter).items():
+        let_rest(layer, adapter, training is not None and _target(name, layer) not in training)
 
 
 def wrapped_names(model: nn.Module, adapter: str) -> set[str]:

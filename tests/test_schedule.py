@@ -200,21 +200,27 @@ def test_a_layer_that_comes_back_gets_a_new_subspace():
         assert state_of(layer).steps == sum(2 for w in windows[:-1] if layer_number in w)
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["after the step", "between forward and backward"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_reference_from_the_same_model_lets_nothing_else_train(method):
+def test_a_reference_from_the_same_model_lets_nothing_else_train(method, between):
     """DPO, KTO and GRPO switch the adapter off and on again in every step, and PEFT then lets gradients into all of it."""
     plain, asked = wrapped(method, **CYCLE), wrapped(method, **CYCLE)
     ids = rows()[0]["input_ids"][None]
 
-    def reference(step):
-        with asked.disable_adapter(), torch.no_grad():
-            asked(ids)
+    def reference(*_):
+        if torch.is_grad_enabled():
+            with asked.disable_adapter(), torch.no_grad():
+                asked(ids)
 
     seen = []
+    for model in (plain, asked):
+        model.gradient_checkpointing_enable()
+    if between:
+        asked.register_forward_hook(reference)
     loop(plain, 7)
-    loop(asked, 7, each=lambda step: (seen.append(active(asked)), reference(step)))
+    loop(asked, 7, each=lambda step: (seen.append(active(asked)), reference()))
     assert all(torch.equal(p, dict(asked.named_parameters())[n]) for n, p in plain.named_parameters())
-    assert all(len(s) == 1 for s in seen)
+    assert all(len(s) == 1 for s in seen) and active(asked) == active(plain)
 
 
 def test_a_tensor_that_moves_while_it_is_off_is_found():

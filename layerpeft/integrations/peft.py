@@ -172,10 +172,21 @@ def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in _ranks(m)}
 
 
+_TRAINS_NEVER = "_layerpeft_never"  # what a variant never trains, where PEFT's own list says what rests as well
+
+
+def let_rest(layer: LoraLayer, adapter: str, resting: bool) -> None:
+    """Freezes one adapter's tensors in one module, also when PEFT switches the adapter off and on; or lets them train again."""
+    never: dict[str, Any] = layer.__dict__.setdefault(_TRAINS_NEVER, dict(layer.frozen_peft_weight_names))
+    names = tuple(layer.adapter_layer_names) if resting else tuple(never.get(adapter, ()))
+    others = {n: v for n, v in layer.frozen_peft_weight_names.items() if n != adapter}
+    layer.frozen_peft_weight_names = others | ({adapter: names} if names else {})
+
+
 def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
     """The tensors of one adapter in one wrapped module, without those that its variant never trains (MiCA's B)."""
     found: dict[str, nn.Parameter] = {}
-    frozen = layer.frozen_peft_weight_names.get(adapter, ())
+    frozen = layer.__dict__.get(_TRAINS_NEVER, layer.frozen_peft_weight_names).get(adapter, ())
     for group in layer.adapter_layer_names:
         held = getattr(layer, group, {})
         if adapter not in held or group in frozen:
