@@ -73,12 +73,10 @@ def tables(result: Mapping[str, Any]) -> str:
     head = ["settings", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation", "layers a step, mean"]
     lines = []
     for label, row in rows.items():
-        longest = [max(max(one["steps"]), 1) for one in row["runs"]]
-        layers = statistics.mean(sum(one["steps"]) / most for one, most in zip(row["runs"], longest, strict=True))
+        shares = [sum(one["steps"]) / most for one in row["runs"] if (most := max(one["steps"]))]
+        layers = f"{statistics.mean(shares):.1f}" if shares else "all"  # nobody counts where nothing is chosen
         spread = f"{row['spread']:.4f}" if row["spread"] is not None else ""
-        lines.append(
-            [label, *(f"{one['after']:.4f}" for one in row["runs"]), f"{row['mean']:.4f}", spread, f"{layers:.1f}"]
-        )
+        lines.append([label, *(f"{one['after']:.4f}" for one in row["runs"]), f"{row['mean']:.4f}", spread, layers])
     return (
         f"{table.markdown(head, lines)}\n\n`{result['case']['measure']}`; more is better for a score, less for a loss."
     )
@@ -89,5 +87,6 @@ def draw(result: Mapping[str, Any], path: Path) -> Path:
     curves = {}
     for label, row in result["results"].items():
         means = [statistics.mean(at) for at in zip(*(one["steps"] for one in row["runs"]), strict=True)]
-        curves[label] = (list(range(len(means))), means)
+        if any(means):
+            curves[label] = (list(range(len(means))), means)
     return chart.curves(curves, ("layer", "steps in which it trained"), result["title"], path)
