@@ -127,6 +127,8 @@ def turn_of(
     """What the rule is told of a window; `known`: the scores of all layers, `chosen` and `counts` as positions."""
     blank = unseen(select)
     scores = [known[i] if known else None for i in schedule.among]
+    if schedule.memory == "counts" and any(counts):
+        scores = [1.0 + n for n in counts]  # one more, so that nothing is out for good
     return Turn(
         window=window,
         seed=window_seed(select.seed, window),

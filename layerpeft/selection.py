@@ -17,7 +17,7 @@ __all__ = ["DEFAULT_BATCHES", "LiveRecord", "Select", "Selection", "how_many", "
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
 DEFAULT_BATCHES = 8
-MEMORIES = ("last", "ema")
+MEMORIES = ("last", "ema", "counts")
 STATES = ("keep", "clear", "offload")
 
 

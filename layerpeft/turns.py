@@ -46,8 +46,8 @@ def window_seed(seed: int, window: int) -> int:
 def remembered(
     before: Sequence[float | None], seen: Sequence[float | None], how: str, decay: float
 ) -> tuple[float | None, ...]:
-    """Scores after another measurement: `last` replaces them, `ema` keeps `decay` of what was; None where nothing is known."""
+    """Scores after another measurement: `ema` keeps `decay` of what was, others replace it; None where nothing is known."""
     return tuple(
-        old if new is None else new if old is None or how == "last" else decay * old + (1 - decay) * new
+        old if new is None else new if old is None or how != "ema" else decay * old + (1 - decay) * new
         for old, new in zip(before, seen, strict=True)
     )

@@ -164,6 +164,18 @@ def test_memory_averages_what_was_measured():
     assert two[1]["scores"] == pytest.approx(want)
 
 
+def test_counts_let_a_rule_see_how_often_each_layer_was_chosen():
+    model = wrapped("lora", **BY_GRADIENT, memory="counts")
+    loop(model, 12)
+    windows = [h[1] for h in history(model)]
+    assert (
+        len(windows) == 5 and windows[1:] == [windows[0]] * 4
+    )  # the first one by its score, and then the most chosen one
+    lowest = wrapped("lora", **BY_GRADIENT | {"pick": "bottom"}, memory="counts")
+    loop(lowest, 12)
+    assert sorted(h[1] for h in history(lowest)[:4]) == [[0], [1], [2], [3]]  # always one that was chosen the least
+
+
 def test_the_backward_pass_stops_at_the_lowest_active_layer():
     model = wrapped("lora", **UNIFORM)
     calls = []

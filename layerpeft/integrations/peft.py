@@ -177,7 +177,8 @@ _TRAINS_NEVER = "_layerpeft_never"  # what a variant never trains, where PEFT's 
 
 def let_rest(layer: LoraLayer, adapter: str, resting: bool) -> None:
     """Freezes one adapter's tensors in one module, also when PEFT switches the adapter off and on; or lets them train again."""
-    never: dict[str, Any] = layer.__dict__.setdefault(_TRAINS_NEVER, dict(layer.frozen_peft_weight_names))
+    own: Any = layer.__dict__
+    never: dict[str, Any] = own.setdefault(_TRAINS_NEVER, dict(layer.frozen_peft_weight_names))
     names = tuple(layer.adapter_layer_names) if resting else tuple(never.get(adapter, ()))
     others = {n: v for n, v in layer.frozen_peft_weight_names.items() if n != adapter}
     layer.frozen_peft_weight_names = others | ({adapter: names} if names else {})
