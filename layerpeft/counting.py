@@ -77,7 +77,6 @@ def gradient_bytes(model: nn.Module) -> int:
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keeps Python's cycle collector still, so that the same model gives the same peak every time."""
-    gc.collect()
     running = gc.isenabled()
     gc.disable()
     try:
