@@ -103,6 +103,7 @@ def _share(keep: Any) -> float | None:
 
 
 def checked_keep(keep: Any, problems: Problems) -> Any:
+    """`keep` as it is meant; None, and a problem, where it means nothing."""
     offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
     if keep is None or keep == "auto":
         return keep
@@ -130,6 +131,7 @@ def checked_keep(keep: Any, problems: Problems) -> Any:
 
 
 def check_grammar(name: str, value: Any, problems: Problems) -> None:
+    """Adds what cannot be read as layers, whatever the depth of the model."""
     trial = Problems("")
     for part in _parts(value):
         if not isinstance(part, str | int) or isinstance(part, bool):

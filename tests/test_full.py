@@ -369,9 +369,10 @@ def test_always_on_modules_train_and_their_cost_is_said(capsys, monkeypatch):
 def fails(error, match, model=None, **options):
     base = llama() if model is None else model
     before = {n: type(m) for n, m in base.named_modules()}
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         wrap(base, **options)
     assert {n: type(m) for n, m in base.named_modules()} == before
+    return str(caught.value)
 
 
 def test_options_of_lora_are_refused_all_at_once():
@@ -384,13 +385,13 @@ def test_options_of_lora_are_refused_all_at_once():
 
 
 def test_names_that_match_nothing_are_refused_with_the_nearest():
-    fails(SelectionError, "Did you mean 'up_proj'", target_modules=["up_porj"])
-    fails(SelectionError, "Did you mean 'mlp'|Modules there", exclude_modules=["mpl"])
-    fails(ConfigError, "did you mean 'embed_tokens'", modules_to_save=["embed_token"])
+    assert fails(SelectionError, "Did you mean 'up_proj'", target_modules=["up_porj"])
+    assert fails(SelectionError, "Did you mean 'mlp'|Modules there", exclude_modules=["mpl"])
+    assert fails(ConfigError, "did you mean 'embed_tokens'", modules_to_save=["embed_token"])
 
 
 def test_names_that_peft_would_mix_up_are_refused():
-    fails(
+    assert fails(
         ConfigError,
         "PEFT would take layers.0.input_layernorm",
         MODELS["llama_bare"](),
