@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import InitVar, dataclass, field, fields
+from collections.abc import Collection, Iterable
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -172,6 +172,13 @@ class RecordedLoraConfig(LoraConfig):
         elif model is not None and save.has_weights(save_directory):
             write_record(save_directory, model, record, getattr(self, "_layerpeft_adapter", "default"))
 
+    def with_record(self, **changes: Any) -> Any:
+        """A copy to be saved in the place of this one: other values in some fields, and the record, which copies leave behind."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(changes)
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:
         twin = copy.copy(self)
         shared = ("_layerpeft", "_layerpeft_model")
@@ -295,6 +302,18 @@ def plain_config(config: LayerLoraConfig) -> dict[str, Any]:
     plain = config.to_dict()
     kept = {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items() if v not in (None, {}, [], set())}
     return kept | {"peft_type": config.kind.value}
+
+
+def options_given(config: LoraConfig, shared: Collection[str]) -> list[str]:
+    """LoRA's own options, besides the `shared` ones, that are not left at their defaults."""
+    found = []
+    for option in fields(LoraConfig):
+        default = option.default if option.default is not MISSING else None
+        if option.default is MISSING and option.default_factory is not MISSING:
+            default = option.default_factory()
+        if option.name not in shared and getattr(config, option.name, default) != default:
+            found.append(option.name)
+    return found
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LayerpeftError(Exception):
@@ -32,6 +33,10 @@ class RecipeError(LayerpeftError):
 
 class SaveError(LayerpeftError):
     """A saved folder that is incomplete, truncated or altered."""
+
+
+class QuantizationError(LayerpeftError):
+    """A linear that is not stored in the precision that was asked for."""
 
 
 class TrainingError(LayerpeftError):
@@ -77,3 +82,9 @@ def raise_faults(title: str, faults: Iterable[str]) -> None:
     for fault in faults:
         problems.add(fault)
     problems.raise_if_any(TrainingError)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two records say otherwise, key by key."""
+    keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+    return [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in keys]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft import backward, verify
-from layerpeft.errors import SelectionError, TrainingError, raise_faults
+from layerpeft.errors import SelectionError, TrainingError, differences, raise_faults
 from layerpeft.full import keep_originals, loaded_modules, put_back
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import loading_folder
@@ -51,6 +51,7 @@ class Follower(Scheduled, Mastered):
         self._model, self._tuner = weakref.ref(model), weakref.ref(tuner) if tuner is not None else lambda: None
         self._held: weakref.WeakKeyDictionary[Optimizer, tuple[int, set[int]]] = weakref.WeakKeyDictionary()
         self._tensors: Tensors = {}
+        self._layers: dict[int, list[str]] = {}  # layer -> the targets in it
         self._sealed = Sealed(adapter)
         self._stepped: set[int] = set()
         self._since: set[str] = set()  # targets that trained since this training began
@@ -77,7 +78,7 @@ class Follower(Scheduled, Mastered):
 
     def ids(self) -> set[int]:
         """Identities of the adapter's tensors."""
-        return {id(p) for group in self.tensors().values() for p in group.values()}
+        return verify.ids_of(self.tensors())
 
     def twin(self, memo: dict[int, Any]) -> Follower | None:
         """The follower of the copy of the model that is being made."""
@@ -174,7 +175,7 @@ class Follower(Scheduled, Mastered):
 
     def _stepped_with(self, held: set[int]) -> None:
         training = self.training()
-        ids = {id(p) for group in training.values() for p in group.values()}
+        ids = verify.ids_of(training)
         if not ids <= self._stepped:
             fresh = [t for t, group in training.items() if not {id(p) for p in group.values()} <= self._stepped]
             self._stepped |= held
@@ -183,13 +184,14 @@ class Follower(Scheduled, Mastered):
                 raise_faults("the first update left chosen targets as they were", faults)
                 self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *idle}))
                 self.record.checks["first_step"] = "every chosen target moved"
-        selection = self.record.selection
-        for layer in selection.layers if selection is not None else ():
-            inside = f"{selection.layer_names[layer]}."  # type: ignore[union-attr]
-            first = next((p for t, group in training.items() if t.startswith(inside) for p in group.values()), None)
+        if not self._layers and self.record.selection is not None:
+            self._layers = self.record.selection.by_layer(self.tensors())
+        for layer, targets in self._layers.items():
+            there = [t for t in targets if t in training]
+            first = next((p for t in there for p in training[t].values()), None)
             if id(first) in held:  # one tensor stands for the layer, should several optimizers share it
                 self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
-                self._since.update(t for t in training if t.startswith(inside))
+                self._since.update(there)
 
     def check(self) -> None:
         """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
@@ -243,9 +245,7 @@ class Follower(Scheduled, Mastered):
     def _take_over(self, restored: dict[str, Any]) -> None:
         then = Selection.from_dict(restored["selection"])
         asked, asks = restored.get("select") or {}, json.loads(json.dumps(self.record.config.get("select") or {}))
-        differ = [
-            f"{k}: {asked.get(k)!r} then, {asks.get(k)!r} now" for k in {**asked, **asks} if asked.get(k) != asks.get(k)
-        ]
+        differ = differences(asked, asks)
         if differ:
             raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
         now = self.record.selection
@@ -272,11 +272,8 @@ class Follower(Scheduled, Mastered):
             self._settle(kept, None)
             return
         if not (whole and self.switcher is not None):
-            pool = (
-                [t.name for t in self.pending.pool]
-                if self.pending is not None
-                else wrapped_names(self.model, self.adapter)
-            )
+            waits = self.pending.pool if self.pending is not None else None
+            pool = [t.name for t in waits] if waits is not None else wrapped_names(self.model, self.adapter)
             verify.same_targets("the adapter that is loaded", found, set(pool))
         if self.refresher is not None:
             identity = self.config._layerpeft_projection.identity
@@ -317,7 +314,7 @@ class Follower(Scheduled, Mastered):
 
     def _forget(self) -> None:
         """Tensors are looked up anew."""
-        self._tensors = {}
+        self._tensors, self._layers = {}, {}
         self._held.clear()
 
     def _holds(self, optimizer: Optimizer) -> set[int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 from torch import nn
 
 from layerpeft import backward, choose, save
-from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig, plain_config
+from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig, options_given, plain_config
 from layerpeft.errors import ConfigError, LayerMapError, Problems
 from layerpeft.full import open_all, place, saved_modules, wrappers
 from layerpeft.full_targets import Wanted, always_modules, whole_targets, wholes_of
@@ -51,7 +51,7 @@ class LayerFullConfig(LayerLoraConfig):
         for name in ("biases", "master_weights"):
             if not isinstance(getattr(self, name), bool):
                 problems.add(f"{name}={getattr(self, name)!r} is not true or false")
-        for name in _not_for_weights(self):
+        for name in options_given(self, SHARED):
             problems.add(
                 f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train"
             )
@@ -138,10 +138,8 @@ class FullLoraConfig(RecordedLoraConfig):
         if model is None or not save.has_weights(save_directory):
             super().save_pretrained(save_directory, **kwargs)
             return
-        twin = object.__new__(type(self))  # a copy that keeps the record, which copies leave behind
-        twin.__dict__.update(self.__dict__)
         names = saved_modules(model, getattr(self, "_layerpeft_adapter", "default"))
-        setattr(twin, "modules_to_save", names)  # noqa: B010
+        twin = self.with_record(modules_to_save=names)
         RecordedLoraConfig.save_pretrained(twin, save_directory, **kwargs)
 
 
@@ -169,16 +167,3 @@ def opened(model: nn.Module, live: Any, adapter: str) -> None:
         f"trained besides, whatever is chosen: {', '.join(w.name for w in always if w.name in asked)}: {count:,} weights, "
         f"{size_text(held)} of gradients, {size_text(2 * held)} of AdamW's states, {size_text(held)} of originals on the CPU{below}"
     )
-
-
-def _not_for_weights(config: LayerFullConfig) -> list[str]:
-    found = []
-    for option in fields(LoraConfig):
-        if option.name in SHARED:
-            continue
-        default = option.default if option.default is not MISSING else None
-        if option.default is MISSING and option.default_factory is not MISSING:
-            default = option.default_factory()
-        if getattr(config, option.name, default) != default:
-            found.append(option.name)
-    return found

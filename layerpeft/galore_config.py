@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 from torch import nn
 
 from layerpeft import projection_state, save
-from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig
+from layerpeft.configs import LayerLoraConfig, RecordedLoraConfig, options_given
 from layerpeft.errors import ConfigError, Problems, unknown
 from layerpeft.expert_uses import check_experts
 from layerpeft.folds import Folds
@@ -91,7 +91,9 @@ class LayerGaloreConfig(LayerLoraConfig):
                 problems.add(unknown(name, getattr(self, name), values))
         if self.gap_overlap is not None and not 0 < self.gap_overlap <= 1:
             problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1")
-        for name in _not_for_projection(self):
+        for name in options_given(self, SHARED):
+            if name == "lora_alpha" and self.lora_alpha == self.scale * self.r:
+                continue  # it was derived, in a config that this one is made from
             problems.add(f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning for projection")
         by = self.select.get("by") if isinstance(self.select, Mapping) else getattr(self.select, "by", None)
         if by == "importance":
@@ -184,20 +186,6 @@ def project_all(model: nn.Module, live: Any, adapter: str) -> None:
         )
 
 
-def _not_for_projection(config: LayerGaloreConfig) -> list[str]:
-    found = []
-    for option in fields(LoraConfig):
-        if option.name in SHARED:
-            continue
-        default = option.default if option.default is not MISSING else None
-        if option.default is MISSING and option.default_factory is not MISSING:
-            default = option.default_factory()
-        value = getattr(config, option.name, default)
-        if value != default and (option.name != "lora_alpha" or value != config.scale * config.r):
-            found.append(option.name)
-    return found
-
-
 @dataclass
 class ProjectedLoraConfig(RecordedLoraConfig):
     """What PEFT sees of a projection while it trains; its folder is a stock LoRA adapter, with the state to go on from."""
@@ -219,8 +207,5 @@ class ProjectedLoraConfig(RecordedLoraConfig):
         found = projection_state.write(os.fspath(save_directory), model, adapter, asked.identity, asked.max_rank)
         if found["errors"]:
             record.checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
-        twin = object.__new__(type(self))  # a copy that keeps the record, which copies leave behind
-        twin.__dict__.update(self.__dict__)
-        for name, value in projection_state.ranks(found, asked.r).items():
-            setattr(twin, name, value)
+        twin = self.with_record(**projection_state.ranks(found, asked.r))
         RecordedLoraConfig.save_pretrained(twin, save_directory, **kwargs)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerpeft import save
-from layerpeft.errors import SaveError
+from layerpeft.errors import SaveError, differences
 from layerpeft.folds import Factors, part, recompressed
 from layerpeft.integrations.peft import loading_folder
 from layerpeft.projection import fixed_of, held, projections, restore, state_of, tensors, trained_of
@@ -101,7 +101,8 @@ def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: st
 def _same(path: str, layers: Mapping[str, Any], saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     with safe_open(path, "pt") as file:
         then = json.loads((file.metadata() or {}).get("projection", "{}"))
-    differ = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in identity.items() if k in then and then[k] != v]
+    known = [k for k in identity if k in then]  # a later version may ask for more
+    differ = differences({k: then[k] for k in known}, {k: identity[k] for k in known})
     if differ:
         raise SaveError(
             f"{path} is of a run with other options ({'; '.join(differ)}): give the same to go on, or start from the adapter with "

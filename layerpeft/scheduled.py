@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from layerpeft import backward, save
-from layerpeft.errors import SaveError, SelectionError, TrainingError
+from layerpeft import backward, save, verify
+from layerpeft.errors import SaveError, SelectionError, TrainingError, differences
 from layerpeft.full import keep_originals
 from layerpeft.gradients import GradientNorms, watch_gradients
 from layerpeft.integrations import distributed
@@ -83,9 +83,8 @@ class Scheduled:
             switcher.hold(self.tensors())
         if switcher is None or switcher.started or self.pending is not None:
             return
-        stepping = any(
-            ids for _, ids in self._held.values()
-        )  # known by now, where `gc.freeze()` has hidden it from `holders`
+        # an optimizer that has begun to step is known by now, where `gc.freeze()` has hidden it from `holders`
+        stepping = any(ids for _, ids in self._held.values())
         self._forget()  # `fully_shard` puts other tensors in the place of those there were
         kinds = {distributed.is_cut(p) for group in self.tensors().values() for p in group.values()}
         if len(kinds) > 1 or not (stepping or holders(self.ids())):
@@ -141,7 +140,7 @@ class Scheduled:
                 f"{folder} was saved by processes that each held a part of the optimizer's states (fully_shard), which are not in "
                 "it; start from it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
-        differ = _differences(manifest["config"], json.loads(json.dumps(self.record.config)))
+        differ = sorted(differences(_flat(manifest["config"]), _flat(json.loads(json.dumps(self.record.config)))))
         if differ:
             raise SelectionError(f"the run in {folder} was set up in another way ({'; '.join(differ)})")
         for measuring in filter(None, (self.pending, self.gauge)):
@@ -171,8 +170,7 @@ class Scheduled:
         assert self.switcher is not None
         again = optimizer in self._round
         self._round = [o for o in self._round if o is not optimizer] + [optimizer]
-        active = {id(p) for group in self.training().values() for p in group.values()}
-        if not again and not active <= set().union(*(self._holds(o) for o in self._round)):
+        if not again and not verify.ids_of(self.training()) <= set().union(*(self._holds(o) for o in self._round)):
             return  # others hold the rest of what trains: a step is over once they have stepped, too
         together, self._round = self._round, [optimizer] if again else []
         training = self.switcher.after_step(self.model, self.tensors(), together)
@@ -200,7 +198,7 @@ class Scheduled:
         """Those that train now."""
         if self.switcher is None:
             return held
-        return held & {id(p) for group in self.training().values() for p in group.values()}
+        return held & verify.ids_of(self.training())
 
     def _first(self, measured: Measured, batches: int) -> Selection:
         assert self.switcher is not None and self.record.selection is not None
@@ -209,13 +207,9 @@ class Scheduled:
         return replace(self.record.selection, layers=tuple(active), targets=inside)
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two runs were asked otherwise, but for where their base model lies."""
-    flat = [
-        {k: v for k, v in c.items() if k not in (*PLACES, "select")} | dict(c.get("select") or {}) for c in (then, now)
-    ]
-    keys = sorted({*flat[0], *flat[1]})
-    return [f"{k}: {flat[0].get(k)!r} then, {flat[1].get(k)!r} now" for k in keys if flat[0].get(k) != flat[1].get(k)]
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was asked, `select` field by field, but for where its base model lies."""
+    return {k: v for k, v in config.items() if k not in (*PLACES, "select")} | dict(config.get("select") or {})
 
 
 def before_forward(model: nn.Module, *_: Any) -> None:

@@ -42,7 +42,7 @@ class Sealed:
 
     def begin(self, model: nn.Module, tensors: verify.Parameters, others: Iterable[str]) -> None:
         """Just before the first update."""
-        now, own = self.parameters(model), _ids(tensors)
+        now, own = self.parameters(model), verify.ids_of(tensors)
         gone = verify.outdated(self.frozen, now)
         self.frozen = {n: s for n, s in self.frozen.items() if n not in gone}
         self.frozen |= {n: verify.seal(p) for n, p in self._frozen_now(model, own).items() if n not in self.frozen}
@@ -82,7 +82,3 @@ class Sealed:
 
     def _adapters(self, model: nn.Module) -> set[str]:
         return {self.adapter, *(getattr(model, "peft_config", None) or {})}
-
-
-def _ids(tensors: verify.Parameters) -> set[int]:
-    return {id(p) for group in tensors.values() for p in group.values()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -110,6 +110,12 @@ class Selection:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain["scores"] = self.scores.to_dict() if self.scores else None
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def by_layer(self, targets: Iterable[str]) -> dict[int, list[str]]:
+        """The chosen layers, each with those of the targets that lie in it."""
+        names = {i: f"{self.layer_names[i]}." for i in self.layers}
+        targets = list(targets)
+        return {i: [t for t in targets if t.startswith(name)] for i, name in names.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:

@@ -45,6 +45,11 @@ def checksum(t: torch.Tensor) -> int:
     return total
 
 
+def ids_of(tensors: Parameters) -> set[int]:
+    """Identities of all these tensors."""
+    return {id(p) for group in tensors.values() for p in group.values()}
+
+
 @dataclass(frozen=True)
 class Seal:
     """What a parameter (this process's part of it) was: its checksum, and the storage that the checksum is of."""
@@ -190,7 +195,7 @@ def forget(optimizers: Iterable[Optimizer], removed: Mapping[int, nn.Parameter])
 
 def unheld(tensors: Parameters, model: nn.Module, stepping: Optimizer) -> bool:
     """Whether an optimizer steps that holds parameters of this model, while no optimizer at all holds these tensors."""
-    ids = {id(p) for group in tensors.values() for p in group.values()}
+    ids = ids_of(tensors)
     inside = {id(p) for p in model.parameters()}
     if not any(id(p) in inside for g in stepping.param_groups for p in g["params"]):
         return False
