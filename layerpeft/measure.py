@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from layerpeft.counting import Pass, count, gradient_bytes
 from layerpeft.forecast import empty, options_of
 from layerpeft.plan import Plan, plan
 from layerpeft.plan_text import grid, size_text
+from layerpeft.precisions import held_bytes, tensor_bytes
 from layerpeft.recipe import Recipe, layer_config, load_recipe, training_arguments
 from layerpeft.training import batches_for, load_model, make_trainer, prepare, wrap
 
@@ -99,7 +99,7 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
         recipe = replace(recipe, values={**recipe.values, "output_dir": folder})  # trainers make theirs at once
         setup = prepare(recipe)
         bare = empty(setup)
-        model = load_model(setup)
+        model = load_model(setup, recipe.select)
         batches, setup = batches_for(setup, model, recipe.select)
         wrapped: Any = wrap(setup, model, recipe.select, batches)
         trainer = make_trainer(setup, wrapped, output_dir=folder, **ONCE)
@@ -159,38 +159,11 @@ def _watched(trainer: Any) -> Iterator[_Seen]:
         trainer.training_step = run
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, with the scales of those that bitsandbytes has quantized."""
-    seen: set[int] = set()
-    total = sum(_bytes_of(t, seen) for t in [*model.parameters(), *model.buffers()])
-    for module in model.modules():
-        weight: Any = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            total += sum(_bytes_of(v, seen) for v in vars(part).values()) if part is not None else 0
-        for name in ("CB", "SCB"):
-            total += _bytes_of(getattr(weight, name, None), seen)
-    return total
-
-
 def state_bytes(optimizer: Any) -> int:
     """Bytes that an optimizer keeps besides the parameters; tensors that several states share count once."""
     seen: set[int] = set()
     inner = getattr(optimizer, "optimizer", optimizer)
-    return sum(_bytes_of(v, seen) for state in inner.state.values() for v in state.values())
-
-
-def _bytes_of(value: Any, seen: set[int]) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    packed = [getattr(value, name) for name in ("codes", "scale", "qmap") if hasattr(value, name)]  # torchao's
-    if packed:
-        return sum(_bytes_of(part, seen) for part in packed)
-    storage = value.untyped_storage()
-    if storage._cdata in seen:
-        return 0
-    seen.add(storage._cdata)
-    return storage.nbytes()
+    return sum(held_bytes(v, seen) for state in inner.state.values() for v in state.values())
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def test_transformers_marks_what_it_quantizes(bits):
     with torch.device("meta"):
         model = MODELS["llama"]()
     before = quantized.weight_bytes(model)
-    quantized.as_quantized(model, BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8))
+    quantized.as_quantized(model, BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8), lambda *_: 1)
     marked = [m for m in model.modules() if hasattr(m, "source_cls")]
     assert len(marked) == 3 * 7 and getattr(model, f"is_loaded_in_{bits}bit")
     assert quantized.weight_bytes(model) < before

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from layerpeft import LayerGaloreConfig, LayerLoraConfig, get_peft_model, shipped
 from layerpeft.cli import main
 from layerpeft.errors import ConfigError, SelectionError
-from layerpeft.measure import tensor_bytes
+from layerpeft.precisions import tensor_bytes
 from layerpeft.plan import Step, plan, trace
 from tests.models import MODELS, batch
 

@@ -55,6 +55,7 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
     LAYER_LORA = "LAYER_LORA"
     LAYER_GALORE = "LAYER_GALORE"
     LAYER_FULL = "LAYER_FULL"
+    LAYER_QUANT = "LAYER_QUANT"
 
     def __str__(self) -> str:
         """What PEFT prints where it takes stock types only: on a model that already has adapters, or with `mixed=True`."""

@@ -1,4 +1,4 @@
-"""bitsandbytes' linears without weights: the bytes they would hold, and stand-ins that can be traced."""
+"""Quantized linears without weights: the bytes they would hold, and stand-ins that can be traced."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-BLOCK_4BIT = 64  # weights per scale, bitsandbytes' default
-BLOCK_NESTED = 256  # scales per scale of scales
 _MARK = "_layerpeft_bytes"
 
 
-def as_quantized(model: nn.Module, settings: Any) -> None:
+def as_quantized(model: nn.Module, settings: Any, size: Callable[[int, int], int]) -> None:
     """Puts stand-ins into a model on the meta device where transformers would quantize; `settings`: a BitsAndBytesConfig.
+
+    `size`: bytes of a quantized matrix (rows, columns).
 
     Raises: ImportError without bitsandbytes.
     """
@@ -27,8 +27,18 @@ def as_quantized(model: nn.Module, settings: Any) -> None:
     quantizer.postprocess_model(model)  # says on the model that it is quantized, as PEFT and TRL ask
     for module in model.modules():
         if hasattr(module, "source_cls"):  # transformers' mark on what it has put in
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
-            module.__dict__[_MARK] = _bytes(module.out_features, module.in_features, settings)  # type: ignore[arg-type]
+            stand_in(module, size(module.out_features, module.in_features))  # type: ignore[arg-type]
+
+
+def stand_in(module: nn.Module, size: int) -> None:
+    """Lets a linear on the meta device compute like a quantized one that takes `size` bytes."""
+    module.forward = partial(_forward, module)  # type: ignore[method-assign]
+    module.__dict__[_MARK] = size
+
+
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether a linear stands for a quantized one."""
+    return _MARK in module.__dict__
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -44,17 +54,6 @@ def operations() -> dict[Any, Callable[..., int]]:
         return {}
     # its 8-bit products are made of torch's, which are counted as they are
     return {torch.ops.bitsandbytes.gemm_4bit: lambda x, _packed, shape, *_, **__: 2 * x.numel() * shape[0]}
-
-
-def _bytes(rows: int, columns: int, settings: Any) -> int:
-    """A quantized matrix with all that belongs to it."""
-    count = rows * columns
-    if settings.load_in_8bit:
-        return count + 4 * rows
-    blocks = -(-count // BLOCK_4BIT)
-    if settings.bnb_4bit_use_double_quant:
-        return count // 2 + blocks + 4 * -(-blocks // BLOCK_NESTED) + 4 * (16 + 256 + 1)
-    return count // 2 + 4 * (blocks + 16)
 
 
 class _Multiply(torch.autograd.Function):
@@ -79,7 +78,7 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     if four_bit and module.compute_dtype is not None:
         x = x.to(module.compute_dtype)
     shape = module.out_features, module.in_features
-    y: Any = _Multiply.apply(x, shape, not four_bit)  # 8 bits keep their input
+    y: Any = _Multiply.apply(x, shape, not four_bit)  # int8 and HQQ keep their input
     if module.bias is not None:
         y = y + module.bias.to(y.dtype)
     return y.to(given)
