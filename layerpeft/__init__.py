@@ -16,7 +16,10 @@ from layerpeft.errors import LayerMapError, LayerpeftError
 from layerpeft.full_config import LayerFullConfig
 from layerpeft.galore_config import LayerGaloreConfig
 from layerpeft.layers import LayerMap, layer_map
+from layerpeft.models import load_model
 from layerpeft.plan import Plan, plan
+from layerpeft.quant_config import LayerQuantConfig
+from layerpeft.quantizing import Quantized
 from layerpeft.report import layer_report
 from layerpeft.save import last_checkpoint
 from layerpeft.scores import Scores
@@ -24,7 +27,8 @@ from layerpeft.selection import Select, Selection
 from layerpeft.steps import check_trained
 from layerpeft.tuners import full as _full  # noqa: F401 - importing a tuner registers it with PEFT
 from layerpeft.tuners import galore as galore
-from layerpeft.tuners.lora import load, save_record  # importing the tuner registers it with PEFT
+from layerpeft.tuners.lora import load, save_record
+from layerpeft.tuners.quant import quantize  # importing the tuner registers it with PEFT
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,8 +36,10 @@ __all__ = [
     "LayerGaloreConfig",
     "LayerLoraConfig",
     "LayerMap",
+    "LayerQuantConfig",
     "LayerpeftError",
     "Plan",
+    "Quantized",
     "Scores",
     "Select",
     "Selection",
@@ -43,7 +49,9 @@ __all__ = [
     "layer_map",
     "layer_report",
     "load",
+    "load_model",
     "plan",
+    "quantize",
     "save_record",
     "score_layers",
 ]

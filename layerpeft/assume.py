@@ -12,6 +12,7 @@ from torch import nn
 from layerpeft import choose
 from layerpeft.configs import LayerLoraConfig
 from layerpeft.layers import layer_map
+from layerpeft.quant_training import check_schedule
 from layerpeft.schedule import schedule_of
 from layerpeft.scores import Scores
 from layerpeft.selection import Select, how_many
@@ -61,6 +62,7 @@ def _scheduled(config: LayerLoraConfig, select: Select, model: nn.Module) -> tup
     """The whole pool wrapped, with what sleeps while the lowest layers that may be chosen together train."""
     layers = layer_map(model, select.stack)
     schedule = schedule_of(select, layers, config.targets_in(model, layers))
+    check_schedule(config, layers, schedule.pool)
     number = how_many(select.keep, len(schedule.among)) or len(schedule.among)
     awake = set(schedule.pool if schedule.warmup else (*schedule.among[:number], *schedule.always))
     twin = copy.deepcopy(config)

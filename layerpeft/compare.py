@@ -18,7 +18,8 @@ from typing import Any
 from layerpeft.choose import choose_among
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.layers import layer_map
-from layerpeft.recipe import Recipe, to_yaml
+from layerpeft.quant_training import batches_wanted
+from layerpeft.recipe import Recipe, layer_config, to_yaml
 from layerpeft.schedule import schedule_of
 from layerpeft.selection import Select, Selection, how_many
 from layerpeft.training import (
@@ -126,7 +127,8 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
     before = math.nan
     for index, (arm, layers, how) in enumerate(plans):
         with contextlib.redirect_stdout(sys.stderr):
-            trainer, model = _trainer(setup, how, None if runs or not select.is_scheduled else batches)
+            first = select.is_scheduled and not runs
+            trainer, model = _trainer(setup, how, batches if first or batches_wanted(layer_config(recipe)) else None)
             if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
                 before = held_out_numbers(trainer)[setup.measure]
             runs.append(run := _train(setup, arm, layers, trainer, model))

@@ -19,10 +19,13 @@ from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_
 from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.notes import note
+from layerpeft.quant_config import LayerQuantConfig, frozen_precision
+from layerpeft.quantizing import Quantized
 from layerpeft.selection import LiveRecord, Select, Selection
 from layerpeft.targets import PARAMETERS, exclusions, match_targets
 
-OWN_FIELDS = ("select", "train_new")
+QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
+OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
@@ -31,8 +34,9 @@ class LayerLoraConfig(LoraConfig):
     """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
 
     `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
-    `batches`: model inputs with labels for data-driven choices; used at run time, never written, never copied deep.
-    Raises: ConfigError naming every problem at once.
+    `quantize_frozen`, `quantize_trained`: precision of the linears in layers that do not train, and that do; `quant`: a
+    `LayerQuantConfig` (or a dict), bits by a choice of its own. `batches`: model inputs with labels for data-driven choices; used
+    at run time, never written, never copied deep. Raises: ConfigError naming every problem at once.
     """
 
     select: Any = field(
@@ -45,6 +49,19 @@ class LayerLoraConfig(LoraConfig):
         default=True,
         metadata={"help": "Train tensors that have no pre-trained values, such as a new classification head."},
     )
+    quantize_frozen: Any = field(
+        default=None,
+        metadata={
+            "help": "Precision of the linears in layers that do not train: nf4, fp4, int8, or bits. Default: as loaded."
+        },
+    )
+    quantize_trained: Any = field(
+        default=None,
+        metadata={"help": "The same for layers that train, under their adapters (QLoRA). Default: as loaded."},
+    )
+    quant: Any = field(
+        default=None, metadata={"help": "Bits by a choice of its own: {select: …, bits: …} or {mean_bits: 4.5, …}."}
+    )
     batches: InitVar[Iterable[Any] | None] = None
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
     method: ClassVar[str] = "lora"
@@ -56,7 +73,7 @@ class LayerLoraConfig(LoraConfig):
             select = Select.parse(self.select)
         except LayerpeftError as error:
             problems.add(str(error))
-        if not select.is_all:
+        if not select.is_all or self.quantizes:
             for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
                 if getattr(self, name) is not None:
                     problems.add(
@@ -64,6 +81,7 @@ class LayerLoraConfig(LoraConfig):
                     )
         if not isinstance(self.train_new, bool):
             problems.add(f"train_new={self.train_new!r} is not true or false")
+        _check_quant(self, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
         self._batches = batches
@@ -84,7 +102,19 @@ class LayerLoraConfig(LoraConfig):
         plain = super().to_dict()
         if self.is_plain:
             return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
-        return plain | {"select": Select.parse(self.select).to_dict()}
+        plain |= {"select": Select.parse(self.select).to_dict()}
+        return plain if self.quant is None else plain | {"quant": LayerQuantConfig.parse(self.quant).plain()}
+
+    @property
+    def stored(self) -> Quantized | None:
+        """The precisions of a run that this one goes on with, in the place of a choice of its own."""
+        return self.__dict__.get("_stored")
+
+    def with_stored(self, found: Quantized | None) -> LayerLoraConfig:
+        """A copy that keeps to these precisions."""
+        twin = copy.deepcopy(self)
+        twin.__dict__["_stored"] = found
+        return twin
 
     def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
         """A copy that carries these batches."""
@@ -97,6 +127,11 @@ class LayerLoraConfig(LoraConfig):
 
         Raises: SelectionError, ScoreError, LayerMapError, ConfigError.
         """
+        if self.quantizes:
+            raise ConfigError(
+                "a stock config quantizes nothing: call layerpeft.quantize(model, …) first, and resolve a config without "
+                "quantize_frozen, quantize_trained and quant"
+            )
         return self.settled(model, batches, progress=progress)
 
     def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
@@ -133,7 +168,12 @@ class LayerLoraConfig(LoraConfig):
     @property
     def is_plain(self) -> bool:
         """True where this is a stock LoRA config: all layers, nothing to record."""
-        return Select.parse(self.select).is_all
+        return Select.parse(self.select).is_all and not self.quantizes
+
+    @property
+    def quantizes(self) -> bool:
+        """True where some of the model is to be stored in fewer bits."""
+        return any(getattr(self, name) is not None for name in QUANT_FIELDS)
 
     def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
         """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
@@ -206,9 +246,11 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveR
         scheduled = {"schedule": record.schedule.plain()}
         heatmap.write_switches(scheduled["schedule"], names, found.rows, table)
         heatmap.write_heatmap(scheduled["schedule"], names, picture, why)
+    stored = {} if record.quantized is None else {"quant": record.quantized.to_dict()}
     save.write_manifest(
         folder,
         scheduled
+        | stored
         | {
             "method": record.method,
             "selection": record.selection.to_dict(),
@@ -302,6 +344,22 @@ def plain_config(config: LayerLoraConfig) -> dict[str, Any]:
     plain = config.to_dict()
     kept = {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items() if v not in (None, {}, [], set())}
     return kept | {"peft_type": config.kind.value}
+
+
+def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:
+    for name in ("quantize_frozen", "quantize_trained"):
+        frozen_precision(name, getattr(config, name), problems)
+    if config.quant is None:
+        return
+    if config.quantize_frozen is not None or config.quantize_trained is not None:
+        problems.add(
+            "quant, and quantize_frozen or quantize_trained: two ways to say the same; write quant alone "
+            "(quant={'bits': 4, 'apply_to': 'frozen'} is quantize_frozen=4)"
+        )
+    try:
+        LayerQuantConfig.parse(config.quant)
+    except LayerpeftError as error:
+        problems.add(str(error))
 
 
 def options_given(config: LoraConfig, shared: Collection[str]) -> list[str]:

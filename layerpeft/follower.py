@@ -252,6 +252,7 @@ class Follower(Scheduled, Mastered):
         verify.same_targets(
             "the run that is resumed", set(then.targets), set(now.targets if now is not None else self.tensors())
         )
+        verify.same_precisions(restored.get("quant"), self.record.precisions)
         self.record.selection = then
         self.record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
 
@@ -376,6 +377,8 @@ class Follower(Scheduled, Mastered):
         if not whole:
             self.config.target_modules = chosen
         self.record.selection = selection
+        if (quantize := getattr(self.config, "_layerpeft_quantize", None)) is not None:
+            self.record.quantized = quantize(self.model, selection)
         self.pending = None
         self._forget()
         backward.install(self.model, selection.stack)

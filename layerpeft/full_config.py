@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.newborn import new_modules
 from layerpeft.notes import note
 from layerpeft.plan_text import size_text
+from layerpeft.quant_config import LayerQuantConfig
 from layerpeft.selection import LiveRecord, Select, Selection
 
 # LoRA's options that mean something here; every other one is refused unless it is left alone
@@ -55,6 +56,14 @@ class LayerFullConfig(LayerLoraConfig):
             problems.add(
                 f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train"
             )
+        if self.quantize_trained is not None:
+            problems.add(
+                f"quantize_trained={self.quantize_trained!r}: weights that are quantized cannot be trained themselves"
+            )
+        if isinstance(self.quant, Mapping | LayerQuantConfig):
+            part = self.quant.apply_to if isinstance(self.quant, LayerQuantConfig) else self.quant.get("apply_to")
+            if part != "frozen":
+                problems.add("quant: weights that are quantized cannot be trained themselves; write apply_to: frozen")
         if self.master_weights is True and distributed.world_size() > 1:
             problems.add(
                 "master_weights=True works in one process only: what splits or copies the weights over processes keeps its own "

@@ -17,6 +17,7 @@ from torch import nn
 
 from layerpeft import backward, optimizers
 from layerpeft.assume import fixed
+from layerpeft.configs import LayerLoraConfig
 from layerpeft.counting import Live, Pass, count
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems
 from layerpeft.full import wrappers
@@ -26,8 +27,10 @@ from layerpeft.integrations.fused_head import add_head, in_place
 from layerpeft.integrations.quantized import as_quantized, weight_bytes
 from layerpeft.integrations.tracing import as_traced
 from layerpeft.layers import base_of, layer_map
-from layerpeft.plan_parts import config_of, half, opened, originals, training
+from layerpeft.plan_parts import config_of, half, opened, originals, store, training
 from layerpeft.plan_text import plan_lines, size_text
+from layerpeft.precisions import Storage, stored_bytes
+from layerpeft.quant_training import asked, names_of
 
 __all__ = ["Live", "Plan", "PlanRow", "Step", "plan", "size_text", "trace"]
 
@@ -215,6 +218,9 @@ def _wrapped(
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
             empty = _built(model, step.quantization)
             resolved, assumed = fixed(config, empty)
+            if isinstance(config, LayerLoraConfig) and config.quantizes:
+                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
+                assumed += store(empty, asked(config, empty, names_of(empty, choice.stack, choice.layers), known=False))
             if isinstance(resolved, FullLoraConfig):
                 place_all(empty, resolved, "default")
             wrapped: Any = peft.get_peft_model(empty, resolved).train()
@@ -256,7 +262,9 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
             raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
         built = type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
     if quantization is not None:
-        as_quantized(built, quantization)
+        kind = "int8" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
+        storage = Storage(double_quant=quantization.bnb_4bit_use_double_quant)
+        as_quantized(built, quantization, lambda rows, columns: stored_bytes(kind, rows, columns, storage))
     return built
 
 

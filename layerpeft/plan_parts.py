@@ -9,13 +9,16 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft import optimizers
+from layerpeft import optimizers, precisions, quantizing
 from layerpeft.assume import Asleep
+from layerpeft.errors import ConfigError
 from layerpeft.full import open_all, wrappers
 from layerpeft.full_config import FullLoraConfig
-from layerpeft.layers import base_of
+from layerpeft.integrations.quantized import is_stand_in, stand_in, weight_bytes
+from layerpeft.layers import base_of, find_module
 from layerpeft.plan_text import size_text
 from layerpeft.projection import projections, weight_of
+from layerpeft.quantizing import Quantized
 
 _RESTING = "_layerpeft_resting"  # in a planned model's own dict: names of the parameters of layers that sleep
 
@@ -81,7 +84,38 @@ def half(wrapped: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def store(empty: nn.Module, wanted: Quantized) -> tuple[str, ...]:
+    """Puts stand-ins where linears will be quantized, and says what that takes. Raises: ConfigError for a missing package."""
+    missing = precisions.missing_packages(wanted.assignment.values())
+    if missing:
+        raise ConfigError(f"quantization needs {' and '.join(missing)}: pip install 'layerpeft[quant]'")
+    before, largest = weight_bytes(empty), 0
+    for name, kind in wanted.assignment.items():
+        above, _, leaf = name.rpartition(".")
+        parent = find_module(empty, above)
+        old: Any = parent._modules[leaf]
+        largest = max(largest, old.weight.nbytes)
+        size = precisions.stored_bytes(
+            kind, old.out_features, old.in_features, wanted.storage, old.weight.element_size()
+        )
+        packed = precisions.PRECISIONS[kind].package == "hqq"  # which knows no meta device
+        new = parent._modules[leaf] = old if packed else precisions.quantized_linear(old, kind, wanted.storage)
+        stand_in(new, size)
+    quantizing.mark_kinds(empty, wanted.modules.values())
+    after = weight_bytes(empty)
+    return (
+        f"{wanted.why}; weights {size_text(before)} as loaded, {size_text(after)} then",
+        f"while quantizing, a model that is loaded already peaks at {size_text(before + largest)}, one that layerpeft loads "
+        f"(recipes, load_model) at {size_text(after + largest)}",
+    )
+
+
 def originals(wrapped: nn.Module) -> int:
     """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
-    found = [layer for _, layer in projections(wrapped, "default") if layer._layerpeft_projection.fold == "beside"]
+    found = [
+        layer
+        for _, layer in projections(wrapped, "default")
+        if layer._layerpeft_projection.fold == "beside"
+        and not is_stand_in(layer.get_base_layer())  # folds lie beside it
+    ]
     return sum(weight_of(layer).nbytes for layer in found)

@@ -144,7 +144,7 @@ def _in_one(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str
         and not layer.disable_adapters
         and layer.active_adapters == [layer._layerpeft_projection.adapter]
         and x.dim() > 1
-        and x.dtype == weight.dtype == layer.base_layer.weight.dtype
+        and x.dtype == weight.dtype == getattr(getattr(layer.base_layer, "weight", None), "dtype", None)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

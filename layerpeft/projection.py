@@ -21,6 +21,7 @@ from torch import nn
 
 from layerpeft.errors import TrainingError
 from layerpeft.folds import Factors, Folds, exactly, part, stacked, stochastically
+from layerpeft.integrations import hqq
 from layerpeft.integrations.hooks import has_hook
 from layerpeft.integrations.peft import LoraLayer, lora_layers
 from layerpeft.integrations.peft_experts import stores_out_first
@@ -53,7 +54,7 @@ class Projection:
     active: bool = True  # whether it trains now
     original: torch.Tensor | None = None  # the weight as it was, from the first fold on
     working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
-    packed: nn.Parameter | None = None  # the quantized weight as it was, while it is merged
+    packed: nn.Parameter | nn.Module | None = None  # the quantized weight (HQQ: its module) as it was, while merged
     beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
     watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
     watcher: Any = None  # called with (module, y, x), gives y
@@ -122,7 +123,8 @@ def trained_of(layer: LoraLayer) -> nn.Parameter:
 
 def weight_of(layer: Any) -> nn.Parameter:
     """The weight that is trained, (out, in) or (experts, out, in) or as the module stores it."""
-    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    base = layer.get_base_layer()
+    return getattr(base, getattr(layer, "parameter_name", hqq.WEIGHT if hqq.is_packed(base) else "weight"))
 
 
 def rights(a: torch.Tensor, experts: int) -> torch.Tensor:
@@ -226,7 +228,8 @@ def keep_original(layer: Any) -> None:
     state: Any = state_of(layer)
     weight = weight_of(layer)
     if not weight.is_floating_point():
-        state.packed = weight
+        base = layer.get_base_layer()  # PEFT merges into another module where HQQ has packed it
+        state.packed = base if hqq.is_packed(base) else weight
     elif state.original is None:
         state.original = weight.detach().to("cpu" if state.fold == "base" else weight.device, copy=True)
 
@@ -235,8 +238,10 @@ def keep_original(layer: Any) -> None:
 def restart(layer: Any) -> None:
     """Lets the weight be what it is without the running period, from what was kept."""
     state: Any = state_of(layer)
-    if state.packed is not None:
+    if isinstance(state.packed, nn.Parameter):
         layer.get_base_layer().weight, state.packed = state.packed, None
+    elif state.packed is not None:
+        layer.base_layer, state.packed = state.packed, None
     elif state.folds.count:
         refold(layer)
     elif state.original is not None:

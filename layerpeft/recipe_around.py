@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,8 +14,11 @@ from typing import Any
 
 from layerpeft import optimizers, rows
 from layerpeft import recipe_keys as keys
+from layerpeft.configs import QUANT_FIELDS
 from layerpeft.errors import LayerpeftError, RecipeError
 from layerpeft.integrations.trainer import backend
+from layerpeft.precisions import missing_packages, named
+from layerpeft.quant_config import LayerQuantConfig, used
 from layerpeft.recipe_values import Recipe, training_arguments
 from layerpeft.save import last_checkpoint
 from layerpeft.shipped import resolve
@@ -189,6 +193,23 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
     if quantized and importlib.util.find_spec("bitsandbytes") is None:
         sentence = "model_init_kwargs: quantization needs bitsandbytes (pip install bitsandbytes)"
         found.append((("model_init_kwargs",), sentence))
+    return found + _precision_problems(good.get("layerpeft"), bool(quantized))
+
+
+def _precision_problems(block: Any, quantized: bool) -> list[Problem]:
+    """Precisions by layer over a base that is quantized whole, or by packages that are not there."""
+    given = {k: v for k in QUANT_FIELDS if isinstance(block, Mapping) and (v := block.get(k)) is not None}
+    found: list[Problem] = []
+    for key, value in given.items():
+        if quantized:
+            sentence = f"{key}: model_init_kwargs quantizes the whole model already; take its quantization_config out"
+            found.append((("layerpeft", key), sentence))
+        with contextlib.suppress(LayerpeftError, ValueError, TypeError):  # reported where the config is made
+            kinds = (named(value),) if key != "quant" else used(LayerQuantConfig.parse(value))
+            missing = missing_packages(kinds)
+            if missing:
+                sentence = f"{key}: needs {' and '.join(missing)} (pip install 'layerpeft[quant]')"
+                found.append((("layerpeft", key), sentence))
     return found
 
 

@@ -136,11 +136,9 @@ class Check:
         given = dict(block)
         method = given.pop("method", "lora")
         if not isinstance(method, str) or method not in CONFIGS:
-            later = f"method {method!r} is not in this version; there is: {', '.join(CONFIGS)}"
             road = keys.METHOD_ROADS.get(method) if isinstance(method, str) else None
-            spelled = method in keys.LATER_METHODS
-            sentence = f"method {method!r} is written as {road}" if road else later
-            self.add(sentence if spelled or road else unknown("method", method, CONFIGS), "layerpeft", "method")
+            sentence = f"method {method!r} is written as {road}" if road else unknown("method", method, CONFIGS)
+            self.add(sentence, "layerpeft", "method")
             method = "lora"
         select = given.pop("select", None)
         sound = self.select(select)

@@ -10,13 +10,14 @@ from typing import Any
 from layerpeft.typecheck import Setting, settings_of
 
 TRAINERS = ("sft", "classification")
-LATER_METHODS = ("quant",)
 # methods of papers that are a method of ours with a choice of layers
 METHOD_ROADS = {
     "lisa": "`method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}` (`layerpeft train lisa` is an example)",
     "badam": "`method: full, select: {pick: cycle, keep: 1, reselect_steps: 50, state: clear}` (`layerpeft train badam`)",
     "spectrum": "`method: full, select: {by: snr, keep: 25%}`",
     "freeze": "`method: full, select: last:2`",
+    "quant": "`method: lora, select: last:4, quantize_frozen: nf4`, or with `quant: {mean_bits: 4.5}` (`layerpeft train frozen_nf4`)",
+    "qlora": "`method: lora, select: all, quantize_trained: nf4`",
 }
 PURPOSES = ("train", "plan", "score", "compare")
 

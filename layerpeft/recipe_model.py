@@ -16,6 +16,7 @@ from layerpeft.choose import candidates
 from layerpeft.configs import target_names
 from layerpeft.errors import LayerpeftError, nearest
 from layerpeft.layers import LayerMap, base_of, layer_map
+from layerpeft.quant_training import asked, names_of
 from layerpeft.recipe_around import Problem, items_of
 from layerpeft.recipe_values import Recipe, layer_config
 from layerpeft.scores import Scores
@@ -139,7 +140,11 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real run says it again
-            resolved, _ = fixed(layer_config(recipe), model)
+            config = layer_config(recipe)
+            resolved, _ = fixed(config, model)
+            if config.quantizes:
+                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
+                asked(config, model, names_of(model, choice.stack, choice.layers), known=False)
             wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
     except LayerpeftError as error:
         return _at(error)

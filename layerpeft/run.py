@@ -20,10 +20,13 @@ from layerpeft.choose import choose_among
 from layerpeft.errors import RecipeError
 from layerpeft.layers import layer_map
 from layerpeft.notes import note
+from layerpeft.plan_text import size_text
+from layerpeft.precisions import tensor_bytes
+from layerpeft.quantizing import Quantized
 from layerpeft.recipe import Recipe, to_yaml
 from layerpeft.report import LayerReport, Row, layer_report, write_csv, write_png
 from layerpeft.samples import Sample, generate, prompt_of, show
-from layerpeft.save import last_checkpoint, selection_of
+from layerpeft.save import last_checkpoint, read_manifest, selection_of
 from layerpeft.selection import Select, Selection
 from layerpeft.training import (
     Setup,
@@ -44,7 +47,10 @@ NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training."""
+    """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
+
+    `weight_bytes`: measured bytes of all weights, adapter and scales included.
+    """
 
     output_dir: Path
     before: Mapping[str, float]
@@ -52,6 +58,7 @@ class Result:
     samples: tuple[Sample, ...]
     report: LayerReport
     seconds: float
+    weight_bytes: int = 0
 
 
 def run(recipe: Recipe, say: Say = print) -> Result:
@@ -66,8 +73,10 @@ def run(recipe: Recipe, say: Say = print) -> Result:
         checkpoint = _checkpoint(recipe)
         kept = _kept(recipe, checkpoint)
         _clear(recipe)
-        model = load_model(setup)
-        model, setup = _wrapped(recipe, setup, model, kept)
+        stored = _stored(checkpoint)
+        choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
+        model = load_model(setup, choice, stored)
+        model, setup = _wrapped(recipe, setup, model, kept, stored)
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
@@ -77,7 +86,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
     after = held_out_numbers(trainer)
     samples = _answers(setup, model, samples)
     report = layer_report(model)
-    result = Result(recipe.output_dir, before, after, samples, report, seconds)
+    result = Result(recipe.output_dir, before, after, samples, report, seconds, tensor_bytes(model))
     if is_first():
         _write(recipe, setup, model, trainer, before)
         _track(trainer, result)
@@ -139,14 +148,26 @@ def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
     return chosen
 
 
-def _wrapped(recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None) -> tuple[Any, Setup]:
+def _stored(checkpoint: str | None) -> Quantized | None:
+    """The precisions of the run that is resumed, None where its base was not quantized by layer."""
+    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+        return None
+    found = read_manifest(checkpoint).get("quant")
+    return None if found is None else Quantized.from_dict(found)
+
+
+def _wrapped(
+    recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None, stored: Quantized | None
+) -> tuple[Any, Setup]:
     """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
     if kept is not None and Select.parse(recipe.select).is_scheduled:
-        return wrap(setup, model, recipe.select, None), setup  # the schedule goes on when the checkpoint is loaded
+        return wrap(
+            setup, model, recipe.select, None, stored
+        ), setup  # the schedule goes on when the checkpoint is loaded
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup
-    wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None)
+    wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None, stored)
     record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
     record.selection = kept
     record.config["select"] = Select.parse(recipe.select).to_dict()
@@ -275,7 +296,7 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
             say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
     if not result.after:
         say("no held-out rows (eval_dataset), so nothing was measured before and after")
-    say(f"training took {result.seconds:.0f} s")
+    say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")
     for sample in result.samples:
         for title, text in (
             ("prompt", sample.prompt),

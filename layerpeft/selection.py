@@ -143,7 +143,13 @@ class LiveRecord:
     new_tensors: tuple[str, ...] = ()
     idle_experts: tuple[str, ...] = ()
     masters: Any = None  # what keeps float32 masters, and saves them
+    quantized: Any = None  # what is stored in which precision
     schedule: Any = None  # of a choice that is made again: what knows where it stands
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Full name -> precision of the linears that are stored in fewer bits."""
+        return self.quantized.assignment if self.quantized is not None else {}
 
 
 def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:

@@ -119,6 +119,7 @@ def _state(model: nn.Module | None) -> dict[str, Any]:
             "selection": f.record.selection.to_dict(),
             "steps_trained": f.record.steps_trained,
         }
+        | ({"quant": f.record.precisions} if f.record.quantized is not None else {})
         for f in followers_of(model)
         if f.record.selection is not None
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,11 @@ from layerpeft import rows
 from layerpeft.choose import candidates, live_only, needs_batches
 from layerpeft.errors import RecipeError
 from layerpeft.integrations.peft import default_targets
-from layerpeft.layers import LayerMap, Target, layer_map
+from layerpeft.layers import LayerMap, Target, base_of, layer_map
+from layerpeft.loading import load_quantized
+from layerpeft.models import early
+from layerpeft.quant_training import batches_wanted
+from layerpeft.quantizing import MARKS, Quantized
 from layerpeft.recipe import Recipe, layer_config, training_arguments
 from layerpeft.schedule import scoreless
 from layerpeft.scores import Scores
@@ -94,10 +99,11 @@ def empty_model(setup: Setup) -> nn.Module:
         return _from_hub(recipe, _auto_class(recipe).from_config, config, dtype=dtype, **_code(recipe))
 
 
-def load_model(setup: Setup) -> nn.Module:
+def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None) -> nn.Module:
     """The base model with its weights; a new classification head is drawn from the recipe's seed.
 
-    Raises: RecipeError in one sentence when it cannot be had.
+    With the choice of layers that it is loaded for (`select`, or precisions that were `stored`), linears are quantized as they
+    are read, where the architecture alone says which. Raises: RecipeError in one sentence when it cannot be had.
     """
     from transformers import set_seed
 
@@ -109,7 +115,17 @@ def load_model(setup: Setup) -> nn.Module:
         "config": _model_config(setup),
         **(recipe["model_init_kwargs"] or {}),
     }
-    return _from_hub(recipe, _auto_class(recipe).from_pretrained, _model_path(recipe), **options)
+    wanted = None
+    if select is not None:
+        wanted = early(layer_config(recipe, select).with_stored(stored), lambda: empty_model(setup))
+    if wanted is None:
+        return _from_hub(recipe, _auto_class(recipe).from_pretrained, _model_path(recipe), **options)
+    device = training_arguments(recipe).device
+    options["device"] = device if device.type != "cpu" else None  # quantizing is faster there
+    kind = _auto_class(recipe).__name__
+    return _from_hub(
+        recipe, load_quantized, _model_path(recipe), wanted.assignment, wanted.storage, kind=kind, **options
+    )
 
 
 def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any], Setup]:
@@ -128,17 +144,24 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
 def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] | None, Setup]:
     """Batches for a choice that is measured on data, None for any other."""
     parsed = Select.parse(select)
-    if not needs_batches(parsed) or live_only(parsed) or (parsed.is_scheduled and scoreless(parsed)):
-        return None, setup
-    return first_batches(setup, model, parsed.num_batches or DEFAULT_BATCHES)
+    most = batches_wanted(layer_config(setup.recipe, select))
+    if needs_batches(parsed) and not live_only(parsed) and not (parsed.is_scheduled and scoreless(parsed)):
+        most = max(most, parsed.num_batches or DEFAULT_BATCHES)
+    return first_batches(setup, model, most) if most else (None, setup)
 
 
-def wrap(setup: Setup, model: nn.Module, select: Any, batches: Sequence[Any] | None) -> peft.PeftModel:
-    """The model with the recipe's adapter on the layers that `select` means, drawn from the recipe's seed."""
+def wrap(
+    setup: Setup, model: nn.Module, select: Any, batches: Sequence[Any] | None, stored: Quantized | None = None
+) -> peft.PeftModel:
+    """The model with the recipe's adapter on the layers that `select` means, drawn from the recipe's seed.
+
+    `stored`: precisions of the run that this one goes on with.
+    """
     from transformers import set_seed
 
     set_seed(training_arguments(setup.recipe).seed)
-    return peft.get_peft_model(model, layer_config(setup.recipe, select, batches))  # type: ignore[arg-type,return-value]
+    config = layer_config(setup.recipe, select, batches).with_stored(stored)
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type,return-value]
 
 
 def all_targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
@@ -167,7 +190,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
 
         if setup.ready:
             arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        return SFTTrainer(processing_class=setup.tokenizer, **given)
+        with unmarked(model):
+            return SFTTrainer(processing_class=setup.tokenizer, **given)
     from transformers import DataCollatorWithPadding, Trainer
 
     return Trainer(
@@ -176,6 +200,17 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
         compute_metrics=_class_metrics,
         **given,
     )
+
+
+@contextlib.contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Inside, a base that was quantized by layer does not say so: TRL would take it for QLoRA and cast what trains to bfloat16."""
+    base = base_of(model)
+    marks = {} if getattr(base, "is_quantized", False) else {n: vars(base).pop(n) for n in MARKS if n in vars(base)}
+    try:
+        yield
+    finally:
+        vars(base).update(marks)
 
 
 def train(trainer: Any, checkpoint: str | None = None) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from layerpeft.errors import SelectionError
+from layerpeft.errors import SelectionError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import local
 from layerpeft.targets import is_routed
@@ -77,6 +77,17 @@ def outdated(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> set[
 
 def _kind(p: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
     return p.dtype, local(p).shape
+
+
+def same_precisions(then: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Raises: SelectionError where the run that is resumed stored linears in other precisions."""
+    differ = differences(then or {}, now or {})
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise SelectionError(
+            f"the run that is resumed stored {len(differ)} linears in other precisions ({'; '.join(differ[:3])}{more}); give it "
+            "the same quantize_frozen, quantize_trained or quant"
+        )
 
 
 def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tuple[list[str], list[str]]:

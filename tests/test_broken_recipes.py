@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "method": (block("method: lor, select: last:2"), ["line 7", "method 'lor'", "Did you mean 'lora'?"]),
     "later_method": (
         block("method: quant, select: last:2"),
-        ["line 7", "'quant' is not in this version", "lora, galore, full"],
+        ["line 7", "method 'quant' is written as", "quantize_frozen: nf4"],
     ),
     "method_of_a_paper": (
         block("method: lisa, select: last:2"),

@@ -15,6 +15,7 @@ from benchmarks import chart, table
 from benchmarks.case import Case
 from layerpeft import run as runs
 from layerpeft.errors import LayerpeftError, Problems
+from layerpeft.plan_text import size_text
 from layerpeft.recipe import load_recipe
 
 Say = Callable[[str], None]
@@ -58,7 +59,9 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
                 result = runs.run(load_recipe(options.recipe, [*options.common, *settings, *extra]), lambda _: None)
             steps = [row.steps or 0 for row in result.report.rows]
             one = {"seed": seed, "before": result.before[options.measure], "after": result.after[options.measure]}
-            found[label]["runs"].append(one | {"steps": steps, "seconds": round(result.seconds, 1)})
+            found[label]["runs"].append(
+                one | {"steps": steps, "seconds": round(result.seconds, 1), "weight_bytes": result.weight_bytes}
+            )
             say(f"{label}, seed {seed}: {options.measure} {one['after']:.4f} ({result.seconds:.0f} s)")
     for row in found.values():
         after = [one["after"] for one in row["runs"]]
@@ -71,12 +74,15 @@ def tables(result: Mapping[str, Any]) -> str:
     rows = result["results"]
     seeds = [one["seed"] for one in next(iter(rows.values()))["runs"]]
     head = ["settings", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation", "layers a step, mean"]
+    sized = all(one.get("weight_bytes") for row in rows.values() for one in row["runs"])
+    head += ["weights"] if sized else []
     lines = []
     for label, row in rows.items():
         shares = [sum(one["steps"]) / most for one in row["runs"] if (most := max(one["steps"]))]
         layers = f"{statistics.mean(shares):.1f}" if shares else "all"  # nobody counts where nothing is chosen
         spread = f"{row['spread']:.4f}" if row["spread"] is not None else ""
-        lines.append([label, *(f"{one['after']:.4f}" for one in row["runs"]), f"{row['mean']:.4f}", spread, layers])
+        line = [label, *(f"{one['after']:.4f}" for one in row["runs"]), f"{row['mean']:.4f}", spread, layers]
+        lines.append(line + ([size_text(row["runs"][0]["weight_bytes"])] if sized else []))
     return (
         f"{table.markdown(head, lines)}\n\n`{result['case']['measure']}`; more is better for a score, less for a loss."
     )

@@ -24,7 +24,9 @@ from layerpeft.full import adopt
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.peft import LayerPeftType, become_stock, register, watch_loading
 from layerpeft.layers import Target, base_of, layer_map
+from layerpeft.models import quantized_linears, stored_base
 from layerpeft.notes import note
+from layerpeft.quant_training import after_choice, before_wrapping, check_schedule, names_of, with_lasting_batches
 from layerpeft.schedule import schedule_of
 from layerpeft.scores import Scores
 from layerpeft.selection import Select, Selection
@@ -42,13 +44,23 @@ class LayerLoraModel(LoraModel):
         if not isinstance(config, LayerLoraConfig):
             return
         keep_cpu_layout(model)
+        config = with_lasting_batches(config)
+        stack, may_train = Select.parse(config.select).stack, None
         if config.is_scheduled or config.is_deferred:
             self._layerpeft_pool = pool = scheduled_pool(config, model) if config.is_scheduled else _pool(config, model)
             self._layerpeft_known = first_scores(config, model, pool) if config.is_scheduled else None
-            self.peft_config[adapter_name] = _pool_config(config, model, pool)
+            live = self.peft_config[adapter_name] = _pool_config(config, model, pool)
+            if config.is_scheduled:
+                may_train = names_of(model, stack, config_layers(pool))
             watch_loading()
         else:
-            self.peft_config[adapter_name] = config.settled(model)
+            live = self.peft_config[adapter_name] = config.settled(model)
+            if config.quantizes:
+                selection = live._layerpeft.selection  # type: ignore[attr-defined]
+                may_train = names_of(model, selection.stack, selection.layers)
+        if config.quantizes:
+            live._layerpeft.quantized = before_wrapping(config, model, may_train)  # type: ignore[attr-defined]
+            live._layerpeft_quantize = after_choice(config) if may_train is None else None  # type: ignore[attr-defined]
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         live = self.peft_config[adapter_name]
@@ -128,6 +140,7 @@ def scheduled_pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, .
     layers = layer_map(model, select.stack)
     targets = config.targets_in(model, layers)
     allowed = set(schedule_of(select, layers, targets).pool)
+    check_schedule(config, layers, allowed)
     return tuple(t for t in targets if t.layer in allowed)
 
 
@@ -184,9 +197,17 @@ def load(
 ) -> PeftModel:
     """A saved adapter on its base model, verified before any weight is read, with the record of what was chosen and why.
 
-    Without `model` the base is built from what `adapter_config.json` names; `kwargs` go to PEFT's `from_pretrained`. With
-    `is_trainable` training is followed and checked again. Raises: SaveError for a damaged folder, or a base that does not fit.
+    Without `model` the base is built from what `adapter_config.json` names, quantized as it was when the adapter trained;
+    `kwargs` go to PEFT's (and then transformers') `from_pretrained`. With `is_trainable` training is followed and checked again.
+    Raises: SaveError for a damaged folder, or a base that does not fit.
     """
+    if model is None:
+        model, kwargs = stored_base(folder, kwargs)
+    elif save.read_manifest(folder).get("quant") is not None and not quantized_linears(model):
+        note(
+            f"{folder} was trained over a base that was quantized by layer, and this one is not: what it computes differs by the "
+            "rounding. load(folder) without a model, or layerpeft.quantize(model, folder) before, gives it the same base"
+        )
     loaded = save.load(folder, model, is_trainable=is_trainable, **kwargs)
     adapter = kwargs.get("adapter_name", "default")
     live: Any = loaded.peft_config[adapter]

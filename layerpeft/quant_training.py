@@ -1,0 +1,129 @@
+"""What a training config says about precision, and when it is done: before wrapping, or once the layers are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from layerpeft import quantizing
+from layerpeft.allotting import allot, by_training, wants_batches
+from layerpeft.configs import LayerLoraConfig
+from layerpeft.errors import ConfigError
+from layerpeft.layers import LayerMap, base_of, layer_map
+from layerpeft.notes import note
+from layerpeft.quant_config import LayerQuantConfig
+from layerpeft.quantizing import Quantized
+from layerpeft.selection import DEFAULT_BATCHES, Select, Selection
+
+
+def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collection[str] | None) -> Quantized | None:
+    """Quantizes what the config asks for; None where nothing is asked, or where it has to wait for the choice.
+
+    `training`: names of the layers that train or ever may; None: not chosen yet.
+    Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
+    """
+    if not config.quantizes or (training is None and waits(config)):
+        return None
+    whole = config.method == "full"
+    done = applied(model, asked(config, model, training or ()), mark=not whole)
+    base = base_of(model)
+    if whole and not getattr(base, "is_quantized", False):
+        # trainers take the mark for QLoRA and cast all that trains to bfloat16, here the weights themselves
+        for name in quantizing.MARKS:
+            vars(base).pop(name, None)
+    return done
+
+
+def asked(config: LayerLoraConfig, model: nn.Module, training: Collection[str], *, known: bool = True) -> Quantized:
+    """The precision of every linear, before anything is changed. `known`: False for a model without weights.
+
+    Raises: as `before_wrapping`.
+    """
+    if config.stored is not None:
+        return config.stored
+    if config.quant is not None:
+        spec = LayerQuantConfig.parse(config.quant)
+        batches = spec._batches if spec._batches is not None else config._batches
+        return allot(spec, model, batches, training, known=known)
+    stack = Select.parse(config.select).stack
+    return by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
+
+
+def applied(model: nn.Module, wanted: Quantized, *, mark: bool = True) -> Quantized:
+    """Stores everything so, and says what came of it. Raises: QuantizationError."""
+    again = quantizing.is_stored(model, wanted.modules)  # by `load_model`, which has said so
+    more: dict[str, Any] = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
+    done = quantizing.apply(model, wanted.modules, wanted.storage, mark=mark, **more)
+    if not again:
+        note(f"quantized: {done.why}\n{done.table()}")
+    return done
+
+
+def batches_wanted(config: LayerLoraConfig) -> int:
+    """How many batches the choice of precisions looks at; 0 where it needs none, or has its own."""
+    if config.quant is None or config.stored is not None:
+        return 0
+    spec = LayerQuantConfig.parse(config.quant)
+    return (spec.choosing.num_batches or DEFAULT_BATCHES) if spec._batches is None and wants_batches(spec) else 0
+
+
+def after_choice(config: LayerLoraConfig) -> Callable[[nn.Module, Selection], Quantized] | None:
+    """What is to be done once a choice that waits for the first optimizer step is made; None where nothing is."""
+    if not config.quantizes or not waits(config):
+        return None
+
+    def quantize(model: nn.Module, selection: Selection) -> Quantized:
+        return applied(model, asked(config, model, [selection.layer_names[i] for i in selection.layers]))
+
+    return quantize
+
+
+def waits(config: LayerLoraConfig) -> bool:
+    """Whether precisions hang on a choice that is made at the first optimizer step.
+
+    Raises: ConfigError where layers that train are to be quantized then, under adapters that are there by now.
+    """
+    if config.quant is not None:
+        part = LayerQuantConfig.parse(config.quant).apply_to
+        hangs, under = part != "all", part == "trained"
+    else:
+        hangs = config.quantize_frozen != config.quantize_trained
+        under = config.quantize_trained is not None
+    if hangs and under:
+        raise ConfigError(
+            "this choice of layers waits for the first optimizer step, and layers that train cannot be quantized any more then; "
+            "pass batches=… with the config, or give all layers the same precision"
+        )
+    return hangs
+
+
+def check_schedule(config: LayerLoraConfig, layers: LayerMap, pool: Collection[int]) -> None:
+    """Raises: ConfigError where layers that train by turns are to be quantized while they rest."""
+    frozen_only = config.quantize_frozen is not None and config.quantize_trained is None
+    if config.quant is not None:
+        frozen_only = LayerQuantConfig.parse(config.quant).apply_to == "frozen"
+    if frozen_only and len(pool) == len(layers):
+        raise ConfigError(
+            "layers that change while training, and quantizing those that rest, do not go together: every one of the "
+            f"{len(layers)} layers may train, and a layer that is switched on needs its original 16-bit weights, all of which "
+            "would have to wait on the CPU. Give quantize_trained the same precision (adapters over quantized layers), or let "
+            'fewer layers take part (select={"layers": "last:8", …}): those outside are quantized'
+        )
+
+
+def with_lasting_batches(config: LayerLoraConfig) -> LayerLoraConfig:
+    """A config whose batches can be gone through twice, where both choices look at them."""
+    wanted = batches_wanted(config)
+    if not isinstance(config._batches, Iterator) or not wanted:
+        return config
+    most = max(wanted, Select.parse(config.select).num_batches or DEFAULT_BATCHES)
+    return config.with_batches(list(islice(config._batches, most)))
+
+
+def names_of(model: nn.Module, stack: str | None, layers: Collection[int]) -> list[str]:
+    """Names of these layers of a stack."""
+    found = layer_map(model, stack)
+    return [found.layers[i].name for i in layers]
