@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from layerpeft import registry
 from layerpeft.errors import ScoreError, SelectionError
+from layerpeft.evaluating import to_model
 from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.losses import loss_of
@@ -271,7 +272,7 @@ def _run(
         stack.callback(bar.close)
         for batch in islice(iter(batches), count):
             with torch.set_grad_enabled(needed == "backward"):
-                loss = _loss(model(**_inputs(model, batch)), needed)
+                loss = _loss(model(**to_model(model, batch)), needed)
             if loss is not None:
                 loss.backward()
                 del loss
@@ -281,17 +282,6 @@ def _run(
     if not used:
         raise ScoreError(f"{title}: batches is empty (a generator can be used only once)")
     return used
-
-
-def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
-    if not isinstance(batch, Mapping):
-        raise ScoreError(
-            f"a batch must be a mapping of model inputs (input_ids, labels, …), not {type(batch).__name__}"
-        )
-    # offloaded weights have no storage; their hooks bring the inputs to where they compute
-    devices = (p.device for p in model.parameters())
-    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def _loss(output: Any, needed: str) -> torch.Tensor | None:

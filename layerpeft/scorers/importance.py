@@ -29,7 +29,7 @@ from torch import nn
 
 from layerpeft.draws import sigmoid, successive
 from layerpeft.errors import ScoreError
-from layerpeft.integrations import distributed
+from layerpeft.evaluating import evaluating
 from layerpeft.integrations.losses import loss_of
 from layerpeft.layers import find_module
 from layerpeft.scores import Measured, Request
@@ -152,7 +152,7 @@ class Suppression:
             raise ScoreError("importance is measured on the micro-batches of training, and none has been seen")
         args, kwargs, dtype = self._seen
         found = []
-        with evaluating(self._model, self.request.model, dtype):
+        with evaluating(self._model, dtype):
             for layers in self.damped:
                 with ExitStack() as stack:
                     for layer in layers:
@@ -163,32 +163,6 @@ class Suppression:
                     raise ScoreError("importance: the model returned no loss; it needs the labels in its inputs")
                 found.append(float(loss.mean()))
         return found
-
-
-@contextmanager
-def evaluating(outer: nn.Module, model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode without gradients and cache, under the autocast of training; modes and random state are put back."""
-    modes = [(m, m.training) for m in outer.modules()]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    places = {p.device for p in outer.parameters()}
-    devices, kind = distributed.random_devices(places)
-    on = next((p.type for p in places), "cpu")
-    try:
-        outer.eval()
-        if cache:
-            config.use_cache = False  # type: ignore[union-attr]
-        with (
-            torch.random.fork_rng(devices=devices, device_type=kind),
-            torch.no_grad(),
-            torch.autocast(on, dtype=dtype, enabled=dtype is not None),
-        ):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cache:
-            config.use_cache = cache  # type: ignore[union-attr]
 
 
 @contextmanager
