@@ -12,6 +12,7 @@ from benchmarks.model import Batch, Model, batches, build
 from benchmarks.setting import prepare
 from benchmarks.trace import traced
 from layerpeft.errors import ConfigError, Problems
+from layerpeft.precisions import precision_of
 
 SMALL = Model(shape="llama-12x64")
 ROWS = Batch(2, 16)
@@ -211,3 +212,19 @@ def test_growth_is_drawn_with_a_line_per_arm(tmp_path):
     points = [{"value": v, "arms": {"a": counts, "b": counts}} for v in (1, 2, 4)]
     path = chart.lines({"rank": {"axis": "rank", "doubling": True, "points": points}}, "title", tmp_path / "g.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_qlora_packs_every_linear_of_the_layers_and_trains_over_all_of_them():
+    pytest.importorskip("bitsandbytes")
+    ours = ready("qlora")
+    names = [n for n, m in ours.model.named_modules() if n.endswith("base_layer")]
+    assert len(names) == 12 * 7
+    assert {precision_of(ours.model.get_submodule(n)) for n in names} == {"nf4"}
+    start = {n: p.detach().clone() for n, p in ours.model.named_parameters() if ".lora_B" in n}
+    count.step(ours, batch(), 0)
+    assert len(start) == 84 and all(
+        not torch.equal(p, start[n]) for n, p in ours.model.named_parameters() if n in start
+    )
+    frozen = ready("layerpeft", quantize_frozen="nf4", select="last:3")
+    packed = [n for n, m in frozen.model.named_modules() if precision_of(m) == "nf4"]
+    assert len(packed) == 9 * 7

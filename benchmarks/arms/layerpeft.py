@@ -14,11 +14,12 @@ from benchmarks.model import LINEARS, num_layers
 
 @dataclass(frozen=True)
 class Options:
-    """`select` as in `LayerLoraConfig`, the rank, and PEFT's factor."""
+    """`select` as in `LayerLoraConfig`, the rank, PEFT's factor, and the precision of layers that do not train."""
 
     select: Any = "last:3"
     r: int = 8
     lora_alpha: int = 16
+    quantize_frozen: str | None = None
 
 
 def config(options: Options, count: int) -> layerpeft.LayerLoraConfig:
@@ -28,6 +29,7 @@ def config(options: Options, count: int) -> layerpeft.LayerLoraConfig:
         lora_alpha=options.lora_alpha,
         target_modules=LINEARS,
         select=options.select,
+        quantize_frozen=options.quantize_frozen,
         task_type="CAUSAL_LM",
     )
 

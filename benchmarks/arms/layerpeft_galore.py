@@ -18,7 +18,7 @@ from layerpeft.projection import fixed_of, projections, state_of, trained_of
 
 @dataclass(frozen=True)
 class Options:
-    """`LayerGaloreConfig`'s own words, with its defaults."""
+    """`LayerGaloreConfig`'s own words, with its defaults; and the precision of layers that do not train."""
 
     select: Any = "all"
     r: int = 128
@@ -28,6 +28,7 @@ class Options:
     subspace: Literal["sketch", "svd", "random"] = "sketch"
     stagger: bool = True
     seed: int = 0
+    quantize_frozen: str | None = None
 
 
 def config(options: Options, count: int) -> layerpeft.LayerGaloreConfig:
@@ -41,6 +42,7 @@ def config(options: Options, count: int) -> layerpeft.LayerGaloreConfig:
         stagger=options.stagger,
         seed=options.seed,
         select=options.select,
+        quantize_frozen=options.quantize_frozen,
         target_modules=LINEARS,
         task_type="CAUSAL_LM",
     )
