@@ -184,24 +184,32 @@ def _spent(
     choices = config.may_use
     kl = config.objective == "kl"
     if config.allocation == "paired":
-        base, lower, higher = _ladder(config, units, budget)
-
-        def judge(bits: allocate.Bits) -> float:
-            if not kl:
-                return allocate.total_loss(bits, predicted)
-            whole = [allocate.by_module(units, bits)]
-            return rounding.output_kl(model, seen or (), whole, config.storage, progress=False)[0]
-
-        predicted = allocate.losses(units, (lower, base, higher))
-        bits = allocate.paired(units, base, lower, higher, budget, judge, JUDGED if kl else None)
-    else:
-        table = (
-            rounding.kl_table(model, units, choices, seen or (), config.storage, progress=progress)
-            if kl
-            else allocate.losses(units, choices)
-        )
+        bits = _paired(config, model, units, budget, seen, progress)
+    elif kl:
+        table = rounding.kl_table(model, units, choices, seen or (), config.storage, progress=progress)
         bits = allocate.greedy(units, choices, budget, table)
+    else:
+        bits = allocate.greedy(units, choices, budget, allocate.losses(units, choices))
     return allocate.by_module(units, bits)
+
+
+def _paired(
+    config: LayerQuantConfig,
+    model: nn.Module,
+    units: list[allocate.Unit],
+    budget: int,
+    batches: list[Any] | None,
+    progress: bool,
+) -> allocate.Bits:
+    """The best of the assignments that raise as many units as they lower; the first of equals."""
+    base, lower, higher = _ladder(config, units, budget)
+    if config.objective == "scores":
+        predicted = allocate.losses(units, (lower, base, higher))
+        return allocate.paired(units, base, lower, higher, budget, lambda bits: allocate.total_loss(bits, predicted))
+    found = allocate.pairings(units, base, lower, higher, budget, JUDGED)
+    whole = [allocate.by_module(units, bits) for bits in found]
+    measured = rounding.output_kl(model, batches or (), whole, config.storage, progress=progress)
+    return found[min(range(len(found)), key=lambda i: measured[i])]
 
 
 def units_of(
@@ -247,7 +255,11 @@ def _itemsize(model: nn.Module, target: Target) -> int:
 
 
 def _score(config: LayerQuantConfig, scores: Scores, targets: list[Target], weights: int) -> float:
-    """How much the group matters as a whole."""
+    """How much the group matters as a whole. Raises: ConfigError for scores that do not say."""
+    if scores.options.get("relative"):
+        raise ConfigError(
+            "quant: relative: true makes errors shares of their weights, and a budget needs the errors themselves; leave it out"
+        )
     whole = (
         getattr(registry.get(SCORERS, scores.by), "OF_WHOLE", False) if scores.by in registry.names(SCORERS) else False
     )

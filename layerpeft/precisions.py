@@ -77,6 +77,12 @@ def fits(precision: str, rows: int, columns: int, storage: Storage) -> bool:
     return row.package != "hqq" or hqq.fits(row.bits, rows, columns, storage.group_size)
 
 
+def reads(precision: str, columns: int, device: torch.device) -> bool:
+    """Whether the library reads back what it packs there; a defect of one is known."""
+    row = PRECISIONS[precision]
+    return row.package != "bitsandbytes" or bitsandbytes.reads(row.name, columns, device)
+
+
 def stored_bytes(precision: str, rows: int, columns: int, storage: Storage, itemsize: int = 2) -> int:
     """Bytes of a matrix (rows, columns) with its scales; `itemsize`: bytes of a number of the model as it is loaded."""
     row = PRECISIONS[precision]

@@ -21,7 +21,7 @@ from torch import nn
 
 from layerpeft.errors import TrainingError
 from layerpeft.folds import Factors, Folds, exactly, part, stacked, stochastically
-from layerpeft.integrations import hqq
+from layerpeft.integrations import bitsandbytes, hqq
 from layerpeft.integrations.hooks import has_hook
 from layerpeft.integrations.peft import LoraLayer, lora_layers
 from layerpeft.integrations.peft_experts import stores_out_first
@@ -54,7 +54,7 @@ class Projection:
     active: bool = True  # whether it trains now
     original: torch.Tensor | None = None  # the weight as it was, from the first fold on
     working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
-    packed: nn.Parameter | nn.Module | None = None  # the quantized weight (HQQ: its module) as it was, while merged
+    packed: Any = None  # the quantized weight (HQQ: its module) as it was, while it is merged
     beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
     watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
     watcher: Any = None  # called with (module, y, x), gives y
@@ -229,7 +229,7 @@ def keep_original(layer: Any) -> None:
     weight = weight_of(layer)
     if not weight.is_floating_point():
         base = layer.get_base_layer()  # PEFT merges into another module where HQQ has packed it
-        state.packed = base if hqq.is_packed(base) else weight
+        state.packed = base if hqq.is_packed(base) else bitsandbytes.kept(base)
     elif state.original is None:
         state.original = weight.detach().to("cpu" if state.fold == "base" else weight.device, copy=True)
 
@@ -238,8 +238,9 @@ def keep_original(layer: Any) -> None:
 def restart(layer: Any) -> None:
     """Lets the weight be what it is without the running period, from what was kept."""
     state: Any = state_of(layer)
-    if isinstance(state.packed, nn.Parameter):
-        layer.get_base_layer().weight, state.packed = state.packed, None
+    if isinstance(state.packed, tuple):
+        bitsandbytes.put_back(layer.get_base_layer(), state.packed)
+        state.packed = None
     elif state.packed is not None:
         layer.base_layer, state.packed = state.packed, None
     elif state.folds.count:

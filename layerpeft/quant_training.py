@@ -28,7 +28,7 @@ def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collect
     if not config.quantizes or (training is None and waits(config)):
         return None
     whole = config.method == "full"
-    done = applied(model, asked(config, model, training or ()), mark=not whole)
+    done = applied(model, asked(config, model, training or ()), marked=not whole)
     base = base_of(model)
     if whole and not getattr(base, "is_quantized", False):
         # trainers take the mark for QLoRA and cast all that trains to bfloat16, here the weights themselves
@@ -52,14 +52,21 @@ def asked(config: LayerLoraConfig, model: nn.Module, training: Collection[str], 
     return by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
 
 
-def applied(model: nn.Module, wanted: Quantized, *, mark: bool = True) -> Quantized:
+def applied(model: nn.Module, wanted: Quantized, *, marked: bool = True) -> Quantized:
     """Stores everything so, and says what came of it. Raises: QuantizationError."""
     again = quantizing.is_stored(model, wanted.modules)  # by `load_model`, which has said so
     more: dict[str, Any] = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
-    done = quantizing.apply(model, wanted.modules, wanted.storage, mark=mark, **more)
+    done = quantizing.apply(model, wanted.modules, wanted.storage, marked=marked, **more)
     if not again:
         note(f"quantized: {done.why}\n{done.table()}")
     return done
+
+
+def wish(config: LayerLoraConfig) -> dict[str, Any]:
+    """What a config asks for, as plain data: the same that `Quantized.choice` keeps."""
+    if config.quant is not None:
+        return LayerQuantConfig.parse(config.quant).plain()
+    return {n: v for n in ("quantize_frozen", "quantize_trained") if (v := getattr(config, n)) is not None}
 
 
 def batches_wanted(config: LayerLoraConfig) -> int:

@@ -106,13 +106,13 @@ def apply(
     left: Mapping[str, str] | None = None,
     why: str = "",
     choice: Mapping[str, Any] | None = None,
-    mark: bool = True,
+    marked: bool = True,
     progress: bool = True,
 ) -> Quantized:
     """Stores every named linear in its precision, in place, one after the other; the peak is the model plus one linear.
 
     `modules`: full name -> precision, "16bit" for those that have to stay as they are; names that are quantized so already are
-    taken as they are. `mark`: says on the model that it is quantized, as PEFT and TRL ask. Nothing is changed before everything
+    taken as they are. `marked`: says on the model that it is quantized, as PEFT and TRL ask. Nothing is changed before everything
     was checked. Raises: QuantizationError for linears that cannot be stored so, or are not when all is done.
     """
     base = base_of(model)
@@ -132,7 +132,7 @@ def apply(
         size, before = precisions.measured_bytes(module), out * inner * itemsize.get(name, kept_as.itemsize)
         rows.append(Stored(name, modules[name], precisions.precision_of(module), out * inner, size, before))
     check(rows, storage, {n: (*shapes[n], itemsize.get(n, 0)) for n in shapes})
-    if mark:
+    if marked:
         mark_kinds(base, modules.values())
     kept = str(kept_as).removeprefix("torch.")
     return Quantized(dict(modules), storage, tuple(rows), dict(left or {}), why, dict(choice or {}), kept)
@@ -176,19 +176,26 @@ def _checked(base: nn.Module, modules: Mapping[str, str], storage: Storage) -> d
     if missing:
         problems.add(f"needs {' and '.join(missing)}: pip install 'layerpeft[quant]'")
     found: dict[str, Any] = {}
+    wrong: dict[str, list[str]] = {}
     for name, asked in modules.items():
         module = found[name] = find_module(base, name)
-        there = precisions.precision_of(module)
-        if asked == there:
-            continue
-        why = _why_not(base, name, module, asked, there, storage)
+        why = _why_not(base, name, module, asked, precisions.precision_of(module), storage)
         if why:
-            problems.add(f"{name}: {why}")
+            wrong.setdefault(why, []).append(name)
+    for why, names in wrong.items():
+        problems.add(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}")
     problems.raise_if_any(QuantizationError)
     return found
 
 
 def _why_not(base: nn.Module, name: str, module: Any, asked: str, there: str, storage: Storage) -> str | None:
+    if not precisions.reads(asked, module.in_features, next(module.parameters()).device):
+        return (
+            f"bitsandbytes reads 4-bit matrices wrongly on a CPU whose rows ({module.in_features}) are no multiple of 64; take "
+            "hqq4 or int8, or another device"
+        )
+    if asked == there:
+        return None
     if there != KEPT:
         wish = "to be kept in 16 bit" if asked == KEPT else f"asked for as {asked}"
         return f"is {there} already, and {wish}; load the model in 16 bit"

@@ -16,7 +16,7 @@ METHOD_ROADS = {
     "badam": "`method: full, select: {pick: cycle, keep: 1, reselect_steps: 50, state: clear}` (`layerpeft train badam`)",
     "spectrum": "`method: full, select: {by: snr, keep: 25%}`",
     "freeze": "`method: full, select: last:2`",
-    "quant": "`method: lora, select: last:4, quantize_frozen: nf4`, or with `quant: {mean_bits: 4.5}` (`layerpeft train frozen_nf4`)",
+    "quant": "`method: lora, select: last:4, quantize_frozen: nf4`, or with `quant: {mean_bits: 4.5}` instead",
     "qlora": "`method: lora, select: all, quantize_trained: nf4`",
 }
 PURPOSES = ("train", "plan", "score", "compare")

@@ -101,7 +101,9 @@ def test_the_table_says_what_was_asked_and_got_with_bits_and_bytes_and_what_was_
     assert lines[0].split() == ["layers", "linears", "asked", "got", "bits", "bytes"]
     assert any(line.startswith("0, 2") and "int8   int8" in line for line in lines)
     assert any(line.startswith("1, 3") and "16bit  16bit" in line and "32.00" in line for line in lines)
-    assert "left alone, embeddings: model.embed_tokens" in lines and "left alone, outside of the layers: lm_head" in lines
+    assert (
+        "left alone, embeddings: model.embed_tokens" in lines and "left alone, outside of the layers: lm_head" in lines
+    )
     assert Quantized.from_dict(found.to_dict()) == found
     with pytest.raises(QuantizationError, match="format 1"):
         Quantized.from_dict({"format": 7})
@@ -136,14 +138,29 @@ def test_planted_bytes_are_an_error_too(monkeypatch):
 
 
 def test_nothing_is_changed_when_something_stands_in_the_way():
-    model = wide(intermediate_size=72)  # 64 x 72 is not a whole number of groups of 1024 x 8
-    with pytest.raises(QuantizationError, match=r"(?s)28 problems.*hqq1 packs groups of 1024.*another group_size"):
+    model = wide(intermediate_size=80)  # 64 x 80 is not a whole number of groups of 1024 x 8
+    with pytest.raises(QuantizationError, match=r"(?s)q_proj and 15 more: hqq1 packs groups of 1024.*another group_size"):
         quantize(model, {"bits": 1, "group_size": 1024})
     assert set.union(*kinds(model).values()) == {KEPT}
     quantize(model, {"bits": 8})
-    with pytest.raises(QuantizationError, match=r"(?s)28 problems.*is int8 already, and asked for as nf4; load the model"):
+    with pytest.raises(
+        QuantizationError, match=r"q_proj and \d+ more: is int8 already, and asked for as nf4; load the model"
+    ):
         quantize(model, {"bits": 4})
     assert quantize(model, {"bits": 8}).mean_bits < 9  # the same again is no error, and changes nothing
+
+
+def test_a_matrix_that_bitsandbytes_reads_wrongly_on_a_cpu_is_refused():
+    """A defect of bitsandbytes 0.50.2; this fails when it is mended, and `reads` can go."""
+    weight = torch.randn(64, 96)
+    error = (precisions.rounded(weight, "nf4", Storage()) - weight).square().sum() / weight.square().sum()
+    assert error > 0.02, "mended; take `reads` out"
+    with pytest.raises(
+        QuantizationError, match=r"down_proj and 3 more: .*rows \(96\) are no multiple of 64; take hqq4 or int8"
+    ):
+        quantize(wide(intermediate_size=96), {"bits": 4})
+    quantize(wide(intermediate_size=96), {"bits": "hqq4"})
+    assert precisions.reads("nf4", 96, torch.device("meta")) and precisions.reads("int8", 96, torch.device("cpu"))
 
 
 def test_a_wrapped_linear_and_one_without_weights_are_refused():
@@ -172,7 +189,9 @@ def test_a_skip_list_never_loses_its_defaults():
     assert found.left["model.layers.2.mlp.down_proj"] == "skip_modules names it"
     assert {n.rpartition(".")[2] for n in found.assignment} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert type(model.lm_head) is nn.Linear and type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    with pytest.raises(ConfigError, match="skip_modules: 'down_prok' names no linear of the model; did you mean 'down_proj'"):
+    with pytest.raises(
+        ConfigError, match="skip_modules: 'down_prok' names no linear of the model; did you mean 'down_proj'"
+    ):
         quantize(wide(), {"bits": 4, "skip_modules": ["down_prok"]})
 
 
@@ -218,9 +237,9 @@ def test_routers_heads_embeddings_and_what_is_not_a_linear_stay_in_every_archite
 
 def test_both_stacks_of_an_encoder_decoder_are_quantized_with_the_rest():
     model = MODELS["t5"]()
-    quantize(model, {"select": {"layers": "first:1", "stack": "decoder"}, "bits": 8, "rest": 4})
+    quantize(model, {"select": {"layers": "first:1", "stack": "decoder"}, "bits": 8, "rest": "hqq4"})
     assert precision_of(model.decoder.block[0].layer[0].SelfAttention.q) == "int8"
-    assert precision_of(model.encoder.block[0].layer[0].SelfAttention.q) == "nf4"
+    assert precision_of(model.encoder.block[0].layer[0].SelfAttention.q) == "hqq4"
 
 
 # ---- what belongs together ------------------------------------------------------------------------------------------
@@ -230,7 +249,9 @@ def test_fused_linears_have_equal_bits_unless_told_otherwise():
     groups = fused_groups(layer_map(wide()).layers[0].targets)
     ends = [tuple(n.rpartition(".")[2] for n in g) for g in groups]
     assert ends == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
-    with pytest.raises(ConfigError, match="need equal bits: model.layers.0.self_attn: q_proj nf4, k_proj 16bit, v_proj nf4"):
+    with pytest.raises(
+        ConfigError, match="need equal bits: model.layers.0.self_attn: q_proj nf4, k_proj 16bit, v_proj nf4"
+    ):
         quantize(wide(), {"bits": 4, "skip_modules": ["k_proj"]})
     found = quantize(wide(), {"bits": 4, "skip_modules": ["k_proj"], "split_fused": True})
     assert len(found.assignment) == 4 * 6
@@ -292,6 +313,8 @@ def test_a_measured_objective_spends_the_same_budget_by_what_the_output_says():
     assert quantize(wide(torch.bfloat16), paired, batches=BATCHES[:2]).mean_bits <= 3.9 + TABLES
     with pytest.raises(ConfigError, match="objective='kl' is measured on data; pass batches"):
         quantize(wide(), {"mean_bits": 4.5, "objective": "kl"})
+    with pytest.raises(ConfigError, match="relative: true makes errors shares"):
+        quantize(wide(), {"mean_bits": 4.5, "select": {"by": "quantization_error", "relative": True}})
     with pytest.raises(ConfigError, match="by: gradient_norm is measured on data"):
         quantize(wide(), {"mean_bits": 4.5, "select": {"by": "gradient_norm"}})
 
@@ -303,9 +326,20 @@ def test_every_problem_of_a_config_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         LayerQuantConfig(bits=5, rest="nf5", apply_to="frosen", allocation="greedie", group_size=3, double_quant="yes")
     text = str(caught.value)
-    for part in ("bits: 5", "nf5", "apply_to", "'frozen'", "greedy", "group_size=3", "double_quant='yes'", "is of a budget"):
+    for part in (
+        "bits: 5",
+        "nf5",
+        "apply_to",
+        "'frozen'",
+        "greedy",
+        "group_size=3",
+        "double_quant='yes'",
+        "is of a budget",
+    ):
         assert part in text
-    with pytest.raises(ConfigError, match="(?s)two budgets.*budget gives every layer its bits|budget gives.*two budgets"):
+    with pytest.raises(
+        ConfigError, match="(?s)two budgets.*budget gives every layer its bits|budget gives.*two budgets"
+    ):
         LayerQuantConfig(bits=4, mean_bits=4.5, budget="6GB")
     with pytest.raises(ConfigError, match="unknown key 'bitz'; did you mean 'bits'"):
         LayerQuantConfig.parse({"bitz": 4})

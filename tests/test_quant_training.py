@@ -262,7 +262,12 @@ def test_the_probe_and_the_scorers_read_quantized_layers(precision):
     for name, kind in found.assignment.items():
         linear = plain.get_submodule(name)
         linear.weight.data = precisions.rounded(linear.weight.data, kind, found.storage)
-    for by, options in (("gradient_norm", {"exact": True}), ("gradient_norm", {}), ("outliers", {"M": 2.0}), ("snr", {})):
+    for by, options in (
+        ("gradient_norm", {"exact": True}),
+        ("gradient_norm", {}),
+        ("outliers", {"M": 2.0}),
+        ("snr", {}),
+    ):
         ours = layerpeft.score_layers(model, by, batches=BATCHES[:2], target_modules="all-linear", **options)
         theirs = layerpeft.score_layers(plain, by, batches=BATCHES[:2], target_modules="all-linear", **options)
         assert ours.values == pytest.approx(theirs.values, rel=5e-3)
@@ -294,7 +299,9 @@ def test_a_plan_counts_the_bytes_that_wrapping_comes_to(options):
     given = {"select": "last:2", "task_type": "CAUSAL_LM", **({} if kind is LayerFullConfig else {"r": 4}), **options}
     base = wide(torch.bfloat16)
     found = plan(base, kind(**given), batch_size=1, length=8)
-    assert any("as loaded" in line for line in found.assumed) and any("already peaks at" in line for line in found.assumed)
+    assert any("as loaded" in line for line in found.assumed) and any(
+        "already peaks at" in line for line in found.assumed
+    )
     model = layerpeft.get_peft_model(base, kind(**given))
     # a budget is spent by scores, which a plan takes to be equal
     assert found.weights == pytest.approx(tensor_bytes(model), rel=0.05 if "quant" in options else 0.02)
@@ -310,14 +317,22 @@ def test_trl_trains_it_and_a_resumed_run_equals_an_unbroken_one(tmp_path, kind):
     given = {"select": "last:2", "quantize_frozen": "nf4", "task_type": "CAUSAL_LM"} | (
         {"r": 4} if kind is LayerLoraConfig else {"target_modules": ["q_proj", "v_proj"]}
     )
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": False, "model_init_kwargs": {"dtype": "float32"}}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "bf16": False,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
 
     def trainer(folder):
         torch.manual_seed(0)
         return sft(rows, folder, kind(**given), **options)
 
     whole = trainer(tmp_path / "a")
-    assert {p.dtype for p in whole.model.parameters() if p.requires_grad} == {torch.float32}, "TRL casts QLoRA's, not these"
+    assert {p.dtype for p in whole.model.parameters() if p.requires_grad} == {torch.float32}, (
+        "TRL casts QLoRA's, not these"
+    )
     whole.train()
     again = trainer(tmp_path / "b")
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
@@ -340,3 +355,14 @@ def test_a_copy_of_a_quantized_model_is_one_of_its_own():
     with twin.disable_adapter():
         assert torch.equal(logits(twin), base)
     assert isinstance(model, peft.PeftModel) and adamw(model) is not None and LLAMA.is_dir()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", 3])
+def test_a_projection_over_packed_layers_merges_and_comes_back(precision):
+    model = train(wrap(kind=LayerGaloreConfig, quantize_frozen=2, quantize_trained=precision, update_proj_gap=2), 7)
+    before = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    assert 0 < float((merged - before).abs().max()) < 0.5 * float(before.abs().max()), "rounded once more"
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)

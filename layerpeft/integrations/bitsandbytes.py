@@ -85,11 +85,18 @@ def precision_of(module: nn.Module) -> str | None:
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, kinds.Linear4bit):
         state: Any = getattr(weight, "quant_state", None)
-        packed = state is not None and not weight.dtype.is_floating_point
-        return state.quant_type if packed else None
+        return None if state is None or weight.dtype.is_floating_point else state.quant_type
     if isinstance(module, kinds.Linear8bitLt):
         return "int8" if weight.dtype == torch.int8 else None
     return None
+
+
+def reads(kind: str, columns: int, device: torch.device) -> bool:
+    """Whether what is packed is read back rightly.
+
+    On a CPU, bitsandbytes 0.50.2 reads 4-bit matrices wrongly whose rows are no whole number of blocks.
+    """
+    return kind == "int8" or device.type != "cpu" or columns % BLOCK == 0
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -101,6 +108,19 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
         found += [v for v in vars(part).values() if isinstance(v, torch.Tensor)] if part is not None else []
     scales = getattr(weight, "SCB", None)
     return found + ([scales] if isinstance(scales, torch.Tensor) else [])
+
+
+def kept(module: Any) -> tuple[Any, ...]:
+    """What a quantized linear computes with, to be put back after a merge: its weight, and int8's codes and scales in use."""
+    state = getattr(module, "state", None)
+    return (module.weight, *((state.CB, state.SCB) if state is not None else ()))
+
+
+def put_back(module: Any, found: tuple[Any, ...]) -> None:
+    """Gives a linear what `kept` has taken down."""
+    module.weight = found[0]
+    if len(found) > 1:
+        module.state.CB, module.state.SCB = found[1:]
 
 
 def packed_bytes(kind: str, rows: int, columns: int, double_quant: bool) -> int:
