@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft import heatmap, report, save
+from layerpeft import bits_map, heatmap, report, save
 from layerpeft.choose import choose, needs_batches
 from layerpeft.errors import ConfigError, LayerpeftError, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets, renamed_leaves
@@ -246,7 +246,10 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveR
         scheduled = {"schedule": record.schedule.plain()}
         heatmap.write_switches(scheduled["schedule"], names, found.rows, table)
         heatmap.write_heatmap(scheduled["schedule"], names, picture, why)
-    stored = {} if record.quantized is None else {"quant": record.quantized.to_dict()}
+    stored: dict[str, Any] = {}
+    if record.quantized is not None:
+        bits_map.write_bits(record.quantized, os.path.join(folder, save.BITS))
+        stored = {"quant": record.quantized.to_dict()}
     save.write_manifest(
         folder,
         scheduled

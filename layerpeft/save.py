@@ -31,7 +31,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICTURES = ("layers.csv", "layers.png")
 STATES = tuple(f"layerpeft_{name}.safetensors" for name in ("state", "optimizer", "masters"))
-ADAPTER_FILES = (CONFIG, *WEIGHTS, *STATES, *PICTURES)
+BITS = "bits.png"
+ADAPTER_FILES = (CONFIG, *WEIGHTS, *STATES, *PICTURES, BITS)
 
 _RESERVED = ("format", "versions", "files", "sha256")
 _PACKAGES = ("layerpeft", "peft", "transformers", "torch")

@@ -10,6 +10,7 @@ from torch import nn
 
 import layerpeft
 from layerpeft import LayerLoraConfig, LayerQuantConfig, precisions, quantize, quantizing
+from layerpeft.bits_map import COLOURS, cells, write_bits
 from layerpeft.errors import ConfigError, QuantizationError, SelectionError
 from layerpeft.integrations import hqq
 from layerpeft.layers import find_module, layer_map
@@ -109,6 +110,17 @@ def test_the_table_says_what_was_asked_and_got_with_bits_and_bytes_and_what_was_
         Quantized.from_dict({"format": 7})
     with pytest.raises(QuantizationError, match="hqq9"):
         Quantized.from_dict(found.to_dict() | {"modules": {"a": "hqq9"}})
+
+
+def test_the_picture_shows_every_linear_of_every_layer(tmp_path):
+    found = quantize(wide(), {"select": [0, 2], "bits": 2, "rest": 4})
+    kinds_found, table = cells(found)
+    assert kinds_found == list(LINEARS) and len(table) == 4 * 7
+    assert {layer: table["mlp.up_proj", layer] for layer in range(4)} == {0: "hqq2", 1: "nf4", 2: "hqq2", 3: "nf4"}
+    assert write_bits(found, tmp_path / "bits.png") and (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+    both = quantize(MODELS["t5"](), {"select": {"layers": "first:1", "stack": "decoder"}, "bits": 8, "rest": "hqq4"})
+    assert any(kind.startswith("encoder") for kind in cells(both)[0])
+    assert set(COLOURS) == set(PRECISIONS)
 
 
 def planted(monkeypatch, name, other):
