@@ -12,6 +12,7 @@ from torch import nn
 from layerpeft import allocate, precisions, registry, rounding
 from layerpeft.choose import candidates, choose_among, needs, needs_batches, score_targets
 from layerpeft.errors import ConfigError, Problems
+from layerpeft.grammar import layer_numbers
 from layerpeft.integrations import distributed
 from layerpeft.layers import LayerMap, Target, base_of, find_module, layer_map
 from layerpeft.precisions import KEPT
@@ -152,11 +153,26 @@ def _picked(
     progress: bool,
 ) -> dict[str, str]:
     targets = _own(config, layers, found, inside)
+    if config.listed is not None:
+        by_layer = _listed(config.listed, len(layers))
+        return {t.name: by_layer[t.layer] for t in targets if t.layer in by_layer}
     _need_batches(config, batches)
     selection = choose_among(model, config.choosing, layers, targets, batches, progress)
     chosen = dict.fromkeys(selection.targets, config.picked)
     extra = {t.name: config.picked for t in found.targets if t.role == "extra"}
     return chosen | extra
+
+
+def _listed(listed: Mapping[Any, str], count: int) -> dict[int, str]:
+    """The precisions of layers that are listed with them. Raises: SelectionError, ConfigError for a layer that has two."""
+    found: dict[int, str] = {}
+    problems = Problems("quant")
+    for layers, precision in listed.items():
+        for layer in layer_numbers(layers, count):
+            if found.setdefault(layer, precision) != precision:
+                problems.add(f"bits: layer {layer} is to be {found[layer]} and, by {layers!r}, {precision}")
+    problems.raise_if_any(ConfigError)
+    return found
 
 
 def _spent(

@@ -12,6 +12,7 @@ from peft import PeftConfig
 
 from layerpeft import precisions
 from layerpeft.errors import ConfigError, LayerpeftError, Problems, nearest, unknown
+from layerpeft.grammar import check_grammar
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.precisions import KEPT, PRECISIONS, Storage
 from layerpeft.scores import Scores
@@ -42,7 +43,12 @@ class LayerQuantConfig(PeftConfig):
     select: Any = field(
         default="all", metadata=_help("Which layers get `bits`; with a budget: the scorer that spends it.")
     )
-    bits: Any = field(default=None, metadata=_help("Precision of the picked layers. Default: 4."))
+    bits: Any = field(
+        default=None,
+        metadata=_help(
+            "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
+        ),
+    )
     rest: Any = field(
         default=None, metadata=_help("Precision of the other layers, of other stacks too. Default: as they are.")
     )
@@ -131,8 +137,16 @@ class LayerQuantConfig(PeftConfig):
 
     @property
     def picked(self) -> str:
-        """The precision of the picked layers."""
-        return precisions.named(4 if self.bits is None else self.bits)
+        """The precision of the picked layers; where layers are listed with theirs, the first of them."""
+        given = next(iter(self.bits.values())) if isinstance(self.bits, Mapping) else self.bits
+        return precisions.named(4 if given is None else given)
+
+    @property
+    def listed(self) -> dict[Any, str] | None:
+        """Layers by the grammar and their precisions, where `bits` lists them."""
+        if not isinstance(self.bits, Mapping):
+            return None
+        return {layers: precisions.named(value) for layers, value in self.bits.items()}
 
     @property
     def others(self) -> str | None:
@@ -177,7 +191,8 @@ LayerQuantConfig.batches = property(lambda self: self._batches)  # type: ignore[
 
 def used(config: LayerQuantConfig) -> tuple[str, ...]:
     """The precisions that a config may come to."""
-    return (*(config.may_use if config.has_budget else (config.picked,)), config.others or KEPT)
+    picked = tuple(config.listed.values()) if config.listed is not None else (config.picked,)
+    return (*(config.may_use if config.has_budget else picked), config.others or KEPT)
 
 
 def parse_bytes(value: Any) -> int:
@@ -221,9 +236,20 @@ def _parsed(config: LayerQuantConfig, problems: Problems) -> Select:
 
 
 def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
+    listed = config.bits if isinstance(config.bits, Mapping) else {}
+    if isinstance(config.bits, Mapping):
+        if not listed:
+            problems.add("bits: an empty list of layers; write {'first:2': 8, '2-9': 'nf4'}")
+        if config.select != "all":
+            problems.add(
+                f"bits lists layers and their precisions, and select={config.select!r} picks some, too; leave select out"
+            )
+    for layers, value in listed.items():
+        check_grammar("bits", layers, problems)
+        _named(f"bits: {layers}", value, problems)
     for name in ("bits", "rest"):
         value = getattr(config, name)
-        if value is not None:
+        if value is not None and not (name == "bits" and isinstance(value, Mapping)):
             _named(name, value, problems)
     for name, allowed in (("allocation", ALLOCATIONS), ("objective", OBJECTIVES), ("per", UNITS), ("apply_to", PARTS)):
         if getattr(config, name) not in allowed:

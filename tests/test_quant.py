@@ -151,7 +151,9 @@ def test_planted_bytes_are_an_error_too(monkeypatch):
 
 def test_nothing_is_changed_when_something_stands_in_the_way():
     model = wide(intermediate_size=80)  # 64 x 80 is not a whole number of groups of 1024 x 8
-    with pytest.raises(QuantizationError, match=r"(?s)q_proj and 15 more: hqq1 packs groups of 1024.*another group_size"):
+    with pytest.raises(
+        QuantizationError, match=r"(?s)q_proj and 15 more: hqq1 packs groups of 1024.*another group_size"
+    ):
         quantize(model, {"bits": 1, "group_size": 1024})
     assert set.union(*kinds(model).values()) == {KEPT}
     quantize(model, {"bits": 8})
@@ -192,6 +194,29 @@ def test_a_missing_package_is_named_before_anything_happens(monkeypatch):
 
 
 # ---- what is left alone ---------------------------------------------------------------------------------------------
+
+
+def test_layers_can_be_listed_with_their_precisions():
+    model = wide()
+    found = quantize(model, {"bits": {0: 2, "1": "int8", "last:1": 16, 2: "nf4"}, "extra_modules": None})
+    assert kinds(model) == {0: {"hqq2"}, 1: {"int8"}, 2: {"nf4"}, 3: {KEPT}} and found.choice["bits"][0] == 2
+    model = wide()
+    quantize(model, {"bits": {"first:1": 3}, "rest": "fp4"})
+    assert kinds(model) == {0: {"hqq3"}, 1: {"fp4"}, 2: {"fp4"}, 3: {"fp4"}}
+    for given, words in (
+        ({"bits": {"0-2": 4, "2-3": 8}}, "layer 2 is to be nf4 and, by '2-3', int8"),
+        ({"bits": {"first:1": 4}, "select": "last:1"}, "leave select out"),
+        ({"bits": {}}, "an empty list of layers"),
+        (
+            {"bits": {"first:1": 5, "frist:1": 4}},
+            "(?s)2 problems.*5 is no precision.*frist:1",
+        ),
+        ({"bits": {"first:1": 4}, "mean_bits": 4.5}, "a budget gives every layer its bits"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            quantize(wide(), given)
+    with pytest.raises(SelectionError, match="9"):
+        quantize(wide(), {"bits": {9: 4}})
 
 
 def test_a_skip_list_never_loses_its_defaults():

@@ -27,7 +27,7 @@ from tests.training import gsm8k_rows, sft
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("hqq")
-FROZEN, MIXED = {0: {"nf4"}, 1: {"nf4"}, 2: {KEPT}, 3: {KEPT}}, {"select": [0, 3], "bits": 2, "rest": "nf4"}
+FROZEN = {0: {"nf4"}, 1: {"nf4"}, 2: {KEPT}, 3: {KEPT}}
 
 
 def packed(model):
@@ -125,12 +125,12 @@ def in_a_process(code, folder, tmp_path):
     return torch.load(tmp_path / "logits.pt")
 
 
-def test_a_mixed_model_by_config_loads_again_in_a_fresh_process_and_without_the_package(tmp_path):
+def test_four_precisions_by_config_load_again_in_a_fresh_process_and_without_the_package(tmp_path):
     wide(torch.bfloat16).save_pretrained(tmp_path / "base")
-    quant = {"select": [1], "bits": 8, "rest": "nf4"}
-    config = LayerLoraConfig(select=[2, 3], r=4, task_type="CAUSAL_LM", quant={**quant, "skip_modules": ["layers.3"]})
+    quant = {"bits": {0: 2, 1: "int8", 2: "nf4", 3: 16}}
+    config = LayerLoraConfig(select=[2, 3], r=4, task_type="CAUSAL_LM", quant=quant)
     base = layerpeft.load_model(tmp_path / "base", config, dtype=torch.bfloat16)
-    assert kinds(base) == {0: {"nf4"}, 1: {"int8"}, 2: {"nf4"}, 3: {KEPT}}, "stored while it was loaded"
+    assert kinds(base) == {0: {"hqq2"}, 1: {"int8"}, 2: {"nf4"}, 3: {KEPT}}, "stored while it was loaded"
     model = train(layerpeft.get_peft_model(base, config), 6)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -139,7 +139,7 @@ def test_a_mixed_model_by_config_loads_again_in_a_fresh_process_and_without_the_
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert torch.equal(in_a_process(FRESH, tmp_path / "adapter", tmp_path), expected)
     plain = in_a_process(STRANGER, tmp_path / "adapter", tmp_path)  # over the 16-bit base, so but for the rounding
-    assert 0 < float((plain - expected).abs().max()) < 0.3 * float(expected.abs().max())
+    assert 0 < float((plain - expected).abs().max()) < 0.6 * float(expected.abs().max())
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(".lora_" in n and (".layers.2." in n or ".layers.3." in n) for n in tensors)
 
