@@ -21,13 +21,14 @@ from layerpeft.forecast import forecast
 from layerpeft.integrations import hub
 from layerpeft.measure import measure
 from layerpeft.merge import merge
+from layerpeft.quant_save import is_saved, read_manifest
 from layerpeft.recipe import Recipe, load_recipe
 from layerpeft.recipe_around import on_hub
 from layerpeft.run import is_first, run, score
 from layerpeft.shipped import find_recipe, recipes
 
 PACKAGES = (
-    "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "wandb",
+    "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "hqq", "wandb",
 )  # fmt: skip
 
 
@@ -141,6 +142,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     merging.add_argument("into", metavar="OUT", help="new folder for the full model")
     merging.add_argument("--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)")
     merging.add_argument("--dtype", metavar="TYPE", help="of the weights, as bfloat16 (default: the base's)")
+    merging.add_argument(
+        "--into-quantized", action="store_true", help="merge into a quantized base, whose weights are rounded once more"
+    )
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
@@ -222,8 +226,9 @@ def _merge(args: argparse.Namespace) -> None:
     if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
     with contextlib.redirect_stdout(sys.stderr):
-        target = merge(args.folder, args.into, base=args.base, dtype=dtype)
-    _say(f"{target}: a full model, which transformers loads by itself")
+        target = merge(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
+    plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
+    _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load_saved loads'}")
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -1,0 +1,110 @@
+"""A checkpoint on disk, tensor by tensor: names, shapes and types are known before anything is read, and nothing is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from layerpeft.errors import SaveError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, its shape and its type; its bytes follow from them."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a folder: name -> entry, in the order of the files."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+
+    @cached_property
+    def files(self) -> dict[str, list[str]]:
+        """Names of tensors by file."""
+        found: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            found.setdefault(entry.file, []).append(name)
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the first floating tensor."""
+        return next((e.dtype for e in self.entries.values() if e.dtype.is_floating_point), None)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in pages of the file that the system takes back when it needs them. Raises: KeyError, SaveError."""
+        path = self.folder / self.entries[name].file
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise SaveError(f"{path} cannot be read: {error}") from error
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
+    """The safetensors checkpoint in a folder, its headers read; None where there is none.
+
+    Raises: SaveError for files that are missing, truncated, or not what the index says.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return Checkpoint(folder, entries_of(folder / SINGLE))
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SaveError(f"{folder / INDEX} is truncated or altered: {error}") from error
+    found: dict[str, Entry] = {}
+    for file in files:
+        if file != os.path.basename(file):
+            raise SaveError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
+        found |= entries_of(folder / file)
+    lost = sorted(name for name, file in where.items() if name not in found or found[name].file != file)
+    if lost:
+        raise SaveError(f"{folder} lacks {len(lost)} tensors that its index names, such as {lost[0]}")
+    return Checkpoint(folder, found)
+
+
+def entries_of(path: Path) -> dict[str, Entry]:
+    """What one file holds, by its header. Raises: SaveError for a file that is missing, cut short, or not safetensors."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length < size else {}
+        parts = {name: part for name, part in header.items() if name != "__metadata__"}
+        ends = max((part["data_offsets"][1] for part in parts.values()), default=0)
+        order = sorted(parts, key=lambda n: parts[n]["data_offsets"])
+        found = {n: Entry(path.name, tuple(parts[n]["shape"]), _TYPES[parts[n]["dtype"]]) for n in order}
+    except OSError as error:
+        raise SaveError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SaveError(f"{path} is truncated, or holds what layerpeft does not know: {error}") from error
+    if size != 8 + length + ends:
+        raise SaveError(f"{path} is truncated: {size:,} bytes of {8 + length + ends:,}")
+    return found
