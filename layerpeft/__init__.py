@@ -19,6 +19,7 @@ from layerpeft.layers import LayerMap, layer_map
 from layerpeft.models import load_model
 from layerpeft.plan import Plan, plan
 from layerpeft.quant_config import LayerQuantConfig
+from layerpeft.quant_save import save_model
 from layerpeft.quantizing import Quantized
 from layerpeft.report import layer_report
 from layerpeft.save import last_checkpoint
@@ -52,6 +53,7 @@ __all__ = [
     "load_model",
     "plan",
     "quantize",
+    "save_model",
     "save_record",
     "score_layers",
 ]

@@ -24,6 +24,7 @@ from layerpeft.merge import MODELS
 from layerpeft.notes import note
 from layerpeft.precisions import KEPT, precision_of
 from layerpeft.quant_config import LayerQuantConfig
+from layerpeft.quant_save import is_saved, load_saved
 from layerpeft.quant_training import applied, asked, names_of, waits
 from layerpeft.quantizing import Quantized
 from layerpeft.selection import Select
@@ -37,7 +38,7 @@ ARCHITECTURE = ("num_labels", "id2label", "label2id", "trust_remote_code", "code
 
 def load_model(
     name: str | os.PathLike[str],
-    config: Wish,
+    config: Wish | None = None,
     *,
     kind: str = "AutoModelForCausalLM",
     dtype: torch.dtype | str | None = None,
@@ -49,14 +50,21 @@ def load_model(
 ) -> nn.Module:
     """The model of a folder or of the hub, stored as `config` says: each linear is quantized before the next one is read.
 
-    `config`: a `LayerQuantConfig` or a dict; a training config (`get_peft_model` then finds its base as it wants it); or what was
-    done before. The peak is the result and one linear. Where a choice needs the weights first (scores by weights or data),
-    the model is loaded in 16 bit and quantized in place: at once for a `LayerQuantConfig`, on `batches` if need be, and by
-    `get_peft_model` for a training config. `kind`: class of transformers; `kwargs` go to its `from_pretrained`.
+    `config`: a `LayerQuantConfig` or a dict; a training config (`get_peft_model` then finds its base as it wants it); what was
+    done before; or None for a folder of `save_model`, in the precisions it was saved in. The peak is the result and one linear.
+    Where a choice needs the weights first (scores by weights or data), the model is loaded in 16 bit and quantized in place: at
+    once for a `LayerQuantConfig`, on `batches` if need be, and by `get_peft_model` for a training config. `kind`: class of
+    transformers; `kwargs` go to its `from_pretrained`.
     Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
     """
-    if not isinstance(config, LayerLoraConfig | Quantized):
+    if config is not None and not isinstance(config, LayerLoraConfig | Quantized):
         config = LayerQuantConfig.parse(config)
+    if is_saved(name):
+        return _saved(name, config, dtype, device, progress, kwargs)
+    if config is None:
+        raise ConfigError(
+            f"{os.fspath(name)} was not written by save_model: say how it is to be stored, as in {{'bits': 4}}"
+        )
     options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, **kwargs}
     wanted = early(config, lambda: _empty(name, kind, dtype, revision, kwargs))
     if wanted is not None:
@@ -75,6 +83,23 @@ def load_model(
         note(
             "which layers are quantized hangs on the weights or on data: loaded in 16 bit, to be quantized when it is wrapped"
         )
+    return model
+
+
+def _saved(
+    name: str | os.PathLike[str],
+    config: Wish | None,
+    dtype: Any,
+    device: Any,
+    progress: bool,
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """A folder of `save_model`. Raises: SaveError; QuantizationError where `config` asks for other precisions."""
+    options = dict(kwargs) | ({"dtype": dtype} if dtype is not None else {})
+    model = load_saved(name, device=device, progress=progress, **options)
+    wanted = early(config, lambda: model) if config is not None else None
+    if wanted is not None:
+        quantizing.apply(model, wanted.modules, wanted.storage)
     return model
 
 
@@ -140,11 +165,14 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     None where the base was not quantized by layer. Raises: SaveError where it does not say which base, or that cannot be had.
     """
     stored = save.read_manifest(folder).get("quant")
+    config = json.loads((Path(folder) / save.CONFIG).read_text(encoding="utf-8"))
+    base, task = config.get("base_model_name_or_path"), config.get("task_type")
+    if base and is_saved(base):
+        rest = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
+        return load_saved(base, **rest), {k: v for k, v in given.items() if k in PEFT_OPTIONS}
     if stored is None:
         return None, dict(given)
     wanted = Quantized.from_dict(stored)
-    config = json.loads((Path(folder) / save.CONFIG).read_text(encoding="utf-8"))
-    base, task = config.get("base_model_name_or_path"), config.get("task_type")
     kind = MODELS.get(task) or (config.get("auto_mapping") or {}).get("base_model_class")
     if not base or not hasattr(transformers, str(kind)):
         raise SaveError(

@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 
 from layerpeft.choose import choose_among
-from layerpeft.errors import RecipeError
+from layerpeft.errors import RecipeError, differences
 from layerpeft.layers import layer_map
 from layerpeft.notes import note
 from layerpeft.plan_text import size_text
 from layerpeft.precisions import tensor_bytes
+from layerpeft.quant_training import wish
 from layerpeft.quantizing import Quantized
-from layerpeft.recipe import Recipe, to_yaml
+from layerpeft.recipe import Recipe, layer_config, to_yaml
 from layerpeft.report import LayerReport, Row, layer_report, write_csv, write_png
 from layerpeft.samples import Sample, generate, prompt_of, show
 from layerpeft.save import last_checkpoint, read_manifest, selection_of
@@ -73,7 +74,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
         checkpoint = _checkpoint(recipe)
         kept = _kept(recipe, checkpoint)
         _clear(recipe)
-        stored = _stored(checkpoint)
+        stored = _stored(recipe, checkpoint)
         choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
@@ -148,12 +149,20 @@ def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
     return chosen
 
 
-def _stored(checkpoint: str | None) -> Quantized | None:
-    """The precisions of the run that is resumed, None where its base was not quantized by layer."""
+def _stored(recipe: Recipe, checkpoint: str | None) -> Quantized | None:
+    """The precisions of the run that is resumed, None where its base was not quantized by layer.
+
+    Raises: RecipeError when the recipe asks for others.
+    """
     if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
         return None
     found = read_manifest(checkpoint).get("quant")
-    return None if found is None else Quantized.from_dict(found)
+    stored = None if found is None else Quantized.from_dict(found)
+    then, now = stored.choice if stored is not None else {}, json.loads(json.dumps(wish(layer_config(recipe))))
+    differ = differences(then, now)
+    if differ:
+        raise RecipeError(f"the run in {checkpoint} stored its layers in other precisions ({'; '.join(differ)})")
+    return stored
 
 
 def _wrapped(
@@ -309,7 +318,15 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
     folder = result.output_dir
     written = [
         n
-        for n in ("layers.png", "layers.csv", "layerpeft.json", "training_loss.png", "log.jsonl", "recipe.yaml")
+        for n in (
+            "layers.png",
+            "bits.png",
+            "layers.csv",
+            "layerpeft.json",
+            "training_loss.png",
+            "log.jsonl",
+            "recipe.yaml",
+        )
         if (folder / n).is_file()
     ]
     say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")

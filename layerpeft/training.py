@@ -22,6 +22,7 @@ from layerpeft.integrations.peft import default_targets
 from layerpeft.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.loading import load_quantized
 from layerpeft.models import early
+from layerpeft.quant_save import is_saved, load_saved
 from layerpeft.quant_training import batches_wanted
 from layerpeft.quantizing import MARKS, Quantized
 from layerpeft.recipe import Recipe, layer_config, training_arguments
@@ -116,6 +117,9 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
         **(recipe["model_init_kwargs"] or {}),
     }
     wanted = None
+    if is_saved(_model_path(recipe)):
+        attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
+        return _from_hub(recipe, load_saved, _model_path(recipe), **attention)
     if select is not None:
         wanted = early(layer_config(recipe, select).with_stored(stored), lambda: empty_model(setup))
     if wanted is None:

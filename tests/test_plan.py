@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from layerpeft import LayerGaloreConfig, LayerLoraConfig, get_peft_model, shipped
 from layerpeft.cli import main
 from layerpeft.errors import ConfigError, SelectionError
-from layerpeft.precisions import tensor_bytes
 from layerpeft.plan import Step, plan, trace
+from layerpeft.precisions import tensor_bytes
 from tests.models import MODELS, batch
 
 NAMES = ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi3", "gpt_neox", "mistral"]

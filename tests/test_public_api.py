@@ -29,6 +29,7 @@ NAMES = [
     "load_model",
     "plan",
     "quantize",
+    "save_model",
     "save_record",
     "score_layers",
 ]

@@ -8,7 +8,7 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
-from peft import LoraModel, PeftModel
+from peft import LoraModel
 from torch import nn
 
 from layerpeft import backward, choose, save, schedule, steps
@@ -26,6 +26,7 @@ from layerpeft.integrations.peft import LayerPeftType, become_stock, register, w
 from layerpeft.layers import Target, base_of, layer_map
 from layerpeft.models import quantized_linears, stored_base
 from layerpeft.notes import note
+from layerpeft.quant_save import is_saved, load_saved
 from layerpeft.quant_training import after_choice, before_wrapping, check_schedule, names_of, with_lasting_batches
 from layerpeft.schedule import schedule_of
 from layerpeft.scores import Scores
@@ -194,13 +195,17 @@ def _tie(live: Any, model: nn.Module, adapter_name: str) -> None:
 
 def load(
     folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
-) -> PeftModel:
+) -> Any:
     """A saved adapter on its base model, verified before any weight is read, with the record of what was chosen and why.
+
+    Of a folder that `save_model` wrote: that model, in the precisions it was saved in.
 
     Without `model` the base is built from what `adapter_config.json` names, quantized as it was when the adapter trained;
     `kwargs` go to PEFT's (and then transformers') `from_pretrained`. With `is_trainable` training is followed and checked again.
     Raises: SaveError for a damaged folder, or a base that does not fit.
     """
+    if model is None and is_saved(folder):
+        return load_saved(folder, **kwargs)
     if model is None:
         model, kwargs = stored_base(folder, kwargs)
     elif save.read_manifest(folder).get("quant") is not None and not quantized_linears(model):
