@@ -113,10 +113,18 @@ def _why_not(base: nn.Module, target: Target, shared: Mapping[str, str]) -> str 
         return "a router"
     if target.name in shared:
         return f"shares its weight with {shared[target.name]}"
+    if set(target.name.split(".")) & _in_float32(base):
+        return "transformers keeps it in float32"
     module = find_module(base, target.name)
     if type(module) is not nn.Linear and precision_of(module) == KEPT:
         return f"a {type(module).__name__}, not a plain linear"
     return None
+
+
+def _in_float32(base: nn.Module) -> set[str]:
+    """Names of modules that a model asks to keep in float32: T5's `wo`, by whose type its inputs are cast."""
+    lists = (getattr(base, n, None) for n in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    return {name for names in lists for name in names or ()}
 
 
 def _outside(base: nn.Module, found: Mapping[str, Target], left: dict[str, str], shared: Mapping[str, str]) -> None:

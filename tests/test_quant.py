@@ -277,6 +277,8 @@ def test_both_stacks_of_an_encoder_decoder_are_quantized_with_the_rest():
     quantize(model, {"select": {"layers": "first:1", "stack": "decoder"}, "bits": 8, "rest": "hqq4"})
     assert precision_of(model.decoder.block[0].layer[0].SelfAttention.q) == "int8"
     assert precision_of(model.encoder.block[0].layer[0].SelfAttention.q) == "hqq4"
+    # transformers keeps T5's `wo` in float32, and casts its inputs to the type of its weight
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear
 
 
 # ---- what belongs together ------------------------------------------------------------------------------------------

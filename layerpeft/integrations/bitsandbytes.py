@@ -65,7 +65,8 @@ def eight_bit(linear: nn.Linear) -> nn.Module:
             has_fp16_weights=False,
             threshold=INT8_THRESHOLD,
         )
-    packed = kinds.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    # bitsandbytes quantizes int8 on the way to a device alone, never in place on one
+    packed = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     new.weight = packed.to(weight.device)
     return _finished(new, linear)
 

@@ -6,7 +6,6 @@ included), where torchao 0.18 keeps such weights in int8 (8.4 bits a weight); an
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 WEIGHT = "W_q"  # the name of a packed weight
+SLAB = 1 << 19  # weights optimized at a time
 PER_WORD = {1: 8, 2: 4, 3: 10, 4: 2}  # weights in one stored number
 WORD_BYTES = {1: 1, 2: 1, 3: 4, 4: 1}
 WHOLE = (1, 2, 4)  # bits for which the number of groups has to fill the stored numbers
@@ -40,17 +40,39 @@ def linear_class() -> Any:
     return PackedLinear
 
 
+@torch.no_grad()
 def packed(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     """The linear in that many bits, a scale and a zero for each group of weights, on its own device.
 
+    Groups are optimized in slabs, since HQQ's float32 copies of a whole matrix take some eighteen times its 16 bits.
     Raises: ImportError without hqq.
     """
-    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.core.quantize import Quantizer
 
     weight = linear.weight.data
     new = empty(bits, group_size, weight.dtype, weight.device)
-    asked = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
-    new.quantize(weight, **{k: v for k, v in asked.items() if k != "offload_meta"})
+    groups = weight.reshape(-1, group_size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    found: dict[str, list[torch.Tensor]] = {"scale": [], "zero": []}
+    meta: dict[str, Any] = {}
+    asked = new.quant_config["weight_quant_params"]
+    step = max(1, SLAB // group_size)
+    for start in range(0, len(groups), step):
+        part = groups[start : start + step]
+        numbers, meta = Quantizer.quantize(
+            part, device=new.device, compute_dtype=weight.dtype, **{**asked, "bitpack": False}
+        )
+        codes[start : start + step] = numbers
+        for name, values in found.items():
+            values.append(meta[name])
+    packing = Quantizer.bit_to_packing[bits]
+    new.meta = meta | {name: torch.cat(values) for name, values in found.items()}
+    new.meta |= {"shape": weight.shape, "packing": packing, "quant_scale": False, "quant_zero": False}
+    new.meta["unpack_view_dtype"] = Quantizer.unpack_view_dtype[packing]
+    new.W_q = Quantizer.pack[packing](codes)
+    new.in_features, new.out_features = linear.in_features, linear.out_features
+    new.cuda(new.device)  # wherever that is: it makes a parameter of the codes, and scales of the model's type
+    new.ready = True
     new.bias = None if linear.bias is None else linear.bias.data.clone()
     new.W_q.requires_grad_(False)
     return new.train(linear.training)
@@ -73,9 +95,10 @@ def precision_of(module: nn.Module) -> str | None:
     if not isinstance(module, HQQLinear) or module.meta is None or module.W_q is None:
         return None
     bits: Any = module.meta["nbits"]
-    sizes: Any = module.meta["shape"]
-    per_word = sizes[0] * sizes[1] / module.W_q.numel()
-    return f"hqq{bits}" if math.floor(per_word) in (PER_WORD[bits], PER_WORD[bits] - 1) else None
+    out, inner = module.meta["shape"]
+    size: Any = module.meta["group_size"]
+    words = -(-(out * inner // size) // PER_WORD[bits]) * size
+    return f"hqq{bits}" if module.W_q.numel() == words else None
 
 
 def is_packed(module: nn.Module) -> bool:
