@@ -66,7 +66,8 @@ def eight_bit(linear: nn.Linear) -> nn.Module:
             threshold=INT8_THRESHOLD,
         )
     # bitsandbytes quantizes int8 on the way to a device alone, never in place on one
-    packed = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    start = weight if weight.device.type == "meta" else weight.cpu()
+    packed = kinds.Int8Params(start, requires_grad=False, has_fp16_weights=False)
     new.weight = packed.to(weight.device)
     return _finished(new, linear)
 
