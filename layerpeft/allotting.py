@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft import allocate, precisions, registry, rounding
+from layerpeft import allocate, precisions, rounding
 from layerpeft.choose import candidates, choose_among, needs, needs_batches, score_targets
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.grammar import layer_numbers
 from layerpeft.integrations import distributed
 from layerpeft.layers import LayerMap, Target, base_of, find_module, layer_map
+from layerpeft.notes import note
 from layerpeft.precisions import KEPT
 from layerpeft.quant_config import LayerQuantConfig
-from layerpeft.quant_targets import Able, able, fused_groups, split_groups
+from layerpeft.quant_targets import Able, able, split_groups
+from layerpeft.quant_units import units_of
 from layerpeft.quantizing import Quantized
 from layerpeft.scores import Scores
-from layerpeft.selection import DEFAULT_BATCHES, SCORERS, Select
+from layerpeft.selection import DEFAULT_BATCHES, Select
 
 DEFAULT_SCORER = "quantization_error"  # of what spends a budget without being told how: it needs no data
-# of the codes that bitsandbytes keeps with every 4-bit matrix; not counted in bits per weight, so that 4.5 buys nf4 everywhere
-TABLE_BYTES = {False: 4 * 16, True: 4 * (16 + 256 + 1)}
 JUDGED = 9  # assignments that allocation: paired measures with objective: kl
 
 
@@ -82,10 +82,10 @@ def _blind(config: LayerQuantConfig) -> LayerQuantConfig:
     """The same, with a choice that needs neither weights nor data."""
     twin = copy.deepcopy(config)
     plain = {k: v for k, v in config.choosing.to_dict().items() if k in ("layers", "exclude", "stack", "seed")}
-    if config.has_budget:
+    if config.has_budget and not decided_early(config):
         twin._select = Select.parse(plain | {"by": "random", "keep": 1})
         twin.select, twin.objective = {"by": "random"}, "scores"
-    elif not isinstance(config.choosing.by, Scores) and needs(config.choosing) != "nothing":
+    elif not config.has_budget and not isinstance(config.choosing.by, Scores) and needs(config.choosing) != "nothing":
         twin._select = Select.parse(plain | {"by": "depth", "keep": config.choosing.keep, "pick": "bottom"})
     return twin
 
@@ -221,74 +221,23 @@ def _paired(
     base, lower, higher = _ladder(config, units, budget)
     if config.objective == "scores":
         predicted = allocate.losses(units, (lower, base, higher))
-        return allocate.paired(units, base, lower, higher, budget, lambda bits: allocate.total_loss(bits, predicted))
+        best = allocate.paired(units, base, lower, higher, budget, lambda bits: allocate.total_loss(bits, predicted))
+        _tell_unpaired(best, base, lower, higher)
+        return best
     found = allocate.pairings(units, base, lower, higher, budget, JUDGED)
     whole = [allocate.by_module(units, bits) for bits in found]
     measured = rounding.output_kl(model, batches or (), whole, config.storage, progress=progress)
-    return found[min(range(len(found)), key=lambda i: measured[i])]
+    best = found[min(range(len(found)), key=lambda i: measured[i])]
+    _tell_unpaired(best, base, lower, higher)
+    return best
 
 
-def units_of(
-    config: LayerQuantConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None
-) -> list[allocate.Unit]:
-    """What gets bits of its own, with what it costs in each precision and how much it matters."""
-    groups: list[tuple[str, ...]]
-    if config.per == "module":
-        groups = [(t.name,) for t in targets] if config.split_fused else fused_groups(targets)
-    else:
-        by_layer: dict[int, list[str]] = {}
-        for t in targets:
-            by_layer.setdefault(t.layer, []).append(t.name)
-        groups = [tuple(g) for g in by_layer.values()]
-    known = {t.name: t for t in targets}
-    found = []
-    for group in groups:
-        costs = {
-            c: cost for c in config.may_use if (cost := _cost(config, model, [known[n] for n in group], c)) is not None
-        }
-        weights = sum(known[n].params for n in group)
-        score = _score(config, scores, [known[n] for n in group], weights) if scores is not None else 0.0
-        name = layers.layers[known[group[0]].layer].name if config.per == "layer" else "+".join(group)
-        found.append(allocate.Unit(name, group, weights, score, costs))
-    return found
-
-
-def _cost(config: LayerQuantConfig, model: nn.Module, targets: list[Target], choice: str) -> int | None:
-    """Bytes of all of them together; None where one of them cannot be stored so."""
-    total = 0
-    for target in targets:
-        out, inner = target.shape[-2:]
-        if not precisions.fits(choice, out, inner, config.storage):
-            return None
-        total += precisions.stored_bytes(choice, out, inner, config.storage, _itemsize(model, target))
-    tables = TABLE_BYTES[config.double_quant] if choice in ("nf4", "fp4") and config.mean_bits is not None else 0
-    return total - tables * len(targets)
-
-
-def _itemsize(model: nn.Module, target: Target) -> int:
-    weight: Any = find_module(model, target.name).weight
-    return weight.element_size() if weight.is_floating_point() else 2
-
-
-def _score(config: LayerQuantConfig, scores: Scores, targets: list[Target], weights: int) -> float:
-    """How much the group matters as a whole. Raises: ConfigError for scores that do not say."""
-    if scores.options.get("relative"):
-        raise ConfigError(
-            "quant: relative: true makes errors shares of their weights, and a budget needs the errors themselves; leave it out"
+def _tell_unpaired(bits: allocate.Bits, base: str, lower: str, higher: str) -> None:
+    if set(bits.values()) == {base}:
+        note(
+            f"allocation: paired ended without a pair, {base} everywhere: none that fits the budget is better ({lower} and "
+            f"{higher} are what could be given); `choices` nearer to each other, or allocation: greedy, may do more"
         )
-    whole = (
-        getattr(registry.get(SCORERS, scores.by), "OF_WHOLE", False) if scores.by in registry.names(SCORERS) else False
-    )
-    if config.per == "layer":
-        value = scores.values[targets[0].layer]
-        return value if whole else value * weights
-    missing = [t.name for t in targets if t.name not in scores.targets]
-    if missing:
-        raise ConfigError(
-            f"quant: per='module' needs a score for every module, and {scores.by} gives none for {missing[0]}; write per: layer, "
-            "or choose by quantization_error, outliers or gradient_norm"
-        )
-    return sum(scores.targets[t.name] * (1 if whole else t.params) for t in targets)
 
 
 def _scores(
@@ -353,14 +302,17 @@ def _refuse(config: LayerQuantConfig, found: Able, modules: Mapping[str, str]) -
     problems = Problems("quant")
     extra = [t.name for t in found.targets if t.role == "extra" and modules[t.name] == KEPT]
     if extra:
-        problems.add(f"extra_modules: {', '.join(extra)} would stay in 16 bit; with a budget their precision is `rest`")
+        problems.add(
+            f"extra_modules: {', '.join(extra)} would stay in 16 bit; with a budget, or listed bits, their precision is `rest`"
+        )
     if not config.split_fused:
         for sentence in split_groups(found.linears, modules)[:4]:
             problems.add(
                 f"serving engines multiply these as one matrix and need equal bits: {sentence} (split_fused=True lets them differ)"
             )
     if not any(p != KEPT for p in modules.values()):
-        problems.add("nothing would be stored in fewer bits")
+        fits = ": the budget lets all of them keep what they have" if config.has_budget else ""
+        problems.add(f"nothing would be stored in fewer bits{fits}")
     problems.raise_if_any(ConfigError)
 
 

@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from layerpeft.choose import choose_among
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.layers import layer_map
+from layerpeft.notes import note
 from layerpeft.quant_training import batches_wanted
 from layerpeft.recipe import Recipe, layer_config, to_yaml
 from layerpeft.schedule import schedule_of
@@ -128,7 +129,8 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
     for index, (arm, layers, how) in enumerate(plans):
         with contextlib.redirect_stdout(sys.stderr):
             first = select.is_scheduled and not runs
-            trainer, model = _trainer(setup, how, batches if first or batches_wanted(layer_config(recipe)) else None)
+            given = batches if first or batches_wanted(layer_config(recipe)) else None
+            trainer, model = _trainer(_unpacked(setup, layers, num_layers), how, given)
             if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
                 before = held_out_numbers(trainer)[setup.measure]
             runs.append(run := _train(setup, arm, layers, trainer, model))
@@ -282,6 +284,16 @@ def _draws(
         if len(found) == number:
             return [(name, layers) for layers, name in found.items()]
     raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
+
+
+def _unpacked(setup: Setup, layers: Sequence[int], num_layers: int) -> Setup:
+    """The setup of an arm in which every layer trains: with nothing frozen there is nothing to pack."""
+    block = setup.recipe.block
+    if len(layers) < num_layers or block.get("quantize_frozen") is None or block.get("quantize_trained") is not None:
+        return setup
+    note("quantize_frozen: with all layers trained none is left to pack; that arm stays in 16 bit")
+    kept = {k: v for k, v in block.items() if k != "quantize_frozen"}
+    return replace(setup, recipe=replace(setup.recipe, block=kept))
 
 
 def _trainer(setup: Setup, select: Mapping[str, Any], batches: Any) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ from layerpeft.notes import note
 from layerpeft.precisions import KEPT, precision_of
 from layerpeft.quant_config import LayerQuantConfig
 from layerpeft.quant_save import is_saved, load_saved
-from layerpeft.quant_training import applied, asked, names_of, waits
+from layerpeft.quant_training import applied, asked, decides_early, names_of
 from layerpeft.quantizing import Quantized
 from layerpeft.selection import Select
 
@@ -114,23 +114,16 @@ def early(config: Wish | Any, empty: Any) -> Quantized | None:
         return allot(config, empty()) if decided_early(config) else None
     if not isinstance(config, LayerLoraConfig) or not config.quantizes or config.stored is not None:
         return config.stored if isinstance(config, LayerLoraConfig) else None
-    if config.quant is not None and not decided_early(LayerQuantConfig.parse(config.quant)):
+    if not decides_early(config):
         return None
     select = Select.parse(config.select)
     if select.is_scheduled or needs(select) == "nothing":
         model = empty()
         choice = fixed(config, model)[0]._layerpeft.selection  # type: ignore[attr-defined]
         return asked(config, model, names_of(model, choice.stack, choice.layers))
-    # layers are chosen by the weights or by data, of which precisions may be independent
-    return None if _waits_for_choice(config) else asked(config, empty(), ())
-
-
-def _waits_for_choice(config: LayerLoraConfig) -> bool:
-    """Whether precisions differ between layers that train and others."""
-    try:
-        return waits(config)
-    except ConfigError:  # it cannot wait for the first step, but for the choice it does
-        return True
+    return asked(
+        config, empty(), ()
+    )  # layers are chosen by the weights or by data, of which precisions are independent
 
 
 def _empty(
@@ -148,8 +141,10 @@ def _empty(
         kept = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         kept = kept or getattr(config, "dtype", None) or torch.float32
         trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
+        made = getattr(transformers, kind)
         with torch.device("meta"):
-            return base_of(getattr(transformers, kind).from_config(config, dtype=kept, **trusted))
+            make = getattr(made, "from_config", None) or made._from_config  # of an Auto class, or of a model's own
+            return base_of(make(config, dtype=kept, **trusted))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
             f"no model can be built from {os.fspath(name)!r}: {' '.join(str(error).split())[:300]}"

@@ -30,7 +30,7 @@ from layerpeft.layers import base_of, layer_map
 from layerpeft.plan_parts import config_of, half, opened, originals, store, training
 from layerpeft.plan_text import plan_lines, size_text
 from layerpeft.precisions import Storage, stored_bytes
-from layerpeft.quant_training import asked, names_of
+from layerpeft.quant_training import asked, decides_early, names_of
 
 __all__ = ["Live", "Plan", "PlanRow", "Step", "plan", "size_text", "trace"]
 
@@ -220,7 +220,8 @@ def _wrapped(
             resolved, assumed = fixed(config, empty)
             if isinstance(config, LayerLoraConfig) and config.quantizes:
                 choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
-                assumed += store(empty, asked(config, empty, names_of(empty, choice.stack, choice.layers), known=False))
+                wanted = asked(config, empty, names_of(empty, choice.stack, choice.layers), known=False)
+                assumed += store(empty, wanted, decides_early(config))
             if isinstance(resolved, FullLoraConfig):
                 place_all(empty, resolved, "default")
             wrapped: Any = peft.get_peft_model(empty, resolved).train()

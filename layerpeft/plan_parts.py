@@ -84,11 +84,19 @@ def half(wrapped: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def store(empty: nn.Module, wanted: Quantized) -> tuple[str, ...]:
-    """Puts stand-ins where linears will be quantized, and says what that takes. Raises: ConfigError for a missing package."""
+def store(empty: nn.Module, wanted: Quantized, early: bool) -> tuple[str, ...]:
+    """Puts stand-ins where linears will be quantized, and says what that takes. `early`: known before weights are.
+
+    Raises: ConfigError for a missing package, or what cannot be packed so.
+    """
     missing = precisions.missing_packages(wanted.assignment.values())
     if missing:
         raise ConfigError(f"quantization needs {' and '.join(missing)}: pip install 'layerpeft[quant]'")
+    unfit = [n for n, p in wanted.assignment.items() if not _fits(find_module(empty, n), p, wanted)]
+    if unfit:
+        raise ConfigError(
+            f"quantization: {unfit[0]} and {len(unfit) - 1} more: {wanted.storage} does not fill its rows"
+        )
     before, largest = weight_bytes(empty), 0
     for name, kind in wanted.assignment.items():
         above, _, leaf = name.rpartition(".")
@@ -103,11 +111,24 @@ def store(empty: nn.Module, wanted: Quantized) -> tuple[str, ...]:
         stand_in(new, size)
     quantizing.mark_kinds(empty, wanted.modules.values())
     after = weight_bytes(empty)
+    loading = (
+        f"one that layerpeft loads (recipes, load_model) at {size_text(after + largest)}"
+        if early
+        else "and so does one that layerpeft loads, since weights or data decide which"
+    )
     return (
         f"{wanted.why}; weights {size_text(before)} as loaded, {size_text(after)} then",
-        f"while quantizing, a model that is loaded already peaks at {size_text(before + largest)}, one that layerpeft loads "
-        f"(recipes, load_model) at {size_text(after + largest)}",
+        f"while quantizing, a model that is loaded already peaks at {size_text(before + largest)}, {loading}",
+        *(
+            ()
+            if early or "budget" not in wanted.why
+            else ("which linears get which bits is not known yet: equal scores",)
+        ),
     )
+
+
+def _fits(module: Any, precision: str, wanted: Quantized) -> bool:
+    return precisions.fits(precision, module.out_features, module.in_features, wanted.storage)
 
 
 def originals(wrapped: nn.Module) -> int:

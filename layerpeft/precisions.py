@@ -120,6 +120,16 @@ def precision_of(module: nn.Module) -> str:
     return bitsandbytes.precision_of(module) or hqq.precision_of(module) or KEPT
 
 
+def packed_otherwise(module: nn.Module, storage: Storage) -> str | None:
+    """How a quantized linear is packed, where that is not as `storage` says."""
+    found = PRECISIONS[precision_of(module)]
+    if found.package == "hqq" and (size := hqq.group_of(module)) != storage.group_size:
+        return f"in groups of {size}, and asked for in groups of {storage.group_size}"
+    if found.name in ("nf4", "fp4") and (nested := bitsandbytes.is_nested(module)) != storage.double_quant:
+        return f"with double_quant={nested}, and asked for with double_quant={storage.double_quant}"
+    return None
+
+
 def shown(module: nn.Module) -> str:
     """The same for people: what is kept is named by its type (bf16, fp16, fp32)."""
     found = precision_of(module)

@@ -157,7 +157,7 @@ class LayerQuantConfig(PeftConfig):
     def may_use(self) -> tuple[str, ...]:
         """The precisions that a budget is spent on, fewest bits first."""
         given = [precisions.named(c) for c in (CHOICES if self.choices is None else self.choices)]
-        return tuple(sorted(dict.fromkeys(given), key=lambda n: (PRECISIONS[n].bits, n)))
+        return tuple(sorted(dict.fromkeys(given), key=lambda n: PRECISIONS[n].bits))
 
     def plain(self) -> dict[str, Any]:
         """What was asked for, as a recipe would write it, defaults left out."""
@@ -240,9 +240,10 @@ def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
     if isinstance(config.bits, Mapping):
         if not listed:
             problems.add("bits: an empty list of layers; write {'first:2': 8, '2-9': 'nf4'}")
-        if config.select != "all":
+        if config._select != Select(stack=config._select.stack):
             problems.add(
-                f"bits lists layers and their precisions, and select={config.select!r} picks some, too; leave select out"
+                f"bits lists layers and their precisions, and select={config.select!r} picks some, too; leave select out "
+                "but for its stack"
             )
     for layers, value in listed.items():
         check_grammar("bits", layers, problems)
@@ -262,7 +263,7 @@ def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
         problems.add(f"group_size={size!r} is not a whole number from 8")
     for name in ("skip_modules", "extra_modules"):
         value = getattr(config, name)
-        if value is not None and (isinstance(value, str) or not all(isinstance(v, str) for v in value)):
+        if value is not None and not (isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)):
             problems.add(f"{name}={value!r} is not a list of names")
 
 
@@ -280,7 +281,9 @@ def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
         problems.add("mean_bits and budget: two budgets; give one")
     if budget and config.bits is not None:
         problems.add(f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices")
-    if config.choices is not None:
+    if config.choices is not None and not isinstance(config.choices, list | tuple):
+        problems.add(f"choices={config.choices!r} is not a list of precisions")
+    elif config.choices is not None:
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):
             problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 
@@ -62,6 +65,8 @@ def able(model: nn.Module, layers: LayerMap, skip: Sequence[str] = (), extra: Se
                 found[target.name] = target
     _outside(base, found, left, shared)
     problems = Problems("quantization")
+    for name in sorted(set(skip) & set(extra)):
+        problems.add(f"skip_modules and extra_modules both name {name!r}")
     for name in _matching(skip, [*found, *left], "skip_modules", problems):
         if found.pop(name, None) is not None:
             left[name] = "skip_modules names it"
@@ -115,10 +120,28 @@ def _why_not(base: nn.Module, target: Target, shared: Mapping[str, str]) -> str 
         return f"shares its weight with {shared[target.name]}"
     if set(target.name.split(".")) & _in_float32(base):
         return "transformers keeps it in float32"
+    above, _, leaf = target.name.rpartition(".")
+    if reads_weight(type(find_module(base, above)), leaf):
+        return "its model reads the weight itself"
     module = find_module(base, target.name)
     if type(module) is not nn.Linear and precision_of(module) == KEPT:
         return f"a {type(module).__name__}, not a plain linear"
     return None
+
+
+@cache
+def reads_weight(kind: type, leaf: str) -> bool:
+    """Whether a module's own code computes with the weight of this child, or casts to its type: packed, it would go wrong.
+
+    Told from the source: `self.dt_proj.weight @ …` (Mamba), `….to(self.wo.weight.dtype)` (T5 and its kin).
+    """
+    try:
+        lines = inspect.getsource(kind).splitlines()
+    except (OSError, TypeError):
+        return False
+    used = re.compile(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(device|shape|_is_hf_initialized))")
+    # what is looked up for the type of attention inputs is overruled by transformers where a model is quantized
+    return any(used.search(line) and "target_dtype" not in line for line in lines)
 
 
 def _in_float32(base: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 from torch import nn
 
 from layerpeft import quantizing
-from layerpeft.allotting import allot, by_training, wants_batches
+from layerpeft.allotting import allot, by_training, decided_early, wants_batches
+from layerpeft.choose import needs
 from layerpeft.configs import LayerLoraConfig
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, Problems, QuantizationError
 from layerpeft.layers import LayerMap, base_of, layer_map
 from layerpeft.notes import note
+from layerpeft.precisions import PRECISIONS, named
 from layerpeft.quant_config import LayerQuantConfig
 from layerpeft.quantizing import Quantized
 from layerpeft.selection import DEFAULT_BATCHES, Select, Selection
+
+DONE = "_layerpeft_quantized"  # in a model's own dict: what was packed last
 
 
 def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collection[str] | None) -> Quantized | None:
@@ -25,7 +30,9 @@ def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collect
     `training`: names of the layers that train or ever may; None: not chosen yet.
     Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
     """
-    if not config.quantizes or (training is None and waits(config)):
+    if not config.quantizes:
+        return vars(base_of(model)).get(DONE)  # by `quantize`, of which the record is to tell
+    if training is None and waits(config):
         return None
     whole = config.method == "full"
     done = applied(model, asked(config, model, training or ()), marked=not whole)
@@ -47,9 +54,45 @@ def asked(config: LayerLoraConfig, model: nn.Module, training: Collection[str], 
     if config.quant is not None:
         spec = LayerQuantConfig.parse(config.quant)
         batches = spec._batches if spec._batches is not None else config._batches
-        return allot(spec, model, batches, training, known=known)
-    stack = Select.parse(config.select).stack
-    return by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
+        wanted = allot(spec, model, batches, training, known=known)
+    else:
+        stack = Select.parse(config.select).stack
+        wanted = by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
+    _refuse(config, wanted, training)
+    return wanted
+
+
+def _refuse(config: LayerLoraConfig, wanted: Quantized, training: Collection[str]) -> None:
+    """Raises: ConfigError for what PEFT would refuse, or do wrongly, once the weights are packed."""
+    problems = Problems("packed layers")
+    blocks = tuple(f"{name}." for name in training)
+    under = {p for n, p in wanted.assignment.items() if n.startswith(blocks)}  # packed, and to be wrapped
+    by_hqq = any(PRECISIONS[p].package == "hqq" for p in under)
+    if config.method != "full" and (not isinstance(config.r, int) or config.r < 1):
+        problems.add(f"r={config.r!r} is not a whole number above 0")
+    starts = (True, False, "gaussian", "eva", *(() if by_hqq else ("olora",)))
+    if under and config.init_lora_weights not in starts:
+        problems.add(
+            f"init_lora_weights={config.init_lora_weights!r} takes something out of weights that are packed "
+            f"({', '.join(sorted(under))}); start with {', '.join(map(repr, starts))}, or keep layers that train in 16 bit"
+        )
+    if by_hqq and config.lora_bias:
+        problems.add("lora_bias=True: PEFT does not do that over HQQ's layers")
+    for name in config.modules_to_save or ():
+        held = [n for n in wanted.assignment if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", n)]
+        if held:
+            problems.add(
+                f"modules_to_save: {name!r} trains whole, and {held[0]} in it would be packed; name it in quant's skip_modules"
+            )
+    problems.raise_if_any(ConfigError)
+
+
+def decides_early(config: LayerLoraConfig) -> bool:
+    """Whether the precisions can be known from the architecture alone, before a weight is loaded."""
+    if config.quant is not None and not decided_early(LayerQuantConfig.parse(config.quant)):
+        return False
+    select = Select.parse(config.select)
+    return select.is_scheduled or needs(select) == "nothing" or not _hangs(config)[0]
 
 
 def applied(model: nn.Module, wanted: Quantized, *, marked: bool = True) -> Quantized:
@@ -57,6 +100,7 @@ def applied(model: nn.Module, wanted: Quantized, *, marked: bool = True) -> Quan
     again = quantizing.is_stored(model, wanted.modules)  # by `load_model`, which has said so
     more: dict[str, Any] = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
     done = quantizing.apply(model, wanted.modules, wanted.storage, marked=marked, **more)
+    vars(base_of(model))[DONE] = done
     if not again:
         note(f"quantized: {done.why}\n{done.table()}")
     return done
@@ -83,7 +127,13 @@ def after_choice(config: LayerLoraConfig) -> Callable[[nn.Module, Selection], Qu
         return None
 
     def quantize(model: nn.Module, selection: Selection) -> Quantized:
-        return applied(model, asked(config, model, [selection.layer_names[i] for i in selection.layers]))
+        try:
+            return applied(model, asked(config, model, [selection.layer_names[i] for i in selection.layers]))
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"{error}\n(the choice of layers has waited for this step: pass batches=… with the config, and it is made, and the "
+                "rest packed, before anything else is wrapped)"
+            ) from error
 
     return quantize
 
@@ -93,12 +143,7 @@ def waits(config: LayerLoraConfig) -> bool:
 
     Raises: ConfigError where layers that train are to be quantized then, under adapters that are there by now.
     """
-    if config.quant is not None:
-        part = LayerQuantConfig.parse(config.quant).apply_to
-        hangs, under = part != "all", part == "trained"
-    else:
-        hangs = config.quantize_frozen != config.quantize_trained
-        under = config.quantize_trained is not None
+    hangs, under = _hangs(config)
     if hangs and under:
         raise ConfigError(
             "this choice of layers waits for the first optimizer step, and layers that train cannot be quantized any more then; "
@@ -107,11 +152,26 @@ def waits(config: LayerLoraConfig) -> bool:
     return hangs
 
 
+def _hangs(config: LayerLoraConfig) -> tuple[bool, bool]:
+    """Whether precisions differ between layers that train and others, and whether those that train are packed."""
+    if config.quant is not None:
+        part = LayerQuantConfig.parse(config.quant).apply_to
+        return part != "all", part == "trained"
+    frozen, trained = (named(16 if v is None else v) for v in (config.quantize_frozen, config.quantize_trained))
+    return frozen != trained, config.quantize_trained is not None
+
+
 def check_schedule(config: LayerLoraConfig, layers: LayerMap, pool: Collection[int]) -> None:
     """Raises: ConfigError where layers that train by turns are to be quantized while they rest."""
     frozen_only = config.quantize_frozen is not None and config.quantize_trained is None
     if config.quant is not None:
         frozen_only = LayerQuantConfig.parse(config.quant).apply_to == "frozen"
+    both = config.quantize_frozen is not None and config.quantize_trained is not None
+    if both and len(pool) == len(layers) and named(config.quantize_frozen) != named(config.quantize_trained):
+        raise ConfigError(
+            f"quantize_frozen={config.quantize_frozen!r} would do nothing: all {len(layers)} layers may train, and have the "
+            f"precision of quantize_trained; give {config.quantize_trained!r} for both"
+        )
     if frozen_only and len(pool) == len(layers):
         raise ConfigError(
             "layers that change while training, and quantizing those that rest, do not go together: every one of the "

@@ -195,7 +195,8 @@ def _why_not(base: nn.Module, name: str, module: Any, asked: str, there: str, st
             "hqq4 or int8, or another device"
         )
     if asked == there:
-        return None
+        otherwise = precisions.packed_otherwise(module, storage) if there != KEPT else None
+        return f"is packed already {otherwise}" if otherwise else None
     if there != KEPT:
         wish = "to be kept in 16 bit" if asked == KEPT else f"asked for as {asked}"
         return f"is {there} already, and {wish}; load the model in 16 bit"
@@ -228,16 +229,18 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _lines(found: Quantized) -> list[str]:
-    groups: dict[tuple[str, str, tuple[str, ...]], list[Stored]] = {}
+    groups: dict[tuple[str, str, str, tuple[str, ...]], list[Stored]] = {}
     leaves: dict[tuple[str, str, str], list[Stored]] = {}
     for row in found.rows:
         leaves.setdefault((_block(row.name), row.asked, row.got), []).append(row)
-    for (_, asked, got), rows in leaves.items():
-        key = (asked, got, tuple(dict.fromkeys(r.name.rpartition(".")[2] for r in rows)))
+    for (block, asked, got), rows in leaves.items():
+        key = (_stack(block), asked, got, tuple(dict.fromkeys(r.name.rpartition(".")[2] for r in rows)))
         groups.setdefault(key, []).extend(rows)
     body = [("layers", "linears", "asked", "got", "bits", "bytes")]
-    for (asked, got, ends), rows in groups.items():
+    several = len({stack for stack, *_ in groups if stack}) > 1
+    for (stack, asked, got, ends), rows in groups.items():
         where = _ranges({int(m[0]) for r in rows if (m := _NUMBER.findall(r.name))}) or _few([r.name for r in rows])
+        where = f"{stack} {where}" if several and stack else where
         size, weights = sum(r.bytes for r in rows), sum(r.weights for r in rows)
         body.append((where, ", ".join(ends), asked, got, f"{8 * size / weights:.2f}", size_text(size)))
     if found.rows:
@@ -252,6 +255,12 @@ def _block(name: str) -> str:
     """The name up to the layer's number, which stands for the layer."""
     match = _NUMBER.search(name)
     return name[: match.end()] if match else name
+
+
+def _stack(block: str) -> str:
+    """The name of what the layers of a block's kind are in; empty for a linear outside of layers."""
+    match = _NUMBER.search(f"{block}.")
+    return block[: match.start()].rstrip(".") if match else ""
 
 
 def _ranges(numbers: set[int]) -> str:

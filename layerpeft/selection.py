@@ -148,8 +148,10 @@ class LiveRecord:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Full name -> precision of the linears that are stored in fewer bits."""
-        return self.quantized.assignment if self.quantized is not None else {}
+        """Full name -> precision of the linears that are stored in fewer bits, and how they are packed."""
+        if self.quantized is None or not self.quantized.assignment:
+            return {}
+        return {**self.quantized.assignment, "(packing)": str(self.quantized.storage)}
 
 
 def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:

@@ -68,6 +68,7 @@ FLOORS = [
         "shards",
         "quant_save",
     },
+    {"quant_units"},
     {"schedule", "pending", "projection_state", "sealing", "heatmap", "bits_map", "allotting", "merge_shards"},
     {"switching", "trained"},
     {"scheduled"},

@@ -16,7 +16,7 @@ from layerpeft.integrations import hqq
 from layerpeft.layers import find_module, layer_map
 from layerpeft.precisions import BY_BITS, KEPT, PRECISIONS, Storage, precision_of
 from layerpeft.quant_config import parse_bytes
-from layerpeft.quant_targets import able, fused_groups
+from layerpeft.quant_targets import able, fused_groups, reads_weight
 from layerpeft.quantizing import Quantized
 from tests.models import MODELS
 from tests.quanting import BATCHES, LINEARS, kinds, logits, wide
@@ -407,3 +407,73 @@ def test_a_config_is_written_down_as_a_recipe_would_say_it():
     given = LayerLoraConfig(select="last:1", quant=config)
     assert given.to_dict()["quant"] == config.plain() and "quant" not in LayerLoraConfig(select="all").to_dict()
     assert quantizing.FORMAT == 1
+
+
+# ---- found by trying to break it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba", "jamba"])
+def test_linears_whose_weight_the_model_reads_itself_stay(name):
+    if name not in MODELS:
+        pytest.skip("not among the models")
+    model = MODELS[name]()
+    found = able(model, layer_map(model))
+    leaf = {"t5": "wo", "mamba": "dt_proj", "jamba": "dt_proj"}[name]
+    reasons = {why for n, why in found.left.items() if n.endswith(f".{leaf}")}
+    assert reasons and reasons <= {"its model reads the weight itself", "transformers keeps it in float32"}
+    assert not any(n.endswith(f".{leaf}") for n in found.names)
+
+
+def test_code_that_reads_a_weight_is_told_from_code_that_asks_where_it_is():
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.longt5.modeling_longt5 import LongT5DenseActDense
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersDenseActDense
+
+    assert reads_weight(LongT5DenseActDense, "wo") and not reads_weight(LongT5DenseActDense, "wi")
+    assert reads_weight(SwitchTransformersDenseActDense, "wo") and not reads_weight(LlamaMLP, "down_proj")
+
+
+def test_packing_is_compared_and_not_only_precision():
+    model = wide()
+    quantize(model, {"bits": 2})
+    with pytest.raises(QuantizationError, match="is packed already in groups of 64, and asked for in groups of 32"):
+        quantize(model, {"bits": 2, "group_size": 32})
+    model = wide()
+    quantize(model, {"bits": 4})
+    with pytest.raises(QuantizationError, match="double_quant=False, and asked for with double_quant=True"):
+        quantize(model, {"bits": 4, "double_quant": True})
+
+
+@pytest.mark.parametrize("precision", ["hqq2", "nf4", "int8"])
+def test_mixed_precision_over_a_float32_base_trains_and_evaluates(precision):
+    model = wide()
+    quantize(model, {"bits": precision})
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    linear = model.model.layers[0].self_attn.q_proj
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    y.float().sum().backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+    assert linear(x.detach().bfloat16()).shape == (2, 5, 64)
+
+
+def test_int8_weights_survive_being_read():
+    model = wide()
+    quantize(model, {"bits": 8})
+    before = logits(model)
+    layerpeft.score_layers(model, "outliers", batches=BATCHES[:1], target_modules="all-linear", M=2.0)
+    assert torch.equal(logits(model), before)
+    layerpeft.score_layers(model, "snr", target_modules="all-linear")
+    assert torch.equal(logits(model), before)
+
+
+def test_wrong_types_are_told_as_sentences():
+    with pytest.raises(
+        ConfigError, match="(?s)choices=5 is not a list.*skip_modules=5 is not a list|skip_modules=5.*choices=5"
+    ):
+        LayerQuantConfig(mean_bits=4.5, skip_modules=5, choices=5)
+    with pytest.raises(ConfigError, match="both name 'q_proj'"):
+        quantize(wide(), {"bits": 4, "skip_modules": ["q_proj"], "extra_modules": ["q_proj"]})
+    with pytest.raises(ConfigError, match="the budget lets all of them keep what they have"):
+        quantize(wide(), {"budget": "1TB"})
+    assert LayerQuantConfig(mean_bits=4.5, choices=["nf4", "fp4", 2]).may_use == ("hqq2", "nf4", "fp4")

@@ -366,3 +366,72 @@ def test_a_projection_over_packed_layers_merges_and_comes_back(precision):
     assert 0 < float((merged - before).abs().max()) < 0.5 * float(before.abs().max()), "rounded once more"
     model.unmerge_adapter()
     assert torch.equal(logits(model), before)
+
+
+def test_what_was_quantized_by_hand_is_in_the_record_too(tmp_path):
+    wide(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = layerpeft.load_model(tmp_path / "base", {"select": [1], "bits": 8}, dtype=torch.bfloat16)
+    quantize(base, {"select": [0], "bits": "nf4"})
+    model = train(wrap(base))
+    model.save_pretrained(tmp_path / "adapter")
+    assert record(model).quantized.assignment["model.layers.1.mlp.up_proj"] == "int8"
+    again = layerpeft.load(tmp_path / "adapter")
+    assert kinds(again) == kinds(model) == {0: {"nf4"}, 1: {"int8"}, 2: {KEPT}, 3: {KEPT}}
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_int8_base_goes_on_after_reports_and_saves(tmp_path):
+    model = wrap(quantize_trained=8)
+    train(model, 2)
+    before = logits(model)
+    layerpeft.layer_report(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(model), before)
+    train(model, 2)
+
+
+def test_what_peft_would_refuse_over_packed_weights_is_told_before_they_are_packed():
+    refused = [
+        ({"quantize_trained": "nf4", "init_lora_weights": "pissa"}, "takes something out of weights that are packed"),
+        ({"quantize_trained": 2, "init_lora_weights": "olora"}, "takes something out"),
+        ({"quantize_trained": 2, "lora_bias": True}, "lora_bias=True"),
+        ({"quantize_frozen": "nf4", "r": 0}, "r=0 is not a whole number"),
+        ({"quantize_frozen": "nf4", "modules_to_save": ["model.layers.0.mlp"]}, "trains whole, and .*layers.0.mlp"),
+    ]
+    for options, words in refused:
+        model = wide()
+        with pytest.raises(ConfigError, match=words):
+            wrap(model, **options)
+        assert set.union(*kinds(model).values()) == {KEPT}
+        with pytest.raises(ConfigError, match=words):
+            plan(wide(), LayerLoraConfig(**{"select": "last:2", "r": 4, "task_type": "CAUSAL_LM", **options}))
+    with pytest.raises(ConfigError, match="quantize_frozen=2 would do nothing"):
+        wrap(select=TURNS, quantize_frozen=2, quantize_trained="nf4")
+    assert kinds(wrap(select={**BY_GRADIENT, "num_batches": 1}, quantize_frozen="nf4", quantize_trained=4))[0] == {
+        "nf4"
+    }
+
+
+def test_a_plan_says_where_the_whole_model_has_to_be_loaded_first():
+    def said(**options):
+        found = plan(wide(), LayerLoraConfig(**{"select": "last:2", "r": 4, "task_type": "CAUSAL_LM", **options}))
+        return " ".join(found.assumed)
+
+    assert "one that layerpeft loads (recipes, load_model) at" in said(quantize_frozen="nf4")
+    assert "and so does one that layerpeft loads" in said(quantize_frozen="nf4", select=BY_GRADIENT)
+    assert "which bits is not known yet" in said(quant={"mean_bits": 4.5})
+
+
+def test_a_resumed_run_has_to_pack_alike(tmp_path):
+    rows = gsm8k_rows()
+    options = {"save_strategy": "steps", "save_steps": 2, "bf16": False, "model_init_kwargs": {"dtype": "float32"}}
+
+    def trainer(folder, group_size, **more):
+        quant = {"bits": 2, "apply_to": "frozen", "group_size": group_size}
+        return sft(
+            rows, folder, LayerLoraConfig(select="last:1", r=4, task_type="CAUSAL_LM", quant=quant), **options, **more
+        )
+
+    trainer(tmp_path / "a", 64, max_steps=2).train()
+    with pytest.raises(SelectionError, match="(?s)in other precisions.*group_size=64.*group_size=32"):
+        trainer(tmp_path / "b", 32, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))

@@ -101,6 +101,11 @@ def reads(kind: str, columns: int, device: torch.device) -> bool:
     return kind == "int8" or device.type != "cpu" or columns % BLOCK == 0
 
 
+def is_nested(module: Any) -> bool:
+    """Whether the scales of a 4-bit weight are quantized, too."""
+    return bool(module.weight.quant_state.nested)
+
+
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """The packed weight with all scales and tables that belong to it."""
     weight: Any = module.weight

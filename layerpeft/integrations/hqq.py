@@ -26,6 +26,11 @@ def linear_class() -> Any:
     from hqq.core.quantize import HQQLinear
 
     class PackedLinear(HQQLinear):
+        def forward_pytorch_backprop(self, x: torch.Tensor) -> torch.Tensor:
+            """In the type that the scales have: HQQ multiplies as it is given, which mixed precision turns into two types."""
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward_pytorch_backprop(x.to(self.compute_dtype)).to(x.dtype)
+
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             """Scales, zeros and bias are plain attributes in HQQ: `model.to(device)` would leave them behind."""
             super()._apply(fn, recurse)
@@ -95,8 +100,8 @@ def precision_of(module: nn.Module) -> str | None:
     if not isinstance(module, HQQLinear) or module.meta is None or module.W_q is None:
         return None
     bits: Any = module.meta["nbits"]
-    out, inner = module.meta["shape"]
-    size: Any = module.meta["group_size"]
+    meta: Any = module.meta
+    (out, inner), size = meta["shape"], meta["group_size"]
     words = -(-(out * inner // size) // PER_WORD[bits]) * size
     return f"hqq{bits}" if module.W_q.numel() == words else None
 
@@ -104,6 +109,11 @@ def precision_of(module: nn.Module) -> str | None:
 def is_packed(module: nn.Module) -> bool:
     """Whether HQQ has packed it."""
     return WEIGHT in module._parameters
+
+
+def group_of(module: Any) -> int:
+    """Weights per scale."""
+    return int(module.meta["group_size"])
 
 
 def tensors_of(module: Any) -> list[torch.Tensor]:

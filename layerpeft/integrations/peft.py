@@ -94,7 +94,18 @@ def renamed_leaves(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def dequantized(module: nn.Module) -> torch.Tensor:
     """The weight of a linear as numbers, as stored, for quantized and plain modules alike."""
-    return dequantize_module_weight(module)
+    state: Any = getattr(module, "state", None)
+    if not hasattr(state, "SCB"):
+        return dequantize_module_weight(module)
+    # PEFT puts another weight into an int8 module on a CPU, without the scales that the next forward pass looks for
+    weight, codes, scales, kept = module.weight, state.CB, state.SCB, getattr(module.weight, "SCB", None)
+    try:
+        return dequantize_module_weight(module)
+    finally:
+        module.weight = weight  # type: ignore[assignment]
+        state.CB, state.SCB = codes, scales
+        if kept is not None:
+            weight.SCB = kept  # type: ignore[union-attr]
 
 
 def become_stock(tuner: BaseTuner, stock: type[BaseTuner]) -> None:

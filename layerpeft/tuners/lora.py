@@ -59,9 +59,8 @@ class LayerLoraModel(LoraModel):
             if config.quantizes:
                 selection = live._layerpeft.selection  # type: ignore[attr-defined]
                 may_train = names_of(model, selection.stack, selection.layers)
-        if config.quantizes:
-            live._layerpeft.quantized = before_wrapping(config, model, may_train)  # type: ignore[attr-defined]
-            live._layerpeft_quantize = after_choice(config) if may_train is None else None  # type: ignore[attr-defined]
+        live._layerpeft.quantized = before_wrapping(config, model, may_train)  # type: ignore[attr-defined]
+        live._layerpeft_quantize = after_choice(config) if may_train is None else None  # type: ignore[attr-defined]
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         live = self.peft_config[adapter_name]
