@@ -150,3 +150,12 @@ def test_a_plan_of_weights_is_what_a_step_holds():
     found = measure("frozen_nf4", [*TINY[1:], "layerpeft.select=last:2"])
     weights = next(part for part in found.parts if part.name == "weights")
     assert weights.measured == pytest.approx(weights.predicted, rel=0.02)
+
+
+def test_arms_are_compared_over_packed_layers_and_the_one_with_all_of_them_stays_in_16_bit():
+    settings = [*TINY, "max_steps=2", "layerpeft.select.num_batches=1", "output_dir=compared"]
+    assert main(["compare", "frozen_nf4", *settings, "--arms", "random:1,last,all"]) == 0
+    found = json.loads(Path("compared/compare.json").read_text())
+    runs = {run["arm"]: run for run in found["runs"]}
+    assert len(runs["all"]["layers"]) == 12 and {"last", "all"} < set(runs)
+    assert runs["all"]["trainable"] == 4 * runs["last"]["trainable"]
