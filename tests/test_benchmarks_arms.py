@@ -225,6 +225,6 @@ def test_qlora_packs_every_linear_of_the_layers_and_trains_over_all_of_them():
     assert len(start) == 84 and all(
         not torch.equal(p, start[n]) for n, p in ours.model.named_parameters() if n in start
     )
-    frozen = ready("layerpeft", quantize_frozen="nf4", select="last:3")
-    packed = [n for n, m in frozen.model.named_modules() if precision_of(m) == "nf4"]
+    frozen = ready("layerpeft", quantize_frozen="int8", select="last:3")
+    packed = [n for n, m in frozen.model.named_modules() if precision_of(m) == "int8"]
     assert len(packed) == 9 * 7
