@@ -69,11 +69,7 @@ def load_model(
     wanted = early(config, lambda: _empty(name, kind, dtype, revision, kwargs))
     if wanted is not None:
         model = load_quantized(name, wanted.assignment, wanted.storage, kind=kind, progress=progress, **options)
-        more = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
-        done = quantizing.apply(
-            model, wanted.modules, wanted.storage, **more
-        )  # all is stored so by now: it is compared
-        note(f"quantized while it was loaded: {done.why}\n{done.table()}")
+        applied(model, wanted)  # all is stored so by now: it is compared, kept and told
         return model
     model = load_quantized(name, {}, quantizing.PLAIN, kind=kind, progress=progress, **options)
     if isinstance(config, LayerQuantConfig):
@@ -121,9 +117,8 @@ def early(config: Wish | Any, empty: Any) -> Quantized | None:
         model = empty()
         choice = fixed(config, model)[0]._layerpeft.selection  # type: ignore[attr-defined]
         return asked(config, model, names_of(model, choice.stack, choice.layers))
-    return asked(
-        config, empty(), ()
-    )  # layers are chosen by the weights or by data, of which precisions are independent
+    # layers are chosen by the weights or by data, of which precisions are independent
+    return asked(config, empty(), ())
 
 
 def _empty(
@@ -162,9 +157,10 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     stored = save.read_manifest(folder).get("quant")
     config = json.loads((Path(folder) / save.CONFIG).read_text(encoding="utf-8"))
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
+    for_peft = {k: v for k, v in given.items() if k in PEFT_OPTIONS}
+    for_base = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
     if base and is_saved(base):
-        rest = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
-        return load_saved(base, **rest), {k: v for k, v in given.items() if k in PEFT_OPTIONS}
+        return load_saved(base, **for_base), for_peft
     if stored is None:
         return None, dict(given)
     wanted = Quantized.from_dict(stored)
@@ -173,10 +169,7 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
         raise SaveError(
             f"{folder} does not say which base it was trained on, or of which class; give it: load({os.fspath(folder)!r}, model)"
         )
-    for_peft = {k: v for k, v in given.items() if k in PEFT_OPTIONS}
-    options: dict[str, Any] = {"dtype": wanted.dtype or None} | {
-        k: v for k, v in given.items() if k not in PEFT_OPTIONS
-    }
+    options: dict[str, Any] = {"dtype": wanted.dtype or None} | for_base
     labels = Path(folder) / "labels.json"  # a recipe's classes
     if labels.is_file():
         options.setdefault("num_labels", len(json.loads(labels.read_text(encoding="utf-8"))))

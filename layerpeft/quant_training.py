@@ -96,8 +96,9 @@ def decides_early(config: LayerLoraConfig) -> bool:
 
 
 def applied(model: nn.Module, wanted: Quantized, *, marked: bool = True) -> Quantized:
-    """Stores everything so, and says what came of it. Raises: QuantizationError."""
-    again = quantizing.is_stored(model, wanted.modules)  # by `load_model`, which has said so
+    """Stores everything so that is not yet, keeps that on the model, and says what came of it. Raises: QuantizationError."""
+    known: Quantized | None = vars(base_of(model)).get(DONE)
+    again = known is not None and dict(known.modules) == dict(wanted.modules)  # `load_model` has said so
     more: dict[str, Any] = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
     done = quantizing.apply(model, wanted.modules, wanted.storage, marked=marked, **more)
     vars(base_of(model))[DONE] = done

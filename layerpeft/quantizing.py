@@ -138,12 +138,6 @@ def apply(
     return Quantized(dict(modules), storage, tuple(rows), dict(left or {}), why, dict(choice or {}), kept)
 
 
-def is_stored(model: nn.Module, modules: Mapping[str, str]) -> bool:
-    """Whether every one of these linears has its precision by now."""
-    base = base_of(model)
-    return all(precisions.precision_of(find_module(base, n)) == p for n, p in modules.items())
-
-
 def check(rows: Iterable[Stored], storage: Storage, shapes: Mapping[str, tuple[int, int, int]]) -> None:
     """Asked against got, bytes included. Raises: QuantizationError naming every difference."""
     problems = Problems("what is stored is not what was asked for")

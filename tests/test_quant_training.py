@@ -435,3 +435,12 @@ def test_a_resumed_run_has_to_pack_alike(tmp_path):
     trainer(tmp_path / "a", 64, max_steps=2).train()
     with pytest.raises(SelectionError, match="(?s)in other precisions.*group_size=64.*group_size=32"):
         trainer(tmp_path / "b", 32, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_what_was_quantized_while_it_was_loaded_is_in_the_record_too(tmp_path):
+    wide(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = layerpeft.load_model(tmp_path / "base", {"select": [1], "bits": 8}, dtype=torch.bfloat16)
+    model = train(wrap(base))
+    model.save_pretrained(tmp_path / "adapter")
+    again = layerpeft.load(tmp_path / "adapter")
+    assert kinds(again) == kinds(model) and torch.equal(logits(again), logits(model))
