@@ -50,7 +50,8 @@ def allot(
     inside = _scope(config, found, training)
     modules = {t.name: _untouched(config, model, t, inside) for t in found.targets}
     if config.has_budget:
-        modules |= _spent(config, model, layers, found, inside, batches, progress)
+        targets = _own(config, layers, found, inside)
+        modules |= _spent(config, model, layers, targets, modules, batches, progress)
     else:
         modules |= _picked(config, model, layers, found, inside, batches, progress)
     _refuse(config, found, modules)
@@ -179,14 +180,13 @@ def _spent(
     config: LayerQuantConfig,
     model: nn.Module,
     layers: LayerMap,
-    found: Able,
-    inside: set[str],
+    targets: tuple[Target, ...],
+    untouched: Mapping[str, str],
     batches: Iterable[Any] | None,
     progress: bool,
 ) -> dict[str, str]:
-    """The precisions that the budget buys."""
+    """The precisions that the budget buys. `untouched`: what each linear has without it."""
     select = _scoring(config)
-    targets = _own(config, layers, found, inside)
     among = set(candidates(select, layers, targets))
     targets = tuple(t for t in targets if t.layer in among)
     _need_batches(config, batches)
@@ -195,8 +195,7 @@ def _spent(
     scores = _scores(select, model, layers, targets, seen) if scored else None
     units = units_of(config, model, layers, targets, scores)
     names = {m for u in units for m in u.modules}
-    others = {t.name: _untouched(config, model, t, inside) for t in found.targets if t.name not in names}
-    budget = _budget(config, model, units, others)
+    budget = _budget(config, model, units, {n: p for n, p in untouched.items() if n not in names})
     choices = config.may_use
     kl = config.objective == "kl"
     if config.allocation == "paired":
@@ -222,22 +221,17 @@ def _paired(
     if config.objective == "scores":
         predicted = allocate.losses(units, (lower, base, higher))
         best = allocate.paired(units, base, lower, higher, budget, lambda bits: allocate.total_loss(bits, predicted))
-        _tell_unpaired(best, base, lower, higher)
-        return best
-    found = allocate.pairings(units, base, lower, higher, budget, JUDGED)
-    whole = [allocate.by_module(units, bits) for bits in found]
-    measured = rounding.output_kl(model, batches or (), whole, config.storage, progress=progress)
-    best = found[min(range(len(found)), key=lambda i: measured[i])]
-    _tell_unpaired(best, base, lower, higher)
-    return best
-
-
-def _tell_unpaired(bits: allocate.Bits, base: str, lower: str, higher: str) -> None:
-    if set(bits.values()) == {base}:
+    else:
+        found = allocate.pairings(units, base, lower, higher, budget, JUDGED)
+        whole = [allocate.by_module(units, bits) for bits in found]
+        measured = rounding.output_kl(model, batches or (), whole, config.storage, progress=progress)
+        best = found[min(range(len(found)), key=lambda i: measured[i])]
+    if set(best.values()) == {base}:
         note(
             f"allocation: paired ended without a pair, {base} everywhere: none that fits the budget is better ({lower} and "
             f"{higher} are what could be given); `choices` nearer to each other, or allocation: greedy, may do more"
         )
+    return best
 
 
 def _scores(

@@ -16,6 +16,7 @@ from torch import nn
 
 from layerpeft import save
 from layerpeft.errors import SaveError
+from layerpeft.folders import written_whole
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.merging import merge_in_place
 from layerpeft.merge_shards import NotPiecewise, plan_merge, write_merged
@@ -73,19 +74,12 @@ def merge(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
             "computes differs by the rounding"
         )
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(target) as partial:
         if into_quantized:
             _merge_quantized(source, where, model, config, kwargs, partial)
         elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial):
             _merge_whole(source, model, base, config, kwargs, partial)
         _copy_beside(source, where, partial)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

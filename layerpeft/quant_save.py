@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ import transformers
 from torch import nn
 
 from layerpeft.errors import Problems, SaveError
+from layerpeft.folders import written_whole
 from layerpeft.integrations import hqq
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.bnb_config import is_repacked, saving, standard
@@ -47,16 +47,9 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_si
     found: Any = base_of(model)
     precisions = _check(model, found, target)
     settings = standard(found, precisions)
-    partial_folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
+    with written_whole(target) as partial_folder:
         packed = _write(found, partial_folder, precisions, settings, max_shard_size)
         _write_manifest(found, partial_folder, precisions, packed)
-        if target.is_dir():
-            target.rmdir()
-        partial_folder.rename(target)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
     return target
 
 

@@ -13,6 +13,7 @@ ROOT = Path(layerpeft.__file__).parent
 FLOORS = [
     {
         "errors",
+        "folders",
         "turns",
         "draws",
         "architectures",
