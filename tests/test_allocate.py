@@ -120,10 +120,10 @@ def test_units_that_fit_nothing_and_losses_that_are_missing_are_named():
         allocate.greedy(units[:1], ("hqq2", "hqq3"), 10**6, {"a": {"hqq2": 1.0, "hqq3": math.inf}})
 
 
+# losses from 0 to 100 on a grid: of two that differ by the last bit of a denormal number the fall per byte is 0 in float64
+LOSSES = st.integers(0, 100 * 2**20).map(lambda n: n / 2**20)
 costs_and_losses = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, 40), min_size=4, max_size=4), st.lists(st.floats(0, 100), min_size=4, max_size=4)
-    ),
+    st.tuples(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.lists(LOSSES, min_size=4, max_size=4)),
     min_size=1,
     max_size=4,
 )
