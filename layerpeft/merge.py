@@ -105,7 +105,7 @@ def _merge_whole(
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
-    loaded: Any = save.load(source, model, **kwargs)
+    loaded: Any = save.load_verified(source, model, **kwargs)
     _refuse(_packed_names(loaded))
     with torch.no_grad():
         merged: Any = loaded.merge_and_unload(safe_merge=True)
@@ -125,7 +125,7 @@ def _merge_quantized(
         model = load_saved(where) if is_saved(where) else _base(source, where, config, kwargs)
     assert model is not None  # one of the two was found to be quantized
     keep_cpu_layout(model)
-    loaded: Any = save.load(source, model)
+    loaded: Any = save.load_verified(source, model)
     with torch.no_grad():
         errors = merge_in_place(loaded)
     if errors:

@@ -332,7 +332,7 @@ def _safetensors_whole(path: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def load(
+def load_verified(
     folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
 ) -> peft.PeftModel:
     """A saved adapter on its base model, verified before any weight is read, with the record for `layer_report`.

@@ -162,7 +162,7 @@ def merged_both_ways(adapter, tmp_path, monkeypatch, **options):
         raise NotPiecewise("told so")
 
     with monkeypatch.context() as patched:
-        patched.setattr("layerpeft.merge.save.load", never)
+        patched.setattr("layerpeft.merge.save.load_verified", never)
         pieces = merge(adapter, tmp_path / "pieces", **options)
     with monkeypatch.context() as patched:
         patched.setattr("layerpeft.merge.plan_merge", cannot)

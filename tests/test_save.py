@@ -97,7 +97,7 @@ def refused(folder):
     with pytest.raises(SaveError) as caught:
         save.read_manifest(folder)
     with pytest.raises(SaveError):
-        save.load(folder, object())  # type: ignore[arg-type]
+        save.load_verified(folder, object())  # type: ignore[arg-type]
     return str(caught.value)
 
 
@@ -322,7 +322,7 @@ def logits(model):
 
 def test_load_builds_the_base_and_brings_the_record_back(folder, base_dir):
     model = wrapped(base_dir)
-    loaded = save.load(folder)
+    loaded = save.load_verified(folder)
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -331,7 +331,7 @@ def test_load_builds_the_base_and_brings_the_record_back(folder, base_dir):
 
 
 def test_load_onto_a_model_for_training(folder, base_dir):
-    loaded = save.load(folder, base_model(base_dir), is_trainable=True, adapter_name="mine")
+    loaded = save.load_verified(folder, base_model(base_dir), is_trainable=True, adapter_name="mine")
     trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert len(trained) == 4 and all(".mine." in name for name in trained)
     assert loaded.peft_config["mine"]._layerpeft.selection == save.selection_of(folder)
@@ -341,16 +341,16 @@ def test_load_onto_a_model_for_training(folder, base_dir):
 def test_load_a_named_adapter_from_its_folder(base_dir, tmp_path):
     model = wrapped(base_dir, "poet")
     write(model, tmp_path, "poet")
-    assert torch.equal(logits(save.load(tmp_path / "poet").eval()), logits(model))
+    assert torch.equal(logits(save.load_verified(tmp_path / "poet").eval()), logits(model))
     with pytest.raises(SaveError, match="folders of their own.*: poet"):
-        save.load(tmp_path)
+        save.load_verified(tmp_path)
 
 
 def test_load_without_task_type_uses_the_recorded_class(base_dir, tmp_path):
     model = wrapped(base_dir)
     model.peft_config["default"].task_type = None
     write(model, tmp_path)
-    loaded = save.load(tmp_path)
+    loaded = save.load_verified(tmp_path)
     assert isinstance(loaded.get_base_model(), LlamaForCausalLM)
     assert torch.equal(logits(loaded.eval()), logits(model))
 
@@ -362,17 +362,17 @@ def test_a_base_that_is_not_to_be_had_says_to_pass_one(base_dir, tmp_path, name,
     model.base_model.model.__dict__["name_or_path"] = None
     write(model, tmp_path)
     with pytest.raises(SaveError, match=message) as caught:
-        save.load(tmp_path)
+        save.load_verified(tmp_path)
     assert "pass the base model" in str(caught.value)
-    assert torch.equal(logits(save.load(tmp_path, base_model(base_dir)).eval()), logits(model))
+    assert torch.equal(logits(save.load_verified(tmp_path, base_model(base_dir)).eval()), logits(model))
 
 
 def test_load_refuses_a_model_that_lacks_chosen_targets(folder, base_dir):
     shallow = LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(base_dir, num_hidden_layers=2).config)
     with pytest.raises(SaveError, match="lacks 1 of its 2 targets, such as 'model.layers.2.self_attn.q_proj'"):
-        save.load(folder, shallow)
+        save.load_verified(folder, shallow)
     with pytest.raises(SaveError, match="not a PeftModel"):
-        save.load(folder, wrapped(base_dir))
+        save.load_verified(folder, wrapped(base_dir))
 
 
 PLAIN = """

@@ -212,7 +212,7 @@ def load(
             f"{folder} was trained over a base that was quantized by layer, and this one is not: what it computes differs by the "
             "rounding. load(folder) without a model, or layerpeft.quantize(model, folder) before, gives it the same base"
         )
-    loaded = save.load(folder, model, is_trainable=is_trainable, **kwargs)
+    loaded = save.load_verified(folder, model, is_trainable=is_trainable, **kwargs)
     adapter = kwargs.get("adapter_name", "default")
     live: Any = loaded.peft_config[adapter]
     live.__class__ = RecordedLoraConfig
