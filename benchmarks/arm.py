@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.case import read
-from layerpeft import registry
 from layerpeft.errors import LayerpeftError, Problems, unknown
+from layerpeft.selection import plugins
 
 ARMS = "benchmarks.arms"
 
@@ -77,10 +77,10 @@ def read_arms(given: Mapping[str, Any], problems: Problems) -> list[Arm]:
             continue
         options = dict(value or {})
         name = options.pop("arm", label)
-        if name not in registry.names(ARMS):
-            problems.add(f"arms.{label}: {unknown('arm', name, registry.names(ARMS))}")
+        if name not in plugins.names(ARMS):
+            problems.add(f"arms.{label}: {unknown('arm', name, plugins.names(ARMS))}")
             continue
-        module = registry.get(ARMS, name)
+        module = plugins.get(ARMS, name)
         filled = read(module.Options, options, problems, f"arms.{label}.")
         if filled is not None:
             found.append(Arm(label, module, filled))

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args
 
-from layerpeft import recipe_yaml, registry
 from layerpeft.errors import ConfigError, Problems, unknown
-from layerpeft.typecheck import complaint, settings_of
+from layerpeft.recipe.yaml import parse
+from layerpeft.selection import plugins
+from layerpeft.selection.typecheck import complaint, settings_of
 
 CASES = Path(__file__).parent / "cases"
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +49,7 @@ def load(source: str, folder: Path = CASES) -> Case:
     if not path.is_file():
         raise ConfigError(unknown("case", source, names(folder)))
     problems = Problems(f"case {path.stem}")
-    document = recipe_yaml.parse(path.read_text(encoding="utf-8"))
+    document = parse(path.read_text(encoding="utf-8"))
     for text in document.problems:
         problems.add(text)
     problems.raise_if_any(ConfigError)
@@ -60,7 +61,7 @@ def load(source: str, folder: Path = CASES) -> Case:
 
 def kind_of(case: Case) -> ModuleType:
     """The file that measures, tabulates and draws a case."""
-    return registry.get(KINDS, case.kind)
+    return plugins.get(KINDS, case.kind)
 
 
 def _case(name: str, given: dict[str, Any], problems: Problems) -> Case | None:
@@ -75,10 +76,10 @@ def _case(name: str, given: dict[str, Any], problems: Problems) -> Case | None:
         problems.add(f"needs: {unknown('need', head['needs'], NEEDS)}")
     if not isinstance(head["kind"], str):
         return None
-    if head["kind"] not in registry.names(KINDS):
-        problems.add(unknown("kind", head["kind"], registry.names(KINDS)))
+    if head["kind"] not in plugins.names(KINDS):
+        problems.add(unknown("kind", head["kind"], plugins.names(KINDS)))
         return None
-    module = registry.get(KINDS, head["kind"])
+    module = plugins.get(KINDS, head["kind"])
     options = read(module.Options, rest, problems)
     if options is None:
         return None

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.arm import Ready
-from layerpeft.counting import Live
+from layerpeft.planning.trace import Live
 
 
 def counted(function: Callable[[], Any], known: Iterable[torch.Tensor]) -> Live:

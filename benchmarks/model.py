@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft import shipped
 from layerpeft.errors import Problems, unknown
+from layerpeft.recipe import shipped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

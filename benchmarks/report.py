@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks import table
 from benchmarks.case import CASES, KINDS, RESULTS, load, names
-from layerpeft import registry
 from layerpeft.errors import ConfigError, LayerpeftError
+from layerpeft.selection import plugins
 
 HERE = Path(__file__).parent
 START, END = "<!-- results -->", "<!-- end of results -->"
@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
         found = read_results(args.results)
         charts = args.readme.parent / "charts"
         for result in found:
-            registry.get(KINDS, result["kind"]).draw(result, charts / f"{result['name']}.png")
+            plugins.get(KINDS, result["kind"]).draw(result, charts / f"{result['name']}.png")
         text = insert(args.readme.read_text(encoding="utf-8"), render(found, charts))
         args.readme.write_text(text, encoding="utf-8")
     except LayerpeftError as error:
@@ -69,7 +69,7 @@ def section(result: Mapping[str, Any], has_chart: bool) -> str:
     parts = [f"### {result['title']}", f"{result['about']} `python -m benchmarks.run {result['name']}`"]
     if has_chart:
         parts.append(f"![{result['title']}](charts/{result['name']}.png)")
-    parts.append(registry.get(KINDS, result["kind"]).tables(result))
+    parts.append(plugins.get(KINDS, result["kind"]).tables(result))
     if "arms" in result:
         parts.append(table.legend(result["arms"]))
     parts.append(origin(result["provenance"]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerpeft.integrations.memory import give_back
+from layerpeft.integrations.torch import give_back
 
 STATUS = Path("/proc/self/status")
 EVERY = 0.001  # seconds between two looks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerpeft.plan_text import size_text
+from layerpeft.text import size_text
 
 # count -> heading, in the order of the columns
 COLUMNS = {

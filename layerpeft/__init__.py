@@ -9,27 +9,26 @@ from typing import Any
 import peft
 from torch import nn
 
-from layerpeft import backward
-from layerpeft.choose import score_layers
-from layerpeft.configs import LayerLoraConfig
 from layerpeft.errors import LayerMapError, LayerpeftError
-from layerpeft.full_config import LayerFullConfig
-from layerpeft.galore_config import LayerGaloreConfig
-from layerpeft.layers import LayerMap, layer_map
-from layerpeft.models import load_model
-from layerpeft.plan import Plan, plan
-from layerpeft.quant_config import LayerQuantConfig
-from layerpeft.quant_save import save_model
-from layerpeft.quantizing import Quantized
-from layerpeft.report import layer_report
-from layerpeft.save import last_checkpoint
-from layerpeft.scores import Scores
-from layerpeft.selection import Select, Selection
-from layerpeft.steps import check_trained
-from layerpeft.tuners import full as _full  # noqa: F401 - importing a tuner registers it with PEFT
-from layerpeft.tuners import galore as galore
-from layerpeft.tuners.lora import load, save_record
-from layerpeft.tuners.quant import quantize  # importing the tuner registers it with PEFT
+from layerpeft.model.layers import LayerMap, layer_map
+from layerpeft.planning.plan import Plan, plan
+from layerpeft.quantization.apply import Quantized
+from layerpeft.quantization.config import LayerQuantConfig
+from layerpeft.quantization.quantize import quantize
+from layerpeft.quantization.save import save_model
+from layerpeft.saving.checkpoints import last_checkpoint
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.scoring import score_layers
+from layerpeft.selection.select import Select, Selection
+from layerpeft.training import backward
+from layerpeft.training.report import layer_report
+from layerpeft.training.steps import check_trained
+from layerpeft.tuners.full import model as _full  # noqa: F401 - importing a tuner registers it with PEFT
+from layerpeft.tuners.full.config import LayerFullConfig
+from layerpeft.tuners.galore import model as galore  # noqa: F401
+from layerpeft.tuners.galore.config import LayerGaloreConfig
+from layerpeft.tuners.load import load, load_model, save_record
+from layerpeft.tuners.lora.config import LayerLoraConfig
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,17 +15,19 @@ from typing import Any, NoReturn
 
 import torch
 
-from layerpeft.compare import compare, parse_arms
 from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
-from layerpeft.forecast import forecast
 from layerpeft.integrations import hub
-from layerpeft.measure import measure
-from layerpeft.merge import merge
-from layerpeft.quant_save import is_saved, read_manifest
-from layerpeft.recipe import Recipe, load_recipe
-from layerpeft.recipe_around import on_hub
-from layerpeft.run import is_first, run, score
-from layerpeft.shipped import find_recipe, recipes
+from layerpeft.quantization.save import is_saved, read_manifest
+from layerpeft.recipe.compare import compare, parse_arms
+from layerpeft.recipe.measure import measure
+from layerpeft.recipe.plan import forecast
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.score import score
+from layerpeft.recipe.shipped import find_recipe, recipes
+from layerpeft.recipe.surroundings import on_hub
+from layerpeft.recipe.train import is_first, run
+from layerpeft.tuners.merge import merge
 
 PACKAGES = (
     "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "hqq", "wandb",

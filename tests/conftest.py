@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("LAYERPEFT_QUIET", "1")
-
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +11,12 @@ import torch
 
 import layerpeft
 
-DATA = Path(layerpeft.__file__).parent / "data"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("LAYERPEFT_QUIET", "1")
+
+DATA = Path(layerpeft.__file__).parent / "recipe" / "data"
 LLAMA = DATA / "llama-6m"
 
 torch.set_num_threads(1)

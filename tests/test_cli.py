@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 import layerpeft
-from layerpeft import shipped
 from layerpeft.cli import main
-from layerpeft.compare import Arm, Run, judge, parse_arms
 from layerpeft.errors import RecipeError
-from layerpeft.recipe import load_recipe
-from layerpeft.run import run
-from layerpeft.samples import generate, prompt_of
-from layerpeft.training import class_metrics, first_batches, load_model, prepare, wrap
+from layerpeft.recipe import shipped
+from layerpeft.recipe.compare import Arm, Run, judge, parse_arms
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.samples import generate, prompt_of
+from layerpeft.recipe.train import run
+from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
 
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]

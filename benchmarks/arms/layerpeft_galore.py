@@ -13,7 +13,7 @@ import layerpeft
 from benchmarks.arm import Ready, Unavailable, adamw
 from benchmarks.count import optimizer_bytes, size, tensors_in
 from benchmarks.model import LINEARS
-from layerpeft.projection import fixed_of, projections, state_of, trained_of
+from layerpeft.tuners.galore.projection import fixed_of, projections, state_of, trained_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.arm import Ready, adamw
 from benchmarks.model import LINEARS, num_layers
-from layerpeft.selection import layer_numbers
+from layerpeft.selection.grammar import layer_numbers
 
 
 @dataclass(frozen=True)

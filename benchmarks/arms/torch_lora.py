@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.arm import Ready, adamw
 from benchmarks.model import LINEARS
-from layerpeft.selection import layer_numbers
+from layerpeft.selection.grammar import layer_numbers
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from benchmarks import table
 from benchmarks.case import Case
 from benchmarks.model import Batch, Model, build, folder
 from benchmarks.model import check as check_model
-from layerpeft import allocate, registry, shipped
-from layerpeft.allocate import Bits, Unit
 from layerpeft.errors import LayerpeftError, Problems, unknown
-from layerpeft.evaluating import evaluating
-from layerpeft.precisions import PRECISIONS, Storage, fits, named, stored_bytes
-from layerpeft.quant_targets import fused_groups
-from layerpeft.rounding import kl_table, output_kl, rounded_weights
-from layerpeft.selection import SCORERS, Select
+from layerpeft.model.evaluating import evaluating
+from layerpeft.model.precisions import PRECISIONS, Storage, fits, named, stored_bytes
+from layerpeft.model.rounding import output_kl, rounded_weights
+from layerpeft.quantization.budget import Bits, Losses, Unit, by_module, greedy, kl_table, losses, mean_bits, pairings
+from layerpeft.quantization.targets import fused_groups
+from layerpeft.recipe import shipped
+from layerpeft.selection import plugins
+from layerpeft.selection.select import SCORERS, Select
 
 Say = Callable[[str], None]
 TEXTS = {"gsm8k": ("gsm8k_{}.jsonl", ("question", "answer")), "essays": ("revision_{}.jsonl", ("after",))}
@@ -160,7 +161,7 @@ class _Shares:
     options: Options
     model: nn.Module
     units: Sequence[Unit]
-    measured: allocate.Losses
+    measured: Losses
     scores: Mapping[str, Any]
     calibration: Sequence[Mapping[str, Any]]
 
@@ -175,14 +176,14 @@ class _Shares:
         for label, scores in self.scores.items():
             ready = scored(self.units, scores)
             if ready is not None:
-                found[label] = allocate.greedy(ready, choices, size, allocate.losses(ready, choices))
-        found["kl"] = allocate.greedy(self.units, choices, size, self.measured)
+                found[label] = greedy(ready, choices, size, losses(ready, choices))
+        found["kl"] = greedy(self.units, choices, size, self.measured)
         if budget == self.options.ladder[1]:
             found |= self._paired(size)
         for seed in self.options.seeds:
             draw = random.Random(f"layerpeft bits {seed}")
             drawn = [replace(u, score=(1.0 - draw.random()) * u.weights) for u in self.units]
-            found[f"{RANDOM}, seed {seed}"] = allocate.greedy(drawn, choices, size, allocate.losses(drawn, choices))
+            found[f"{RANDOM}, seed {seed}"] = greedy(drawn, choices, size, losses(drawn, choices))
             found[f"{SHUFFLED}, seed {seed}"] = shuffled(self.units, found["kl"], draw)
         return found
 
@@ -195,8 +196,8 @@ class _Shares:
         for label, units in orders.items():
             if units is None:
                 continue
-            pairs = allocate.pairings(units, base, lower, higher, size)
-            whole = [allocate.by_module(units, bits) for bits in pairs]
+            pairs = pairings(units, base, lower, higher, size)
+            whole = [by_module(units, bits) for bits in pairs]
             values = output_kl(self.model, self.calibration[::2], whole, Storage(), progress=False)
             found[f"{label}, paired"] = pairs[min(range(len(pairs)), key=values.__getitem__)]
         return found
@@ -204,7 +205,7 @@ class _Shares:
 
 def scored(units: Sequence[Unit], scores: Any) -> list[Unit] | None:
     """The units with their scores; None where a scorer says nothing of parts of a layer."""
-    of_whole = getattr(registry.get(SCORERS, scores.by), "OF_WHOLE", False)
+    of_whole = getattr(plugins.get(SCORERS, scores.by), "OF_WHOLE", False)
     if len(units) == len(scores.values):
         return [replace(u, score=v * (1 if of_whole else u.weights)) for u, v in zip(units, scores.values, strict=True)]
     if not scores.targets:
@@ -238,12 +239,12 @@ def _names(options: Options) -> list[str]:
 
 def _row(model: nn.Module, units: Sequence[Unit], bits: Bits, held_out: Mapping[str, Any]) -> dict[str, Any]:
     """Mean stored bits, which precisions, and the loss and perplexity per token of each text."""
-    with rounded_weights(model, allocate.by_module(units, bits), Storage()), evaluating(model):
+    with rounded_weights(model, by_module(units, bits), Storage()), evaluating(model):
         loss = {t: round(statistics.fmean(_losses(model, data)), 6) for t, data in held_out.items()}
     row: dict[str, Any] = {"loss": loss, "perplexity": {t: round(math.exp(v), 3) for t, v in loss.items()}}
     if units:
         kinds = [bits[u.name] for u in units]
-        row["mean_bits"] = round(allocate.mean_bits(units, bits), 4)
+        row["mean_bits"] = round(mean_bits(units, bits), 4)
         row["units"] = {c: kinds.count(c) for c in PRECISIONS if c in kinds}
         row["bits"] = " ".join(kinds)  # in the order of the model
     return row

@@ -13,10 +13,11 @@ import torch
 
 from benchmarks import table
 from benchmarks.case import Case
-from layerpeft.compare import compare, parse_arms
 from layerpeft.errors import Problems, unknown
-from layerpeft.recipe import load_recipe, to_yaml
-from layerpeft.shipped import recipes
+from layerpeft.recipe.compare import compare, parse_arms
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import to_yaml
+from layerpeft.recipe.shipped import recipes
 
 Say = Callable[[str], None]
 

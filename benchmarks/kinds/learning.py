@@ -17,8 +17,8 @@ from benchmarks.arm import Arm, Unavailable, read_arms
 from benchmarks.case import Case
 from benchmarks.model import Batch, Model, build, folder
 from benchmarks.model import check as check_model
-from layerpeft import shipped
 from layerpeft.errors import Problems, unknown
+from layerpeft.recipe import shipped
 
 Say = Callable[[str], None]
 Example = tuple[list[int], list[int]]  # tokens, and labels with -100 over the question

@@ -18,11 +18,11 @@ from torch import nn
 from benchmarks import resident, table
 from benchmarks.case import Case
 from layerpeft.errors import ConfigError, Problems, unknown
-from layerpeft.layers import layer_map
-from layerpeft.loading import load_quantized
-from layerpeft.plan_text import size_text
-from layerpeft.precisions import PRECISIONS, Storage, measured_bytes
-from layerpeft.quantizing import apply
+from layerpeft.model.layers import layer_map
+from layerpeft.model.precisions import PRECISIONS, Storage, measured_bytes
+from layerpeft.quantization.apply import apply
+from layerpeft.quantization.load import load_quantized
+from layerpeft.text import size_text
 
 Say = Callable[[str], None]
 PEERS = ("nf4", "fp4", "int8")  # what transformers quantizes by itself

@@ -18,7 +18,7 @@ from benchmarks.model import check as check_model
 from benchmarks.setting import Setting
 from benchmarks.steps import Steps
 from layerpeft.errors import Problems, unknown
-from layerpeft.plan_text import size_text
+from layerpeft.text import size_text
 
 Say = Callable[[str], None]
 # what a method holds -> its heading

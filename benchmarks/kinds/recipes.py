@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import chart, table
 from benchmarks.case import Case
-from layerpeft import run as runs
 from layerpeft.errors import LayerpeftError, Problems
-from layerpeft.plan_text import size_text
-from layerpeft.recipe import load_recipe
+from layerpeft.recipe import train
+from layerpeft.recipe.read import load_recipe
+from layerpeft.text import size_text
 
 Say = Callable[[str], None]
 
@@ -56,7 +56,7 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
         for label, settings in options.arms.items():
             with tempfile.TemporaryDirectory() as folder:
                 extra = [f"seed={seed}", f"output_dir={folder}", "overwrite_output_dir=true"]
-                result = runs.run(load_recipe(options.recipe, [*options.common, *settings, *extra]), lambda _: None)
+                result = train.run(load_recipe(options.recipe, [*options.common, *settings, *extra]), lambda _: None)
             steps = [row.steps or 0 for row in result.report.rows]
             one = {"seed": seed, "before": result.before[options.measure], "after": result.after[options.measure]}
             found[label]["runs"].append(

@@ -17,7 +17,7 @@ from benchmarks.case import Case
 from benchmarks.model import Batch, Model, batches, build
 from benchmarks.model import check as check_model
 from layerpeft.errors import Problems
-from layerpeft.plan_text import size_text
+from layerpeft.text import size_text
 
 Say = Callable[[str], None]
 REFERENCE = "LoRA"

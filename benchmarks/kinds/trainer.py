@@ -21,8 +21,8 @@ from benchmarks.case import Case
 from benchmarks.count import tensors_in, watching
 from benchmarks.model import Batch, Model, batches, build, folder, num_layers
 from benchmarks.model import check as check_model
-from layerpeft import registry
 from layerpeft.errors import Problems, unknown
+from layerpeft.selection import plugins
 
 Say = Callable[[str], None]
 TOKENIZER = Model(shipped="llama-6m")  # for its vocabulary of 4,096; rows are tokens already
@@ -50,7 +50,7 @@ class Options:
 def check(options: Options, problems: Problems) -> None:
     """Adds what is wrong with the options."""
     check_model(options.model, options.batch, problems)
-    able = [name for name in registry.names(ARMS) if hasattr(registry.get(ARMS, name), "config")]
+    able = [name for name in plugins.names(ARMS) if hasattr(plugins.get(ARMS, name), "config")]
     for arm in read_arms(options.arms, problems):
         if arm.name not in able:
             problems.add(f"arms.{arm.label}: {arm.name} has no config for a trainer; those that do: {', '.join(able)}")

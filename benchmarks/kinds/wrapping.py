@@ -20,7 +20,7 @@ from benchmarks.case import Case
 from benchmarks.count import still
 from benchmarks.model import LINEARS, SHAPES, Model, build
 from layerpeft.errors import Problems, unknown
-from layerpeft.selection import layer_numbers
+from layerpeft.selection.grammar import layer_numbers
 
 Say = Callable[[str], None]
 WRAPS: Mapping[str, Callable[..., Any]] = {"peft": peft.get_peft_model, "layerpeft": layerpeft.get_peft_model}

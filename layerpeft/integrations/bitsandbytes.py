@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from layerpeft.integrations.torch import Parts, _dtype, _text
 
 BLOCK = 64  # weights per scale, bitsandbytes' default
 BLOCK_NESTED = 256  # scales per scale of scales
@@ -139,3 +143,200 @@ def packed_bytes(kind: str, rows: int, columns: int, double_quant: bool) -> int:
     if double_quant:
         return -(-count // 2) + blocks + 4 * -(-blocks // BLOCK_NESTED) + 4 * (16 + 256 + 1)
     return -(-count // 2) + 4 * (blocks + 16)
+
+
+# ---- whether transformers can load a quantized model by itself, and what its config has to say for that
+
+
+def standard(model: Any, precisions: Mapping[str, str]) -> Any:
+    """A BitsAndBytesConfig with which plain transformers makes the same model out of its own layout, or None where it cannot.
+
+    `precisions`: full name -> precision of the quantized linears; every other linear is named in `llm_int8_skip_modules`.
+    """
+    kinds = set(precisions.values())
+    if len(kinds) != 1 or not kinds <= {"nf4", "fp4", "int8"}:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.pytorch_utils import Conv1D
+
+    (kind,) = kinds
+    modules = [model.get_submodule(name) for name in precisions]
+    skip = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and n not in precisions]
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": skip}
+    if kind == "int8":
+        thresholds = {m.state.threshold for m in modules}
+        options["llm_int8_threshold"] = next(iter(thresholds))
+        alike = len(thresholds) == 1
+    else:
+        ways = {(m.compute_dtype, m.weight.quant_state.nested, m.weight.quant_state.blocksize) for m in modules}
+        compute, nested, block = next(iter(ways))
+        alike = len(ways) == 1 and block == BLOCK
+        options = {
+            "load_in_4bit": True,
+            "llm_int8_skip_modules": skip,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": nested,
+            "bnb_4bit_compute_dtype": compute,
+        }
+    settings = BitsAndBytesConfig(**options)
+    return settings if alike and _one_type(model, precisions) and _same(model, precisions, settings) else None
+
+
+@contextmanager
+def saving(model: Any, settings: Any) -> Iterator[None]:
+    """Inside, `save_pretrained` writes what is there, with these settings in its config, also where transformers quantized it.
+
+    Of a model that it loaded quantized, transformers cannot undo the loading of the quantized tensors, which needs no undoing.
+    """
+    taken = {key: vars(model).pop(key) for key in ("hf_quantizer", "_weight_conversions") if key in vars(model)}
+    if "_weight_conversions" in taken:
+        own = [c for c in taken["_weight_conversions"] if not any(hasattr(o, "hf_quantizer") for o in _operations(c))]
+        model._weight_conversions = own
+    before = vars(model.config).get("quantization_config")
+    model.config.quantization_config = settings
+    try:
+        yield
+    finally:
+        vars(model).pop("_weight_conversions", None)
+        vars(model).update(taken)
+        del model.config.quantization_config
+        if before is not None:
+            model.config.quantization_config = before
+
+
+def _operations(conversion: Any) -> Any:
+    return getattr(conversion, "operations", ())
+
+
+def is_repacked(module: nn.Module) -> bool:
+    """Whether an evaluation forward has put 4-bit weights into the layout of a CPU's own kernel."""
+    return bool(
+        vars(getattr(getattr(module, "weight", None), "quant_state", None) or object).get("packing_format_for_cpu")
+    )
+
+
+def _one_type(model: Any, precisions: Mapping[str, str]) -> bool:
+    """Whether transformers, which loads all numbers in one type, would load those of this model in theirs."""
+    floats = [t for n, t in model.state_dict().items() if t.is_floating_point() and not _is_scale(n, precisions)]
+    return {t.dtype for t in floats} == {model.dtype}
+
+
+def _is_scale(name: str, precisions: Mapping[str, str]) -> bool:
+    above, _, leaf = name.rpartition(".")
+    return (above in precisions and leaf != "bias") or above.removesuffix(".weight") in precisions
+
+
+def _same(model: Any, precisions: Mapping[str, str], settings: Any) -> bool:
+    """Tries it without weights: patterns that match a name in part, or parts that stay in 32 bit, would make another model."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    AutoHfQuantizer.from_config(settings, pre_quantized=True).preprocess_model(
+        model=twin, dtype=model.dtype, device_map={"": "cpu"}
+    )
+    return {n for n, m in twin.named_modules() if hasattr(m, "source_cls")} == set(precisions)
+
+
+def _four_bit_parts(module: Any) -> Parts:
+    state = module.weight.quant_state
+    every = state.as_dict(packed=False)
+    tensors = {k: v for k, v in every.items() if isinstance(v, torch.Tensor)}
+    facts = {k: v for k, v in every.items() if k not in tensors} | {"compute_dtype": _text(module.compute_dtype)}
+    return {"weight": module.weight.data, **tensors}, facts
+
+
+def _four_bit(linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
+    import bitsandbytes as bnb
+
+    stats = {k: v for k, v in {**tensors, **facts}.items() if k not in ("weight", "compute_dtype")}
+    nested = "nested_absmax" in stats
+    with torch.device("meta"):
+        new = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            compute_dtype=_dtype(facts["compute_dtype"]),
+            compress_statistics=nested,
+            quant_type=facts["quant_type"],
+        )
+    packed: Any = tensors["weight"]
+    new.weight = bnb.nn.Params4bit.from_prequantized(packed, stats, device=packed.device, module=new)
+    new.support_avx512bf16_for_cpu = False
+    new.bias = linear.bias  # type: ignore[assignment]
+    new.source_cls = nn.Linear  # type: ignore[assignment]
+    return new
+
+
+def _eight_bit_parts(module: Any) -> Parts:
+    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB  # the first forward moves them
+    return {"weight": module.weight.data, "SCB": scales}, {"threshold": module.state.threshold}
+
+
+def _eight_bit(linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
+    import bitsandbytes as bnb
+
+    make: Any = bnb.nn.Int8Params
+    with torch.device("meta"):
+        new = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=facts["threshold"],
+        )
+    weight = make(tensors["weight"], requires_grad=False, has_fp16_weights=False)
+    weight.CB, weight.SCB = weight.data, tensors["SCB"]
+    new.weight = weight
+    new.bias = linear.bias  # type: ignore[assignment]
+    new.source_cls = nn.Linear  # type: ignore[assignment]
+    return new
+
+
+# ---- layers put together from some rows at a time, for quantization takes up to ten times the matrix meanwhile. Blocks of 64
+# weights and rows are quantized each by itself, so that nothing changes in the result.
+
+SLAB = 1 << 19  # weights
+
+
+def in_slabs(linear: nn.Linear, quantize: Callable[[nn.Linear], nn.Module], double_quant: bool) -> nn.Module:
+    """The linear as `quantize` makes it; `quantize`: to nf4, fp4 or int8, its scales plain; `double_quant`: of the result."""
+    parts = [quantize(part) for part in _slabs(linear)]
+    whole: Any = parts[0]
+    weights: list[Any] = [part.weight for part in parts]
+    if weights[0].dtype == torch.int8:
+        weight = type(weights[0])(torch.cat([w.data for w in weights]), requires_grad=False, has_fp16_weights=False)
+        weight.CB, weight.SCB = weight.data, torch.cat([w.SCB for w in weights])
+    else:
+        weight = weights[0]
+        weight.data = torch.cat([w.data for w in weights])
+        weight.compress_statistics = whole.weight.compress_statistics = double_quant
+        state = weight.quant_state
+        state.shape = linear.weight.shape
+        state.absmax = torch.cat([w.quant_state.absmax for w in weights])
+        if double_quant:
+            _nest(state)
+    whole.weight, whole.out_features = weight, linear.out_features
+    whole.bias = linear.bias
+    return whole
+
+
+def _nest(state: Any) -> None:
+    """Quantizes the scales, as bitsandbytes does it for a whole matrix."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    state.offset = state.absmax.mean()
+    state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=BLOCK_NESTED)
+    state.nested = True
+
+
+def _slabs(linear: nn.Linear) -> Iterator[nn.Linear]:
+    """Linears of some rows each, without bias, of whole blocks."""
+    rows, columns = linear.weight.shape
+    step = max(SLAB // columns // BLOCK, 1) * BLOCK
+    for start in range(0, rows, step):
+        weight = linear.weight.data[start : start + step]
+        with torch.device("meta"):
+            part = nn.Linear(columns, len(weight), bias=False)
+        part.weight = nn.Parameter(weight, requires_grad=False)
+        yield part

@@ -7,11 +7,14 @@ included), where torchao 0.18 keeps such weights in int8 (8.4 bits a weight); an
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from layerpeft.integrations.torch import Parts, _dtype, _plain
 
 WEIGHT = "W_q"  # the name of a packed weight
 SLAB = 1 << 19  # weights optimized at a time
@@ -132,3 +135,26 @@ def fits(bits: int, rows: int, columns: int, group_size: int) -> bool:
     """Whether HQQ can pack a matrix of this shape."""
     whole = group_size * (PER_WORD[bits] if bits in WHOLE else 1)
     return rows * columns % whole == 0
+
+
+def _hqq_parts(module: Any) -> Parts:
+    tensors = {k: v for k, v in module.meta.items() if isinstance(v, torch.Tensor)}
+    facts = {k: _plain(v) for k, v in module.meta.items() if k not in tensors}
+    return {"W_q": module.W_q.data, **tensors}, facts
+
+
+def _hqq(empty: Any, linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
+    dtype, packed = _dtype(facts["compute_dtype"]), tensors["W_q"]
+    new = empty(facts["nbits"], facts["group_size"], dtype, packed.device)
+    new.W_q = nn.Parameter(packed, requires_grad=False)
+    new.meta = {
+        **{k: v for k, v in tensors.items() if k != "W_q"},
+        **facts,
+        "shape": torch.Size(facts["shape"]),
+        "compute_dtype": dtype,
+        "unpack_view_dtype": _dtype(facts["unpack_view_dtype"]),
+    }
+    new.bias = None if linear.bias is None else linear.bias.data
+    new.in_features, new.out_features = linear.in_features, linear.out_features
+    new.ready = new.in_gpu = True  # in its words: usable
+    return new

@@ -1,4 +1,4 @@
-"""Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `tests/test_canary.py` fails first."""
+"""Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `test_canary.py` fails first."""
 
 from __future__ import annotations
 
@@ -233,3 +233,16 @@ def unwrap_layer(model: nn.Module, name: str, adapter: str) -> None:
 
 def _ranks(layer: LoraLayer) -> dict[str, int]:
     return layer.r
+
+
+# ---- PEFT's wrapper of a parameter, and what has no values; `tests/integrations/test_canary_experts.py` fails first
+
+
+def stores_out_first(layer: Any) -> bool:
+    """Whether a wrapped weight of experts is stored (experts, out, in), as PEFT sees it; otherwise (experts, in, out)."""
+    return layer._did_swap_in_out_features
+
+
+def is_traced(t: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no values (`plan`)."""
+    return t.device.type == "meta" or type(t).__name__ == "FakeTensor"

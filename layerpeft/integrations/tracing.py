@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,3 +67,106 @@ def _takes_grouped(model: Any) -> bool:
 def _all_by_one(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """Every row through one expert: as many operations and bytes as each through its own; torch's own takes bfloat16 alone here."""
     return input.to(weight.dtype) @ weight[0]
+
+
+# ---- TRL's language-model head, which takes the loss in tiles and never forms the logits; with it SFT, DPO and GRPO train
+
+
+def add_head(model: nn.Module) -> None:
+    """Gives a causal language model the head that SFTTrainer gives it; called with `fused_lm_head=True` it is used."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # type: ignore[arg-type]
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Counts the head as on an accelerator, whose kernels fold a tile in place; elsewhere torch makes float32 copies of it."""
+    from trl.kernels import chunked_logprob
+
+    kept = chunked_logprob._forward_tile, chunked_logprob._backward_tile
+    chunked_logprob._forward_tile = chunked_logprob._backward_tile = _fold  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        chunked_logprob._forward_tile, chunked_logprob._backward_tile = kept
+
+
+def _fold(*_: Any, **__: Any) -> None:
+    """A kernel that makes nothing."""
+
+
+# ---- quantized linears without weights: the bytes they would hold, and stand-ins that can be traced
+
+_MARK = "_layerpeft_bytes"
+
+
+def as_quantized(model: nn.Module, settings: Any, size: Callable[[int, int], int]) -> None:
+    """Puts stand-ins into a model on the meta device where transformers would quantize; `settings`: a BitsAndBytesConfig.
+
+    `size`: bytes of a quantized matrix (rows, columns).
+
+    Raises: ImportError without bitsandbytes.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    quantizer.postprocess_model(model)  # says on the model that it is quantized, as PEFT and TRL ask
+    for module in model.modules():
+        if hasattr(module, "source_cls"):  # transformers' mark on what it has put in
+            stand_in(module, size(module.out_features, module.in_features))  # type: ignore[arg-type]
+
+
+def stand_in(module: nn.Module, size: int) -> None:
+    """Lets a linear on the meta device compute like a quantized one that takes `size` bytes."""
+    module.forward = partial(_forward, module)  # type: ignore[method-assign]
+    module.__dict__[_MARK] = size
+
+
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether a linear stands for a quantized one."""
+    return _MARK in module.__dict__
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
+    packed = {id(m.weight): m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__}
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(packed.get(key, t.numel() * t.element_size()) for key, t in tensors.items())
+
+
+def operations() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of bitsandbytes' own products, where that package is in use: op and formula."""
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    # its 8-bit products are made of torch's, which are counted as they are
+    return {torch.ops.bitsandbytes.gemm_4bit: lambda x, _packed, shape, *_, **__: 2 * x.numel() * shape[0]}
+
+
+class _Multiply(torch.autograd.Function):
+    """x Wᵀ with a W that is unpacked for the forward pass, dropped, and unpacked again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], keep: bool) -> torch.Tensor:
+        ctx.shape = shape
+        if keep:
+            ctx.save_for_backward(x)
+        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device), None, None
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    given = x.dtype
+    four_bit = hasattr(module, "compute_dtype")
+    if four_bit and module.compute_dtype is not None:
+        x = x.to(module.compute_dtype)
+    shape = module.out_features, module.in_features
+    y: Any = _Multiply.apply(x, shape, not four_bit)  # int8 and HQQ keep their input
+    if module.bias is not None:
+        y = y + module.bias.to(y.dtype)
+    return y.to(given)

@@ -1,1 +1,1 @@
-"""What is done to the chosen layers; one file each. These files alone build on PEFT's tuner classes."""
+"""What is done to the chosen layers; one folder each. These files alone build on PEFT's tuner classes."""

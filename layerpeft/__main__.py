@@ -1,0 +1,7 @@
+"""`python -m layerpeft` is the command `layerpeft`."""
+
+import sys
+
+from layerpeft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,49 @@
+"""Giving memory back: glibc keeps what was freed in blocks below 32 MB, which are most of a model's."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def give_back() -> None:
+    """Lets the operating system have the pages that no tensor holds any more; nothing where the C library cannot."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+
+
+# ---- what torch does not promise about the hooks of tensors: whether one is there
+
+
+def has_hook(tensor: torch.Tensor, kind: type) -> bool:
+    """Whether the tensor has a hook of this class; copies and pickles of a parameter have none."""
+    return any(isinstance(hook, kind) for hook in (tensor._backward_hooks or {}).values())
+
+
+Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors by name, and facts that JSON takes
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return _text(value)
+    return list(value) if isinstance(value, torch.Size) else value
+
+
+def _text(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _dtype(text: str | None) -> Any:
+    return None if text is None else getattr(torch, text)

@@ -1,0 +1,103 @@
+"""Forward passes on the side: evaluation mode without gradients, and everything put back afterwards."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import ScoreError
+from layerpeft.integrations import distributed
+from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.model.layers import base_of
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, nothing trainable, no cache; all of it, and every random state, put back afterwards.
+
+    Where gradient checkpointing is on, the flag that turns it on (training, on the block itself) stays on.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    config = getattr(base_of(model), "config", None)
+    cache = getattr(config, "use_cache", None)
+    devices, kind = distributed.random_devices({p.device for p in model.parameters()})
+    rates: list[tuple[nn.Module, str, float]] = []
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        try:
+            model.eval()
+            for module, mode in modes:
+                if mode and getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+                    rates += [
+                        (module, n, v) for n, v in vars(module).items() if "dropout" in n and isinstance(v, float)
+                    ]
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)  # blocks that call F.dropout themselves go by their own flag
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            if cache:
+                config.use_cache = False  # type: ignore[union-attr]
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, rate in rates:
+                setattr(module, name, rate)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if cache:
+                config.use_cache = cache  # type: ignore[union-attr]
+            random.setstate(python_state)
+            if numpy and numpy_state:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluating(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients and cache, under autocast to `dtype`; modes, cache and random state are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    config = getattr(base_of(model), "config", None)
+    cache = getattr(config, "use_cache", None)
+    places = {p.device for p in model.parameters()}
+    devices, kind = distributed.random_devices(places)
+    on = next((p.type for p in places if p.type != "meta"), "cpu")
+    keep_cpu_layout(model)
+    try:
+        model.eval()
+        if cache:
+            config.use_cache = False  # type: ignore[union-attr]
+        with (
+            torch.random.fork_rng(devices=devices, device_type=kind),
+            torch.no_grad(),
+            torch.autocast(on, dtype=dtype, enabled=dtype is not None),
+        ):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if cache:
+            config.use_cache = cache  # type: ignore[union-attr]
+
+
+def to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs where the model computes (offloaded weights have no storage; their hooks bring the inputs along).
+
+    Raises: ScoreError for a batch that is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise ScoreError(
+            f"a batch must be a mapping of model inputs (input_ids, labels, …), not {type(batch).__name__}"
+        )
+    devices = (p.device for p in model.parameters())
+    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,125 @@
+"""Which targets of a layer map a config means, with PEFT's own matching rules but nothing matched in part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from layerpeft.errors import Problems, SelectionError, nearest
+from layerpeft.model.layers import LayerMap, Target, base_of
+
+Names = str | Iterable[str] | None
+PARAMETERS = (
+    "experts",
+    "parameter",
+)  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
+
+
+MODULE = "module"  # kind of a target that is trained and saved whole
+
+
+def is_routed(name: str) -> bool:
+    """Whether a target belongs to the routed experts of a mixture, which a batch may leave out."""
+    return re.search(r"(^|\.)experts\.", name) is not None
+
+
+def match_targets(
+    layers: LayerMap,
+    target_modules: Names,
+    exclude_modules: Names = None,
+    target_parameters: Sequence[str] | None = None,
+) -> tuple[Target, ...]:
+    """Targets named by full name, by last segments, by regex (a string) or by "all-linear" (a Linear or Conv1D each).
+
+    Raises: SelectionError naming every pattern that matches nothing inside the layers.
+    """
+    problems = Problems("target_modules")
+    modules = [t for t in layers.targets if t.kind not in PARAMETERS]
+    chosen: set[str] = set()
+    if target_modules == "all-linear":
+        chosen |= {t.name for t in modules if t.kind in ("linear", "conv1d")}
+    elif target_modules:
+        chosen |= _matching(target_modules, [t.name for t in modules], problems, layers)
+    if target_parameters:
+        chosen |= _matching(
+            list(target_parameters), [t.name for t in layers.targets if t.kind in PARAMETERS], problems, layers
+        )
+    if exclude_modules:
+        chosen -= _matching(
+            exclude_modules, [t.name for t in layers.targets], problems, layers, what="exclude_modules: "
+        )
+    problems.raise_if_any(SelectionError)
+    if not chosen:
+        raise SelectionError(f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}")
+    return tuple(t for t in layers.targets if t.name in chosen)
+
+
+def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
+    """`exclude_modules` without what lies outside the layers, where nothing is wrapped anyway; None where nothing is left."""
+    if not given:
+        return None
+    blocks = tuple(f"{layer.name}." for layer in layers.layers)
+    names = [n for n, _ in base_of(model).named_modules() if n]
+    inside, outside = [n for n in names if n.startswith(blocks)], [n for n in names if not n.startswith(blocks)]
+    inside += [t.name for t in layers.targets]
+    if isinstance(given, str):
+        hits = [any(re.fullmatch(given, n) for n in side) for side in (inside, outside)]
+        return None if hits == [False, True] else given
+
+    def only_outside(name: str) -> bool:
+        hits = [any(n == name or n.endswith(f".{name}") for n in side) for side in (inside, outside)]
+        return hits == [False, True]
+
+    return {n for n in given if not only_outside(n)} or None
+
+
+MATRICES = ("linear", "conv1d", "experts")
+
+
+def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The matrices that stand for targets when they are scored: themselves, or, for modules that train whole, those inside.
+
+    A layer of which only other modules train (norms) is scored by all its matrices.
+    """
+    names = {t.name: t.layer for t in targets if t.kind == MODULE}
+    if not names:
+        return tuple(targets)
+    able = [t for t in layers.targets if t.kind in MATRICES]  # not routers and convolutions, which no scorer measures
+    inside = [t for t in able if any(a in names for a in _upwards(t.name))]
+    bare = {*names.values()} - {t.layer for t in inside}
+    found = {t.name for t in inside} | {t.name for t in able if t.layer in bare}
+    return tuple(t for t in layers.targets if t.name in found)
+
+
+def _upwards(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def _matching(patterns: Names, names: list[str], problems: Problems, layers: LayerMap, what: str = "") -> set[str]:
+    if isinstance(patterns, str):
+        found = {n for n in names if re.fullmatch(patterns, n)}
+        if not found:
+            problems.add(
+                f"{what}the regex {patterns!r} matches no target in the layers. {_offer(patterns, names, layers)}"
+            )
+        return found
+    found: set[str] = set()
+    for pattern in patterns or ():
+        hits = {n for n in names if n == pattern or n.endswith(f".{pattern}")}
+        if not hits:
+            problems.add(f"{what}{pattern!r} matches no target in the layers. {_offer(pattern, names, layers)}")
+        found |= hits
+    return found
+
+
+def _offer(pattern: str, names: list[str], layers: LayerMap) -> str:
+    ends = sorted({n.rpartition(".")[2] for n in names})
+    close = nearest(pattern.rpartition(".")[2], ends)
+    experts = sorted({".".join(t.name.split(".")[-3:]) for t in layers.targets if t.kind in PARAMETERS})
+    hint = f"Did you mean {close!r}? " if close else ""
+    listed = f"Targets there: {', '.join(ends)}." if ends else "There are none of that kind."
+    parameters = f" Experts are named by target_parameters: {', '.join(experts)}." if experts else ""
+    return f"{hint}{listed}{parameters}"

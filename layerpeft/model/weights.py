@@ -1,0 +1,62 @@
+"""Reading weights a piece at a time, whatever form they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from layerpeft.integrations.peft import dequantized
+from layerpeft.model.layers import Target, find_module
+
+PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
+
+
+def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, rows) pieces of a target's weight in float32, rows (some, in); expert is 0 where there are none."""
+    if target.kind == "experts":
+        owner, _, name = target.name.rpartition(".")
+        stored = getattr(find_module(model, owner), name).detach()
+        for expert in range(target.shape[0]):
+            weight = stored[expert]
+            yield from (
+                (expert, piece) for piece in _pieces(weight if tuple(weight.shape) == target.shape[1:] else weight.T)
+            )
+        return
+    module = find_module(model, target.name)
+    if target.kind == "parameter":
+        weight = getattr(module, target.name.rpartition(".")[2]).detach()
+    else:
+        weight = dequantized(module).detach()
+    if target.kind == "conv1d":
+        weight = weight.T
+    yield from ((0, piece) for piece in _pieces(weight.flatten(1)))
+
+
+def squared_norm(model: nn.Module, target: Target) -> float:
+    """‖W‖² of a target's weight."""
+    return sum(float(rows.double().square().sum()) for _, rows in weight_slices(model, target))
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    step = max(1, PIECE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield weight[start : start + step].float()
+
+
+# ---- how far weights are from what they were
+
+
+def change_of(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """(‖after − before‖², ‖before‖²), a piece at a time."""
+    change = weight = 0.0
+    if before.numel() and before.stride() != after.stride():
+        before, after = before.contiguous(), after.contiguous()
+    where = after.device if before.device.type == "cpu" else before.device
+    kind = torch.float32 if where.type == "mps" else torch.float64
+    for a, b in zip(before.detach().reshape(-1).split(PIECE), after.detach().reshape(-1).split(PIECE), strict=True):
+        was = a.to(where, kind)
+        weight += float(was.square().sum())
+        change += float((b.to(where, kind) - was).square().sum()) if before is not after else 0.0
+    return change, weight

@@ -1,0 +1,1 @@
+"""What a choice will cost, before any weight is loaded."""

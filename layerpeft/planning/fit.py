@@ -1,0 +1,218 @@
+"""The largest choice that fits into a given memory, and what it gives up."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import ConfigError
+from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
+from layerpeft.planning.trace import Step
+from layerpeft.selection.select import PICKS, Select, options_of
+from layerpeft.text import size_text
+from layerpeft.tuners.lora.config import LayerLoraConfig
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LOWEST_RANK = 4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A config that fits, its plan, in words what was given up, and the recipe's settings that say the same."""
+
+    config: LayerLoraConfig
+    plan: Plan
+    batch_size: int
+    accumulation: int
+    checkpointing: bool
+    gave_up: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"gives up: {text}" for text in self.gave_up] or ["fits as it is"]
+        return f"{self.plan}\n" + "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One choice: so many layers (None: as asked), rank, rows at a time, and whether blocks are recomputed."""
+
+    layers: int | None
+    rank: int
+    rows: int
+    checkpointing: bool
+
+
+def fit(
+    model: nn.Module | str | Path,
+    config: LayerLoraConfig,
+    limit: int | str,
+    *,
+    batch_size: int = 8,
+    length: int = 512,
+    optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
+    step: Step | None = None,
+) -> Fit:
+    """The largest choice within `limit` bytes (or "24GB"): as many layers as fit at all, then the highest rank, then the
+    most rows at a time, and activations are recomputed only where they must be. Accumulation makes the same step of fewer rows.
+
+    Raises: ConfigError when one layer at the lowest rank, one row at a time, is still too large; it says by how much.
+    """
+    step, room = step or Step(), _bytes(limit)
+    given: dict[str, Any] = {"length": length, "optimizer": optimizer}
+    asked = _Trial(None, config.r, batch_size, checkpointing)
+    chosen: list[int] = []
+
+    def size(trial: _Trial) -> int:
+        fewer = _config(config, trial, chosen)
+        return peak_bytes(model, fewer, batch_size=trial.rows, checkpointing=trial.checkpointing, step=step, **given)
+
+    if size(asked) <= room:
+        whole = plan(model, config, batch_size=batch_size, checkpointing=checkpointing, step=step, **given)
+        return Fit(config, whole, batch_size, step.accumulation, checkpointing, ())
+    layers, can_recompute, weights = layers_that_train(model, config, step)
+    chosen += layers
+    recompute = checkpointing or can_recompute
+    ranks = [config.r] if config.method == "full" else _ranks(config.r)
+    found = _largest(asked, chosen, recompute, ranks, lambda trial: size(trial) <= room)
+    if found is None:
+        least = replace(asked, layers=1, rank=ranks[-1], rows=1, checkpointing=recompute)
+        rank = f" at rank {least.rank}" if config.method != "full" else ""
+        raise ConfigError(
+            f"nothing fits into {size_text(room)}: one layer{rank}, one row at a time"
+            f"{', with checkpointing' if recompute else ''}, takes {size_text(size(least))}, {size_text(weights)} of it weights. "
+            "Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), or in 4 bit "
+            "(model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
+        )
+    final = _config(config, found, chosen)
+    passes = step.accumulation * batch_size // found.rows
+    last = plan(
+        model,
+        final,
+        batch_size=found.rows,
+        checkpointing=found.checkpointing,
+        step=replace(step, accumulation=passes),
+        **given,
+    )
+    gave_up, settings = _said(config, final, asked, found, passes, len(chosen))
+    return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, settings)
+
+
+def _largest(
+    asked: _Trial, chosen: Sequence[int], recompute: bool, ranks: Sequence[int], fits: Callable[[_Trial], bool]
+) -> _Trial | None:
+    """Layers first, with everything else at its least; then rank, rows and time are won back as far as there is room."""
+    rows = [n for n in range(asked.rows, 0, -1) if asked.rows % n == 0]
+    least = replace(asked, rank=ranks[-1], rows=1, checkpointing=recompute)
+    if not fits(least):
+        low, high = 0, len(chosen)  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(replace(least, layers=middle)) else (low, middle)
+        if low == 0:
+            return None
+        least = replace(least, layers=low)
+    trials = [replace(least, rank=rank) for rank in ranks]
+    least = next((t for t in trials[:-1] if fits(t)), trials[-1])
+    trials = [replace(least, rows=n) for n in rows]
+    least = next((t for t in trials[:-1] if fits(t)), trials[-1])
+    kept = replace(least, checkpointing=asked.checkpointing)
+    return kept if kept != least and fits(kept) else least
+
+
+def _ranks(asked: int) -> list[int]:
+    found = [asked]
+    while found[-1] // 2 >= LOWEST_RANK:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _config(config: LayerLoraConfig, trial: _Trial, chosen: Sequence[int]) -> LayerLoraConfig:
+    """The config at a lower rank, with the same scale where whole numbers allow it, and on fewer layers."""
+    if trial.rank == config.r and trial.layers is None:
+        return config
+    given = _fields(config)
+    if trial.rank != config.r:
+        given["r"] = trial.rank
+        given["rank_pattern"] = {k: max(1, v * trial.rank // config.r) for k, v in (config.rank_pattern or {}).items()}
+        if not config.use_rslora:  # whose scale is meant to follow the rank
+            given["lora_alpha"] = _scaled(config.lora_alpha, trial.rank, config.r)
+            pattern = (config.alpha_pattern or {}).items()
+            given["alpha_pattern"] = {k: _scaled(v, trial.rank, config.r) for k, v in pattern}
+    if trial.layers is not None:
+        given["select"] = _fewer(config, chosen, trial.layers)
+    if type(config) is not LayerLoraConfig:
+        del given["lora_alpha"]  # gradient projection has a scale of its own, which makes it
+    batches = getattr(config, "batches", None)  # an InitVar, which type checkers take for no attribute
+    return type(config)(**given, batches=batches)
+
+
+def _scaled(alpha: int, rank: int, asked: int) -> int:
+    return alpha * rank // asked if alpha * rank % asked == 0 else alpha
+
+
+def _fewer(config: LayerLoraConfig, chosen: Sequence[int], count: int) -> Any:
+    """The same choice with `count` layers: the score's best, or those nearest to the output."""
+    select = Select.parse(config.select)
+    if select.keep is None:
+        return {"layers": list(chosen[-count:])} | ({"stack": select.stack} if select.stack else {})
+    plain = dict(config.select) if isinstance(config.select, Mapping) else select.to_dict()
+    if select.rule == "split":  # decides the number itself, so the best take its place
+        own = {"pick", *vars(options_of(select, PICKS))}
+        plain = {k: v for k, v in plain.items() if k not in own}
+    return plain | {"keep": count}
+
+
+def _said(
+    config: LayerLoraConfig, final: LayerLoraConfig, asked: _Trial, found: _Trial, passes: int, layers: int
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What is given up, in words and as settings of a recipe."""
+    words: list[str] = []
+    settings: dict[str, Any] = {}
+    if found.layers is not None:
+        words.append(f"{found.layers} instead of {layers} layers")
+        keeps = isinstance(config.select, Mapping) and dict(config.select) | {"keep": found.layers} == final.select
+        settings |= {"layerpeft.select.keep": found.layers} if keeps else {"layerpeft.select": _short(final.select)}
+    if found.rank != asked.rank:
+        own = ("lora_alpha", "rank_pattern", "alpha_pattern") if type(config) is LayerLoraConfig else ()
+        settings |= {
+            f"layerpeft.{n}": getattr(final, n) for n in ("r", *own) if getattr(final, n) != getattr(config, n)
+        }
+        same = final.lora_alpha * asked.rank == config.lora_alpha * found.rank
+        alpha = f"with lora_alpha {final.lora_alpha} " if own else ""
+        scale = f"{alpha}the scale stays" if same else "the scale of the update changes"
+        words.append(f"rank {found.rank} instead of {asked.rank} ({scale})")
+    if found.rows != asked.rows:
+        settings |= {"per_device_train_batch_size": found.rows, "gradient_accumulation_steps": passes}
+        words.append(f"{found.rows} instead of {asked.rows} rows at a time ({passes} passes make the same step)")
+    if found.checkpointing != asked.checkpointing:
+        settings["gradient_checkpointing"] = True
+        words.append("time: blocks are recomputed in the backward pass (gradient_checkpointing)")
+    return tuple(words), settings
+
+
+def _short(select: Any) -> Any:
+    """A choice by place alone as the plain list of its layers."""
+    return select["layers"] if isinstance(select, dict) and set(select) == {"layers"} else select
+
+
+def _fields(config: LayerLoraConfig) -> dict[str, Any]:
+    given = [f.name for f in fields(config) if f.init and f.name != "peft_type"]
+    return {name: copy.deepcopy(getattr(config, name)) for name in given}
+
+
+def _bytes(limit: int | str) -> int:
+    if isinstance(limit, int):
+        return limit
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit)
+    unit = UNITS.get(found[2].upper() or "B") if found else None
+    if not found or unit is None:
+        raise ConfigError(f"{limit!r} is no size; write 24GB, 16GiB or a number of bytes")
+    return int(float(found[1]) * unit)

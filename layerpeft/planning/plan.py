@@ -1,0 +1,275 @@
+"""What training will cost, before any weight is loaded: the model is built without storage, and one step of it is traced."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems
+from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
+from layerpeft.model.layers import base_of, layer_map
+from layerpeft.model.precisions import Storage, stored_bytes
+from layerpeft.planning import optimizer_bytes
+from layerpeft.planning.parts import config_of, half, opened, originals, store, training
+from layerpeft.planning.text import plan_lines
+from layerpeft.planning.trace import Pass, Step, _passes, _recompute, trace
+from layerpeft.text import size_text
+from layerpeft.training import backward
+from layerpeft.tuners.assume import fixed
+from layerpeft.tuners.full.config import FullLoraConfig, place_all
+from layerpeft.tuners.full.layer import wrappers
+from layerpeft.tuners.galore.config import project_all
+from layerpeft.tuners.lora.config import LayerLoraConfig
+from layerpeft.tuners.lora.precision import asked, decides_early, names_of
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer: whether it trains, with how many tensors' elements, and its weights in bytes."""
+
+    layer: int
+    name: str
+    trains: bool
+    trainable: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part, operations of one step, where the backward pass stops and why.
+
+    `kept`: a pass that keeps its activations; `recomputed`: one with checkpointing (None where the model has none);
+    `everything`: operations of training all weights, in the same order. `checkpointing` says which of the two applies.
+    """
+
+    rows: tuple[PlanRow, ...]
+    trainable: int
+    total: int
+    weights: int
+    gradients: int
+    states: int
+    optimizer: str
+    kept: Pass
+    recomputed: Pass | None
+    everything: tuple[int, int | None]
+    checkpointing: bool
+    stop: backward.Stop
+    assumed: tuple[str, ...]
+
+    @property
+    def applies(self) -> Pass:
+        """The pass that training will make."""
+        return self.recomputed if self.checkpointing and self.recomputed else self.kept
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes by part."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.states,
+            "activations": self.applies.peak,
+        }
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward and backward pass."""
+        return self.applies.flops
+
+    @property
+    def flops_full(self) -> int:
+        """Those of the same pass with every weight trained."""
+        return self.everything[1] if self.checkpointing and self.everything[1] else self.everything[0]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights, gradients, optimizer states and activations together."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return "\n".join(plan_lines(self))
+
+
+def plan(
+    model: nn.Module | str | Path,
+    config: peft.PeftConfig,
+    *,
+    batch_size: int = 8,
+    length: int = 512,
+    optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
+    step: Step | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Plan:
+    """What one training step costs, without loading a weight.
+
+    `model`: a transformers model (only its config and dtype are read), or the folder or name of a language model;
+    `batch_size` rows of `length` tokens, or the shapes of an example batch (`inputs`) for models that read something else.
+    Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
+    """
+    step = step or Step()
+    wrapped, assumed, stop = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    with torch.device("meta"):
+        full = _built(model).train()
+    kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
+    if checkpointing and recomputed is None:
+        raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
+    full_kept, full_recomputed = _passes(full, batch_size, length, step, inputs)
+    cost = training(wrapped, optimizer, step.optim_args)
+    shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
+    passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
+    return Plan(
+        rows=_rows(wrapped),
+        trainable=cost.trainable,
+        total=sum(p.numel() for p in wrapped.parameters()),
+        weights=weight_bytes(wrapped) + originals(wrapped) + cost.masters,
+        gradients=cost.gradients,
+        states=cost.states,
+        optimizer=optimizer,
+        kept=kept,
+        recomputed=recomputed,
+        everything=(full_kept.flops, full_recomputed and full_recomputed.flops),
+        checkpointing=checkpointing,
+        stop=stop,
+        assumed=(*assumed, f"{shape}, {optimizer}{passes}"),
+    )
+
+
+def peak_bytes(
+    model: nn.Module | str | Path,
+    config: peft.PeftConfig,
+    *,
+    batch_size: int,
+    length: int,
+    optimizer: str,
+    checkpointing: bool,
+    step: Step,
+) -> int:
+    """`plan(...).peak_bytes` alone: one trace instead of four. Raises: as `plan`."""
+    wrapped = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)[0]
+    with as_traced(wrapped):
+        if checkpointing:
+            _recompute(wrapped, step)
+        activations = trace(wrapped, batch_size, length, step).peak
+    cost = training(wrapped, optimizer, step.optim_args)
+    return weight_bytes(wrapped) + originals(wrapped) + cost.masters + cost.gradients + cost.states + activations
+
+
+def layers_that_train(
+    model: nn.Module | str | Path, config: peft.PeftConfig, step: Step
+) -> tuple[list[int], bool, int]:
+    """Without tracing a step: the layers, whether the model can recompute its activations, and bytes of weights.
+
+    Raises: as `plan`.
+    """
+    wrapped = _wrapped(model, config, [], step)[0]
+    weights = weight_bytes(wrapped) + originals(wrapped)
+    return [row.layer for row in _rows(wrapped) if row.trains], _recompute(wrapped, step), weights
+
+
+def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
+    """What is wrong with the numbers and the optimizer's name."""
+    found = [f"{name}={n!r}: at least 1" for name, n in (("batch_size", batch_size), ("length", length)) if n < 1]
+    return found + [s for s in [optimizer_bytes.problem(optimizer)] if s]
+
+
+def _wrapped(
+    model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
+) -> tuple[Any, tuple[str, ...], backward.Stop]:
+    """The adapter on a model without storage, what had to be assumed, and where the backward pass will stop.
+
+    Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides.
+    """
+    problems = Problems("plan")
+    for sentence in wrong:
+        problems.add(sentence)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
+            empty = _built(model, step.quantization)
+            resolved, assumed = fixed(config, empty)
+            if isinstance(config, LayerLoraConfig) and config.quantizes:
+                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
+                wanted = asked(config, empty, names_of(empty, choice.stack, choice.layers), known=False)
+                assumed += store(empty, wanted, decides_early(config))
+            if isinstance(resolved, FullLoraConfig):
+                place_all(empty, resolved, "default")
+            wrapped: Any = peft.get_peft_model(empty, resolved).train()
+            if hasattr(resolved, "_layerpeft_projection"):
+                project_all(base_of(wrapped), resolved, "default")
+                kept = size_text(originals(wrapped))
+                assumed += (f"a step without a refresh, once weights were folded (their originals take {kept})",)
+            assumed += opened(wrapped, resolved)
+            if step.fused_head and step.quantization is not None:
+                half(wrapped)
+            stop = _install(wrapped, resolved)
+    except LayerpeftError as error:
+        if not problems.items:
+            raise
+        problems.add(str(error))
+    except (ValueError, TypeError) as error:  # PEFT's own
+        problems.add(" ".join(str(error).split()))
+    problems.raise_if_any(ConfigError)
+    if step.fused_head:
+        add_head(base_of(wrapped))
+    return wrapped, assumed, stop
+
+
+def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+    if isinstance(model, str | Path):
+        try:
+            found = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no model config at {model!s}: {' '.join(str(error).split())[:200]}") from error
+        built = AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
+    elif not isinstance(model, nn.Module):
+        raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
+    else:
+        base = base_of(model)
+        config = getattr(base, "config", None)
+        if not isinstance(config, PretrainedConfig):
+            raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
+        built = type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
+    if quantization is not None:
+        kind = "int8" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
+        storage = Storage(double_quant=quantization.bnb_4bit_use_double_quant)
+        as_quantized(built, quantization, lambda rows, columns: stored_bytes(kind, rows, columns, storage))
+    return built
+
+
+def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
+    record = getattr(config, "_layerpeft", None)
+    stack = record.selection.stack if record is not None else None
+    try:
+        return backward.install(wrapped, stack)
+    except LayerMapError:
+        return backward.Stop(None, "the model has no repeated blocks")
+
+
+def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
+    """The layers of the stack that was chosen from."""
+    base = base_of(wrapped)
+    record = getattr(config_of(wrapped), "_layerpeft", None)
+    own = {id(p) for w in wrappers(wrapped, "default") for p in w.parameters()}  # in the weights already
+    try:
+        layers = layer_map(base, record.selection.stack if record is not None else None)
+    except LayerMapError:
+        return ()
+    found = []
+    for layer in layers.layers:
+        block: Any = base.get_submodule(layer.name)
+        held = list(block.parameters())
+        trained = sum(p.numel() for p in held if p.requires_grad)
+        added = sum(p.numel() * p.element_size() for p in held if p.requires_grad and id(p) not in own)
+        found.append(PlanRow(layer.index, layer.name, trained > 0, trained, weight_bytes(block) - added))
+    return tuple(found)

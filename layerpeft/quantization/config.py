@@ -1,0 +1,310 @@
+"""`LayerQuantConfig`: which layers are stored in how many bits."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from layerpeft.errors import ConfigError, LayerpeftError, Problems, nearest, unknown
+from layerpeft.integrations.peft import LayerPeftType
+from layerpeft.model import precisions
+from layerpeft.model.precisions import KEPT, PRECISIONS, Storage
+from layerpeft.selection.grammar import check_grammar
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.select import Select
+
+ALLOCATIONS = ("greedy", "paired")
+OBJECTIVES = ("scores", "kl")
+UNITS = ("layer", "module")
+PARTS = ("all", "frozen", "trained")
+CHOICES = (2, 3, 4, 8, 16)
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LayerQuantConfig(PeftConfig):
+    """Bits by layer: picked layers in `bits`, the others in `rest`; or a budget spent over layers where scores say it matters.
+
+    As the field `quant` of a training config, or alone through `layerpeft.quantize(model, config)`. A precision is a number of
+    bits (1, 2, 3: HQQ; 4: nf4; 8: int8; 16: as loaded) or a name ("nf4", "fp4", "int8", "hqq4", …).
+    Raises: ConfigError naming every problem at once.
+    """
+
+    select: Any = field(
+        default="all", metadata=_help("Which layers get `bits`; with a budget: the scorer that spends it.")
+    )
+    bits: Any = field(
+        default=None,
+        metadata=_help(
+            "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
+        ),
+    )
+    rest: Any = field(
+        default=None, metadata=_help("Precision of the other layers, of other stacks too. Default: as they are.")
+    )
+    mean_bits: float | None = field(
+        default=None,
+        metadata=_help("Budget: stored bits per weight over the layers, scales included (uniform nf4 is 4.5)."),
+    )
+    budget: int | str | None = field(
+        default=None, metadata=_help("Budget: bytes of all weights of the model, such as '6GB' or '800MiB'.")
+    )
+    choices: list[Any] | None = field(
+        default=None, metadata=_help("Precisions that a budget may use. Default: 2, 3, 4, 8, 16.")
+    )
+    allocation: str = field(
+        default="greedy", metadata=_help("How a budget is spent: greedy, or paired (as many raised as lowered).")
+    )
+    objective: str = field(
+        default="scores", metadata=_help("What a budget is spent by: scores, or kl (measured on batches).")
+    )
+    per: str = field(
+        default="layer", metadata=_help("What gets bits of its own: layer, or module (q/k/v and gate/up together).")
+    )
+    split_fused: bool = field(
+        default=False, metadata=_help("Lets q, k, v (gate, up) of one layer have different bits.")
+    )
+    apply_to: str = field(
+        default="all", metadata=_help("As field quant: all layers, or only those that are frozen, or that train.")
+    )
+    skip_modules: list[str] | None = field(default=None, metadata=_help("Linears to leave alone besides the defaults."))
+    extra_modules: list[str] | None = field(
+        default=None, metadata=_help("Linears to quantize although they are left alone by default, such as lm_head.")
+    )
+    group_size: int = field(default=64, metadata=_help("Weights per scale, for 1 to 3 bits and hqq4."))
+    double_quant: bool = field(default=False, metadata=_help("Quantize the scales of 4-bit weights, too."))
+    batches: InitVar[Iterable[Any] | None] = None
+    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_QUANT
+
+    def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
+        self._batches = batches
+        problems = Problems("LayerQuantConfig")
+        self._select = _parsed(self, problems)
+        _check_values(self, problems)
+        _check_budget(self, problems)
+        problems.raise_if_any(ConfigError)
+        self.peft_type = self.kind  # type: ignore[assignment]
+
+    @classmethod
+    def parse(cls, value: Any) -> LayerQuantConfig:
+        """A config from a config or a dict (as YAML gives it). Raises: ConfigError."""
+        if isinstance(value, LayerQuantConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"quant: expected a LayerQuantConfig or a dict such as {{'select': 'first:4', 'bits': 4}}, got {value!r}"
+            )
+        own = {f.name for f in fields(cls)} - {f.name for f in fields(PeftConfig)}
+        problems = Problems("quant")
+        for name in value:
+            if name not in own:
+                close = nearest(str(name), own)
+                problems.add(
+                    f"unknown key {name!r}{f'; did you mean {close!r}?' if close else ''}; allowed: {', '.join(sorted(own))}"
+                )
+        problems.raise_if_any(ConfigError)
+        return cls(**value)
+
+    @property
+    def choosing(self) -> Select:
+        """`select`, parsed."""
+        return self._select
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bits are spent from a budget."""
+        return self.mean_bits is not None or self.budget is not None
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`budget` in bytes."""
+        return parse_bytes(self.budget) if self.budget is not None else None
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are packed."""
+        return Storage(self.group_size, self.double_quant)
+
+    @property
+    def picked(self) -> str:
+        """The precision of the picked layers; where layers are listed with theirs, the first of them."""
+        given = next(iter(self.bits.values())) if isinstance(self.bits, Mapping) else self.bits
+        return precisions.named(4 if given is None else given)
+
+    @property
+    def listed(self) -> dict[Any, str] | None:
+        """Layers by the grammar and their precisions, where `bits` lists them."""
+        if not isinstance(self.bits, Mapping):
+            return None
+        return {layers: precisions.named(value) for layers, value in self.bits.items()}
+
+    @property
+    def others(self) -> str | None:
+        """The precision of the other layers; None: the one they have."""
+        return None if self.rest is None else precisions.named(self.rest)
+
+    @property
+    def may_use(self) -> tuple[str, ...]:
+        """The precisions that a budget is spent on, fewest bits first."""
+        given = [precisions.named(c) for c in (CHOICES if self.choices is None else self.choices)]
+        return tuple(sorted(dict.fromkeys(given), key=lambda n: PRECISIONS[n].bits))
+
+    def plain(self) -> dict[str, Any]:
+        """What was asked for, as a recipe would write it, defaults left out."""
+        found = {}
+        for f in fields(type(self)):
+            if f.name in {p.name for p in fields(PeftConfig)}:
+                continue
+            value = getattr(self, f.name)
+            if f.name == "select":
+                value = value if isinstance(value, str | int | list) else _written(self.choosing, value)
+            if f.name == "select" or value != f.default:
+                found[f.name] = value
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return self.plain() | {"peft_type": self.kind.value}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerQuantConfig:
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name == "_batches" else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_batches"} | {"_batches": None}
+
+
+LayerQuantConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]
+
+
+def used(config: LayerQuantConfig) -> tuple[str, ...]:
+    """The precisions that a config may come to."""
+    picked = tuple(config.listed.values()) if config.listed is not None else (config.picked,)
+    return (*(config.may_use if config.has_budget else picked), config.others or KEPT)
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes from a number, or a text such as "6GB" (powers of 1000) or "6GiB" (of 1024). Raises: ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{value!r} is no size: write bytes as a number, or '6GB', '800MiB'")
+    unit = match[2].upper()
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** _POWERS[unit.rstrip("IB")])
+
+
+def _written(select: Select, given: Any) -> Any:
+    plain = select.to_dict()
+    if isinstance(given, Mapping):
+        plain["by"] = given.get("by", "depth")
+        if "keep" not in given:
+            plain.pop("keep", None)
+        if isinstance(plain["by"], Scores):
+            plain["by"] = plain["by"].to_dict()
+    return plain
+
+
+def _parsed(config: LayerQuantConfig, problems: Problems) -> Select:
+    given = config.select
+    budget = config.mean_bits is not None or config.budget is not None
+    if budget and isinstance(given, Mapping):
+        for name in ("keep", "pick"):
+            if given.get(name) is not None:
+                problems.add(f"select.{name}: a budget gives every layer its bits; leave {name} out")
+        given = {**{k: v for k, v in given.items() if k not in ("keep", "pick")}, "keep": 1}
+    try:
+        select = Select.parse(given)
+    except LayerpeftError as error:
+        problems.add(str(error))
+        return Select()
+    if select.is_scheduled:
+        problems.add("select.reselect_steps: precisions are chosen once; leave it out")
+    return select
+
+
+def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
+    listed = config.bits if isinstance(config.bits, Mapping) else {}
+    if isinstance(config.bits, Mapping):
+        if not listed:
+            problems.add("bits: an empty list of layers; write {'first:2': 8, '2-9': 'nf4'}")
+        if config._select != Select(stack=config._select.stack):
+            problems.add(
+                f"bits lists layers and their precisions, and select={config.select!r} picks some, too; leave select out "
+                "but for its stack"
+            )
+    for layers, value in listed.items():
+        check_grammar("bits", layers, problems)
+        _named(f"bits: {layers}", value, problems)
+    for name in ("bits", "rest"):
+        value = getattr(config, name)
+        if value is not None and not (name == "bits" and isinstance(value, Mapping)):
+            _named(name, value, problems)
+    for name, allowed in (("allocation", ALLOCATIONS), ("objective", OBJECTIVES), ("per", UNITS), ("apply_to", PARTS)):
+        if getattr(config, name) not in allowed:
+            problems.add(unknown(name, getattr(config, name), allowed))
+    for name in ("split_fused", "double_quant"):
+        if not isinstance(getattr(config, name), bool):
+            problems.add(f"{name}={getattr(config, name)!r} is not true or false")
+    size = config.group_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 8:
+        problems.add(f"group_size={size!r} is not a whole number from 8")
+    for name in ("skip_modules", "extra_modules"):
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)):
+            problems.add(f"{name}={value!r} is not a list of names")
+
+
+def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
+    budget = config.mean_bits is not None or config.budget is not None
+    mean = config.mean_bits
+    if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or not 1 <= mean <= 32):
+        problems.add(f"mean_bits={mean!r} is not a number from 1 to 32")
+    if config.budget is not None:
+        try:
+            parse_bytes(config.budget)
+        except ValueError as error:
+            problems.add(f"budget={error}")
+    if mean is not None and config.budget is not None:
+        problems.add("mean_bits and budget: two budgets; give one")
+    if budget and config.bits is not None:
+        problems.add(f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices")
+    if config.choices is not None and not isinstance(config.choices, list | tuple):
+        problems.add(f"choices={config.choices!r} is not a list of precisions")
+    elif config.choices is not None:
+        good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
+        if len(set(good)) < 2 and len(good) == len(config.choices):
+            problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from")
+    if not budget:
+        for name, default in (("choices", None), ("allocation", "greedy"), ("objective", "scores"), ("per", "layer")):
+            if getattr(config, name) != default:
+                problems.add(f"{name}={getattr(config, name)!r}: is of a budget; write mean_bits or budget")
+
+
+def _named(name: str, value: Any, problems: Problems) -> str | None:
+    try:
+        return precisions.named(value)
+    except ValueError as error:
+        problems.add(f"{name}: {error}")
+        return None
+
+
+def frozen_precision(name: str, value: Any, problems: Problems) -> None:
+    """Adds what is wrong with `quantize_frozen` or `quantize_trained`."""
+    if value is None:
+        return
+    found = _named(name, value, problems)
+    if found == KEPT:
+        problems.add(f"{name}={value!r}: 16 bit is what happens without it; leave it out")

@@ -1,0 +1,185 @@
+"""A recipe's choice of layers and targets, tried on the model's architecture before any weight is loaded."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from layerpeft.errors import LayerpeftError, nearest
+from layerpeft.model.layers import LayerMap, base_of, layer_map
+from layerpeft.model.targets import exclusions, match_targets
+from layerpeft.recipe.recipe import Recipe, layer_config
+from layerpeft.recipe.shipped import resolve
+from layerpeft.recipe.surroundings import Problem, items_of
+from layerpeft.selection.choose import candidates
+from layerpeft.selection.grammar import how_many, layer_numbers
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.select import Select
+from layerpeft.tuners.assume import fixed
+from layerpeft.tuners.lora.config import target_names
+from layerpeft.tuners.lora.precision import asked, names_of
+
+BLOCK = "layerpeft"
+
+
+def choice_problems(recipe: Recipe) -> list[Problem]:
+    """What of the recipe's model, layers and targets does not go together; each with the key that says it."""
+    try:
+        model = empty(recipe)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        text = " ".join(str(error).split())[:500]
+        sentence = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {text}"
+        return [(("model_name_or_path",), sentence)]
+    select = Select.parse(recipe.select)
+    plain = select.is_all and recipe.method != "full"
+    found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
+    return found or _dry_run(recipe, model)
+
+
+def empty(recipe: Recipe) -> nn.Module:
+    """The recipe's model without weights. Raises: what transformers raises."""
+    import transformers
+
+    name = resolve(recipe["model_name_or_path"])
+    options = {"trust_remote_code": recipe["trust_remote_code"]}
+    config = transformers.AutoConfig.from_pretrained(name, revision=recipe["model_revision"], **options)
+    kind = "AutoModelForCausalLM" if recipe.trainer == "sft" else "AutoModelForSequenceClassification"
+    with torch.device("meta"):
+        return getattr(transformers, kind).from_config(config, **options)
+
+
+def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
+    try:
+        layers = layer_map(model, select.stack)
+    except LayerpeftError as error:
+        return _at(error, "select", *(("stack",) if select.stack else ()))
+    found: list[Problem] = []
+    for name in ("layers", "exclude"):
+        value = getattr(select, name)
+        if value is not None:
+            found += _tried(lambda value=value: layer_numbers(value, len(layers)), "select", name)
+    if isinstance(select.by, Scores):
+        scores = select.by
+        found += _tried(lambda: scores.check(layers), "select", "by")
+    targets, wrong = _targets(recipe, model, layers)
+    found += wrong
+    certain = not any(path[-1] in ("layers", "exclude") for path, _ in found)
+    found += _tried(
+        lambda: how_many(select.keep, len(candidates(select, layers, targets)) if certain else len(layers)),
+        "select",
+        "keep",
+    )
+    return found
+
+
+def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
+    """The targets that are meant (all there are, where that is wrong), and what is wrong with how they are named."""
+    if recipe.method == "full":
+        return _whole_modules(recipe, model, layers)
+    block: Mapping[str, Any] = recipe.block
+    modules, parameters = block.get("target_modules"), block.get("target_parameters")
+    found: list[Problem] = []
+    if modules is not None or not parameters:
+        try:
+            modules = target_names(layer_config(recipe), layers)
+        except LayerpeftError as error:
+            found += _at(error, "target_modules")
+            modules = "all-linear"
+        found += _tried(lambda: match_targets(layers, modules), "target_modules")
+    if parameters:
+        found += _tried(lambda: match_targets(layers, None, None, parameters), "target_parameters")
+    exclude = exclusions(block.get("exclude_modules"), model, layers)
+    try:
+        if not found:
+            return match_targets(layers, modules, exclude, parameters), []
+        match_targets(layers, "all-linear", exclude)  # for what it says of the exclusions alone
+    except LayerpeftError as error:
+        found += [p for p in _at(error, "exclude_modules") if not found or " matches no target" in p[1]]
+    return layers.targets, found
+
+
+def _whole_modules(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
+    """The same for weights that train themselves."""
+    try:
+        return layer_config(recipe).targets_in(model, layers), []
+    except LayerpeftError as error:
+        found: list[Problem] = []
+        for item in items_of(error):
+            text = item.removeprefix("target_modules: ")
+            named = ("exclude_modules", "modules_to_save")
+            key = next((n for n in named if text.startswith(f"{n}:") or str(error).startswith(n)), "target_modules")
+            found.append(((BLOCK, key), f"{key}: {text.removeprefix(f'{key}: ')}"))
+        return layers.targets, found
+
+
+def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
+    """Names that match no module; PEFT itself is content when one of several matches."""
+    given = recipe.block.get("target_modules")
+    if not isinstance(given, list):
+        return []
+    names = [name for name, _ in model.named_modules()]
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
+    found: list[Problem] = []
+    for wanted in given:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            close = nearest(wanted.rpartition(".")[2], ends)
+            hint = f" Did you mean {close!r}?" if close else ""
+            found.append(
+                ((BLOCK, "target_modules"), f"target_modules: {wanted!r} matches no module of the model.{hint}")
+            )
+    return found
+
+
+def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
+    """Wraps the empty model: what PEFT and TRL refuse comes out here."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the real run says it again
+            config = layer_config(recipe)
+            resolved, _ = fixed(config, model)
+            if config.quantizes:
+                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
+                asked(config, model, names_of(model, choice.stack, choice.layers), known=False)
+            wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
+    except LayerpeftError as error:
+        return _at(error)
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())[:400]
+        named = next((k for k in recipe.block if re.search(rf"\b{k}\b", text)), None)
+        named = named or ("target_modules" if text.startswith("Target module") else None)
+        return [((BLOCK, *([named] if named else [])), f"{named or BLOCK}: {text}")]
+    except Exception:
+        return []  # something that cannot be done without weights; whether it is wrong shows with them
+    if recipe.method == "full":  # a head trains in place there, and whoever reads its weight reads what was trained
+        return []
+    head = base_of(wrapped).get_output_embeddings() if recipe.trainer == "sft" else None  # type: ignore[operator]
+    if head is not None and hasattr(type(head), "adapter_layer_names"):
+        sentence = (
+            "the output embeddings (lm_head) are among the modules, and TRL's loss reads their weight past any adapter"
+        )
+        return [((BLOCK, "target_modules"), f"target_modules: {sentence}")]
+    return []
+
+
+def _tried(call: Any, *path: str) -> list[Problem]:
+    try:
+        call()
+    except LayerpeftError as error:
+        return _at(error, *path)
+    return []
+
+
+def _at(error: LayerpeftError, *path: str) -> list[Problem]:
+    """The problems of an error, at a key of the block."""
+    key = path[-1] if path else BLOCK
+    found = []
+    for item in items_of(error):
+        text = re.sub(rf"^(?:(?:{key}|target_modules|exclude_modules): )+", "", item)
+        found.append(((BLOCK, *path), f"{key}: {text}"))
+    return found

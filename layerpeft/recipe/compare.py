@@ -1,0 +1,360 @@
+"""`layerpeft compare`: is the choice of layers worth anything? The same recipe on as many other layers, rows in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.model.layers import layer_map
+from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
+from layerpeft.recipe.trainer import (
+    Setup,
+    all_targets,
+    batches_for,
+    held_out_numbers,
+    load_model,
+    make_trainer,
+    prepare,
+    train,
+    wrap,
+)
+from layerpeft.selection.choose import choose_among
+from layerpeft.selection.grammar import how_many
+from layerpeft.selection.schedule import schedule_of
+from layerpeft.selection.select import Select, Selection
+from layerpeft.text import note
+from layerpeft.tuners.lora.precision import batches_wanted
+
+Say = Callable[[str], None]
+ARMS = ("random", "last", "first", "all")
+NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
+# two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Plan = tuple[str, tuple[int, ...], Mapping[str, Any]]  # name of a run, its layers, and what its `select` says
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A choice to compare with: its kind, and for `random` the number of draws."""
+
+    kind: str
+    draws: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: its arm and layers, trainable parameters, numbers on held-out rows, seconds of training."""
+
+    arm: str
+    layers: tuple[int, ...]
+    trainable: int
+    value: float
+    seconds: float
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind`: better, no difference, worse, or unknown; and the sentence that says it."""
+
+    kind: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs (the recipe's first), the number they are compared by, its value before training, and the verdict."""
+
+    measure: str
+    before: float
+    runs: tuple[Run, ...]
+    verdict: Verdict
+    num_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
+    """The arms in "random:3,last,all"; `random` alone draws `seeds` times. Raises: RecipeError naming every problem."""
+    problems = Problems("--arms")
+    found: list[Arm] = []
+    if seeds < 1:
+        problems.add(f"--seeds: expected a whole number from 1, got {seeds}")
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        kind, _, number = part.partition(":")
+        if kind not in ARMS:
+            problems.add(unknown("arm", kind, ARMS))
+        elif number and (kind != "random" or not re.fullmatch(r"[1-9]\d*", number)):
+            problems.add(f"{part!r}: only `random` takes a number, that of its draws (random:3)")
+        elif kind in [arm.kind for arm in found]:
+            problems.add(f"{kind!r} is named twice")
+        else:
+            found.append(Arm(kind, int(number or seeds) if kind == "random" else 1))
+    if not found and not problems.items:
+        problems.add(f"no arm is named; there are {', '.join(ARMS)}")
+    problems.raise_if_any(RecipeError)
+    return tuple(found)
+
+
+def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison:
+    """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
+
+    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose.
+    """
+    select = Select.parse(recipe.select)
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(recipe)
+        if setup.held_out is None:
+            raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
+        model = load_model(setup)
+        batches, setup = batches_for(setup, model, select)
+        plans, num_layers = (_scheduled if select.is_scheduled else _plan)(recipe, model, select, batches, arms)
+        del model
+    name = NAMES[setup.measure]
+    say(f"{len(plans)} runs, each from the same weights over the same rows in the same order")
+    runs: list[Run] = []
+    before = math.nan
+    for index, (arm, layers, how) in enumerate(plans):
+        with contextlib.redirect_stdout(sys.stderr):
+            first = select.is_scheduled and not runs
+            given = batches if first or batches_wanted(layer_config(recipe)) else None
+            trainer, model = _trainer(_unpacked(setup, layers, num_layers), how, given)
+            if not runs:  # an untrained adapter changes nothing, so this is the same for every arm
+                before = held_out_numbers(trainer)[setup.measure]
+            runs.append(run := _train(setup, arm, layers, trainer, model))
+            del trainer, model
+            gc.collect()
+        say(
+            f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)"
+        )
+    verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
+    found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers)
+    _write(recipe, found)
+    say("\n" + table(found) + "\n\n" + verdict.sentence)
+    say(f"\nwritten: {recipe.output_dir / 'compare.png'}, compare.json")
+    return found
+
+
+def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
+    """What the runs show, the first being the recipe's.
+
+    It differs from random choice only where it lies outside the 95 % prediction interval of one more random draw,
+    mean ± t(n-1) · sd · sqrt(1 + 1/n): the spread between draws is all that is known about chance here.
+    """
+    ours = runs[0]
+    draws = [run.value for run in runs if run.arm.startswith("random:")]
+    if len(draws) < 2 or statistics.stdev(draws) == 0:
+        few = f"all {len(draws)} random draws gave {draws[0]:.4f}, so there is" if len(draws) > 1 else "there is"
+        text = f"Nothing can be said about the choice: {few} no spread between draws to measure by (--arms random:3)."
+        return Verdict("unknown", text)
+    mean, spread = statistics.fmean(draws), statistics.stdev(draws)
+    gain = mean - ours.value if lower else ours.value - mean
+    margin = _T[min(len(draws) - 1, len(_T)) - 1] * spread * math.sqrt(1 + 1 / len(draws))
+    facts = f"{ours.arm} reached a {what} of {ours.value:.4f} and {len(draws)} random draws {mean:.4f} on average"
+    facts += f" ({min(draws):.4f} to {max(draws):.4f}); chance alone explains a gap of up to {margin:.4f}"
+    if gain > margin:
+        kind, text = "better", f"Better than random here: {facts}, and all this rests on one run over one set of rows"
+    elif gain < -margin:
+        kind, text = "worse", f"Random was better: {facts}"
+    else:
+        kind, text = "no difference", f"No difference shown: {facts}"
+    return Verdict(kind, text + _beside(runs, ours, margin, lower) + ".")
+
+
+def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
+    """How the choice by place did, as a clause: it costs nothing to make."""
+    parts = []
+    for run in runs[1:]:
+        if run.arm in ("last", "first"):
+            gain = (run.value - ours.value) if lower else (ours.value - run.value)
+            how = "no clear difference" if abs(gain) <= margin else "clearly worse" if gain > 0 else "clearly better"
+            parts.append(f"; as many layers from the {'end' if run.arm == 'last' else 'start'}: {run.value:.4f}, {how}")
+    return "".join(parts)
+
+
+def table(found: Comparison) -> str:
+    """One line per run, and one for the random draws together."""
+    name = NAMES[found.measure]
+    lines = [f"{'arm':<16} {'layers':<22} {'trainable':>11} {name:>14} {'seconds':>8}"]
+    lines.append(f"{'before training':<16} {'':<22} {'':>11} {found.before:>14.4f}")
+    for run in found.runs:
+        layers = _numbers(run.layers, found.num_layers)
+        lines.append(f"{run.arm:<16} {layers:<22} {run.trainable:>11,} {run.value:>14.4f} {run.seconds:>8.0f}")
+    draws = [run.value for run in found.runs if run.arm.startswith("random:")]
+    if len(draws) > 1:
+        mean, spread = statistics.fmean(draws), statistics.stdev(draws)
+        lines.append(
+            f"{'random, mean':<16} {'':<22} {'':>11} {mean:>14.4f}   {min(draws):.4f} to {max(draws):.4f}, sd {spread:.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
+    """Every run, the recipe's first, and the number of layers. Raises: RecipeError when there is nothing to choose."""
+    choose = partial(_choice, recipe, model)
+    among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
+    ours = choose(select, batches)
+    by_place = select.by == "depth" and select.keep is None
+    if by_place:  # the grammar is the choice itself: other arms draw from the whole stack
+        among.pop("layers", None)
+    keep = len(ours.layers)
+    everything = choose({**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}).layers
+    if keep == len(everything):
+        raise RecipeError(
+            f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare"
+        )
+    own = str(ours.scores.by if ours.scores else recipe.select if isinstance(recipe.select, str) else "by place")
+    plans = [(own, ours.layers)]
+    for arm in arms:
+        if arm.kind == "random":
+            plans += _draws(choose, {**among, "by": "random", "keep": keep}, arm.draws)
+        elif arm.kind == "all":
+            plans.append(("all", everything))
+        else:
+            pick = "top" if arm.kind == "last" else "bottom"
+            plans.append((arm.kind, choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers))
+    return [(arm, layers, {"layers": list(layers), "stack": select.stack}) for arm, layers in plans], ours.num_layers
+
+
+def _scheduled(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
+    """As `_plan`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
+
+    Raises: RecipeError where the number of layers at a time is left to the scores.
+    """
+    if select.keep in (None, "auto"):
+        raise RecipeError(
+            f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
+            "compare with keep: N"
+        )
+    found = layer_map(model, select.stack)
+    schedule = schedule_of(select, found, all_targets(recipe, model, found))
+    keep = how_many(select.keep, len(schedule.among)) or 0
+    clock = {
+        k: v
+        for k, v in select.to_dict().items()
+        if k not in ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
+    }
+    choose = partial(_choice, recipe, model)
+    among = {k: clock[k] for k in ("layers", "exclude", "stack") if k in clock}
+    plans: list[Plan] = [(f"{select.rule} every {select.reselect_steps}", schedule.pool, select.to_dict())]
+    for arm in arms:
+        if arm.kind == "random":
+            seeds = range(1, arm.draws + 1)
+            plans += [
+                (f"random:{s}", schedule.pool, {**clock, "pick": "uniform", "seed": select.seed + s}) for s in seeds
+            ]
+        elif arm.kind == "all":
+            plans.append(("all", schedule.pool, {"layers": list(schedule.pool), "stack": select.stack}))
+        else:
+            pick = "top" if arm.kind == "last" else "bottom"
+            layers = choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers
+            plans.append((arm.kind, layers, {"layers": list(layers), "stack": select.stack}))
+    return plans, len(found)
+
+
+def _choice(recipe: Recipe, model: Any, select: Any, batches: Any = None) -> Selection:
+    """What a way to choose means among the recipe's targets."""
+    parsed = Select.parse(select)
+    layers = layer_map(model, parsed.stack)
+    return choose_among(model, parsed, layers, all_targets(recipe, model, layers), batches)
+
+
+def _draws(
+    choose: Callable[[Any], Selection], select: Mapping[str, Any], number: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
+    found: dict[tuple[int, ...], str] = {}
+    for seed in range(100 * number):
+        found.setdefault(choose({**select, "seed": seed}).layers, f"random:{seed}")
+        if len(found) == number:
+            return [(name, layers) for layers, name in found.items()]
+    raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
+
+
+def _unpacked(setup: Setup, layers: Sequence[int], num_layers: int) -> Setup:
+    """The setup of an arm in which every layer trains: with nothing frozen there is nothing to pack."""
+    block = setup.recipe.block
+    if len(layers) < num_layers or block.get("quantize_frozen") is None or block.get("quantize_trained") is not None:
+        return setup
+    note("quantize_frozen: with all layers trained none is left to pack; that arm stays in 16 bit")
+    kept = {k: v for k, v in block.items() if k != "quantize_frozen"}
+    return replace(setup, recipe=replace(setup.recipe, block=kept))
+
+
+def _trainer(setup: Setup, select: Mapping[str, Any], batches: Any) -> tuple[Any, Any]:
+    """A trainer that saves nothing, and the model it trains, with the adapter on the layers that this means."""
+    model = wrap(setup, load_model(setup), dict(select), batches)
+    changes: dict[str, Any] = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+    return make_trainer(setup, model, load_best_model_at_end=False, push_to_hub=False, **changes), model
+
+
+def _train(setup: Setup, arm: str, layers: tuple[int, ...], trainer: Any, model: Any) -> Run:
+    seconds = train(trainer)
+    numbers = held_out_numbers(trainer)
+    trainable, _ = model.get_nb_trainable_parameters()
+    return Run(arm, layers, trainable, numbers[setup.measure], round(seconds, 1), numbers)
+
+
+def _numbers(layers: Sequence[int], count: int) -> str:
+    """Layer numbers as a reader wants them: "0, 10, 11", "0-11", shortened where there are many."""
+    if list(layers) == list(range(count)):
+        return f"0-{count - 1}"
+    text = ", ".join(map(str, layers))
+    return text if len(text) <= 22 else f"{text[:12]}... ({len(layers)})"
+
+
+def _write(recipe: Recipe, found: Comparison) -> None:
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**found.to_dict(), "recipe": to_yaml(recipe)}
+    (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(found, folder / "compare.png")
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """One row per arm, one dot per run, the random draws with their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[Run]] = {}
+    for run in found.runs:
+        groups.setdefault(run.arm.partition(":")[0] if run.arm.startswith("random:") else run.arm, []).append(run)
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = []
+    for place, (arm, runs) in enumerate(groups.items()):
+        values = [run.value for run in runs]
+        axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
+        if len(values) > 1:
+            axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
+        layers = (
+            f"{len(runs)} draws of {len(runs[0].layers)} layers"
+            if len(runs) > 1
+            else _numbers(runs[0].layers, found.num_layers)
+        )
+        labels.append(f"{arm}\n{layers}")
+    axes.axvline(found.runs[0].value, color="C1", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    better = "lower" if found.measure == "eval_loss" else "higher"
+    axes.set_xlabel(f"{NAMES[found.measure]} after training ({better} is better; {found.before:.3f} before)")
+    axes.set_title(f"{found.verdict.sentence.partition(':')[0]} ({found.runs[0].arm} against other choices)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)

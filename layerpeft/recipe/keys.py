@@ -1,0 +1,104 @@
+"""The keys of a recipe: its own, those that other versions and other tools use, and what each of them becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from layerpeft.selection.typecheck import Setting, settings_of
+
+TRAINERS = ("sft", "classification")
+PURPOSES = ("train", "plan", "score", "compare")
+
+# keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
+_OWN: dict[str, Setting] = {
+    "trainer": Setting(str, choices=TRAINERS),
+    "dataset_name": Setting(str | list[str]),
+    "eval_dataset": Setting(str | list[str] | None),
+    "columns": Setting(dict[str, str] | None),
+    "max_train_samples": Setting(int | None),
+    "max_eval_samples": Setting(int | None),
+    "output_dir": Setting(str),
+    "overwrite_output_dir": Setting(bool, False),
+    "resume_from_checkpoint": Setting(bool | str | None),
+    "sample_tokens": Setting(int, 48),
+    "layerpeft": Setting(dict),
+}
+# beside SFTConfig, which has these itself
+_CLASSIFICATION = {
+    "max_length": Setting(int | None, 512),
+    "trust_remote_code": Setting(bool, False),
+    "model_init_kwargs": Setting(dict[str, Any] | None),
+}
+_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
+_SCRIPT = ("dataset_config", "dataset_train_split", "dataset_test_split")
+REQUIRED = ("trainer", "model_name_or_path", "dataset_name", "output_dir")
+
+# fields of the argument classes that a recipe does not set, and what to do instead
+FIXED = {
+    "do_train": "`layerpeft train` always trains; take the key out",
+    "do_eval": "held-out rows are always measured before and after; take the key out",
+    "do_predict": "held-out rows are always measured before and after; take the key out",
+    "local_rank": "torchrun sets it",
+    "task_type": "it follows from `trainer`",
+    "peft_type": "it follows from `method`",
+    "inference_mode": "a recipe trains",
+    "auto_mapping": "PEFT fills it in",
+    "peft_version": "PEFT fills it in",
+    "base_model_name_or_path": "write model_name_or_path at the top level",
+    "revision": "write model_revision at the top level",
+    "batches": "a recipe takes batches from its training rows",
+    "dataset_streaming": "streamed data sets are not supported; name files or a data set that fits on the disk",
+}
+# smallest value that makes sense (None: above zero)
+AT_LEAST: dict[str, int | None] = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 1,
+    "num_train_epochs": None, "learning_rate": None, "max_train_samples": 1, "max_eval_samples": 1, "sample_tokens": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0,
+}  # fmt: skip
+
+
+@cache
+def arguments_class(trainer: str) -> type:
+    """The class whose fields stand at the top level: trl.SFTConfig or transformers.TrainingArguments."""
+    if trainer == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+@cache
+def argument_settings(trainer: str) -> Mapping[str, Setting]:
+    """The training arguments that a recipe may set."""
+    return {k: v for k, v in settings_of(arguments_class(trainer)).items() if k not in FIXED}
+
+
+@cache
+def top_settings(trainer: str) -> Mapping[str, Setting]:
+    """Every key of the top level for one trainer, with its type."""
+    from trl import ModelConfig, ScriptArguments
+
+    model, script = settings_of(ModelConfig), settings_of(ScriptArguments)
+    extra = _CLASSIFICATION if trainer == "classification" else {}
+    return {
+        **argument_settings(trainer),
+        **{k: model[k] for k in _MODEL},
+        **{k: script[k] for k in _SCRIPT},
+        **extra,
+        **_OWN,
+    }
+
+
+def own_keys() -> list[str]:
+    """The keys that name model, data and output, in the order in which a recipe is written."""
+    return ["trainer", *_MODEL, "dataset_name", "eval_dataset", *_SCRIPT, "columns", *list(_OWN)[4:]]
+
+
+@cache
+def block_settings(config: type) -> Mapping[str, Setting]:
+    """What may stand in the `layerpeft:` block for a config class, beside `method` and `select`."""
+    return {k: v for k, v in settings_of(config).items() if k not in FIXED and k not in ("select", "method")}

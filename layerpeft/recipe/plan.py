@@ -1,0 +1,195 @@
+"""`layerpeft plan`: what a recipe will cost, before any weight is loaded, or everything that is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import LayerpeftError
+from layerpeft.integrations import hub
+from layerpeft.planning import optimizer_bytes
+from layerpeft.planning.fit import Fit, fit
+from layerpeft.planning.plan import Plan, plan
+from layerpeft.planning.trace import Step
+from layerpeft.recipe import foreign, keys, rows
+from layerpeft.recipe.read import Examined, examine, located
+from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
+from layerpeft.recipe.surroundings import items_of, on_hub
+from layerpeft.recipe.trainer import Setup, empty_model, prepare
+from layerpeft.recipe.yaml import flow
+
+ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A recipe with its plan, or with the largest choice that fits; `command` trains that."""
+
+    recipe: Recipe
+    found: Plan | Fit
+    command: str
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, of what fits where that was asked."""
+        return self.found.plan if isinstance(self.found, Fit) else self.found
+
+    @property
+    def changes(self) -> list[str]:
+        """The settings, as `key=value`, that make the recipe fit."""
+        return settings_of(self.found.settings) if isinstance(self.found, Fit) else []
+
+    def __str__(self) -> str:
+        lines = [str(self.found)]
+        if isinstance(self.found, Fit):
+            lines.append(f"\nto train this:\n  {self.command}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        plain = asdict(self.plan) | {"peak_bytes": self.plan.peak_bytes, "parts": dict(self.plan.parts)}
+        if isinstance(self.found, Plan):
+            return plain
+        found = self.found
+        return {
+            "plan": plain,
+            "gave_up": list(found.gave_up),
+            "settings": dict(found.settings),
+            "command": self.command,
+            "per_device_train_batch_size": found.batch_size,
+            "gradient_checkpointing": found.checkpointing,
+            "r": found.config.r,
+        }
+
+
+def forecast(
+    source: str, settings: Sequence[str] = (), limit: str | None = None, accelerator: bool | None = None
+) -> Forecast:
+    """The plan of a recipe; with `limit` ("24GB"), the largest choice that fits and what it gives up.
+
+    `accelerator`: count as on a GPU (None: where there is one). Raises: RecipeError with every problem of the recipe at once,
+    those of rows and optimizer included; ConfigError where nothing fits.
+    """
+    there = torch.accelerator.is_available()
+    examined = examine(source, settings, "plan", bool(accelerator) and not there)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
+        setup, problems = _prepared(examined)
+        recipe = examined.sound(problems)
+        model = empty(setup)
+    arguments = arguments_of(recipe, bool(accelerator) and not there)
+    options = options_of(recipe, arguments, there if accelerator is None else accelerator)
+    config = layer_config(recipe, recipe.select, None)
+    found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
+    changed = found.settings if isinstance(found, Fit) else {}
+    return Forecast(recipe, found, command_of(recipe, changed))
+
+
+def empty(setup: Setup) -> nn.Module:
+    """The recipe's model without weights and with its kind of attention; fast ones as torch's own, which keeps as much."""
+    model: Any = empty_model(setup)
+    with contextlib.suppress(ValueError, AttributeError):
+        model.set_attn_implementation("eager" if setup.recipe["attn_implementation"] == "eager" else "sdpa")
+    return model
+
+
+def arguments_of(recipe: Recipe, elsewhere: bool = False) -> Any:
+    """The recipe's training arguments; `elsewhere`: for a device that is not here, mixed precision left out."""
+    if not elsewhere:
+        return training_arguments(recipe)
+    values = {k: v for k, v in recipe.values.items() if k not in ("bf16", "fp16")}
+    return training_arguments(replace(recipe, values=values), bf16=False)
+
+
+def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, Any]:
+    """What `plan` and `fit` are told of a recipe."""
+    sft = recipe.trainer == "sft"
+    given = recipe["model_init_kwargs"] or {}
+    here = accelerator and not arguments.use_cpu
+    step = Step(
+        autocast=_precision(recipe, arguments),
+        checkpointing_kwargs=arguments.gradient_checkpointing_kwargs or {},
+        fused_head=sft,
+        in_place=here,
+        optim_args=arguments.optim_args,
+        quantization=_quantization(given.get("quantization_config")),
+        accumulation=arguments.gradient_accumulation_steps,
+    )
+    return {
+        "batch_size": arguments.per_device_train_batch_size,
+        "length": recipe["max_length"] or DEFAULT_LENGTH,
+        "optimizer": optimizer_of(arguments),
+        "checkpointing": bool(arguments.gradient_checkpointing),
+        "step": step,
+    }
+
+
+def optimizer_of(arguments: Any) -> str:
+    """transformers' name of the optimizer."""
+    return str(getattr(arguments.optim, "value", arguments.optim))
+
+
+def command_of(recipe: Recipe, changed: Mapping[str, Any]) -> str:
+    """A command that trains the recipe with these settings changed, to paste into a shell."""
+    kept = []
+    for setting in recipe.settings:
+        name = setting.partition("=")[0].strip()
+        name = foreign.RENAMED.get(name, name)
+        if not any(name == new or name.startswith(f"{new}.") for new in changed):
+            kept.append(setting)
+    return shlex.join(["layerpeft", "train", recipe.source, *kept, *settings_of(changed)])
+
+
+def settings_of(changed: Mapping[str, Any]) -> list[str]:
+    """Settings as `key=value`."""
+    return [f"{key}={flow(value)}" for key, value in changed.items()]
+
+
+def _prepared(examined: Examined) -> tuple[Any, list[str]]:
+    """Tokenizer and rows, as far as nothing is wrong with their keys; and what is wrong with them or with the optimizer."""
+    recipe, wrong, problems = examined.recipe, examined.wrong, []
+    values = recipe.values
+    if not recipe.trainer:
+        return None, problems
+    name = values.get("optim", keys.top_settings(recipe.trainer)["optim"].default)
+    sentence = None if "optim" in wrong else optimizer_bytes.problem(str(getattr(name, "value", name)))
+    if sentence:
+        problems.append(located(recipe, "optim", f"optim: {sentence}"))
+    if wrong & set(ROWS) or "dataset_name" not in values:
+        return None, problems
+    with hub.settled(on_hub(values)):
+        try:
+            if "model_name_or_path" in wrong or "model_name_or_path" not in values:
+                rows.load(values["dataset_name"], config=recipe["dataset_config"], split=recipe["dataset_train_split"])
+                return None, problems
+            # the choice of layers was tried before, and is not tried twice
+            setup: Setup = replace(prepare(replace(recipe, select="all")), recipe=recipe)
+            return setup, problems
+        except LayerpeftError as error:
+            for text in items_of(error):
+                key = next((k for k in ("model_name_or_path", *ROWS) if text.startswith(f"{k}:")), "dataset_name")
+                problems.append(located(recipe, key, text if text.startswith(key) else f"{key}: {text}"))
+            return None, problems
+
+
+def _precision(recipe: Recipe, arguments: Any) -> torch.dtype | None:
+    if arguments.fp16 or recipe.values.get("fp16"):
+        return torch.float16
+    by_default = recipe.trainer == "sft" and "bf16" not in recipe.values
+    return torch.bfloat16 if arguments.bf16 or recipe.values.get("bf16") or by_default else None
+
+
+def _quantization(given: Any) -> Any:
+    """The BitsAndBytesConfig that transformers will make of the recipe's mapping."""
+    if not given:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**given) if isinstance(given, Mapping) else given

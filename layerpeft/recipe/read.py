@@ -1,0 +1,68 @@
+"""A recipe: one YAML file that says what to train. What is wrong in it is found here, before any weight is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from layerpeft.errors import Problems, RecipeError
+from layerpeft.recipe.check import Check
+from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml, training_arguments
+from layerpeft.recipe.shipped import find_recipe
+from layerpeft.recipe.yaml import override, parse
+
+__all__ = ["Examined", "Recipe", "examine", "layer_config", "load_recipe", "to_yaml", "training_arguments"]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with."""
+
+    recipe: Recipe
+    problems: tuple[str, ...]
+    wrong: frozenset[str]
+
+    def sound(self, also: Sequence[str] = ()) -> Recipe:
+        """The recipe. Raises: RecipeError with every problem, and with those that were found `also`."""
+        problems = Problems(f"recipe {self.recipe.source}")
+        for sentence in sorted(dict.fromkeys([*self.problems, *also]), key=_line):
+            problems.add(sentence)
+        problems.raise_if_any(RecipeError)
+        return self.recipe
+
+
+def load_recipe(source: str, settings: Sequence[str] = (), purpose: str = "train") -> Recipe:
+    """Reads a recipe (a path, or the name of a shipped one) with `key=value` settings laid over it.
+
+    `purpose`: "train", "plan", "score" or "compare", which ask for different things of data and output folder.
+    Raises: RecipeError that lists every problem with its line.
+    """
+    return examine(source, settings, purpose).sound()
+
+
+def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", accelerator: bool = False) -> Examined:
+    """A recipe and everything wrong with it; `accelerator`: it is to run on one, whatever is here.
+
+    Raises: RecipeError when there is no such file.
+    """
+    path = find_recipe(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: not a readable text file ({error})") from error
+    check = Check(override(parse(text), settings), purpose, accelerator)
+    recipe = replace(check.run(source, path), settings=tuple(settings))
+    return Examined(recipe, tuple(check.found), frozenset(check.wrong))
+
+
+def _line(sentence: str) -> int:
+    """Where a sentence belongs: lines of the file, then the command line, then what has no place."""
+    number = re.match(r"line (\d+)", sentence)
+    return int(number[1]) if number else 10**6 if "command line" in sentence else 10**7
+
+
+def located(recipe: Recipe, key: str, sentence: str) -> str:
+    """The sentence with the place of the key that it is about."""
+    place = recipe.places.get(key, "")
+    return f"{place}: {sentence}" if place else sentence

@@ -1,0 +1,84 @@
+"""A checked recipe, and what it says to the trainers and to PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerpeft.recipe import keys
+from layerpeft.recipe.yaml import dump
+from layerpeft.selection.select import Select
+from layerpeft.selection.typecheck import build
+from layerpeft.tuners.full.config import LayerFullConfig
+from layerpeft.tuners.galore.config import LayerGaloreConfig
+from layerpeft.tuners.lora.config import LayerLoraConfig
+
+CONFIGS: dict[str, type[LayerLoraConfig]] = {
+    "lora": LayerLoraConfig,
+    "galore": LayerGaloreConfig,
+    "full": LayerFullConfig,
+}
+TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: mappings;
+    `places`: where each top-level key was written ("line 7", "command line")."""
+
+    source: str
+    path: Path
+    trainer: str
+    values: Mapping[str, Any]
+    method: str
+    select: Any
+    block: Mapping[str, Any]
+    notices: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a top-level key, or its default."""
+        return self.values.get(key, keys.top_settings(self.trainer)[key].default)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"]).expanduser()
+
+
+def training_arguments(recipe: Recipe, **changes: Any) -> Any:
+    """The trl.SFTConfig or transformers.TrainingArguments of a recipe.
+
+    The order of the rows hangs on `data_seed` alone, so that arms of a comparison see the same batches.
+    """
+    given = {k: v for k, v in recipe.values.items() if k in keys.argument_settings(recipe.trainer)}
+    if isinstance(given.get("resume_from_checkpoint"), bool):
+        del given["resume_from_checkpoint"]
+    kind = keys.arguments_class(recipe.trainer)
+    given.setdefault("data_seed", given.get("seed", keys.argument_settings(recipe.trainer)["seed"].default))
+    given.setdefault("report_to", "none")
+    return kind(**given | changes)
+
+
+def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> LayerLoraConfig:
+    """The PEFT config of a recipe, with another choice of layers when `select` is given. Raises: LayerpeftError."""
+    kind = CONFIGS[recipe.method]
+    known = keys.block_settings(kind)
+    fields = {name: build(known[name].hint, value) for name, value in recipe.block.items()}
+    chosen = recipe.select if select is None else select
+    return kind(select=chosen, task_type=TASKS[recipe.trainer], batches=batches, **fields)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe: keys mapped, settings applied, `select` in full, no secrets. `load_recipe` reads it back."""
+    top = {key: recipe.values[key] for key in keys.own_keys() if key in recipe.values and key != "layerpeft"}
+    top |= {
+        key: value for key, value in recipe.values.items() if key not in top and key not in ("layerpeft", "hub_token")
+    }
+    top.pop("overwrite_output_dir", None)  # said once, for one run; a copy of the recipe must not write over it again
+    select = recipe.select if isinstance(recipe.select, str | int | list) else Select.parse(recipe.select).to_dict()
+    if isinstance(select, dict) and isinstance(recipe.select, Mapping):
+        select["by"] = recipe.select.get("by", "depth")  # a path stays a path
+    return dump(top | {"layerpeft": {"method": recipe.method, "select": select, **recipe.block}})

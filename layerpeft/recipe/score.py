@@ -1,0 +1,65 @@
+"""`layerpeft score`: the layers of a recipe's model, scored without training."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+
+from torch import nn
+
+from layerpeft.errors import RecipeError
+from layerpeft.model.layers import layer_map
+from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.train import Say, is_first
+from layerpeft.recipe.trainer import all_targets, batches_for, load_model, prepare
+from layerpeft.selection.choose import choose_among
+from layerpeft.selection.select import Select, Selection
+from layerpeft.training.pictures import write_csv, write_png
+from layerpeft.training.report import Row
+
+
+def score(recipe: Recipe, say: Say = print) -> Selection:
+    """Scores the layers of a recipe's model as training would; writes scores.json, scores.csv and scores.png.
+
+    Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores.
+    """
+    select = Select.parse(recipe.select)
+    if select.by == "depth" and select.keep is None:
+        example = f"layerpeft score {recipe.source} layerpeft.select='{{by: gradient_norm, keep: 25%}}'"
+        raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
+    with contextlib.redirect_stdout(sys.stderr):
+        setup = prepare(recipe)
+        model = load_model(setup)
+        batches, _ = batches_for(setup, model, select)
+        layers = layer_map(model, select.stack)
+        selection = choose_among(model, select, layers, all_targets(recipe, model, layers), batches)
+    if is_first():
+        _write_scores(recipe, selection, model, say)
+    return selection
+
+
+def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: Say) -> None:
+    scores = selection.scores
+    assert scores is not None
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = set(selection.layers)
+    names = [layer.name for layer in layer_map(model, selection.stack).layers]
+    table = [Row(i, names[i], value, i in chosen, None, None) for i, value in enumerate(scores.values)]
+    scores.save(folder / "scores.json")
+    write_csv(table, folder / "scores.csv")
+    drawn = write_png(table, folder / "scores.png", f"{scores.by} per layer")
+    width = max(len(row.name) for row in table)
+    say(f"{'layer':>5}  {'name':<{width}}  {scores.by:>13}  chosen")
+    for row in table:
+        say(f"{row.layer:>5}  {row.name:<{width}}  {row.score:>13.6g}  {'yes' if row.chosen else ''}")
+    say(selection.why)
+    say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
+    keep = Select.parse(recipe.select).keep
+    say("\nnext:")
+    words = shlex.join([recipe.source, *recipe.settings])
+    say(
+        f"  layerpeft train {words} output_dir={folder}-by-scores layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'"
+    )
+    say(f"  layerpeft compare {words} --arms random:3,last,all")

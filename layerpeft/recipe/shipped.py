@@ -1,0 +1,54 @@
+"""What ships inside the package: recipes by name, data and weights by `layerpeft://` address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerpeft.errors import RecipeError, unknown
+
+SCHEME = "layerpeft://"
+_HERE = Path(__file__).resolve().parent
+
+
+def resolve(address: str) -> str:
+    """The path of a `layerpeft://` address; any other text as it is.
+
+    Raises: RecipeError that lists what ships.
+    """
+    if not address.startswith(SCHEME):
+        return address
+    name = address.removeprefix(SCHEME).strip("/")
+    if name not in data_names():
+        raise RecipeError(unknown("file of the package", name, data_names()))
+    return str(_HERE / "data" / name)
+
+
+def data_names() -> list[str]:
+    """The names that can follow `layerpeft://`: data files, and folders of models."""
+    found = (_HERE / "data").iterdir()
+    return sorted(p.name for p in found if p.suffix == ".jsonl" or (p / "config.json").is_file())
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name: inside the package, else (a checkout without links) beside it."""
+    for folder in (_HERE / "recipes", _HERE.parents[1] / "recipes"):
+        found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def find_recipe(source: str) -> Path:
+    """The file behind a path or the name of a shipped recipe; a file of that name wins.
+
+    Raises: RecipeError that names the recipes there are.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    known = recipes()
+    if source in known:
+        return known[source]
+    if path.is_dir():
+        raise RecipeError(f"{source!r} is a folder; name the recipe file in it")
+    raise RecipeError("no such file, and " + unknown("recipe", source.removesuffix(".yaml"), known))

@@ -1,0 +1,304 @@
+"""`layerpeft train` and `layerpeft score`: one recipe, from its file to what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import RecipeError, differences
+from layerpeft.model.precisions import tensor_bytes
+from layerpeft.quantization.apply import Quantized
+from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
+from layerpeft.recipe.samples import Sample, generate, prompt_of, show
+from layerpeft.recipe.trainer import (
+    Setup,
+    batches_for,
+    held_out_numbers,
+    load_model,
+    make_trainer,
+    prepare,
+    train,
+    wrap,
+)
+from layerpeft.saving.checkpoints import last_checkpoint
+from layerpeft.saving.manifest import read_manifest, selection_of
+from layerpeft.selection.select import Select, Selection
+from layerpeft.text import note, size_text
+from layerpeft.training.report import LayerReport, layer_report
+from layerpeft.tuners.lora.precision import wish
+
+Say = Callable[[str], None]
+SAMPLES = 1
+NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
+
+    `weight_bytes`: measured bytes of all weights, adapter and scales included.
+    """
+
+    output_dir: Path
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    samples: tuple[Sample, ...]
+    report: LayerReport
+    seconds: float
+    weight_bytes: int = 0
+
+
+def run(recipe: Recipe, say: Say = print) -> Result:
+    """Trains a recipe and writes adapter, record, curves and the resolved recipe to its output_dir.
+
+    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then.
+    """
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # libraries greet on standard output; the first line there is PEFT's count
+        setup = prepare(recipe)
+        checkpoint = _checkpoint(recipe)
+        kept = _kept(recipe, checkpoint)
+        _clear(recipe)
+        stored = _stored(recipe, checkpoint)
+        choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
+        model = load_model(setup, choice, stored)
+        model, setup = _wrapped(recipe, setup, model, kept, stored)
+    if is_first():
+        model.print_trainable_parameters()
+    trainer = make_trainer(setup, model)
+    before = held_out_numbers(trainer)
+    samples = _answers(setup, model, ())
+    seconds = train(trainer, checkpoint)
+    after = held_out_numbers(trainer)
+    samples = _answers(setup, model, samples)
+    report = layer_report(model)
+    result = Result(recipe.output_dir, before, after, samples, report, seconds, tensor_bytes(model))
+    if is_first():
+        _write(recipe, setup, model, trainer, before)
+        _track(trainer, result)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        _tell(recipe, result, say)
+    return result
+
+
+def is_first() -> bool:
+    """True in the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ---- steps of a run -------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(recipe: Recipe) -> str | None:
+    asked = recipe["resume_from_checkpoint"]
+    if asked is True:
+        return last_checkpoint(recipe.output_dir)
+    return str(Path(asked).expanduser()) if isinstance(asked, str) else None
+
+
+def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
+    """The choice of the run that is resumed, None where there is none. Raises: RecipeError when the recipe asks for another."""
+    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+        return None
+    chosen = selection_of(checkpoint)
+    asked, had = Select.parse(recipe.select).to_dict(), dict(chosen.select)
+    changed = [k for k in sorted({*asked, *had} - {"by"}) if asked.get(k) != had.get(k)]
+    if isinstance(asked["by"], str) and asked["by"] != had.get("by"):
+        changed.insert(0, "by")
+    if changed:
+        lines = ", ".join(f"{k}: {had.get(k)!r} there, {asked.get(k)!r} here" for k in changed)
+        raise RecipeError(
+            f"select: the run in {checkpoint} chose its layers another way ({lines}); resuming keeps its choice"
+        )
+    return chosen
+
+
+def _stored(recipe: Recipe, checkpoint: str | None) -> Quantized | None:
+    """The precisions of the run that is resumed, None where its base was not quantized by layer.
+
+    Raises: RecipeError when the recipe asks for others.
+    """
+    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+        return None
+    found = read_manifest(checkpoint).get("quant")
+    stored = None if found is None else Quantized.from_dict(found)
+    then, now = stored.choice if stored is not None else {}, json.loads(json.dumps(wish(layer_config(recipe))))
+    differ = differences(then, now)
+    if differ:
+        raise RecipeError(f"the run in {checkpoint} stored its layers in other precisions ({'; '.join(differ)})")
+    return stored
+
+
+def _wrapped(
+    recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None, stored: Quantized | None
+) -> tuple[Any, Setup]:
+    """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
+    if kept is not None and Select.parse(recipe.select).is_scheduled:
+        return wrap(
+            setup, model, recipe.select, None, stored
+        ), setup  # the schedule goes on when the checkpoint is loaded
+    if kept is None:
+        batches, setup = batches_for(setup, model, recipe.select)
+        return wrap(setup, model, recipe.select, batches), setup
+    wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None, stored)
+    record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
+    record.selection = kept
+    record.config["select"] = Select.parse(recipe.select).to_dict()
+    return wrapped, setup
+
+
+def _clear(recipe: Recipe) -> None:
+    """Removes the checkpoints of the run that is written over, so that no later resume can pick one of them up."""
+    if recipe["overwrite_output_dir"] and recipe.output_dir.is_dir() and is_first():
+        old = [p for p in recipe.output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        for path in old:
+            shutil.rmtree(path)
+        if old:
+            note(f"removed the checkpoints of the run before: {', '.join(sorted(p.name for p in old))}")
+
+
+def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:
+    """What the model says to the first held-out prompts; `earlier` answers become the "before"."""
+    tokens = setup.recipe["sample_tokens"]
+    if setup.recipe.trainer != "sft" or not tokens or setup.examples is None:
+        return ()
+    found = []
+    field = setup.recipe["dataset_text_field"]
+    for index in range(min(SAMPLES, len(setup.examples))):
+        pair = prompt_of(setup.examples[index], field)
+        if pair is None:
+            return ()
+        answer = generate(model, setup.tokenizer, pair[0], tokens)
+        if earlier:
+            found.append(Sample(earlier[index].prompt, earlier[index].wanted, earlier[index].before, answer))
+        else:
+            found.append(Sample(show(pair[0]), pair[1].strip(), answer))
+    return tuple(found)
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float]) -> None:
+    folder = recipe.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    setup.tokenizer.save_pretrained(str(folder))
+    command = f"# layerpeft train {folder / 'recipe.yaml'} output_dir={folder}-again\n"
+    (folder / "recipe.yaml").write_text(command + to_yaml(recipe), encoding="utf-8")
+    if setup.labels:
+        (folder / "labels.json").write_text(
+            json.dumps(dict(enumerate(setup.labels)), indent=1) + "\n", encoding="utf-8"
+        )
+    history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+    draw_curve(history, folder / "training_loss.png")
+
+
+def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss over optimizer steps, with the held-out loss where it was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o--")):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    if not axes.lines:
+        note("no loss was logged (logging_steps), so there is no picture of it")
+        return
+    axes.set(xlabel="optimizer step", ylabel="loss", title="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _track(trainer: Any, result: Result) -> None:
+    """Layer table and picture for wandb, where it is the tracker."""
+    if "wandb" not in (trainer.args.report_to or []):
+        return
+    import wandb
+
+    if wandb.run is None:
+        return
+    columns: list[Any] = ["layer", "name", "score", "chosen", "steps", "change"]
+    table = wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in result.report.rows])
+    logged: dict[str, Any] = {"layers/table": table}
+    picture = result.output_dir / "layers.png"
+    if picture.is_file():
+        logged["layers/picture"] = wandb.Image(str(picture))
+    wandb.run.log(logged)
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _tell(recipe: Recipe, result: Result, say: Say) -> None:
+    say("")
+    for key, name in NAMES.items():
+        if key in result.after:
+            say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
+    if not result.after:
+        say("no held-out rows (eval_dataset), so nothing was measured before and after")
+    say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")
+    for sample in result.samples:
+        for title, text in (
+            ("prompt", sample.prompt),
+            ("wanted", sample.wanted),
+            ("before", sample.before),
+            ("after", sample.after),
+        ):
+            say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[:12]))
+    say(f"\n{result.report}")
+    folder = result.output_dir
+    written = [
+        n
+        for n in (
+            "layers.png",
+            "bits.png",
+            "layers.csv",
+            "layerpeft.json",
+            "training_loss.png",
+            "log.jsonl",
+            "recipe.yaml",
+        )
+        if (folder / n).is_file()
+    ]
+    say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
+    say("\nnext:")
+    for line in _next(recipe, result):
+        say(f"  {line}")
+
+
+def _next(recipe: Recipe, result: Result) -> list[str]:
+    """Commands that make sense after this run."""
+    folder = result.output_dir
+    again = folder / "recipe.yaml"
+    if not (folder / "layerpeft.json").is_file():  # plain LoRA on every layer
+        choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
+        return [f"layerpeft compare {again} {choice} --arms random:3,last,all    # are fewer layers enough?"]
+    lines = [f"layerpeft compare {again} --arms random:3,last,all    # is the choice worth anything?"]
+    lines = lines if result.after else []  # without held-out rows there is nothing to compare
+    if any(row.score is not None for row in result.report.rows):
+        lines.append(f"layerpeft score {again}    # the scores alone")
+    extra = ""
+    if recipe.trainer == "classification":
+        extra = f", num_labels={len(json.loads((folder / 'labels.json').read_text(encoding='utf-8')))}"
+    call = f"layerpeft.layer_report(layerpeft.load('{folder}'{extra}))"
+    into = f"layerpeft merge {folder} {folder}-merged    # a full model, for where adapters cannot go"
+    return [*lines, f'python -c "import layerpeft; print({call})"', into]

@@ -1,0 +1,1 @@
+"""What lies on disk beside an adapter, and whether it is whole."""

@@ -1,0 +1,168 @@
+"""The side file `layerpeft.json`: written last, it vouches for every other file of an adapter; and loading with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from layerpeft.errors import Problems, SaveError
+from layerpeft.integrations.files import _digest, _fingerprint, _replace, _version
+from layerpeft.selection.select import Selection
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "layerpeft.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PICTURES = ("layers.csv", "layers.png")
+STATES = tuple(f"layerpeft_{name}.safetensors" for name in ("state", "optimizer", "masters"))
+BITS = "bits.png"
+ADAPTER_FILES = (CONFIG, *WEIGHTS, *STATES, *PICTURES, BITS)
+
+_RESERVED = ("format", "versions", "files", "sha256")
+_PACKAGES = ("layerpeft", "peft", "transformers", "torch")
+
+
+def has_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether this save has already put the adapter's weights there: present, and no older than the last manifest.
+
+    PEFT writes the weights before the config, transformers' own `save_pretrained` after it. In a folder that is saved
+    into again, weights that an existing manifest is newer than come from the save before.
+    """
+    folder = Path(folder)
+    present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not present:
+        return False
+    manifest = folder / MANIFEST
+    newest = max(path.stat().st_mtime_ns for path in present)
+    return not manifest.is_file() or newest >= manifest.stat().st_mtime_ns
+
+
+def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write layerpeft.json, last and whole: record + format, versions, size and SHA-256 of the adapter's files.
+
+    `record` holds method, selection, config and report; more keys are kept as they are. Raises: SaveError when the
+    record is not plain data or the folder holds no complete adapter; an older manifest then stays untouched.
+    """
+    folder = Path(folder)
+    problems = Problems(f"cannot write {folder / MANIFEST}")
+    for key in _RESERVED:
+        if key in record:
+            problems.add(f"the record may not hold {key!r}: it is filled in here")
+    for key in ("method", "selection", "config", "report"):
+        if key not in record:
+            problems.add(f"the record lacks {key!r}")
+    if not (folder / CONFIG).is_file():
+        problems.add(f"{CONFIG} is missing")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        problems.add(f"the weights are missing ({' or '.join(WEIGHTS)})")
+    problems.raise_if_any(SaveError)
+    present = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    payload = {
+        "format": FORMAT,
+        **record,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "files": {name: _fingerprint(folder / name, durable=True) for name in present},
+    }
+    try:
+        plain = json.loads(json.dumps(payload, default=_plain, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SaveError(f"cannot write {folder / MANIFEST}: {error}") from error
+    plain["sha256"] = _digest(plain)
+    newest = max((folder / name).stat().st_mtime_ns for name in present)
+    _replace(folder / MANIFEST, json.dumps(plain, indent=2, allow_nan=False) + "\n", newest)
+
+
+def _plain(value: Any) -> Any:
+    """Sets, enums and paths as plain data. Raises: TypeError for everything else."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{value!r} ({type(value).__name__}) is not plain data")
+
+
+# ---- verifying ------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a complete folder. Raises: SaveError naming every file that is missing, truncated or altered."""
+    folder = Path(folder)
+    manifest = _parse_manifest(folder)
+    problems = Problems(f"{folder} is not the adapter that was saved")
+    if manifest.get("sha256") != _digest(manifest):
+        problems.add(f"{MANIFEST} was altered after it was written")
+    files = manifest.get("files")
+    files = files if isinstance(files, dict) else {}
+    if CONFIG not in files or not any(name in files for name in WEIGHTS):
+        problems.add(f"{MANIFEST} does not list {CONFIG} and the weights")
+    for name, expected in files.items():
+        trouble = _file_trouble(folder, name, expected)
+        if trouble:
+            problems.add(trouble)
+    for name in (CONFIG, *WEIGHTS):
+        if name not in files and (folder / name).exists():
+            problems.add(f"{name} is there but {MANIFEST} does not list it: it was added later")
+    problems.raise_if_any(SaveError)
+    return manifest
+
+
+def selection_of(folder: str | os.PathLike[str]) -> Selection:
+    """The choice of layers that a saved folder records. Raises: SaveError when it is damaged or holds none."""
+    selection = read_manifest(folder)["selection"]
+    if selection is None:
+        raise SaveError(f"{folder} was saved before its layers were chosen, so it records no choice")
+    return Selection.from_dict(selection)
+
+
+def _parse_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it stands, after its format is checked."""
+    if not folder.is_dir():
+        raise SaveError(f"{folder} is not a folder")
+    path = folder / MANIFEST
+    if not path.is_file():
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        if inside and not (folder / CONFIG).exists():
+            raise SaveError(f"{folder} holds adapters in folders of their own; name one of them: {', '.join(inside)}")
+        raise SaveError(
+            f"{folder} has no {MANIFEST}: it was not saved by layerpeft, or saving was cut short. To load it all the "
+            f"same, unchecked and without the record: peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON, bad UTF-8
+        raise SaveError(f"{path} is truncated or altered: {error}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise SaveError(f"{path} is truncated or altered: it does not say its format")
+    if found > FORMAT:
+        raise SaveError(
+            f"{path} has format {found} and this version of layerpeft reads up to {FORMAT}: it was written by a newer "
+            "one (pip install --upgrade layerpeft)"
+        )
+    return manifest
+
+
+def _file_trouble(folder: Path, name: str, expected: Any) -> str | None:
+    """What is wrong with one listed file, or None."""
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        return f"{MANIFEST} lists {name!r}, which is not a file of this folder"
+    path = folder / name
+    if not isinstance(expected, dict) or not isinstance(expected.get("size"), int):
+        return f"{MANIFEST} does not say the size of {name}"
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size < expected["size"]:
+        return f"{name} is truncated: {size:,} bytes of {expected['size']:,}"
+    if size != expected["size"] or _fingerprint(path) != expected:
+        return f"{name} was altered (size or SHA-256 differs)"
+    return None

@@ -1,0 +1,107 @@
+"""Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import SelectionError
+from layerpeft.integrations import distributed
+from layerpeft.model.layers import LayerMap, Target, layer_map
+from layerpeft.model.targets import Names, exclusions, match_targets
+from layerpeft.selection import plugins
+from layerpeft.selection.grammar import how_many, layer_numbers
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.scoring import Batches, _default_names, _score
+from layerpeft.selection.select import PICKS, Select, Selection, options_of
+
+
+def choose(
+    model: nn.Module,
+    select: Any,
+    *,
+    batches: Batches | None = None,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    target_parameters: list[str] | None = None,
+    progress: bool = True,
+) -> Selection:
+    """The layers that `select` means in this model. In several processes the first one's choice is everybody's.
+
+    Raises: SelectionError when batches are needed and none are given, or when nothing can be chosen as asked.
+    """
+    select = Select.parse(select)
+    layers = layer_map(model, select.stack)
+    names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
+    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
+    return choose_among(model, select, layers, targets, batches, progress)
+
+
+def choose_among(
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    batches: Batches | None = None,
+    progress: bool = True,
+) -> Selection:
+    """The choice among targets that are known already. Raises: as `choose`."""
+    if select.by == "depth" and select.keep is None:
+        return make_selection(select, layers, targets, None)
+    scores = select.by if isinstance(select.by, Scores) else _score(model, select, layers, targets, batches, progress)
+    return distributed.from_first(make_selection(select, layers, targets, scores))
+
+
+def candidates(select: Select, layers: LayerMap, targets: tuple[Target, ...]) -> list[int]:
+    """Layers that may be chosen: those of the grammar that are not excluded and hold a target.
+
+    Raises: SelectionError when none is left.
+    """
+    allowed = set(layer_numbers(select.layers, len(layers)))
+    if select.exclude is not None:
+        allowed -= set(layer_numbers(select.exclude, len(layers)))
+    holding = {t.layer for t in targets}
+    found = sorted(allowed & holding)
+    if not found:
+        raise SelectionError(
+            f"no layer is left to choose from: layers={select.layers!r} without exclude={select.exclude!r}, "
+            f"of the {len(holding)} layers that hold a target"
+        )
+    return found
+
+
+def make_selection(select: Select, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None) -> Selection:
+    """Applies the rule to the scores of the candidates (None: takes all of them).
+
+    Raises: ScoreError for scores of another architecture; SelectionError for a rule that cannot be met.
+    """
+    among = candidates(select, layers, targets)
+    chosen = among
+    if scores is not None:
+        scores.check(layers)
+        keep = how_many(select.keep, len(among))
+        rule = plugins.get(PICKS, select.rule)
+        picked = rule.pick([scores.values[i] for i in among], keep, select.seed, options_of(select, PICKS))
+        chosen = sorted(among[i] for i in picked)
+    return Selection(
+        layers=tuple(chosen),
+        targets=tuple(t.name for t in targets if t.layer in set(chosen)),
+        num_layers=len(layers),
+        layer_names=tuple(layer.name for layer in layers.layers),
+        stack=layers.stack,
+        fingerprint=layers.fingerprint,
+        why=_why(select, scores, len(chosen), len(layers)),
+        scores=scores,
+        select={k: v for k, v in select.to_dict().items() if k != "by"} | {"by": scores.by if scores else "depth"},
+    )
+
+
+def _why(select: Select, scores: Scores | None, chosen: int, count: int) -> str:
+    if scores is None:
+        return f"{chosen} of {count} layers, by place: {select.layers!r}" + (
+            f" without {select.exclude!r}" if select.exclude is not None else ""
+        )
+    batches = scores.origin.get("num_batches")
+    data = f", {batches} batch{'es' if batches != 1 else ''}" if batches else ""
+    return f"{chosen} of {count} layers, by {scores.by} (pick: {select.rule}{data})"

@@ -1,0 +1,362 @@
+"""The gradient probe: what the gradient of a frozen weight is, without ever making it.
+
+A linear `y = x Wᵀ` gets a tap on its output that changes nothing. In the backward pass the tap sees `∂loss/∂y` and `x`, and
+takes the sketch `Ωᵀ G` of the weight gradient `G = (∂loss/∂y)ᵀ x`, shape (k, in), with `Ω` (out, k) Gaussian, from which `‖G‖²` is
+estimated without bias. Nothing is a Parameter, so no optimizer, clipping norm, trainable count or file ever meets it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from layerpeft.errors import ScoreError
+from layerpeft.model.layers import Target, find_module
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+Key = tuple[str, int]  # target name, expert (0 where there are none)
+TapFunction = Callable[[torch.Tensor, torch.Tensor, "Mapping[Key, Any]"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Estimates `‖G‖²` from 2k Gaussian directions, drawn afresh for every batch from (seed, target, batch).
+
+    The first k find G's row space, in which the energy is then taken exactly; the other k estimate what lies outside it. Unbiased
+    like the plain estimate `‖ΩᵀG‖²/k`, with a fraction of its spread, since gradients have few strong directions (the idea
+    of Hutch++, arXiv 2010.09649, applied to `tr(G Gᵀ)`).
+    """
+
+    k: int = 8
+    seed: int = 0
+
+    def omega(self, key: str, batch: object, out: int, like: torch.Tensor) -> torch.Tensor:
+        """Ω of shape (out, k), equal on every device and in every process."""
+        digest = hashlib.sha256(f"{self.seed}|{key}|{batch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(out, self.k, generator=generator).to(device=like.device, dtype=like.dtype)
+
+    def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, out), (tokens, in) -> an estimate of `‖gyᵀ x‖²`, a scalar."""
+        both = torch.cat(
+            [self.omega(key, batch, gy.shape[1], gy), self.omega(key, f"{batch} rest", gy.shape[1], gy)], 1
+        )
+        sketch = ((gy @ both).T @ x).float()  # (2k, in)
+        basis = torch.linalg.qr(sketch[: self.k].T)[0]  # (in, k) orthonormal
+        inside = (gy.T @ (x @ basis.to(x.dtype))).float()  # (out, k): G in the basis
+        rest = sketch[self.k :]
+        outside = rest - (rest @ basis) @ basis.T
+        return _square(inside) + _square(outside) / self.k
+
+    def running(self, key: str, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(k, in): a share of ΩᵀG/√k with one Ω for all batches, so that shares of several batches may be added."""
+        return ((gy @ self.omega(key, "all", gy.shape[1], gy)).T @ x).float() / self.k**0.5
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Forms the gradient of one target at a time, and lets go of it at once."""
+
+    def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, out), (tokens, in) -> `‖gyᵀ x‖²`, a scalar."""
+        return _square((gy.T @ x).float())
+
+
+@dataclass
+class _Slot:
+    """Running state, within one batch, of one weight: a target, or one expert of a target."""
+
+    calls: int = 0
+    seen: int = 0
+    waiting: Pairs = field(default_factory=list)
+
+
+class Probe:
+    """Taps on the outputs of targets; adds up `‖G_b‖²` over batches (with `signal`, sketches of G itself).
+
+    State is real here: hooks are on the model between `attach` and `detach`. A batch counts once `next_batch` closes it; one
+    with a gradient that is not finite is left out if `skip_bad` (a loss scaler skips that step, too). Where it is known by what
+    the loss of every batch was multiplied on its way (accumulation, a loss scaler), that is divided out.
+    Raises: ScoreError for `signal` without a sketch, since that would hold every full gradient at once.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, Target], how: Sketch | Exact, *, signal: bool = False, skip_bad: bool = False
+    ) -> None:
+        if signal and not isinstance(how, Sketch):
+            raise ScoreError("signal: true adds gradients up over batches and cannot be exact without holding them all")
+        self.targets, self.how, self.signal, self.skip_bad = dict(targets), how, signal, skip_bad
+        self._fresh: dict[Key, torch.Tensor] = {}  # of the running batch: ‖G‖², or ΩᵀG
+        self._as_it_came: dict[Key, torch.Tensor] = {}
+        self._unscaled: dict[Key, torch.Tensor] = {}
+        self.scales_known = True
+        self.reached: set[str] = set()
+        self.batches = 0
+        self._slots: dict[Key, _Slot] = {}
+        self._backward_began = False
+        self._anchor: torch.Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Puts the hooks on. Raises: ScoreError for targets of a kind whose gradient cannot be tapped."""
+        self._handles += attach_taps(model, self.targets.values(), self.tap)
+
+    def detach(self) -> None:
+        """Takes every hook off; what was measured stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._anchor = None
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Closes the running batch, if its backward pass has begun, and opens the next one.
+
+        `scale`: by what the batch's own loss was multiplied before its backward pass, where that is known.
+        """
+        if self._backward_began:
+            for key, slot in self._slots.items():
+                if slot.waiting:
+                    self._count(key, slot.waiting)
+            if not self.skip_bad or all(bool(torch.isfinite(v).all()) for v in self._fresh.values()):
+                factor = 1.0 if scale is None else 1 / scale if self.signal else 1 / scale**2
+                self.scales_known &= scale is not None
+                for key, part in self._fresh.items():
+                    _add(self._as_it_came, key, part)
+                    _add(self._unscaled, key, part * factor)
+                self.batches += 1
+        self._fresh = {}
+        self._slots.clear()
+        self._backward_began = False
+
+    def sums(self, *, unscaled: bool | None = None) -> dict[str, float]:
+        """Per target: the sum over batches of `‖G_b‖²`; with `signal`, `‖Σ over batches of G_b‖²`.
+
+        `unscaled`: with the losses' scales divided out (None: where all are known).
+        """
+        found: dict[str, float] = {}
+        parts = self._unscaled if (self.scales_known if unscaled is None else unscaled) else self._as_it_came
+        for (name, _), part in parts.items():
+            found[name] = found.get(name, 0.0) + float(_square(part) if self.signal else part)
+        return found
+
+    def tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
+        """`y` (…, out) unchanged, with a tap in its graph; x (…, in); `keys` says which rows went through which weight."""
+        if not self._backward_began:
+            for key in keys:
+                self._slots.setdefault(key, _Slot()).calls += 1
+        if not torch.is_grad_enabled() or not y.is_floating_point():
+            return y
+        if self._anchor is None or self._anchor.device != y.device:
+            # An input that requires a gradient, so that the tap is called although everything below it is frozen.
+            self._anchor = torch.zeros((), device=y.device, requires_grad=True)
+
+        def observe(gy: torch.Tensor, xs: torch.Tensor) -> None:
+            gy, xs = _flat(gy), _flat(xs)
+            for key, rows in keys.items():
+                self._observe(key, gy if rows is None else gy[rows], xs if rows is None else xs[rows])
+
+        return tapped(y, x, self._anchor, observe)
+
+    def _observe(self, key: Key, gy: torch.Tensor, x: torch.Tensor) -> None:
+        self._backward_began = True
+        slot = self._slots.setdefault(key, _Slot())
+        slot.seen += 1
+        self.reached.add(key[0])
+        # Where several calls share a weight, their gradients must be added before the norm is taken: the pairs wait for the last.
+        slot.waiting.append((gy, x))
+        if slot.seen >= slot.calls:
+            self._count(key, slot.waiting)
+            slot.waiting = []
+
+    def _count(self, key: Key, pairs: Pairs) -> None:
+        name, expert = key
+        gy = torch.cat([g for g, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
+        x = torch.cat([v for _, v in pairs]) if len(pairs) > 1 else pairs[0][1]
+        low = gy.dtype == x.dtype == torch.bfloat16
+        common = torch.bfloat16 if low else torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
+        gy, x = gy.to(common), x.to(common)
+        label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
+        if self.signal:
+            assert isinstance(self.how, Sketch)
+            _add(self._fresh, key, self.how.running(label, gy, x))
+        else:
+            _add(self._fresh, key, self.how.energy(label, self.batches, gy, x))
+
+
+def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
+    sums[key] = sums[key] + part if key in sums else part
+
+
+def _square(t: torch.Tensor) -> torch.Tensor:
+    return t.square().sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def tapped(y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, observe: Callable) -> torch.Tensor:
+    """`y` with a tap that hands (∂loss/∂y, x) to `observe` in the backward pass, which `anchor` makes sure of."""
+    return _Tap.apply(y, x, anchor, observe)  # type: ignore[return-value]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward hands (∂loss/∂y, x) to an observer and passes the gradient on untouched."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, observe: Callable) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.observe = observe
+        return y.data  # not a view: the model may go on to change its output in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.observe(grads[0].detach(), x.detach())
+        return grads[0], None, None, None
+
+
+class _ExpertTaps(TorchFunctionMode):
+    """Follows 3-D expert weights through an experts module's forward, and taps the matmuls that use them.
+
+    Known forms: a slice per expert in `F.linear`, gathered weights in `torch.bmm`, and the grouped matmul. Any other use of
+    an expert weight is an error: a gradient that cannot be seen is never scored as zero.
+    """
+
+    def __init__(self, tap: TapFunction, owner: nn.Module, held: list[Target]) -> None:
+        super().__init__()
+        self.tap = tap
+        self.weights = {id(getattr(owner, t.name.rpartition(".")[2])): t.name for t in held}
+        self.known: dict[int, tuple[torch.Tensor, str, Any]] = {}
+        self.depth = 0
+
+    def start(self) -> None:
+        if self.depth == 0:
+            self.__enter__()
+        self.depth += 1
+
+    def stop(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.__exit__(None, None, None)
+            self.known.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = next((f for a in (*args, *kwargs.values()) if (f := self._of(a)) is not None), None)
+        kind = getattr(func, "__name__", str(func))
+        result = func(*args, **kwargs)
+        if found is None or not isinstance(result, torch.Tensor):
+            return result
+        name, which = found
+        if kind == "__getitem__" and which is None:
+            return self._derive(result, name, args[1])
+        if kind in _RESHAPES or (kind == "__get__" and result.dim() >= 2):
+            return self._derive(result, name, which)
+        if kind in ("linear", "matmul", "mm", "__matmul__") and _is_one(which):
+            return self.tap(result, args[0], {(name, int(which)): None})
+        if kind == "bmm" and which is not None:
+            return self._tap_gathered(name, which, args, result)
+        if "grouped_mm" in f"{kind} {func}":
+            return self._tap_grouped(name, kwargs["offs"] if "offs" in kwargs else args[2], args[0], result)
+        raise ScoreError(
+            f"the experts of {name!r} use their weight in a way that cannot be watched ({kind}); leave the experts out "
+            "of target_parameters, or load the model with experts_implementation='grouped_mm' or 'eager'"
+        )
+
+    def _of(self, value: Any) -> tuple[str, Any] | None:
+        """(target, which experts) of a tensor that is, or was made from, a watched weight."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if id(value) in self.weights:
+            return self.weights[id(value)], None
+        known = self.known.get(id(value))
+        return known[1:] if known else None
+
+    def _derive(self, result: torch.Tensor, name: str, which: Any) -> torch.Tensor:
+        self.known[id(result)] = (result, name, which)  # holding the tensor keeps its id from being reused
+        return result
+
+    def _tap_gathered(self, name: str, which: torch.Tensor, args: Any, y: torch.Tensor) -> torch.Tensor:
+        x = args[1] if self._of(args[0]) is not None else args[0]
+        owner = which.reshape(-1)
+        keys = {(name, e): owner == e for e in owner.unique().tolist()}
+        return self.tap(y.flatten(1), x.flatten(1), keys).view_as(y)
+
+    def _tap_grouped(self, name: str, offs: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ends = [0, *offs.tolist()]
+        keys = {(name, e): slice(a, b) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a}
+        return self.tap(y, x, keys)
+
+
+_RESHAPES = frozenset({"transpose", "t", "mT", "T", "to", "contiguous", "float", "bfloat16", "half", "detach"})
+
+
+def _is_one(which: Any) -> bool:
+    return isinstance(which, int) or (
+        isinstance(which, torch.Tensor) and which.numel() == 1 and which.dtype != torch.bool
+    )
+
+
+def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -> list[RemovableHandle]:
+    """Hooks that hand every use of the targets' weights to `tap(y, x, keys)` and put its result in the place of `y`.
+
+    `keys` maps (target, expert) to the rows that went through that weight (None: all of them).
+    Raises: ScoreError for kinds of target that have no such use (convolutions).
+    """
+    targets = list(targets)
+    unfit = [t.name for t in targets if t.kind not in ("linear", "conv1d", "experts")]
+    if unfit:
+        raise ScoreError(
+            f"this score is measured on linear layers, Conv1D and experts; not on {', '.join(unfit[:6])}. "
+            "Leave them out of target_modules, or choose by another scorer."
+        )
+    handles: list[RemovableHandle] = []
+    experts: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.kind == "experts":
+            experts.setdefault(target.name.rpartition(".")[0], []).append(target)
+        else:
+            # first of all hooks, so that it sees the product itself and not what another hook makes of it
+            module = find_module(model, target.name)
+            handles.append(module.register_forward_hook(_linear_hook(target.name, tap), prepend=True, with_kwargs=True))
+    for owner, held in experts.items():
+        handles += _expert_hooks(find_module(model, owner), held, tap)
+    return handles
+
+
+def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
+    def hook(
+        _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], y: torch.Tensor
+    ) -> Any:
+        return tap(y, args[0] if args else kwargs["input"], {(name, 0): None})
+
+    return _eager(hook)
+
+
+def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> list[RemovableHandle]:
+    mode = _ExpertTaps(tap, owner, held)
+
+    def enter(*_: Any) -> None:
+        mode.start()
+
+    def leave(*_: Any) -> None:
+        mode.stop()
+
+    return [
+        owner.register_forward_pre_hook(_eager(enter)),
+        owner.register_forward_hook(_eager(leave), always_call=True),
+    ]
+
+
+def _eager(function: Any) -> Any:
+    """The function, kept out of compiled graphs: what it writes down would be lost there."""
+    return torch.compiler.disable(function)

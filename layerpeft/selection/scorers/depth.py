@@ -1,0 +1,22 @@
+"""The layer's place: higher is closer to the output. LayRA is `first:10+last:2`, Telly `last:4`, LED `first:25%`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerpeft.selection.scoring import Measured, Request
+
+
+@dataclass(frozen=True)
+class Options:
+    """No options; the layer grammar (`layers`, `exclude`) says it all."""
+
+
+def needs(options: Options) -> str:
+    """Nothing: no weight is read, no batch is run."""
+    return "nothing"
+
+
+def score(request: Request, options: Options) -> Measured:
+    """The layer's index."""
+    return Measured(tuple(float(i) for i in range(len(request.layers))))

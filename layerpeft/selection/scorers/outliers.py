@@ -1,0 +1,144 @@
+"""Layer outlier distribution (OWL, arXiv 2310.05175; OwLore, arXiv 2405.18380): how much of a layer stands far above its mean.
+
+`D_l = 100 · count(A > M · mean(A)) / numel`, in percent, over all weights of the layer's targets, with `A_ij = ‖X_j‖₂ · |W_ij|`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerpeft.errors import ScoreError
+from layerpeft.model.layers import Target
+from layerpeft.model.targets import is_routed
+from layerpeft.model.weights import weight_slices
+from layerpeft.selection.probe import Key, attach_taps
+from layerpeft.selection.scoring import Measured, Request
+
+
+@dataclass(frozen=True)
+class Options:
+    """`M`: how many times the mean counts as an outlier. `activations: false`: `A = |W|`, no data needed."""
+
+    M: float = 13.0
+    activations: bool = True
+
+
+def needs(options: Options) -> str:
+    """Forward passes over batches; the weights alone with `activations: false`."""
+    return "forward" if options.activations else "weights"
+
+
+def score(request: Request, options: Options) -> Measured:
+    """The weight-only form, `A = |W|`."""
+    return _ratios(request, options, None)
+
+
+def start(request: Request, options: Options) -> InputNorms:
+    """Begins the measurement of `‖X_j‖₂`, the norms of the input features of every target."""
+    return InputNorms(request, options)
+
+
+class InputNorms:
+    """Running sums of squares of each target's input features, one vector (in,) per target (and expert)."""
+
+    def __init__(self, request: Request, options: Options) -> None:
+        self.request, self.options = request, options
+        self.squares: dict[Key, torch.Tensor] = {}
+        self.batches = 0
+        self._handles: list[Any] = []
+        self._running = False
+
+    def attach(self) -> None:
+        """Puts the hooks on."""
+        self._handles = attach_taps(self.request.model, self.request.targets, self._tap)
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Counts the batch, if anything came through."""
+        self.batches += self._running
+        self._running = False
+
+    def detach(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Sums the squares over processes, in the order of the targets."""
+        for target in self.request.targets:
+            experts = range(target.shape[0]) if target.kind == "experts" else range(1)
+            for expert in experts:
+                mine = self.squares.get((target.name, expert))
+                if mine is None:
+                    mine = torch.zeros(target.shape[-1], dtype=torch.float64)
+                self.squares[target.name, expert] = add(mine)
+
+    def result(self) -> Measured:
+        """Outlier shares per layer. Raises: ScoreError when a target saw no input."""
+        seen = {name for name, _ in self.squares}
+        unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
+        if unseen:
+            raise ScoreError(
+                f"{len(unseen)} target(s) were never called: {', '.join(unseen[:4])}{' …' if len(unseen) > 4 else ''}. "
+                "Leave them out of target_modules, or score the weights alone with activations: false."
+            )
+        return _ratios(self.request, self.options, self.squares)
+
+    def _tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
+        self._running = True
+        with torch.no_grad():
+            flat = x.detach().reshape(-1, x.shape[-1])
+            for key, rows in keys.items():
+                part = (flat if rows is None else flat[rows]).float().square().sum(0, dtype=_wide(x))
+                self.squares[key] = self.squares[key] + part if key in self.squares else part
+        return y
+
+
+def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tensor] | None) -> Measured:
+    values, highest = [], 0.0
+    parts: dict[str, float] = {}
+    for layer in range(len(request.layers)):
+        targets = [t for t in request.targets if t.layer == layer]
+        if not targets:
+            values.append(0.0)
+            continue
+        total, count = 0.0, 0
+        for _, block in _blocks(request, targets, squares):
+            total += float(block.sum(dtype=_wide(block)))
+            count += block.numel()
+        mean = total / count
+        above: dict[str, int] = {t.name: 0 for t in targets}
+        for name, block in _blocks(request, targets, squares):
+            above[name] += int((block > options.M * mean).sum())
+            highest = max(highest, float(block.max()) / mean if mean else 0.0)
+        values.append(100.0 * sum(above.values()) / count)
+        parts |= {t.name: 100.0 * above[t.name] / t.params for t in targets}
+    if not any(values):
+        lower = next((m for m in (10, 7, 5, 4, 3, 2) if m < min(highest, options.M)), round(0.8 * highest, 2))
+        raise ScoreError(
+            f"no weight of any layer is an outlier at M = {options.M:g}: the largest is {highest:.1f} times its layer's mean. "
+            f"Lower it, for example M: {lower}."
+        )
+    return Measured(tuple(values), parts)
+
+
+def _blocks(
+    request: Request, targets: list[Target], squares: Mapping[Key, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`A` in pieces of some rows (rows, in): no target is ever copied whole, and no layer is concatenated."""
+    for target in targets:
+        for expert, rows in weight_slices(request.model, target):
+            block = rows.abs()
+            if squares is not None:
+                square = squares.get((target.name, expert))
+                norms = torch.zeros(rows.shape[-1]) if square is None else square.sqrt()
+                block = block * norms.to(device=block.device, dtype=block.dtype)
+            yield target.name, block
+
+
+def _wide(t: torch.Tensor) -> torch.dtype:
+    return torch.float32 if t.device.type == "mps" else torch.float64

@@ -1,0 +1,116 @@
+"""How far the model's output moves when one layer alone is rounded: KL(as it is ‖ with the layer rounded), in nats per token.
+
+The tokens are those with a label, or without labels those that are not padding. For every layer this takes one forward pass
+over every batch, in evaluation mode and without gradients, after one with the model as it is; the weights themselves are put
+back each time. A measured loss, where the other scorers' are guesses, but it still takes one layer at a time: what two
+rounded layers do together is not in it. In a 16-bit model every value also holds some 1e-4 nats that any change makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import ScoreError
+from layerpeft.model.evaluating import evaluating
+from layerpeft.model.precisions import Storage
+from layerpeft.model.rounding import check_roundable, divergences, per_token
+from layerpeft.selection.scorers.quantization_error import rounding_precision
+from layerpeft.selection.scoring import Measured, Request
+
+OF_WHOLE = True  # of all of a layer's weights together
+
+
+@dataclass(frozen=True)
+class Options:
+    """`precision`: a name or bits, HQQ's with a scale for `group_size` weights, bitsandbytes' 4-bit scales with `double_quant`."""
+
+    precision: str | int = "nf4"
+    group_size: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", rounding_precision(self.precision))
+
+
+def needs(options: Options) -> str:
+    """Forward passes over batches; those with rounded layers it runs by itself."""
+    return "forward"
+
+
+def start(request: Request, options: Options) -> Divergence:
+    """Begins a measurement. Raises: ScoreError for experts in 3-D tensors; ConfigError for what else cannot be rounded."""
+    return Divergence(request, options)
+
+
+class Divergence:
+    """The running measurement: remembers a batch's inputs, and runs it again with each layer rounded once it is complete."""
+
+    def __init__(self, request: Request, options: Options) -> None:
+        unfit = [t.name for t in request.targets if t.kind not in ("linear", "conv1d")]
+        if unfit:
+            raise ScoreError(
+                f"output_kl rounds linears and Conv1D; not {', '.join(unfit[:6])}. Leave them out of target_modules and "
+                "target_parameters, or choose by quantization_error."
+            )
+        self.request = request
+        self.batches = 0
+        self._storage = Storage(options.group_size, options.double_quant)
+        self._layers = sorted({t.layer for t in request.targets})
+        self._assignments = [
+            {t.name: str(options.precision) for t in request.targets if t.layer == layer} for layer in self._layers
+        ]
+        check_roundable(request.model, {k: v for a in self._assignments for k, v in a.items()}, self._storage)
+        self._model = request.outer or request.model
+        self._sums = [0.0] * len(self._layers)
+        self._tokens = 0.0
+        self._seen: tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None] | None = None
+        self._handle: Any = None
+
+    def attach(self) -> None:
+        """Puts the hook on, before all others."""
+        see: Any = torch.compiler.disable(self._see)  # what hooks write down would be lost in compiled graphs
+        self._handle = self._model.register_forward_hook(see, with_kwargs=True, prepend=True)
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Runs the batch that came through with each layer rounded; its loss does not matter, so its scale does not."""
+        if self._seen is None:
+            return
+        (args, kwargs, dtype), self._seen = self._seen, None
+        hooked = self._handle is not None
+        self.detach()  # its own passes are none of training's
+        with evaluating(self._model, dtype):
+            found, tokens = divergences(
+                lambda: self._model(*args, **kwargs), self.request.model, kwargs, self._assignments, self._storage
+            )
+        if hooked:
+            self.attach()
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
+        self._tokens += tokens
+        self.batches += 1
+
+    def detach(self) -> None:
+        """Takes the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Sums divergences and tokens over processes."""
+        *self._sums, self._tokens = add(torch.tensor([*self._sums, self._tokens], dtype=torch.float64)).tolist()
+
+    def result(self) -> Measured:
+        """Nats per token by layer; 0 for layers without targets. Raises: ScoreError when no token counted."""
+        found = dict(zip(self._layers, per_token(self._sums, self._tokens), strict=True))
+        if not any(found.values()):
+            raise ScoreError("rounding any one layer changes nothing in the output; choose by another scorer")
+        return Measured(tuple(found.get(i, 0.0) for i in range(len(self.request.layers))))
+
+    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        kind = next((p.device.type for p in self._model.parameters()), "cpu")
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._seen = args, {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}, dtype

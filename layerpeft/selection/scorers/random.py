@@ -1,0 +1,24 @@
+"""Uniform random numbers: the control arm that every other criterion has to beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from layerpeft.selection.scoring import Measured, Request
+
+
+@dataclass(frozen=True)
+class Options:
+    """No options; `seed` makes another draw."""
+
+
+def needs(options: Options) -> str:
+    """Nothing: no weight is read, no batch is run."""
+    return "nothing"
+
+
+def score(request: Request, options: Options) -> Measured:
+    """One draw from (0, 1] per layer, from a generator of its own."""
+    generator = random.Random(f"layerpeft random {request.seed}")
+    return Measured(tuple(1.0 - generator.random() for _ in range(len(request.layers))))

@@ -1,0 +1,112 @@
+"""`Scores`: one finite number per layer, where it came from, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from layerpeft.errors import Problems, ScoreError
+from layerpeft.model.layers import LayerMap
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One finite number per layer of a stack; higher means "train this first".
+
+    `targets` holds the parts a layer's number was made from (same unit as the scorer documents), `fingerprint` the
+    architecture it belongs to.
+    """
+
+    values: tuple[float, ...]
+    by: str
+    fingerprint: str
+    stack: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = [i for i, v in enumerate(self.values) if not math.isfinite(v)]
+        if bad:
+            raise ScoreError(
+                f"{self.by}: the score is not finite for layer(s) {', '.join(map(str, bad))}. "
+                "Look for overflow (fp16 without a loss scaler) or batches whose labels are all ignored."
+            )
+
+    def ranked(self) -> tuple[int, ...]:
+        """Layer indices, best first; ties by index."""
+        return tuple(sorted(range(len(self.values)), key=lambda i: (-self.values[i], i)))
+
+    def check(self, layers: LayerMap) -> None:
+        """Raises: ScoreError when these scores were made on another architecture or another stack."""
+        problems = Problems(f"these {self.by} scores do not belong to this model")
+        if len(self.values) != len(layers):
+            problems.add(f"they hold {len(self.values)} layers, the stack {layers.stack!r} has {len(layers)}")
+        elif self.stack != layers.stack:
+            problems.add(f"they were made on the stack {self.stack!r}, the choice is in {layers.stack!r}")
+        elif self.fingerprint != layers.fingerprint:
+            made_on = self.origin.get("model_type", "another model")
+            problems.add(
+                f"they were made on {made_on!r}: names or shapes of its targets differ from {layers.model_type!r}"
+            )
+        problems.raise_if_any(ScoreError)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "values": list(self.values)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """Raises: ScoreError when keys are missing, or the format is newer than this version reads."""
+        given = dict(data)
+        if given.pop("format", None) != FORMAT:
+            raise ScoreError(f"not a scores file of format {FORMAT} (found {data.get('format')!r})")
+        missing = {"values", "by", "fingerprint", "stack"} - set(given)
+        if missing:
+            raise ScoreError(f"a scores file needs the keys {', '.join(sorted(missing))}")
+        given["values"] = tuple(float(v) for v in given["values"])
+        return cls(**{k: v for k, v in given.items() if k in cls.__dataclass_fields__})
+
+    def save(self, path: str | Path) -> None:
+        """Writes the scores as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Reads a JSON file of `save`, or the scores inside a `layerpeft.json`.
+
+        Raises: ScoreError when the file is missing, no JSON, or holds no scores.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ScoreError(f"no scores file at {path}: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ScoreError(f"{path} is no JSON: {error}") from error
+        if isinstance(data, dict) and isinstance(data.get("selection"), dict):
+            data = data["selection"].get("scores")
+        if not isinstance(data, dict):
+            raise ScoreError(f"{path} holds no scores")
+        return cls.from_dict(data)
+
+
+def origin_of(layers: LayerMap, **extra: Any) -> dict[str, Any]:
+    """What a score file says of its making: model type, package versions, and the caller's extras."""
+    return {
+        "model_type": layers.model_type,
+        **{p: _version(p) for p in ("layerpeft", "torch", "transformers")},
+        **extra,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,248 @@
+"""Scores of layers: what a scorer is given and gives back, and the batches that are run through the model for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from layerpeft.errors import ScoreError, SelectionError
+from layerpeft.integrations import distributed
+from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.losses import loss_of
+from layerpeft.integrations.peft import default_targets
+from layerpeft.model.evaluating import _untouched, to_model
+from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
+from layerpeft.model.targets import Names, exclusions, match_targets, measured_for
+from layerpeft.selection import plugins
+from layerpeft.selection.draws import window_seed
+from layerpeft.selection.scores import Scores, origin_of
+from layerpeft.selection.select import DEFAULT_BATCHES, SCORERS, Select, options_of
+
+Batches = Iterable[Any]
+
+
+def score_layers(
+    model: nn.Module,
+    by: str = "gradient_norm",
+    *,
+    batches: Batches | None = None,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    target_parameters: list[str] | None = None,
+    num_batches: int = DEFAULT_BATCHES,
+    seed: int = 0,
+    stack: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Scores:
+    """One score per layer; the model is left as it was found (weights, gradients, modes, hooks, random state).
+
+    `batches`: any iterable of model inputs with labels; the first `num_batches` are used. `target_modules` as in LoRA: None
+    means PEFT's default for the model type, or "all-linear" where PEFT has none. `options` are the scorer's own.
+    Raises: ScoreError, SelectionError, LayerMapError.
+    """
+    select = Select.parse({"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, **options})
+    layers = layer_map(model, select.stack)
+    names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
+    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
+    return _score(model, select, layers, targets, batches, progress)
+
+
+def needs_batches(select: Select) -> bool:
+    """Whether the scorer watches batches go through the model."""
+    return isinstance(select.by, str) and needs(select) in ("forward", "backward")
+
+
+def live_only(select: Select) -> bool:
+    """Whether the scorer watches training itself, and cannot score a model before it."""
+    return isinstance(select.by, str) and bool(getattr(plugins.get(SCORERS, select.by), "LIVE_ONLY", False))
+
+
+def needs(select: Select) -> str:
+    """What the scorer needs: "nothing", "weights", "forward" or "backward"."""
+    if not isinstance(select.by, str):
+        return "nothing"
+    return plugins.get(SCORERS, select.by).needs(options_of(select, SCORERS))
+
+
+def start(
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    *,
+    live: bool = False,
+    before: tuple[float | None, ...] = (),
+    seed: int | None = None,
+) -> Measurement:
+    """A measurement that waits for batches (`live`: those of training itself); `before`: what is known of the layers by now."""
+    among = measured_for(layers, targets)
+    request = Request(base_of(model), layers, among, select.seed if seed is None else seed, live, before, model)
+    return plugins.get(SCORERS, str(select.by)).start(request, options_of(select, SCORERS))
+
+
+def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batches: int) -> Scores:
+    """The measured numbers with all that says where they came from."""
+    options = options_of(select, SCORERS)
+    plain = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
+    return Scores(
+        tuple(math.nan if v is None else v for v in measured.values),  # a layer that was not seen is an error here
+        by=str(select.by),
+        fingerprint=layers.fingerprint,
+        stack=layers.stack,
+        options=plain,
+        targets=dict(measured.targets),
+        origin=origin_of(layers, seed=select.seed, num_batches=num_batches),
+    )
+
+
+def measure(model: nn.Module, select: Select, targets: tuple[Target, ...], window: int = 0) -> Measured:
+    """What a scorer that needs no batches says of the model as it is now; `window` gives random ones another seed."""
+    layers = layer_map(model, select.stack)
+    request = Request(base_of(model), layers, measured_for(layers, targets), window_seed(select.seed, window))
+    return plugins.get(SCORERS, str(select.by)).score(request, options_of(select, SCORERS))
+
+
+def score_targets(model: nn.Module, select: Select, targets: tuple[Target, ...], batches: Batches) -> Scores:
+    """The scores of `select` over targets that are known already. Raises: ScoreError."""
+    return _score(model, select, layer_map(model, select.stack), targets, batches, True)
+
+
+def _default_names(layers: LayerMap) -> Names:
+    return default_targets(layers.model_type) or "all-linear"
+
+
+def _score(
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    batches: Batches | None,
+    progress: bool,
+) -> Scores:
+    scorer = plugins.get(SCORERS, str(select.by))
+    if getattr(scorer, "LIVE_ONLY", False):
+        raise ScoreError(
+            f"by: {select.by} is measured on adapters while they train, and cannot be measured beforehand; write it with "
+            "reselect_steps and let a trainer measure it, or choose by gradient_norm"
+        )
+    options = options_of(select, SCORERS)
+    needed = scorer.needs(options)
+    if needed in ("nothing", "weights"):
+        request = Request(base_of(model), layers, measured_for(layers, targets), select.seed)
+        return make_scores(select, layers, scorer.score(request, options), 0)
+    if batches is None:
+        raise SelectionError(
+            f"by: {select.by} is measured on data; pass batches=… (any iterable of model inputs with labels), "
+            "or train without them through a trainer, which then measures its first step"
+        )
+    measurement = start(model, select, layers, targets)
+    used = _run(
+        model, measurement, batches, select.num_batches or DEFAULT_BATCHES, needed, f"score {select.by}", progress
+    )
+    if distributed.world_size() > 1:
+        measurement.combine(distributed.add_up)
+        used = int(distributed.add_up(torch.tensor([used])))
+    return make_scores(select, layers, measurement.result(), used)
+
+
+def _run(
+    model: nn.Module, measurement: Measurement, batches: Batches, count: int, needed: str, title: str, progress: bool
+) -> int:
+    """Sends the batches through the model; returns how many there were.
+
+    Raises: ScoreError when there are none, or a batch gives no loss.
+    """
+    used = 0
+    with ExitStack() as stack:
+        keep_cpu_layout(model)
+        stack.enter_context(_untouched(model))
+        stack.callback(measurement.detach)
+        measurement.attach()
+        bar = tqdm(total=count, desc=title, unit="batch", leave=False, disable=None if progress else True)
+        stack.callback(bar.close)
+        for batch in islice(iter(batches), count):
+            with torch.set_grad_enabled(needed == "backward"):
+                loss = _loss(model(**to_model(model, batch)), needed)
+            if loss is not None:
+                loss.backward()
+                del loss
+            measurement.next_batch()
+            used += 1
+            bar.update()
+    if not used:
+        raise ScoreError(f"{title}: batches is empty (a generator can be used only once)")
+    return used
+
+
+def _loss(output: Any, needed: str) -> torch.Tensor | None:
+    if needed != "backward":
+        return None
+    loss = loss_of(output)
+    if loss is None:
+        raise ScoreError("the model returned no loss: the batches need labels")
+    return loss if loss.dim() == 0 else loss.mean()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a scorer is asked: the targets of one model, and a seed of its own; `live`: training itself is being watched.
+
+    `before`: what is known of every layer by now (empty: nothing yet); `outer`: the model as training calls it, with what wraps
+    `model`.
+    """
+
+    model: nn.Module
+    layers: LayerMap
+    targets: tuple[Target, ...]
+    seed: int = 0
+    live: bool = False
+    before: tuple[float | None, ...] = ()
+    outer: nn.Module | None = None
+    before: tuple[float | None, ...] = ()  # what is known of the layers by now, where they are measured again
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scorer answers: one number per layer of the map, and the parts they were made from."""
+
+    values: tuple[float | None, ...]
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+
+class Measurement(Protocol):
+    """A data-driven score while batches are going through the model."""
+
+    batches: int
+
+    def attach(self) -> None:
+        """Puts the hooks on."""
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Says that the batch before is complete; `scale`: by what its loss was multiplied, where that is known."""
+
+    def detach(self) -> None:
+        """Takes every hook off."""
+
+    def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Adds up what the processes of a group have seen; `add` sums a tensor over them."""
+
+    def result(self) -> Measured:
+        """Raises: ScoreError when a target was never reached."""
+        ...
+
+
+def per_layer(layers: LayerMap, targets: Iterable[Target], parts: Mapping[str, float]) -> list[float]:
+    """Sums of `parts` over the targets of each layer."""
+    sums = [0.0] * len(layers)
+    for target in targets:
+        sums[target.layer] += parts.get(target.name, 0.0)
+    return sums

@@ -1,0 +1,278 @@
+"""`Select`: how layers are to be picked, as asked. `Selection`: which were, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
+from layerpeft.selection import plugins
+from layerpeft.selection.grammar import check_grammar, checked_keep
+from layerpeft.selection.scores import Scores
+
+SCORERS = "layerpeft.scorers"
+PICKS = "layerpeft.picks"
+DEFAULT_BATCHES = 8
+MEMORIES = ("last", "ema", "counts")
+STATES = ("keep", "clear", "offload")
+
+
+@dataclass(frozen=True)
+class Select:
+    """How layers are picked. Every field means what the table in the README says; `options` are the scorer's and the rule's.
+
+    Build it with `Select.parse`, which takes the short forms (a layer grammar, a dict) as well.
+    """
+
+    by: str | Scores = "depth"
+    keep: int | float | str | None = None
+    pick: str | None = None
+    layers: Any = "all"
+    exclude: Any = None
+    reselect_steps: int | None = None
+    rescore_steps: int | str | None = None
+    warmup_steps: int | None = None
+    always: Any = None
+    memory: str | None = None
+    decay: float | None = None
+    state: str | None = None
+    log_gradients: bool | None = None
+    num_batches: int | None = None
+    seed: int = 0
+    stack: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: Any) -> Select:
+        """A `Select` from a layer grammar (string, int, list), a dict or a `Select`.
+
+        Raises: SelectionError naming every problem at once.
+        """
+        if isinstance(value, Select):
+            given: dict[str, Any] = {f.name: getattr(value, f.name) for f in fields(cls) if f.name != "options"}
+            given.update(value.options)
+        elif isinstance(value, Mapping):
+            given = dict(value)
+            if isinstance(given.get("options"), Mapping):
+                given.update(given.pop("options"))
+        elif isinstance(value, Scores):
+            given = {"by": value}
+        else:
+            given = {"layers": value}
+        problems = Problems("select")
+        parsed = _parse(cls, given, problems)
+        problems.raise_if_any(SelectionError)
+        return parsed
+
+    @property
+    def is_all(self) -> bool:
+        """True where nothing is left out: plain PEFT."""
+        whole = self.layers == "all" and self.exclude is None and self.keep is None
+        return self.by == "depth" and whole and self.reselect_steps is None
+
+    @property
+    def is_scheduled(self) -> bool:
+        """True where layers are chosen again during training."""
+        return self.reselect_steps is not None
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule: `pick`, `split` for `keep: auto`, otherwise `top`."""
+        return self.pick or ("split" if self.keep == "auto" else "top")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a recipe would write it."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
+        if isinstance(self.by, Scores):
+            plain["by"] = self.by.to_dict()
+        return {k: v for k, v in plain.items() if v is not None} | dict(self.options)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers and targets chosen, out of which, and why. Plain data; survives JSON."""
+
+    layers: tuple[int, ...]
+    targets: tuple[str, ...]
+    num_layers: int
+    layer_names: tuple[str, ...]
+    stack: str
+    fingerprint: str
+    why: str
+    scores: Scores | None = None
+    select: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["scores"] = self.scores.to_dict() if self.scores else None
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def by_layer(self, targets: Iterable[str]) -> dict[int, list[str]]:
+        """The chosen layers, each with those of the targets that lie in it."""
+        names = {i: f"{self.layer_names[i]}." for i in self.layers}
+        targets = list(targets)
+        return {i: [t for t in targets if t.startswith(name)] for i, name in names.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Selection:
+        """Raises: SelectionError when a key is missing."""
+        missing = [f.name for f in fields(cls) if f.name not in data and f.name not in ("scores", "select")]
+        if missing:
+            raise SelectionError(f"a recorded selection needs the keys {', '.join(missing)}")
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__
+        }
+        if given.get("scores") is not None:
+            given["scores"] = Scores.from_dict(given["scores"])
+        return cls(**given)
+
+
+def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:
+    own = {f.name for f in fields(cls)} - {"options"}
+    known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
+    if not isinstance(known.get("stack"), str | None):
+        problems.add(f"stack: {known.pop('stack')!r} is not a name")
+    if not isinstance(known.get("log_gradients"), bool | None):
+        problems.add(f"log_gradients: {known.pop('log_gradients')!r} is not true or false")
+    known["keep"] = checked_keep(known.get("keep"), problems)
+    by = _check_by(known.get("by", "depth"), problems)
+    known["by"] = by
+    pick = known.get("pick")
+    if pick is not None and pick not in plugins.names(PICKS):
+        problems.add(unknown("pick", pick, plugins.names(PICKS)))
+        known["pick"] = None
+    for name, least in (
+        ("reselect_steps", 1),
+        ("rescore_steps", 1),
+        ("warmup_steps", 1),
+        ("num_batches", 1),
+        ("seed", None),
+    ):
+        value = known.get(name)
+        if name == "rescore_steps" and value == "never":
+            continue
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or (least and value < least)):
+            problems.add(f"{name}: {value!r} is not a whole number{f' from {least}' if least else ''}")
+            known.pop(name)
+    _check_together(known, problems)
+    _check_schedule(known, problems)
+    for name in ("layers", "exclude", "always"):
+        if known.get(name) is not None:
+            check_grammar(name, known[name], problems)
+    parsed = cls(**known)
+    schema = _option_types(by, parsed.rule)
+    given = {name: value for name, value in given.items() if value is not None}  # null: not given
+    for name, value in list(given.items()):
+        if name not in schema:
+            problems.add(unknown("key", name, [*own, *schema]))
+        else:
+            given[name] = _check_type(name, value, schema[name], problems)
+    return cls(**known, options=given)
+
+
+def _plain(value: Any) -> Any:
+    """Sequences of other libraries and ranges as lists of plain numbers, so that the choice can be written down."""
+    if isinstance(value, range | tuple | set | frozenset):
+        return [_plain(v) for v in sorted(value)] if isinstance(value, set | frozenset) else [_plain(v) for v in value]
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist") and not isinstance(value, str | Scores):
+        return value.tolist()
+    return value
+
+
+def _check_by(by: Any, problems: Problems) -> Any:
+    if isinstance(by, Scores):
+        return by
+    if isinstance(by, Path) or (isinstance(by, str) and (by.endswith(".json") or "/" in by)):
+        try:
+            return Scores.load(by)
+        except LayerpeftError as error:
+            problems.add(f"by: {error}")
+            return "depth"
+    if isinstance(by, Mapping):
+        try:
+            return Scores.from_dict(by)
+        except LayerpeftError as error:
+            problems.add(f"by: {error}")
+            return "depth"
+    if by not in plugins.names(SCORERS):
+        problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.")
+        return "depth"
+    return by
+
+
+def _check_together(known: dict[str, Any], problems: Problems) -> None:
+    by, keep, pick = known.get("by"), known.get("keep"), known.get("pick")
+    again = known.get("reselect_steps") is not None
+    if (by != "depth" or pick is not None and again) and keep is None and not problems.items:
+        problems.add("keep: missing; say how many layers to keep (a number, a share, or 'auto')")
+    rule = plugins.get(PICKS, pick) if pick in plugins.names(PICKS) else None
+    if keep == "auto" and rule is not None and not getattr(rule, "DECIDES", False):
+        problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}")
+    if getattr(rule, "AGAIN_ONLY", False) and not again:
+        problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps")
+    if getattr(rule, "DECIDES", False) and keep not in (None, "auto"):
+        problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}")
+
+
+def _check_schedule(known: dict[str, Any], problems: Problems) -> None:
+    given = [
+        n for n in ("rescore_steps", "warmup_steps", "always", "memory", "decay", "state") if known.get(n) is not None
+    ]
+    if known.get("reselect_steps") is None:
+        for name in given:
+            problems.add(f"{name}: is of choices that are made again during training; it needs reselect_steps")
+        return
+    if known.get("keep") is None and known.get("by", "depth") == "depth" and not problems.items:
+        problems.add("keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)")
+    for name, allowed in (("memory", MEMORIES), ("state", STATES)):
+        if known.get(name) is not None and known[name] not in allowed:
+            problems.add(unknown(name, known[name], allowed))
+    decay = known.get("decay")
+    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
+        problems.add(f"decay: {decay!r} is not a number from 0 to below 1")
+    elif decay is not None and known.get("memory") != "ema":
+        problems.add("decay: is of memory: ema")
+
+
+def _option_types(by: Any, rule: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if isinstance(by, str):
+        found |= get_type_hints(plugins.get(SCORERS, by).Options)
+    if rule in plugins.names(PICKS):
+        found |= get_type_hints(plugins.get(PICKS, rule).Options)
+    return found
+
+
+def _check_type(name: str, value: Any, expected: Any, problems: Problems) -> Any:
+    allowed = get_args(expected)
+    origin = get_origin(expected)
+    if origin is tuple:
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == len(allowed)
+            and all(isinstance(v, int | float) for v in value)
+        ):
+            return tuple(value)
+        problems.add(f"{name}: {value!r} is not a list of {len(allowed)} numbers")
+    elif allowed and all(isinstance(a, str) for a in allowed):
+        if value not in allowed:
+            problems.add(unknown(f"value for {name}", value, allowed))
+    elif expected is bool and not isinstance(value, bool):
+        problems.add(f"{name}: {value!r} is not true or false")
+    elif expected is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        problems.add(f"{name}: {value!r} is not a whole number from 1")
+    elif expected is float and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        problems.add(f"{name}: {value!r} is not a number above 0")
+    return value
+
+
+def options_of(select: Select, package: str) -> Any:
+    """The `Options` of the scorer (or the rule) with the values that `select` gives."""
+    name = select.by if package == SCORERS else select.rule
+    assert isinstance(name, str)
+    kind = plugins.get(package, name).Options
+    return kind(**{f.name: select.options[f.name] for f in fields(kind) if f.name in select.options})

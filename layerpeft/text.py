@@ -1,0 +1,38 @@
+"""What layerpeft tells a person while it works: to standard error, from the first process, without tearing progress bars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+
+logger = logging.getLogger("layerpeft")
+
+
+def note(message: str) -> None:
+    """Prints one line, and logs it at INFO. Silent in all but the first process, and with LAYERPEFT_QUIET=1."""
+    logger.info(message)
+    if os.environ.get("RANK", "0") == "0" and os.environ.get("LAYERPEFT_QUIET") != "1":
+        tqdm.write(f"[layerpeft] {message}", file=sys.stderr)
+
+
+def grid(table: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Rows of a name and cells as aligned lines; cells stand to the right."""
+    first = max(len(name) for name, _ in table)
+    widths = [max(len(cells[i]) for _, cells in table) for i in range(len(table[0][1]))]
+    return [
+        (f"{name:<{first}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))).rstrip()
+        for name, cells in table
+    ]
+
+
+def size_text(size: float) -> str:
+    """Bytes as a person reads them (binary units)."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

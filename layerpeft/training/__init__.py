@@ -1,0 +1,1 @@
+"""What is followed, switched, cut, verified and reported while a model trains."""

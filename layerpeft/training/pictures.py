@@ -1,0 +1,160 @@
+"""Which layers trained when: a picture of layers over optimizer steps, and a table of all switches."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerpeft.integrations.files import replace_file
+from layerpeft.training.report import _CHANGE, _CHOSEN, _INK, _OTHER, COLUMNS, Row
+
+logger = logging.getLogger(__name__)
+
+SWITCHES = ("step", *COLUMNS, "optimizer_bytes")
+Plain = Mapping[str, Any]  # of a `Standing`
+
+
+def spans(standing: Plain) -> Iterator[tuple[int, int, list[int], list[float | None] | None, int | None]]:
+    """(first step, step after the last, active layers, scores that are known, bytes of the optimizer's states) of every window.
+
+    Steps before the first choice are none of it.
+    """
+    history, scores = standing["history"], None
+    for number, entry in enumerate(history):
+        scores = entry["scores"] or scores
+        end = history[number + 1]["step"] if number + 1 < len(history) else max(standing["step"], entry["step"])
+        yield entry["step"], end, entry["layers"], scores, entry.get("optimizer_bytes")
+
+
+def write_switches(standing: Plain, names: Sequence[str], rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """`layers.csv` of a schedule: a row per switch and layer, and at the end one per layer with what it trained in all."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(SWITCHES)
+    lines: list[tuple[Any, ...]] = []
+    for start, _, active, scores, used in spans(standing):
+        for layer, name in enumerate(names):
+            score = scores[layer] if scores else None
+            lines.append((start, layer, name, score, str(layer in active).lower(), None, None, used))
+    for row in rows:
+        chosen = str(row.chosen).lower()
+        lines.append((standing["step"], row.layer, row.name, row.score, chosen, row.steps, row.change, None))
+    writer.writerows(["" if cell is None else cell for cell in line] for line in lines)
+    replace_file(Path(path), text.getvalue().encode())
+
+
+def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike[str], title: str) -> bool:
+    """Draws layer × step, the active windows filled, by their score where there is one; False where nothing can be drawn."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        warn_no_matplotlib()
+        return False
+    found = list(spans(standing))
+    steps = max(standing["step"], 1)
+    figure = Figure(figsize=(9, max(2.4, min(12.0, 0.22 * len(names) + 1.6))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(max(len(names), 6), 2))
+    first = found[0][0] if found else steps
+    if first:  # before the first choice everything trains
+        axes.axvspan(0, first, color="#d9d9d9", lw=0)
+    top = max((s for _, _, _, scores, _ in found for s in scores or () if s is not None), default=None)
+    for start, end, active, scores, _ in found:
+        for layer in active:
+            strength = 0.75 if not scores or not top else 0.25 + 0.75 * max(scores[layer] or 0.0, 0.0) / top
+            axes.broken_barh(
+                [(start, max(end - start, 0.0))], (layer - 0.45, 0.9), color=(0.12, 0.38, 0.65, strength), lw=0
+            )
+    axes.set(ylabel="layer", ylim=(-0.5, len(names) - 0.5), xlim=(0, steps), title=title)
+    axes.title.set_size(9)
+    axes.set_yticks(range(0, len(names), max(1, len(names) // 12)))
+    points = [(start, len(active)) for start, _, active, _, _ in found]
+    if points:
+        below.step(*zip(*points, (steps, points[-1][1]), strict=True), where="post", color="#1f61a6")
+    below.set(xlabel="optimizer step", ylabel="active", ylim=(0, len(names) + 0.5))
+    below.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
+    replace_file(Path(path), picture.getvalue())
+    return True
+
+
+def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
+    """Write layer,name,score,chosen,steps,change with a header; unknown values stay empty. Replaces the file whole."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        cells = (row.layer, row.name, row.score, str(row.chosen).lower(), row.steps, row.change)
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    replace_file(Path(path), text.getvalue().encode())
+
+
+def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> bool:
+    """Draw scores (or a strip of the chosen layers) and any known changes; False when nothing could be drawn."""
+    rows = sorted(rows, key=lambda row: row.layer)
+    if not rows:
+        return False
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        warn_no_matplotlib()
+        return False
+    figure = _figure(rows, title)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
+    replace_file(Path(path), picture.getvalue())
+    return True
+
+
+def _figure(rows: Sequence[Row], title: str) -> Any:
+    """A figure with one panel for scores or chosen layers and, when any is known, one for changes."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
+
+    scored = any(row.score is not None for row in rows)
+    changed = any(row.change is not None for row in rows)
+    heights = [2.6 if scored else 0.5] + ([1.7] if changed else [])
+    width = min(12.0, max(6.4, 2.0 + 0.115 * len(rows)))
+    layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
+    figure = Figure(figsize=(width, sum(heights) + 1.35 + 0.25 * changed), dpi=100, layout=layout)
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    layers = [row.layer for row in rows]
+    colours = [_CHOSEN if row.chosen else _OTHER for row in rows]
+    if scored:
+        panels[0].bar(layers, [row.score or 0.0 for row in rows], color=colours, width=0.8)
+        panels[0].set_ylabel("score", color=_INK)
+    else:
+        panels[0].bar(layers, [1.0] * len(rows), color=colours, width=0.9)
+        panels[0].set_ylim(0, 1)
+        panels[0].set_yticks([])
+    if changed:
+        panels[1].bar(layers, [100 * (row.change or 0.0) for row in rows], color=_CHANGE, width=0.8)
+        panels[1].set_ylabel("weight change (%)", color=_INK)
+    for panel in panels:  # every colour is said, so that a dark matplotlib style in the user's program changes nothing
+        panel.set_facecolor("white")
+        panel.tick_params(colors=_INK, labelsize=9)
+        panel.spines[["left", "bottom"]].set_color("#888888")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].spines["left"].set_visible(scored)
+    panels[-1].set_xlabel("layer", color=_INK)
+    panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
+    panels[-1].set_xticks(layers[:: 1 if len(rows) <= 24 else 5 if len(rows) <= 100 else 10])
+    keys = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_OTHER, label="not chosen")]
+    figure.suptitle(title, fontsize=11, color=_INK, wrap=True)
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+@functools.cache
+def warn_no_matplotlib() -> None:
+    logger.warning("matplotlib is not installed: no picture of the layers is drawn (pip install matplotlib)")

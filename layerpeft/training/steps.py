@@ -1,0 +1,120 @@
+"""Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from layerpeft.errors import TrainingError
+from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.peft import watch_saving
+from layerpeft.training.follower import FOLLOWERS, NOT_HELD, Follower, Tether, alive, followers_of
+from layerpeft.training.measuring import Pending
+from layerpeft.training.switching import NOT_UNDER, Switcher
+from layerpeft.tuners.galore.refresh import Refresher
+
+__all__ = ["Pending", "Switcher", "check_trained", "follow", "followers_of"]
+_installed: list[Any] = []
+
+
+def follow(
+    model: nn.Module,
+    adapter: str,
+    config: Any,
+    tuner: nn.Module,
+    pending: Pending | None,
+    refresher: Refresher | None = None,
+    switcher: Switcher | None = None,
+) -> Follower:
+    """Begins to follow one adapter; the follower lives as long as the model."""
+    follower = Follower(model, adapter, config, tuner, pending)
+    follower.refresher = refresher
+    if refresher is not None and pending is None:
+        refresher.arm(model, adapter)
+    if switcher is not None:
+        follower.schedule(switcher)
+    follower._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    tether = model.__dict__.get("_layerpeft")
+    if tether is None:
+        tether = model.__dict__["_layerpeft"] = Tether()
+        model.register_load_state_dict_pre_hook(tether)
+    tether.followers.append(follower)
+    follower.seal()
+    FOLLOWERS.add(follower)
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(_before))
+        _installed.append(register_optimizer_step_post_hook(_after))
+    watch_saving(distributed.is_cut)
+    trainer.install(_train_begin, _train_end, _state, _news)
+    return follower
+
+
+def check_trained(model: nn.Module) -> None:
+    """Checks, after training, that every chosen target moved and that no frozen parameter did.
+
+    Trainers do this by themselves; call it at the end of a loop of your own. Raises: TrainingError.
+    """
+    for follower in followers_of(model):
+        follower.check()
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for follower in alive():
+        follower.before_step(optimizer, any(callable(a) for a in (*args, *kwargs.values())))
+        follower.lend(optimizer)
+
+
+def _after(optimizer: Optimizer, *_: Any) -> None:
+    for follower in alive():
+        follower.take_back()
+        follower.after_step(optimizer)
+
+
+def _news(model: nn.Module | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for follower in followers_of(model):
+        found |= follower.news()
+    return found
+
+
+def _train_begin(
+    model: nn.Module | None, restored: dict[str, Any] | None, merges: bool, backend: str | None = None
+) -> None:
+    for follower in followers_of(model):
+        if follower.switcher is not None and backend is not None:
+            raise TrainingError(NOT_UNDER.format(backend=backend))
+        follower.begin((restored or {}).get(follower.adapter), merges)
+
+
+def _train_end(model: nn.Module | None, output_dir: str) -> None:
+    followers = followers_of(model)
+    for pending in (f.pending for f in followers if f.pending is not None):
+        pending.paced = False
+    try:
+        for follower in followers:
+            if not follower.seen and not follower._resumed and follower.pending is None:
+                raise TrainingError(f"the optimizer {NOT_HELD}")
+            follower.check()
+            follower.rest()
+    except TrainingError as error:
+        inner: Any = getattr(model, "module", model)
+        rescue = os.path.join(output_dir, "unverified")
+        if hasattr(inner, "save_pretrained") and distributed.rank() == 0:
+            inner.save_pretrained(rescue)
+        raise TrainingError(f"{error}\nThe adapter as it is now was saved to {rescue}.") from error
+
+
+def _state(model: nn.Module | None) -> dict[str, Any]:
+    return {
+        f.adapter: {
+            "select": f.record.config.get("select"),
+            "selection": f.record.selection.to_dict(),
+            "steps_trained": f.record.steps_trained,
+        }
+        | ({"quant": f.record.precisions} if f.record.quantized is not None else {})
+        for f in followers_of(model)
+        if f.record.selection is not None
+    }

@@ -1,0 +1,310 @@
+"""Is what trains what was asked for: gradients, optimizer, movement, and a base that stays where it was."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from layerpeft.errors import SelectionError, differences
+from layerpeft.integrations import distributed
+from layerpeft.integrations.distributed import local
+from layerpeft.model.targets import is_routed
+from layerpeft.tuners.galore.projection import originals
+
+Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
+BLOCK = 1 << 14
+LOW = (torch.bfloat16, torch.float16)
+
+
+def checksum(t: torch.Tensor) -> int:
+    """A number that changes with any bit of the tensor, and when values change places; no copy of a contiguous tensor.
+
+    The bytes are read as 64-bit words in rows of `BLOCK`; sums by row and sums by column are each weighted by place, so that
+    changes which cancel within a row still show in the columns.
+    """
+    data = local(t.detach())
+    if data.device.type == "meta" or not data.numel():
+        return 0
+    data = data.contiguous().flatten().view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    end = int.from_bytes(bytes(data[whole:].tolist()), "little")
+    words = data[:whole]
+    words = words.view(torch.int64) if words.storage_offset() % 8 == 0 else words.clone().view(torch.int64)
+    rows = words.numel() // BLOCK
+    table, rest = words[: rows * BLOCK].view(rows, BLOCK), words[rows * BLOCK :]
+    total = end
+    for part in (table.sum(1), table.sum(0), rest):
+        # Odd weights, so that no single bit is ever multiplied out of the 64 that are kept.
+        weighted = part * (2 * torch.arange(part.numel(), device=part.device) + 1)
+        total = total << 64 | int(weighted.sum()) & 0xFFFFFFFFFFFFFFFF
+    return total
+
+
+def ids_of(tensors: Parameters) -> set[int]:
+    """Identities of all these tensors."""
+    return {id(p) for group in tensors.values() for p in group.values()}
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a parameter (this process's part of it) was: its checksum, and the storage that the checksum is of."""
+
+    sum: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def seal(p: torch.Tensor) -> Seal:
+    """The parameter's seal."""
+    return Seal(checksum(p), *_kind(p))
+
+
+def changed(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names whose bits differ; one that was cast or cut up meanwhile has no bits to compare."""
+    there = [(n, s, now[n]) for n, s in seals.items() if n in now]
+    return [n for n, s, p in there if (s.dtype, s.shape) == _kind(p) and s.sum != checksum(p)]
+
+
+def outdated(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names that were cast, cut up or removed since."""
+    return {n for n, s in seals.items() if n not in now or (s.dtype, s.shape) != _kind(now[n])}
+
+
+def _kind(p: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    return p.dtype, local(p).shape
+
+
+def same_precisions(then: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Raises: SelectionError where the run that is resumed stored linears in other precisions."""
+    differ = differences(then or {}, now or {})
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise SelectionError(
+            f"the run that is resumed stored {len(differ)} linears in other precisions ({'; '.join(differ[:3])}{more}); give it "
+            "the same quantize_frozen, quantize_trained or quant"
+        )
+
+
+def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tuple[list[str], list[str]]:
+    """(faults, idle experts) before an optimizer step: every target needs all its tensors in an optimizer, and finite gradients.
+
+    `known`: ids of the tensors in any optimizer; `stepping`: in the one that steps, whose targets alone need a gradient by now.
+    """
+    faults: list[str] = []
+    idle: list[str] = []
+    finite = _finite(tensors)
+    for target, group in tensors.items():
+        frozen = [n for n, p in group.items() if not p.requires_grad]
+        missing = [n for n, p in group.items() if id(p) not in known and n not in frozen]
+        grads = [p.grad for p in group.values() if p.grad is not None]
+        if frozen:
+            faults.append(f"{target}: requires_grad is switched off for {', '.join(frozen)}")
+        if missing:
+            faults.append(f"{target}: not in the optimizer: {', '.join(missing)}")
+        if not finite[target]:
+            faults.append(f"{target}: its gradient is not finite")
+        if not grads and any(id(p) in stepping for p in group.values()):
+            if is_routed(target):
+                idle.append(target)
+            else:
+                faults.append(f"{target}: no gradient arrived")
+    return faults, idle
+
+
+def _finite(tensors: Parameters) -> dict[str, bool]:
+    """Target -> whether its gradients are finite, in every process that holds a part of them."""
+    found = [
+        all(bool(torch.isfinite(local(p.grad)).all()) for p in group.values() if p.grad is not None)
+        for group in tensors.values()
+    ]
+    return dict(zip(tensors, distributed.agreed(found) if _cut(tensors) else found, strict=True))
+
+
+def _cut(tensors: Parameters) -> bool:
+    return any(distributed.is_cut(p) for group in tensors.values() for p in group.values())
+
+
+def not_held(tensors: Parameters, known: Set[int]) -> list[str]:
+    """Faults for tensors that no optimizer holds, and that would never train when their layer is switched on."""
+    missing = {t: [n for n, p in group.items() if id(p) not in known] for t, group in tensors.items()}
+    return [f"{t}: not in the optimizer: {', '.join(names)}" for t, names in missing.items() if names]
+
+
+def not_asked_for(trainable: Iterable[str], asked: Set[str]) -> list[str]:
+    """Faults for parameters that someone has unfrozen since the model was wrapped; heads and other adapters are none."""
+    marks = (".modules_to_save.", ".token_adapter.", ".lora_")
+    return [
+        f"{n}: it is trainable and was not chosen; freeze it, or name its module in modules_to_save"
+        for n in trainable
+        if n not in asked and not any(mark in n for mark in marks)
+    ]
+
+
+def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, Seal]]) -> dict[str, list[str]]:
+    """Target -> its tensors that are as they were sealed; targets of which every tensor moved are left out.
+
+    Of tensors that are cut up over processes (FSDP2), those that are so in every process; each of them must ask.
+    """
+    still = {}
+    for target, seals in before.items():
+        now = tensors[target]
+        moved = {*changed(seals, now), *outdated(seals, now)}
+        still[target] = [n for n in seals if n not in moved]
+    if _cut(tensors):
+        places = [(t, n) for t, seals in before.items() for n in seals]
+        agreed = zip(places, distributed.agreed([n in still[t] for t, n in places]), strict=True)
+        everywhere = {place for place, unmoved_there in agreed if unmoved_there}
+        still = {t: [n for n in names if (t, n) in everywhere] for t, names in still.items()}
+    return {t: names for t, names in still.items() if names}
+
+
+def why_unmoved(group: Mapping[str, torch.Tensor], rate: float) -> str:
+    """The likely cause of tensors that did not move, and the cure."""
+    low = [str(p.dtype).removeprefix("torch.") for p in group.values() if p.dtype in LOW]
+    grads = [p.grad for p in group.values() if p.grad is not None]
+    if grads and not any(bool(g.any()) for g in grads):
+        return "its gradient is exactly zero: the loss does not depend on it"
+    if low:
+        return (
+            f"its updates (learning rate {rate:.1e}) round to nothing in {low[0]}; keep the trained tensors in float32 "
+            "(autocast_adapter_dtype=True) or raise the learning rate"
+        )
+    return "the optimizer did not change it: look for a learning rate of zero in its group"
+
+
+def learning_rate(optimizer: Optimizer, ids: Set[int]) -> float:
+    """The largest learning rate among the groups that hold one of these tensors."""
+    groups = [g for g in optimizer.param_groups if any(id(p) in ids for p in g["params"])]
+    rates = [math.nan if g.get("lr") is None else float(g["lr"]) for g in groups]
+    if any(g.get("lr") is None for g in groups):
+        return 1.0  # the optimizer finds its rate by itself (Adafactor's relative step)
+    return max((r for r in rates if math.isfinite(r)), default=0.0)
+
+
+def skipped(optimizer: Optimizer) -> bool:
+    """Whether a loss scaler tells the optimizer to skip this step (fused optimizers step through it without a change)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def forget(optimizers: Iterable[Optimizer], removed: Mapping[int, nn.Parameter]) -> None:
+    """Takes parameters out of optimizers: out of the groups, their names, and the states."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) not in removed]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][i] for i in kept]
+        for parameter in removed.values():
+            optimizer.state.pop(parameter, None)
+
+
+def unheld(tensors: Parameters, model: nn.Module, stepping: Optimizer) -> bool:
+    """Whether an optimizer steps that holds parameters of this model, while no optimizer at all holds these tensors."""
+    ids = ids_of(tensors)
+    inside = {id(p) for p in model.parameters()}
+    if not any(id(p) in inside for g in stepping.param_groups for p in g["params"]):
+        return False
+    if not any(p.grad is not None for group in tensors.values() for p in group.values()):
+        return False
+    return not any(id(p) in ids for o in holders(stepping, ids) for g in o.param_groups for p in g["params"])
+
+
+def holders(stepping: Optimizer, ids: Set[int]) -> list[Optimizer]:
+    """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
+    if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
+        return [stepping]
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+
+
+def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:
+    """Raises: SelectionError where a run or adapter of before and this model do not train the same targets."""
+    if theirs != ours:
+        raise SelectionError(
+            f"{what} trains other targets than this model. Only there: {_some(theirs - ours)}; only here: "
+            f"{_some(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
+            "of its layerpeft.json."
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+
+
+# ---- what the weights of a model were when they were wrapped and before the first update, written down as checksums
+
+WRAPPERS = ("base_layer", "_orig_mod", "original_module")
+Seals = dict[str, Seal]
+
+
+def clean(name: str) -> str:
+    """A module's name in the unwrapped model."""
+    return ".".join(p for p in name.split(".") if p not in WRAPPERS)
+
+
+class Sealed:
+    """The seals of one adapter's model. State is real here: what things were, before anything trained."""
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        self.frozen: Seals = {}  # what no layer of the adapter trains
+        self.others: Seals = {}  # what trains besides it
+        self.start: dict[str, Seals] = {}  # the adapter's own tensors, by target
+        self._beside: Set[str] = set()  # adapters there were when the weights were written down
+
+    def wrapped(self, model: nn.Module) -> None:
+        """Just after wrapping, when all that may ever train requires a gradient.
+
+        Packed weights, which the first forward pass may lay out anew, are left for the first step.
+        """
+        self.frozen = {n: seal(p) for n, p in self._frozen_now(model, frozenset()).items() if p.is_floating_point()}
+        self._beside = self._adapters(model)
+
+    def begin(self, model: nn.Module, tensors: Parameters, others: Iterable[str]) -> None:
+        """Just before the first update."""
+        now, own = self.parameters(model), ids_of(tensors)
+        gone = outdated(self.frozen, now)
+        self.frozen = {n: s for n, s in self.frozen.items() if n not in gone}
+        self.frozen |= {n: seal(p) for n, p in self._frozen_now(model, own).items() if n not in self.frozen}
+        self.others = {clean(n): seal(now[clean(n)]) for n in others}
+        self.start = {t: {n: seal(p) for n, p in group.items()} for t, group in tensors.items()}
+
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        """Forgets what these frozen weights were (None: all of them), because they change for a good reason."""
+        for name in list(self.frozen if names is None else names):
+            self.frozen.pop(name, None)
+
+    def parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """All parameters, by names that wrapping and unwrapping does not change."""
+        return {clean(n): p for n, p in model.named_parameters()} | originals(model, self.adapter)
+
+    def changed_since_wrapping(self, model: nn.Module) -> list[str]:
+        """Faults for frozen weights that are no more what they were."""
+        if distributed.world_size() > 1 or self._adapters(model) != self._beside:
+            self.forget()  # some ways of starting another adapter take something out of the weights
+        return [
+            f"{n} is frozen and changed after the model was wrapped; wrap it when its weights are what they should be"
+            for n in changed(self.frozen, self.parameters(model))
+        ]
+
+    def changed(self, now: Mapping[str, torch.Tensor]) -> list[str]:
+        """Frozen weights that moved since."""
+        return changed(self.frozen, now)
+
+    def still(self, now: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What trains besides the adapter and has not moved."""
+        moved = {*changed(self.others, now), *outdated(self.others, now)}
+        return {n: now[n] for n in self.others if n not in moved}
+
+    def _frozen_now(self, model: nn.Module, own: Set[int]) -> dict[str, torch.Tensor]:
+        found = self.parameters(model).items()
+        return {n: p for n, p in found if not p.requires_grad and ".lora_" not in n and id(p) not in own}
+
+    def _adapters(self, model: nn.Module) -> set[str]:
+        return {self.adapter, *(getattr(model, "peft_config", None) or {})}

@@ -1,0 +1,1 @@
+"""The weights themselves of the chosen layers."""

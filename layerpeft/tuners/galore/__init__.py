@@ -1,0 +1,1 @@
+"""Gradient projection on the chosen layers."""

@@ -1,0 +1,213 @@
+"""Gradient projection on chosen layers: its config, and what PEFT sees of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig
+from torch import nn
+
+from layerpeft.errors import ConfigError, Problems, unknown
+from layerpeft.integrations.peft import LayerPeftType, lora_layers
+from layerpeft.model.experts import check_experts
+from layerpeft.model.layers import Target, base_of, layer_map
+from layerpeft.saving import manifest
+from layerpeft.selection.select import Select
+from layerpeft.tuners.galore import saving
+from layerpeft.tuners.galore.experts import ProjectedExperts
+from layerpeft.tuners.galore.folds import Folds
+from layerpeft.tuners.galore.layer import project
+from layerpeft.tuners.galore.projection import Projection
+from layerpeft.tuners.galore.refresh import Refreshing
+from layerpeft.tuners.galore.subspace import SIDES, SUBSPACES, side_of
+from layerpeft.tuners.lora.config import LayerLoraConfig, options_given
+from layerpeft.tuners.lora.stock import RecordedLoraConfig
+
+# LoRA's options that mean the same here; every other one is refused unless it is left alone
+SHARED = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "target_parameters", "exclude_modules", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
+}  # fmt: skip
+NOT_DAMPED = (
+    "select: by: importance damps what an adapter adds to a layer and sees whether it is missed; a projection adds most of it to "
+    "the weights themselves, so there is nothing to damp. Use by: gradient_norm, or method: lora (LayerLoraConfig)"
+)
+KINDS = ("linear", "conv1d", "experts")
+IDENTITY = (
+    "r", "update_proj_gap", "scale", "proj_type", "subspace", "basis", "moments", "stagger", "oversample", "gap_overlap", "seed",
+)  # fmt: skip
+CHOICES = {
+    "proj_type": SIDES,
+    "subspace": SUBSPACES,
+    "basis": ("aligned", "raw"),
+    "moments": ("keep", "project", "reset"),
+    "fold": ("beside", "base"),
+}
+
+
+@dataclass
+class LayerGaloreConfig(LayerLoraConfig):
+    """GaLore's updates (arXiv 2403.03507) on chosen layers, by any optimizer: `W + scale·B·Q`, with `Q` renewed now and then.
+
+    `r`, `update_proj_gap`, `scale`, `proj_type`: as in the reference. `subspace`: `sketch` (from the gradient probe; no full
+    gradient is ever made), `svd` (exact, for equality with the reference) or `random`. `basis`: `aligned` turns a new basis
+    within its span to lie nearest to the old one; `raw` is the reference's. `moments` of the optimizer at a refresh: `keep` (the
+    reference), `project` or `reset`. `stagger` spreads refreshes over the gap. `gap_overlap`: a module whose new subspace
+    overlaps the old by at least this much (0 to 1) waits twice as long. `fold`: where the original weights stay, `beside` (on
+    their device) or `base` (on the CPU). `max_rank` of the saved adapter; None saves the exact sum. `select` and `batches` as
+    in `LayerLoraConfig`, as is `target_parameters`: weights of experts in one 3-D tensor, with a basis per expert.
+    Raises: ConfigError naming every problem at once.
+    """
+
+    r: int = field(default=128, metadata={"help": "Rank of the subspace, as in GaLore."})
+    update_proj_gap: int = field(default=200, metadata={"help": "Optimizer steps of a layer between two subspaces."})
+    scale: float = field(default=0.25, metadata={"help": "Factor of the update, as in GaLore."})
+    proj_type: str = field(default="right", metadata={"help": "right, left, std or reverse_std, as in GaLore."})
+    subspace: Literal["sketch", "svd", "random"] = field(default="sketch", metadata={"help": "Where it comes from."})
+    basis: Literal["aligned", "raw"] = field(default="aligned", metadata={"help": "How a new basis lies in its span."})
+    moments: Literal["keep", "project", "reset"] = field(default="keep", metadata={"help": "Moments at a refresh."})
+    stagger: bool = field(default=True, metadata={"help": "Spread refreshes over the gap."})
+    oversample: int = field(default=16, metadata={"help": "Random directions of a sketch besides the rank."})
+    gap_overlap: float | None = field(default=None, metadata={"help": "Overlap from which on the gap doubles."})
+    fold: Literal["beside", "base"] = field(default="beside", metadata={"help": "Where the original weights stay."})
+    seed: int = field(default=0, metadata={"help": "Of random bases and sketches."})
+    max_rank: int | None = field(default=None, metadata={"help": "Largest rank of the saved adapter."})
+    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_GALORE
+    method: ClassVar[str] = "galore"
+
+    def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
+        problems = Problems("LayerGaloreConfig")
+        for name in ("r", "update_proj_gap", "oversample", *(["max_rank"] if self.max_rank is not None else [])):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.add(f"{name}={value!r} is not a whole number above 0")
+        if not isinstance(self.scale, int | float) or isinstance(self.scale, bool) or not self.scale > 0:
+            problems.add(f"scale={self.scale!r} is not a number above 0")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                problems.add(unknown(name, getattr(self, name), values))
+        if self.gap_overlap is not None and not 0 < self.gap_overlap <= 1:
+            problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1")
+        for name in options_given(self, SHARED):
+            if name == "lora_alpha" and self.lora_alpha == self.scale * self.r:
+                continue  # it was derived, in a config that this one is made from
+            problems.add(f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning for projection")
+        by = self.select.get("by") if isinstance(self.select, Mapping) else getattr(self.select, "by", None)
+        if by == "importance":
+            problems.add(NOT_DAMPED)
+        problems.raise_if_any(ConfigError)
+        self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
+        super().__post_init__(batches)
+
+    def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """Never: a stock config would be ordinary LoRA. Raises: ConfigError."""
+        raise ConfigError(
+            "gradient projection has no stock config that means the same: give the config itself to get_peft_model or to a "
+            "trainer's peft_config=, on a model without other adapters"
+        )
+
+    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """What PEFT will be given to wrap that model by. Raises: as `resolve`, and ConfigError for experts of a kind not known."""
+        stock = super().settled(model, batches, progress=progress)
+        check_experts(base_of(model), stock.target_parameters or ())
+        return stock
+
+    @property
+    def is_plain(self) -> bool:
+        """Never: with all layers it is projection still."""
+        return False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to go on where the other stopped."""
+        return {name: getattr(self, name) for name in IDENTITY}
+
+    @property
+    def refreshing(self) -> Refreshing:
+        """How bases are renewed."""
+        return Refreshing(
+            self.update_proj_gap,
+            self.subspace,
+            self.basis,
+            self.moments,
+            self.stagger,
+            self.oversample,
+            self.gap_overlap,
+        )
+
+    def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> ProjectedLoraConfig:
+        """LoRA with one factor fixed: ranks no larger than the weights, and the scale in the place of alpha/r.
+
+        Raises: ConfigError for targets that cannot be projected.
+        """
+        targets = list(targets)
+        unfit = [t for t in targets if t.kind not in KINDS]
+        if unfit:
+            raise ConfigError(
+                f"gradient projection is for linear layers, Conv1D and experts, and {unfit[0].name} ({unfit[0].kind}) is none"
+                f"{f', nor are {len(unfit) - 1} others' if len(unfit) > 1 else ''}; leave them out of target_modules and "
+                "target_parameters"
+            )
+        small = {t.name: min(t.shape[-2:]) for t in targets if min(t.shape[-2:]) < self.r}
+        ranks = {f"^{name.replace('.', chr(92) + '.')}$": rank for name, rank in small.items()}
+        given |= {"rank_pattern": ranks, "alpha_pattern": {k: self.scale * r for k, r in ranks.items()}}
+        stock = ProjectedLoraConfig(**given)
+        stock._layerpeft_projection = copy.copy(self)  # type: ignore[attr-defined]
+        return stock
+
+
+def project_all(model: nn.Module, live: Any, adapter: str) -> None:
+    """Turns the LoRA modules of an adapter into projected ones; `live` is the config that PEFT wrapped them by."""
+    config: LayerGaloreConfig = live._layerpeft_projection
+    shapes = {t.name: t.shape for t in layer_map(model, Select.parse(config.select).stack).targets}
+    for name, layer in lora_layers(model, adapter).items():
+        path = name.removeprefix("_orig_mod.")
+        parameter = getattr(layer, "parameter_name", None)
+        name = f"{'.'.join(p for p in path.split('.') if p != 'base_layer')}.{parameter}" if parameter else path
+        *experts, out, into = shapes[name]
+        project(
+            layer,
+            Projection(
+                name=name,
+                adapter=adapter,
+                side=side_of(config.proj_type, out, into),
+                scale=config.scale,
+                fold=config.fold,
+                seed=config.seed,
+                folds=Folds(out, into, experts=sum(experts)),
+                gap=config.update_proj_gap,
+                experts=sum(experts),
+                path=path,
+            ),
+            ProjectedExperts if experts else None,
+        )
+
+
+@dataclass
+class ProjectedLoraConfig(RecordedLoraConfig):
+    """What PEFT sees of a projection while it trains; its folder is a stock LoRA adapter, with the state to go on from."""
+
+    projects: ClassVar[bool] = True
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """The sum of all that was trained as factors, the state, PEFT's file under which the factors are read, and the record.
+
+        Raises: SaveError.
+        """
+        model = getattr(self, "_layerpeft_model", lambda: None)()
+        record = getattr(self, "_layerpeft", None)
+        if model is None or record is None or record.selection is None or not manifest.has_weights(save_directory):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        asked: LayerGaloreConfig = self._layerpeft_projection  # type: ignore[attr-defined]
+        adapter = getattr(self, "_layerpeft_adapter", "default")
+        found = saving.write(os.fspath(save_directory), model, adapter, asked.identity, asked.max_rank)
+        if found["errors"]:
+            record.checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
+        twin = self.with_record(**saving.ranks(found, asked.r))
+        RecordedLoraConfig.save_pretrained(twin, save_directory, **kwargs)

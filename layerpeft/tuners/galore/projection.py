@@ -1,0 +1,329 @@
+"""The arithmetic of gradient projection on one module: bases, folds, the working weight, and what a resumed run needs.
+
+`W + s·B·Q` with `Q` (r, in) fixed and `B` (out, r) trained is LoRA with its A frozen ("right"); `W + s·P·C` with `P` (out, r) fixed
+is LoRA with its B frozen ("left"). The gradient of the trained factor is divided by s on its way, so that it is the projected
+gradient `G Qᵀ` itself, as in GaLore (arXiv 2403.03507), and clipping and SGD mean what they mean there.
+
+A weight of experts (experts, out, in) has all this once per expert, in two parameters laid out as PEFT does it: A (experts·r, in),
+and B (out, r·experts) with the experts innermost. `rights` and `lefts` see them as (experts, r, in) and (experts, out, r).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import TrainingError
+from layerpeft.integrations import bitsandbytes, hqq
+from layerpeft.integrations.peft import LoraLayer, lora_layers, stores_out_first
+from layerpeft.integrations.torch import has_hook
+from layerpeft.tuners.galore.folds import Factors, Folds, exactly, part, stacked, stochastically
+from layerpeft.tuners.galore.subspace import rotation
+
+LOW = (torch.bfloat16, torch.float16)
+Slot = int | EllipsisType  # an expert, or all there is
+
+
+@dataclass
+class Projection:
+    """The running state of one projected module; `steps` and `refreshes` count its own active time."""
+
+    name: str
+    adapter: str
+    side: str
+    scale: float
+    fold: str
+    seed: int
+    folds: Folds
+    gap: int
+    experts: int = 0  # matrices in the weight, each with a basis of its own; 0 for a plain matrix
+    path: str = ""  # of the wrapped module in the model, where it is not the name
+    due: int = 0  # the step, of its own, whose gradient gives the next basis
+    first_gap: int = 0  # from the first refresh to the second, so that later ones are spread over steps
+    steps: int = 0
+    refreshes: int = 0
+    failed: int = 0
+    overlap: float | None = None
+    active: bool = True  # whether it trains now
+    original: torch.Tensor | None = None  # the weight as it was, from the first fold on
+    working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
+    packed: Any = None  # the quantized weight (HQQ: its module) as it was, while it is merged
+    beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
+    watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
+    watcher: Any = None  # called with (module, y, x), gives y
+
+    @property
+    def key(self) -> str:
+        """What random draws of this module go by."""
+        return f"{self.seed}|{self.name}"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What picks one matrix after the other out of tensors with one per expert."""
+        return tuple(range(self.experts)) if self.experts else (...,)
+
+
+def unscale(layer: Any) -> None:
+    """Lets the trained factor's gradient be that of the projected problem; once for each tensor that takes its place."""
+    state, trained = state_of(layer), trained_of(layer)
+    if state.scale != 1.0 and trained.requires_grad and not has_hook(trained, _Unscale):
+        trained.register_hook(_Unscale(1 / state.scale))
+
+
+class _Unscale:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.factor
+
+
+def state_of(layer: Any) -> Projection:
+    """The state of a projected module."""
+    return layer._layerpeft_projection
+
+
+def projections(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The projected modules of an adapter, by their name in the unwrapped model."""
+    for layer in lora_layers(model, adapter).values():
+        state = getattr(layer, "_layerpeft_projection", None)
+        if state is not None and state.adapter == adapter:
+            yield state.name, layer
+
+
+def originals(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The weights as they were, by parameter name, of the modules whose working weight has folds in it."""
+    found = ((n, state_of(layer)) for n, layer in projections(model, adapter))
+    return {n if s.experts else f"{n}.weight": s.original for n, s in found if s.original is not None}
+
+
+def folded(model: nn.Module, adapter: str) -> set[str]:
+    """The modules that have folds."""
+    return {n for n, layer in projections(model, adapter) if state_of(layer).folds.count}
+
+
+def fixed_of(layer: LoraLayer) -> nn.Parameter:
+    """The factor that is fixed within a period: Q (r, in), or P (out, r)."""
+    state = state_of(layer)
+    return (layer.lora_A if state.side == "right" else layer.lora_B)[state.adapter].weight  # type: ignore[return-value]
+
+
+def trained_of(layer: LoraLayer) -> nn.Parameter:
+    """The factor that trains: B (out, r), or C (r, in)."""
+    state = state_of(layer)
+    return (layer.lora_B if state.side == "right" else layer.lora_A)[state.adapter].weight  # type: ignore[return-value]
+
+
+def weight_of(layer: Any) -> nn.Parameter:
+    """The weight that is trained, (out, in) or (experts, out, in) or as the module stores it."""
+    base = layer.get_base_layer()
+    return getattr(base, getattr(layer, "parameter_name", hqq.WEIGHT if hqq.is_packed(base) else "weight"))
+
+
+def rights(a: torch.Tensor, experts: int) -> torch.Tensor:
+    """A view of an A as (r, in), or (experts, r, in)."""
+    return a.view(experts, -1, a.shape[-1]) if experts else a
+
+
+def lefts(b: torch.Tensor, experts: int) -> torch.Tensor:
+    """A view of a B as (out, r), or (experts, out, r)."""
+    return b.view(b.shape[0], -1, experts).permute(2, 0, 1) if experts else b
+
+
+def at(t: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """One of a tensor's matrices, or the tensor itself."""
+    return t if slot is ... else t[slot]
+
+
+def basis_of(layer: LoraLayer) -> torch.Tensor:
+    """A view of the fixed factor as orthonormal rows, (r, size) or (experts, r, size)."""
+    state, fixed = state_of(layer), fixed_of(layer).detach()
+    return rights(fixed, state.experts) if state.side == "right" else lefts(fixed, state.experts).mT
+
+
+def like_trained(layer: LoraLayer, t: torch.Tensor) -> torch.Tensor:
+    """A view of what is laid out like the trained factor: (out, r) or (r, in), or that of every expert."""
+    state = state_of(layer)
+    return lefts(t, state.experts) if state.side == "right" else rights(t, state.experts)
+
+
+@torch.no_grad()
+def set_basis(layer: LoraLayer, rows: torch.Tensor, slot: Slot = ...) -> None:
+    """Puts orthonormal rows (r, size) in the place of the fixed factor."""
+    basis_of(layer)[slot].copy_(rows)
+
+
+def running(layer: LoraLayer) -> Factors:
+    """The running period as factors (…, out, r), (…, r, in), scale included, in float32 (float64 for such factors)."""
+    state = state_of(layer)
+    a, b = (wide(m[state.adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+    a, b = rights(a, state.experts), lefts(b, state.experts)
+    return (state.scale * b, a) if state.side == "right" else (b, state.scale * a)
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is that already."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@torch.no_grad()
+def fold(layer: LoraLayer) -> None:
+    """Takes the running period into the sum of folds and into the working weight, and zeroes the trained factor."""
+    if not bool(trained_of(layer).any()):
+        return
+    state_of(layer).folds.add(*running(layer))
+    trained_of(layer).zero_()
+    refold(layer)
+
+
+def refuse_part(layer: Any) -> None:
+    """Raises: TrainingError where this process holds a part of the weight only."""
+    weight = weight_of(layer)
+    if hasattr(weight, "full_tensor") or not weight.numel():
+        raise TrainingError(
+            f"{state_of(layer).name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
+            "use DDP or ZeRO-2, or LayerLoraConfig"
+        )
+
+
+@torch.no_grad()
+def refold(layer: Any) -> None:
+    """Forms the working weight anew from the original and the whole sum, so that rounding never adds up over folds."""
+    state: Any = state_of(layer)
+    weight = weight_of(layer)
+    refuse_part(layer)
+    if not weight.is_floating_point():
+        like = trained_of(layer)
+        state.beside = [
+            (p.to(like.device, like.dtype), q.to(like.device, like.dtype)) for p, q in [state.folds.factors()]
+        ]
+        return
+    keep_original(layer)
+    working = state.working if state.working is not None else weight.data
+    for slot in state.slots:  # one expert at a time, so that no other whole weight is needed
+        whole = wide(state.original[slot].to(weight.device))
+        whole = whole + as_stored(layer, state.folds.sum(slot).to(whole))
+        if weight.dtype in LOW:
+            key = f"{state.key}|{state.folds.count}" + (f"|{slot}" if state.experts else "")
+            whole = stochastically(whole, weight.dtype, torch.Generator().manual_seed(hash_of(key)))
+        working[slot].copy_(whole)
+
+
+def as_stored(layer: Any, change: torch.Tensor) -> torch.Tensor:
+    """A change (…, out, in) the way the module stores its weight; and back."""
+    turned = not stores_out_first(layer) if state_of(layer).experts else layer.fan_in_fan_out
+    return change.mT if turned else change
+
+
+@torch.no_grad()
+def keep_original(layer: Any) -> None:
+    """Keeps the weight as it was, before anything is written into it for the first time."""
+    state: Any = state_of(layer)
+    weight = weight_of(layer)
+    if not weight.is_floating_point():
+        base = layer.get_base_layer()  # PEFT merges into another module where HQQ has packed it
+        state.packed = base if hqq.is_packed(base) else bitsandbytes.kept(base)
+    elif state.original is None:
+        state.original = weight.detach().to("cpu" if state.fold == "base" else weight.device, copy=True)
+
+
+@torch.no_grad()
+def restart(layer: Any) -> None:
+    """Lets the weight be what it is without the running period, from what was kept."""
+    state: Any = state_of(layer)
+    if isinstance(state.packed, tuple):
+        bitsandbytes.put_back(layer.get_base_layer(), state.packed)
+        state.packed = None
+    elif state.packed is not None:
+        layer.base_layer, state.packed = state.packed, None
+    elif state.folds.count:
+        refold(layer)
+    elif state.original is not None:
+        show(layer, working=True)
+        weight_of(layer).data.copy_(state.original)
+
+
+def hash_of(text: str) -> int:
+    """A seed from a text, equal in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@torch.no_grad()
+def show(layer: Any, *, working: bool) -> None:
+    """Puts the working weight, or the original, into the module; nothing is copied where it is there already."""
+    state: Any = state_of(layer)
+    if state.original is None or working == (state.working is None):
+        return
+    weight = weight_of(layer)
+    if working:
+        weight.data = state.working.to(weight.device)
+        state.working = None
+    else:
+        state.working = weight.data
+        weight.data = state.original.to(weight.device)
+
+
+def held(layer: Any) -> Factors:
+    """All that was trained, as factors (…, out, k), (…, k, in), scale included: what the weights really hold.
+
+    A weight in a short dtype holds the sum of folds rounded, so it is the difference of working weight and original that counts.
+    """
+    state, weight = state_of(layer), weight_of(layer)
+    now = tuple(t.cpu() for t in running(layer))
+    if state.original is None or weight.dtype not in LOW or layer.merged:
+        both = stacked([state.folds.factors(), now])  # type: ignore[list-item]
+        return both if both[0].shape[-1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
+    working = state.working if state.working is not None else weight.data
+    change = working.float().cpu() - state.original.float().cpu()
+    return exactly(as_stored(layer, change) + now[0].float() @ now[1].float())
+
+
+@torch.no_grad()
+def rotate(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    means: Iterable[torch.Tensor],
+    squares: Iterable[torch.Tensor],
+    side: str,
+    policy: str,
+) -> None:
+    """What a refresh does with the optimizer's moments of a trained factor: `keep`, `reset`, or `project` into the new basis.
+
+    `project` takes first moments as coordinates, `m (old newᵀ)`, and second ones as their variances, with the squared matrix (as in
+    LDAdam, arXiv 2410.16103, without its correction).
+    """
+    if policy == "keep":
+        return
+    turn = rotation(old, new)
+    for moments, matrix in ((means, turn), (squares, turn.square())):
+        for moment in moments:
+            if policy == "reset":
+                moment.zero_()
+            else:
+                by = matrix.to(moment)
+                moment.copy_(moment @ by if side == "right" else by.T @ moment)
+
+
+def tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """All that a resumed run needs of one module."""
+    state = state_of(layer)
+    counts = [state.gap, state.due, state.steps, state.refreshes, state.failed]
+    found = {"fixed": fixed_of(layer).detach().cpu(), "trained": trained_of(layer).detach().cpu()}
+    return found | {"counts": torch.tensor(counts)} | {f"folds.{k}": v for k, v in state.folds.state().items()}
+
+
+@torch.no_grad()
+def restore(layer: Any, saved: Mapping[str, torch.Tensor]) -> None:
+    """Takes over what `tensors` gave, the working weight included."""
+    state = state_of(layer)
+    state.gap, state.due, state.steps, state.refreshes, state.failed = saved["counts"].tolist()
+    state.folds.restore(part(saved, "folds."))
+    fixed_of(layer).copy_(saved["fixed"])
+    trained_of(layer).copy_(saved["trained"])
+    restart(layer)

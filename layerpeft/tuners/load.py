@@ -1,0 +1,321 @@
+"""Loading a base model in the precisions it will be used in, where these can be known before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from layerpeft.errors import ConfigError, SaveError, unknown
+from layerpeft.model import precisions
+from layerpeft.model.layers import base_of
+from layerpeft.model.precisions import KEPT, precision_of
+from layerpeft.quantization import apply
+from layerpeft.quantization.apply import Quantized
+from layerpeft.quantization.assign import allot, decided_early
+from layerpeft.quantization.config import LayerQuantConfig
+from layerpeft.quantization.load import load_quantized
+from layerpeft.quantization.quantize import applied
+from layerpeft.quantization.save import is_saved, load_saved
+from layerpeft.saving.manifest import CONFIG, has_weights, read_manifest
+from layerpeft.selection.scoring import needs
+from layerpeft.selection.select import Select
+from layerpeft.text import note
+from layerpeft.training import backward, steps
+from layerpeft.training.record import _live_record, write_record
+from layerpeft.tuners.assume import fixed
+from layerpeft.tuners.full.layer import adopt
+from layerpeft.tuners.lora.config import LayerLoraConfig
+from layerpeft.tuners.lora.model import _tie
+from layerpeft.tuners.lora.precision import asked, decides_early, names_of
+from layerpeft.tuners.lora.stock import RecordedLoraConfig
+
+MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+Wish = LayerLoraConfig | LayerQuantConfig | Quantized | Mapping[str, Any]
+PEFT_OPTIONS = (
+    "adapter_name", "config", "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping",
+)  # fmt: skip
+ARCHITECTURE = ("num_labels", "id2label", "label2id", "trust_remote_code", "code_revision", "cache_dir", "token")
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    config: Wish | None = None,
+    *,
+    kind: str = "AutoModelForCausalLM",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    revision: str | None = None,
+    batches: Iterable[Any] | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """The model of a folder or of the hub, stored as `config` says: each linear is quantized before the next one is read.
+
+    `config`: a `LayerQuantConfig` or a dict; a training config (`get_peft_model` then finds its base as it wants it); what was
+    done before; or None for a folder of `save_model`, in the precisions it was saved in. The peak is the result and one linear.
+    Where a choice needs the weights first (scores by weights or data), the model is loaded in 16 bit and quantized in place: at
+    once for a `LayerQuantConfig`, on `batches` if need be, and by `get_peft_model` for a training config. `kind`: class of
+    transformers; `kwargs` go to its `from_pretrained`.
+    Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
+    """
+    if config is not None and not isinstance(config, LayerLoraConfig | Quantized):
+        config = LayerQuantConfig.parse(config)
+    if is_saved(name):
+        return _saved(name, config, dtype, device, progress, kwargs)
+    if config is None:
+        raise ConfigError(
+            f"{os.fspath(name)} was not written by save_model: say how it is to be stored, as in {{'bits': 4}}"
+        )
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, **kwargs}
+    wanted = early(config, lambda: _empty(name, kind, dtype, revision, kwargs))
+    if wanted is not None:
+        model = load_quantized(name, wanted.assignment, wanted.storage, kind=kind, progress=progress, **options)
+        applied(model, wanted)  # all is stored so by now: it is compared, kept and told
+        return model
+    model = load_quantized(name, {}, precisions.PLAIN, kind=kind, progress=progress, **options)
+    if isinstance(config, LayerQuantConfig):
+        from_data = batches if batches is not None else config._batches
+        applied(model, allot(config, model, from_data, progress=progress))
+    elif isinstance(config, LayerLoraConfig) and config.quantizes:
+        note(
+            "which layers are quantized hangs on the weights or on data: loaded in 16 bit, to be quantized when it is wrapped"
+        )
+    return model
+
+
+def _saved(
+    name: str | os.PathLike[str],
+    config: Wish | None,
+    dtype: Any,
+    device: Any,
+    progress: bool,
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """A folder of `save_model`. Raises: SaveError; QuantizationError where `config` asks for other precisions."""
+    options = dict(kwargs) | ({"dtype": dtype} if dtype is not None else {})
+    model = load_saved(name, device=device, progress=progress, **options)
+    wanted = early(config, lambda: model) if config is not None else None
+    if wanted is not None:
+        apply.apply(model, wanted.modules, wanted.storage)
+    return model
+
+
+def early(config: Wish | Any, empty: Any) -> Quantized | None:
+    """The precisions that a config means, known from the architecture alone; None where weights or data decide.
+
+    `empty`: makes the model without weights. Raises: ConfigError, SelectionError.
+    """
+    if isinstance(config, Quantized):
+        return config
+    if isinstance(config, LayerQuantConfig):
+        return allot(config, empty()) if decided_early(config) else None
+    if not isinstance(config, LayerLoraConfig) or not config.quantizes or config.stored is not None:
+        return config.stored if isinstance(config, LayerLoraConfig) else None
+    if not decides_early(config):
+        return None
+    select = Select.parse(config.select)
+    if select.is_scheduled or needs(select) == "nothing":
+        model = empty()
+        choice = fixed(config, model)[0]._layerpeft.selection  # type: ignore[attr-defined]
+        return asked(config, model, names_of(model, choice.stack, choice.layers))
+    # layers are chosen by the weights or by data, of which precisions are independent
+    return asked(config, empty(), ())
+
+
+def _empty(
+    name: str | os.PathLike[str], kind: str, dtype: Any, revision: str | None, kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """The model without weights. Raises: ConfigError where there is no such model or class."""
+    if not hasattr(transformers, kind):
+        close = [n for n in dir(transformers) if n.startswith("AutoModelFor")]
+        raise ConfigError(unknown("class of transformers", kind, close))
+    options = {k: v for k, v in kwargs.items() if k in ARCHITECTURE}
+    config = kwargs.get("config")
+    try:
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(os.fspath(name), revision=revision, **options)
+        kept = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        kept = kept or getattr(config, "dtype", None) or torch.float32
+        trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
+        made = getattr(transformers, kind)
+        with torch.device("meta"):
+            make = getattr(made, "from_config", None) or made._from_config  # of an Auto class, or of a model's own
+            return base_of(make(config, dtype=kept, **trusted))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"no model can be built from {os.fspath(name)!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+# ---- under a saved adapter ------------------------------------------------------------------------------------------
+
+
+def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The base of a saved adapter, quantized as it was when that trained, and what of `given` is left for PEFT.
+
+    None where the base was not quantized by layer. Raises: SaveError where it does not say which base, or that cannot be had.
+    """
+    stored = read_manifest(folder).get("quant")
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    base, task = config.get("base_model_name_or_path"), config.get("task_type")
+    for_peft = {k: v for k, v in given.items() if k in PEFT_OPTIONS}
+    for_base = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
+    if base and is_saved(base):
+        return load_saved(base, **for_base), for_peft
+    if stored is None:
+        return None, dict(given)
+    wanted = Quantized.from_dict(stored)
+    kind = MODELS.get(task) or (config.get("auto_mapping") or {}).get("base_model_class")
+    if not base or not hasattr(transformers, str(kind)):
+        raise SaveError(
+            f"{folder} does not say which base it was trained on, or of which class; give it: load({os.fspath(folder)!r}, model)"
+        )
+    options: dict[str, Any] = {"dtype": wanted.dtype or None} | for_base
+    labels = Path(folder) / "labels.json"  # a recipe's classes
+    if labels.is_file():
+        options.setdefault("num_labels", len(json.loads(labels.read_text(encoding="utf-8"))))
+    try:
+        return load_model(base, wanted, kind=str(kind), **options), for_peft
+    except (OSError, ValueError) as error:
+        raise SaveError(f"the base model {base!r} of {folder} cannot be loaded: {error}") from error
+
+
+def quantized_linears(model: nn.Module) -> bool:
+    """Whether any linear of the model is stored in fewer bits."""
+    return any(hasattr(m, "in_features") and precision_of(m) != KEPT for m in model.modules())
+
+
+_AUTO_MODELS = {
+    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
+    "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
+}
+
+
+def load_verified(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
+) -> peft.PeftModel:
+    """A saved adapter on its base model, verified before any weight is read, with the record for `layer_report`.
+
+    Without `model` the base is built from what adapter_config.json names; `kwargs` go to PEFT's (and, then,
+    transformers') `from_pretrained`. Raises: SaveError for a damaged folder, or a base that is not to be had or does
+    not fit.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    kwargs["is_trainable"] = is_trainable
+    if model is None:
+        loaded = _load_with_base(folder, kwargs)
+    else:
+        _check_base(folder, model, manifest)
+        loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
+    config = loaded.peft_config[kwargs.get("adapter_name", "default")]
+    config._layerpeft = _live_record(manifest)  # type: ignore[attr-defined]
+    return loaded
+
+
+def _load_with_base(folder: Path, kwargs: dict[str, Any]) -> peft.PeftModel:
+    """Build the base model by the task type or class that adapter_config.json names, and put the adapter on it."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    task, base = config.get("task_type"), config.get("base_model_name_or_path")
+    cure = f"pass the base model: load({str(folder)!r}, model)"
+    if not base:
+        raise SaveError(f"{folder / CONFIG} does not name a base model (base_model_name_or_path is empty); {cure}")
+    if not task and not config.get("auto_mapping"):
+        raise SaveError(f"{folder / CONFIG} says neither task_type nor the class of the base model {base!r}; {cure}")
+    if task and task not in _AUTO_MODELS:
+        raise SaveError(f"{folder / CONFIG} has a task_type, {task!r}, without a model class; {cure}")
+    auto = _AUTO_MODELS[task] if task else peft.AutoPeftModel
+    try:
+        return auto.from_pretrained(str(folder.absolute()), **kwargs)  # a relative one could pass for a hub name
+    except (OSError, ValueError) as error:  # not found, no such class, a class from a package that peft will not import
+        raise SaveError(f"the base model {base!r} of {folder} cannot be loaded: {error}\nThen {cure}") from error
+
+
+def _check_base(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Raises: SaveError when `model` is wrapped already, or lacks chosen targets: PEFT would say nothing."""
+    if isinstance(model, peft.PeftModel):
+        raise SaveError("load() takes the base model, not a PeftModel; model.load_adapter(folder, name) adds to that")
+    selection = manifest.get("selection") or {}
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    lost = [name for name in selection.get("targets", ()) if name not in names]
+    if lost:
+        raise SaveError(
+            f"{folder} was trained on another model: {type(model).__name__} lacks {len(lost)} of its "
+            f"{len(selection['targets'])} targets, such as {lost[0]!r}"
+        )
+
+
+def load(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
+) -> Any:
+    """A saved adapter on its base model, verified before any weight is read, with the record of what was chosen and why.
+
+    Of a folder that `save_model` wrote: that model, in the precisions it was saved in.
+
+    Without `model` the base is built from what `adapter_config.json` names, quantized as it was when the adapter trained;
+    `kwargs` go to PEFT's (and then transformers') `from_pretrained`. With `is_trainable` training is followed and checked again.
+    Raises: SaveError for a damaged folder, or a base that does not fit.
+    """
+    if model is None and is_saved(folder):
+        return load_saved(folder, **kwargs)
+    if model is None:
+        model, kwargs = stored_base(folder, kwargs)
+    elif read_manifest(folder).get("quant") is not None and not quantized_linears(model):
+        note(
+            f"{folder} was trained over a base that was quantized by layer, and this one is not: what it computes differs by the "
+            "rounding. load(folder) without a model, or layerpeft.quantize(model, folder) before, gives it the same base"
+        )
+    loaded = load_verified(folder, model, is_trainable=is_trainable, **kwargs)
+    adapter = kwargs.get("adapter_name", "default")
+    live: Any = loaded.peft_config[adapter]
+    live.__class__ = RecordedLoraConfig
+    tuner: Any = loaded.base_model
+    _tie(live, tuner.model, adapter)
+    selection = live._layerpeft.selection
+    if live._layerpeft.method == "full" and selection is not None:
+        adopt(tuner.model, adapter, selection.layer_names, live._layerpeft.config.get("biases", True))
+    if is_trainable and live._layerpeft.method == "galore":
+        note(
+            "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter(folder, "
+            "adapter_name) on a model that LayerGaloreConfig has wrapped, as Trainer's resume_from_checkpoint does"
+        )
+    if is_trainable:
+        steps.follow(tuner.model, adapter, live, tuner, None)
+        backward.install(tuner.model, live._layerpeft.selection.stack)
+    return loaded
+
+
+def save_record(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Writes the record beside an adapter that transformers' own `model.save_pretrained` has saved.
+
+    (`PeftModel.save_pretrained` does it by itself.) Raises: ConfigError where nothing was chosen, or no weights are there.
+    """
+    live = getattr(model, "peft_config", {}).get(adapter_name)
+    record = getattr(live, "_layerpeft", None)
+    if record is None or record.selection is None:
+        raise ConfigError(
+            f"the adapter {adapter_name!r} has no choice of layers to record (select='all', or still pending)"
+        )
+    if not has_weights(folder):
+        raise ConfigError(f"{folder} holds no weights of an adapter; call model.save_pretrained({str(folder)!r}) first")
+    write_record(folder, base_of(model), record, adapter_name)

@@ -1,0 +1,1 @@
+"""LoRA on the chosen layers."""

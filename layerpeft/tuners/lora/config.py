@@ -1,0 +1,233 @@
+"""Config classes: PEFT's own, plus how the layers are picked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from dataclasses import MISSING, InitVar, dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from torch import nn
+
+from layerpeft.errors import ConfigError, LayerpeftError, Problems
+from layerpeft.integrations.peft import LayerPeftType, default_targets
+from layerpeft.model.layers import LayerMap, Target, layer_map
+from layerpeft.model.targets import exclusions, match_targets
+from layerpeft.quantization.apply import Quantized
+from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
+from layerpeft.selection.choose import choose
+from layerpeft.selection.scoring import needs_batches
+from layerpeft.selection.select import Select, Selection
+from layerpeft.tuners.lora.stock import RecordedLoraConfig, _lora_fields, stock_config
+
+QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
+OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
+INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
+
+
+@dataclass
+class LayerLoraConfig(LoraConfig):
+    """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
+
+    `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
+    `quantize_frozen`, `quantize_trained`: precision of the linears in layers that do not train, and that do; `quant`: a
+    `LayerQuantConfig` (or a dict), bits by a choice of its own. `batches`: model inputs with labels for data-driven choices; used
+    at run time, never written, never copied deep. Raises: ConfigError naming every problem at once.
+    """
+
+    select: Any = field(
+        default="all",
+        metadata={
+            "help": "Which layers: 'last:3', [3, 7], '8-15', or {by: gradient_norm, keep: 0.25, …}. Default: all of them."
+        },
+    )
+    train_new: bool = field(
+        default=True,
+        metadata={"help": "Train tensors that have no pre-trained values, such as a new classification head."},
+    )
+    quantize_frozen: Any = field(
+        default=None,
+        metadata={
+            "help": "Precision of the linears in layers that do not train: nf4, fp4, int8, or bits. Default: as loaded."
+        },
+    )
+    quantize_trained: Any = field(
+        default=None,
+        metadata={"help": "The same for layers that train, under their adapters (QLoRA). Default: as loaded."},
+    )
+    quant: Any = field(
+        default=None, metadata={"help": "Bits by a choice of its own: {select: …, bits: …} or {mean_bits: 4.5, …}."}
+    )
+    batches: InitVar[Iterable[Any] | None] = None
+    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
+    method: ClassVar[str] = "lora"
+
+    def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
+        problems = Problems("LayerLoraConfig")
+        select = Select()
+        try:
+            select = Select.parse(self.select)
+        except LayerpeftError as error:
+            problems.add(str(error))
+        if not select.is_all or self.quantizes:
+            for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
+                if getattr(self, name) is not None:
+                    problems.add(
+                        f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone"
+                    )
+        if not isinstance(self.train_new, bool):
+            problems.add(f"train_new={self.train_new!r} is not true or false")
+        _check_quant(self, problems)
+        problems.raise_if_any(ConfigError)
+        super().__post_init__()
+        self._batches = batches
+        if not self.is_plain:
+            self.peft_type = self.kind  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoraConfig:
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name == "_batches" else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_batches"} | {"_batches": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; PEFT's own keys alone where nothing is chosen."""
+        plain = super().to_dict()
+        if self.is_plain:
+            return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
+        plain |= {"select": Select.parse(self.select).to_dict()}
+        return plain if self.quant is None else plain | {"quant": LayerQuantConfig.parse(self.quant).plain()}
+
+    @property
+    def stored(self) -> Quantized | None:
+        """The precisions of a run that this one goes on with, in the place of a choice of its own."""
+        return self.__dict__.get("_stored")
+
+    def with_stored(self, found: Quantized | None) -> LayerLoraConfig:
+        """A copy that keeps to these precisions."""
+        twin = copy.deepcopy(self)
+        twin.__dict__["_stored"] = found
+        return twin
+
+    def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
+        """A copy that carries these batches."""
+        twin = copy.deepcopy(self)
+        twin._batches = batches
+        return twin
+
+    def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """The stock LoRA config this means on that model, with full target names; for `add_adapter` on a live model.
+
+        Raises: SelectionError, ScoreError, LayerMapError, ConfigError.
+        """
+        if self.quantizes:
+            raise ConfigError(
+                "a stock config quantizes nothing: call layerpeft.quantize(model, …) first, and resolve a config without "
+                "quantize_frozen, quantize_trained and quant"
+            )
+        return self.settled(model, batches, progress=progress)
+
+    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+        """What PEFT will be given to wrap that model by. Raises: as `resolve`."""
+        if self.is_plain:
+            return LoraConfig(**_lora_fields(self))
+        if self.is_scheduled:
+            raise ConfigError(
+                "select: layers that are chosen again during training have no stock config that means the same; give the config "
+                "itself to get_peft_model or to a trainer's peft_config="
+            )
+        given = batches if batches is not None else self._batches
+        layers = layer_map(model, Select.parse(self.select).stack)
+        selection = choose(
+            model,
+            self.select,
+            batches=given,
+            target_modules=target_names(self, layers),
+            exclude_modules=self.exclude_modules,
+            target_parameters=self.target_parameters,
+            progress=progress,
+        )
+        return self.stock_for(model, selection)
+
+    def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
+        """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
+        names, exclude = target_names(self, layers), exclusions(self.exclude_modules, model, layers)
+        return match_targets(layers, names, exclude, self.target_parameters)
+
+    def stock_for(self, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+        """The config that PEFT sees for a choice, with its record. Raises: ConfigError."""
+        return stock_config(self, model, selection)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where this is a stock LoRA config: all layers, nothing to record."""
+        return Select.parse(self.select).is_all and not self.quantizes
+
+    @property
+    def quantizes(self) -> bool:
+        """True where some of the model is to be stored in fewer bits."""
+        return any(getattr(self, name) is not None for name in QUANT_FIELDS)
+
+    def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
+        """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
+        return RecordedLoraConfig(**given)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """True where layers are chosen again during training."""
+        return Select.parse(self.select).is_scheduled
+
+    @property
+    def is_deferred(self) -> bool:
+        """True when the choice has to wait for the batches of the first optimizer step."""
+        return self._batches is None and needs_batches(Select.parse(self.select))
+
+
+# A property of the finished class, so that `dataclasses.replace` finds the batches and hands them on.
+LayerLoraConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]
+
+
+def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
+    """`target_modules`, or what PEFT would put in its place. Raises: ConfigError where PEFT has no default for the model."""
+    if config.target_modules is not None or config.target_parameters:
+        return config.target_modules
+    names = default_targets(layers.model_type)
+    if names is None:
+        ends = sorted({t.name.rpartition(".")[2] for t in layers.targets})
+        raise ConfigError(
+            f"target_modules: PEFT has no default for model type {layers.model_type!r}; "
+            f"give some of {', '.join(ends)}, or 'all-linear'"
+        )
+    return names
+
+
+def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:
+    for name in ("quantize_frozen", "quantize_trained"):
+        frozen_precision(name, getattr(config, name), problems)
+    if config.quant is None:
+        return
+    if config.quantize_frozen is not None or config.quantize_trained is not None:
+        problems.add(
+            "quant, and quantize_frozen or quantize_trained: two ways to say the same; write quant alone "
+            "(quant={'bits': 4, 'apply_to': 'frozen'} is quantize_frozen=4)"
+        )
+    try:
+        LayerQuantConfig.parse(config.quant)
+    except LayerpeftError as error:
+        problems.add(str(error))
+
+
+def options_given(config: LoraConfig, shared: Collection[str]) -> list[str]:
+    """LoRA's own options, besides the `shared` ones, that are not left at their defaults."""
+    found = []
+    for option in fields(LoraConfig):
+        default = option.default if option.default is not MISSING else None
+        if option.default is MISSING and option.default_factory is not MISSING:
+            default = option.default_factory()
+        if option.name not in shared and getattr(config, option.name, default) != default:
+            found.append(option.name)
+    return found

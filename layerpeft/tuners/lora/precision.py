@@ -1,0 +1,183 @@
+"""What a training config says about precision, and when it is done: before wrapping, or once the layers are chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import ConfigError, Problems, QuantizationError
+from layerpeft.model.layers import LayerMap, base_of, layer_map
+from layerpeft.model.precisions import PRECISIONS, named
+from layerpeft.quantization import apply
+from layerpeft.quantization.apply import Quantized
+from layerpeft.quantization.assign import allot, by_training, decided_early, wants_batches
+from layerpeft.quantization.config import LayerQuantConfig
+from layerpeft.quantization.quantize import DONE, applied
+from layerpeft.selection.scoring import needs
+from layerpeft.selection.select import DEFAULT_BATCHES, Select, Selection
+from layerpeft.tuners.lora.config import LayerLoraConfig
+
+
+def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collection[str] | None) -> Quantized | None:
+    """Quantizes what the config asks for; None where nothing is asked, or where it has to wait for the choice.
+
+    `training`: names of the layers that train or ever may; None: not chosen yet.
+    Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
+    """
+    if not config.quantizes:
+        return vars(base_of(model)).get(DONE)  # by `quantize`, of which the record is to tell
+    if training is None and waits(config):
+        return None
+    whole = config.method == "full"
+    done = applied(model, asked(config, model, training or ()), marked=not whole)
+    base = base_of(model)
+    if whole and not getattr(base, "is_quantized", False):
+        # trainers take the mark for QLoRA and cast all that trains to bfloat16, here the weights themselves
+        for name in apply.MARKS:
+            vars(base).pop(name, None)
+    return done
+
+
+def asked(config: LayerLoraConfig, model: nn.Module, training: Collection[str], *, known: bool = True) -> Quantized:
+    """The precision of every linear, before anything is changed. `known`: False for a model without weights.
+
+    Raises: as `before_wrapping`.
+    """
+    if config.stored is not None:
+        return config.stored
+    if config.quant is not None:
+        spec = LayerQuantConfig.parse(config.quant)
+        batches = spec._batches if spec._batches is not None else config._batches
+        wanted = allot(spec, model, batches, training, known=known)
+    else:
+        stack = Select.parse(config.select).stack
+        wanted = by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
+    _refuse(config, wanted, training)
+    return wanted
+
+
+def _refuse(config: LayerLoraConfig, wanted: Quantized, training: Collection[str]) -> None:
+    """Raises: ConfigError for what PEFT would refuse, or do wrongly, once the weights are packed."""
+    problems = Problems("packed layers")
+    blocks = tuple(f"{name}." for name in training)
+    under = {p for n, p in wanted.assignment.items() if n.startswith(blocks)}  # packed, and to be wrapped
+    by_hqq = any(PRECISIONS[p].package == "hqq" for p in under)
+    if config.method != "full" and (not isinstance(config.r, int) or config.r < 1):
+        problems.add(f"r={config.r!r} is not a whole number above 0")
+    starts = (True, False, "gaussian", "eva", *(() if by_hqq else ("olora",)))
+    if under and config.init_lora_weights not in starts:
+        problems.add(
+            f"init_lora_weights={config.init_lora_weights!r} takes something out of weights that are packed "
+            f"({', '.join(sorted(under))}); start with {', '.join(map(repr, starts))}, or keep layers that train in 16 bit"
+        )
+    if by_hqq and config.lora_bias:
+        problems.add("lora_bias=True: PEFT does not do that over HQQ's layers")
+    for name in config.modules_to_save or ():
+        held = [n for n in wanted.assignment if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", n)]
+        if held:
+            problems.add(
+                f"modules_to_save: {name!r} trains whole, and {held[0]} in it would be packed; name it in quant's skip_modules"
+            )
+    problems.raise_if_any(ConfigError)
+
+
+def decides_early(config: LayerLoraConfig) -> bool:
+    """Whether the precisions can be known from the architecture alone, before a weight is loaded."""
+    if config.quant is not None and not decided_early(LayerQuantConfig.parse(config.quant)):
+        return False
+    select = Select.parse(config.select)
+    return select.is_scheduled or needs(select) == "nothing" or not _hangs(config)[0]
+
+
+def wish(config: LayerLoraConfig) -> dict[str, Any]:
+    """What a config asks for, as plain data: the same that `Quantized.choice` keeps."""
+    if config.quant is not None:
+        return LayerQuantConfig.parse(config.quant).plain()
+    return {n: v for n in ("quantize_frozen", "quantize_trained") if (v := getattr(config, n)) is not None}
+
+
+def batches_wanted(config: LayerLoraConfig) -> int:
+    """How many batches the choice of precisions looks at; 0 where it needs none, or has its own."""
+    if config.quant is None or config.stored is not None:
+        return 0
+    spec = LayerQuantConfig.parse(config.quant)
+    return (spec.choosing.num_batches or DEFAULT_BATCHES) if spec._batches is None and wants_batches(spec) else 0
+
+
+def after_choice(config: LayerLoraConfig) -> Callable[[nn.Module, Selection], Quantized] | None:
+    """What is to be done once a choice that waits for the first optimizer step is made; None where nothing is."""
+    if not config.quantizes or not waits(config):
+        return None
+
+    def quantize(model: nn.Module, selection: Selection) -> Quantized:
+        try:
+            return applied(model, asked(config, model, [selection.layer_names[i] for i in selection.layers]))
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"{error}\n(the choice of layers has waited for this step: pass batches=… with the config, and it is made, and the "
+                "rest packed, before anything else is wrapped)"
+            ) from error
+
+    return quantize
+
+
+def waits(config: LayerLoraConfig) -> bool:
+    """Whether precisions hang on a choice that is made at the first optimizer step.
+
+    Raises: ConfigError where layers that train are to be quantized then, under adapters that are there by now.
+    """
+    hangs, under = _hangs(config)
+    if hangs and under:
+        raise ConfigError(
+            "this choice of layers waits for the first optimizer step, and layers that train cannot be quantized any more then; "
+            "pass batches=… with the config, or give all layers the same precision"
+        )
+    return hangs
+
+
+def _hangs(config: LayerLoraConfig) -> tuple[bool, bool]:
+    """Whether precisions differ between layers that train and others, and whether those that train are packed."""
+    if config.quant is not None:
+        part = LayerQuantConfig.parse(config.quant).apply_to
+        return part != "all", part == "trained"
+    frozen, trained = (named(16 if v is None else v) for v in (config.quantize_frozen, config.quantize_trained))
+    return frozen != trained, config.quantize_trained is not None
+
+
+def check_schedule(config: LayerLoraConfig, layers: LayerMap, pool: Collection[int]) -> None:
+    """Raises: ConfigError where layers that train by turns are to be quantized while they rest."""
+    frozen_only = config.quantize_frozen is not None and config.quantize_trained is None
+    if config.quant is not None:
+        frozen_only = LayerQuantConfig.parse(config.quant).apply_to == "frozen"
+    both = config.quantize_frozen is not None and config.quantize_trained is not None
+    if both and len(pool) == len(layers) and named(config.quantize_frozen) != named(config.quantize_trained):
+        raise ConfigError(
+            f"quantize_frozen={config.quantize_frozen!r} would do nothing: all {len(layers)} layers may train, and have the "
+            f"precision of quantize_trained; give {config.quantize_trained!r} for both"
+        )
+    if frozen_only and len(pool) == len(layers):
+        raise ConfigError(
+            "layers that change while training, and quantizing those that rest, do not go together: every one of the "
+            f"{len(layers)} layers may train, and a layer that is switched on needs its original 16-bit weights, all of which "
+            "would have to wait on the CPU. Give quantize_trained the same precision (adapters over quantized layers), or let "
+            'fewer layers take part (select={"layers": "last:8", …}): those outside are quantized'
+        )
+
+
+def with_lasting_batches(config: LayerLoraConfig) -> LayerLoraConfig:
+    """A config whose batches can be gone through twice, where both choices look at them."""
+    wanted = batches_wanted(config)
+    if not isinstance(config._batches, Iterator) or not wanted:
+        return config
+    most = max(wanted, Select.parse(config.select).num_batches or DEFAULT_BATCHES)
+    return config.with_batches(list(islice(config._batches, most)))
+
+
+def names_of(model: nn.Module, stack: str | None, layers: Collection[int]) -> list[str]:
+    """Names of these layers of a stack."""
+    found = layer_map(model, stack)
+    return [found.layers[i].name for i in layers]

@@ -1,0 +1,134 @@
+"""A choice as a stock LoRA config, whose folder plain PEFT loads, and whose save leaves the record beside it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from layerpeft.errors import ConfigError, Problems
+from layerpeft.integrations.peft import renamed_leaves
+from layerpeft.model.layers import base_of, layer_map
+from layerpeft.model.new_modules import new_modules
+from layerpeft.model.targets import PARAMETERS
+from layerpeft.saving import manifest
+from layerpeft.selection.select import Selection
+from layerpeft.text import note
+from layerpeft.training.record import LiveRecord, write_record
+
+
+@dataclass
+class RecordedLoraConfig(LoraConfig):
+    """A stock LoRA config whose folder also keeps the record of what was chosen, and why."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's file, then `layers.csv`, `layers.png`, and last `layerpeft.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        record: LiveRecord | None = getattr(self, "_layerpeft", None)
+        model = getattr(self, "_layerpeft_model", lambda: None)()
+        if record is None:
+            return
+        if record.selection is None:
+            note(
+                f"{save_directory}: saved before the choice was made; it holds an adapter on every candidate, and no record"
+            )
+        elif model is not None and manifest.has_weights(save_directory):
+            write_record(save_directory, model, record, getattr(self, "_layerpeft_adapter", "default"))
+
+    def with_record(self, **changes: Any) -> Any:
+        """A copy to be saved in the place of this one: other values in some fields, and the record, which copies leave behind."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(changes)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:
+        twin = copy.copy(self)
+        shared = ("_layerpeft", "_layerpeft_model")
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_layerpeft")}
+
+
+def stock_config(config: Any, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+    """The config that PEFT sees of a `LayerLoraConfig`: full names of the chosen targets, new heads to save, and a record."""
+    targets = layer_map(model, selection.stack).targets
+    kinds = {t.name: t.kind for t in targets}
+    given = _lora_fields(config)
+    born = new_modules(model) if config.train_new else ()
+    if born:
+        listed = [] if config.modules_to_save is None else list(config.modules_to_save)
+        given["modules_to_save"] = listed + [n for n in born if not any(n == k or n.endswith(f".{k}") for k in listed)]
+    parameters = [n for n in selection.targets if kinds[n] in PARAMETERS]
+    modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
+    _refuse_saved_targets(given["modules_to_save"], selection.targets)
+    _refuse_renamed_targets(model, modules)
+    given |= {
+        "target_modules": modules or [],
+        "target_parameters": parameters or None,
+        "exclude_modules": _namesakes(model, modules) or None,
+    }
+    stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
+    record = LiveRecord(config=plain_config(config), method=config.method, selection=selection, new_tensors=born)
+    stock._layerpeft = record  # type: ignore[attr-defined]
+    return stock
+
+
+def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:
+    """Raises: ConfigError for chosen targets inside `modules_to_save`: PEFT would copy them whole and wrap nothing."""
+    problems = Problems("modules_to_save")
+    for name in modules_to_save or ():
+        held = [t for t in targets if re.match(rf"(^|.*\.){name}($|\..*)", t)]
+        if held:
+            problems.add(
+                f"{name!r} holds {len(held)} of the chosen targets ({held[0]}{', …' if len(held) > 1 else ''}); PEFT trains "
+                "such modules as whole copies, in every layer, and puts no LoRA in them. Leave them out of target_modules "
+                "(exclude_modules), or out of modules_to_save (train_new=False where they are new)"
+            )
+    problems.raise_if_any(ConfigError)
+
+
+def _refuse_renamed_targets(model: nn.Module, chosen: set[str]) -> None:
+    """Raises: ConfigError for modules whose names PEFT would turn into the experts of all layers."""
+    leaves = renamed_leaves(base_of(model), chosen)
+    lost = sorted(n for n in chosen if n.rpartition(".")[2] in leaves)
+    if lost:
+        ends = sorted({".".join(n.split(".")[-2:]) for n in lost})
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ConfigError(
+            f"target_modules: on this kind of model PEFT takes the names {', '.join(sorted(leaves))} for the experts of every "
+            f"layer, so it cannot wrap {lost[0]}{more} by themselves. Leave them out with "
+            f"exclude_modules={ends}; the experts of the chosen layers are named by target_parameters"
+        )
+
+
+def _namesakes(model: nn.Module, chosen: set[str]) -> set[str]:
+    """Modules that PEFT would match too, because their names end with the full name of a chosen one."""
+    found = set()
+    for name, _ in base_of(model).named_modules():
+        parts = name.split(".")
+        if name not in chosen and any(".".join(parts[i:]) in chosen for i in range(1, len(parts))):
+            found.add(name)
+    return found
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A `LayerLoraConfig` as JSON takes it, without what is empty."""
+    plain = config.to_dict()
+    kept = {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items() if v not in (None, {}, [], set())}
+    return kept | {"peft_type": config.kind.value}
+
+
+def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+    return {
+        f.name: copy.deepcopy(getattr(config, f.name))
+        for f in fields(LoraConfig)
+        if f.init and f.name not in ("peft_type",)
+    }

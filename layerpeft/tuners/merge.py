@@ -1,0 +1,208 @@
+"""An adapter and its base model as one full model on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from layerpeft.errors import SaveError
+from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.files import written_whole
+from layerpeft.integrations.merging import merge_in_place
+from layerpeft.quantization.save import is_saved, load_saved, save_model
+from layerpeft.saving.manifest import CONFIG, read_manifest
+from layerpeft.text import note
+from layerpeft.tuners.load import MODELS, load_verified
+from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, write_merged
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+BESIDE = (*TOKENIZER, "labels.json")
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a base on the hub
+
+
+def merge(
+    folder: str | os.PathLike[str],
+    into: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    into_quantized: bool = False,
+    **kwargs: Any,
+) -> Path:
+    """Writes the base model with the adapter of `folder` merged into its weights, in their dtype, and the tokenizer beside it.
+
+    `model`, or `base`, its folder or name: where the adapter does not say where it is; `dtype`: of the weights, the base's own
+    without it; `kwargs` go to `from_pretrained`. A base in safetensors is read and written module by module; the peak is one file
+    of it. `into_quantized`: the base is quantized and stays so, its weights rounded once more. The target folder must be empty
+    or new, and is written last, at once.
+    Raises: SaveError for a damaged adapter, a base that does not fit or is quantized, or a folder that holds something.
+    """
+    target, source = Path(into), Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SaveError(f"{target} is not empty: name a new folder for the merged model")
+    manifest = read_manifest(source)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
+    if model is None and dtype is not None:
+        kwargs["dtype"] = dtype
+    labels = source / "labels.json"  # a recipe's classes
+    if model is None and labels.is_file():
+        kwargs.setdefault("num_labels", len(json.loads(labels.read_text(encoding="utf-8"))))
+    _check_base(where, model, into_quantized)
+    if manifest.get("quant") is not None and not into_quantized:
+        note(
+            "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
+            "computes differs by the rounding"
+        )
+    with written_whole(target) as partial:
+        if into_quantized:
+            _merge_quantized(source, where, model, config, kwargs, partial)
+        elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial):
+            _merge_whole(source, model, base, config, kwargs, partial)
+        _copy_beside(source, where, partial)
+    return target
+
+
+def _merge_files(
+    source: Path, where: Path, config: Mapping[str, Any], named: bool, kwargs: Mapping[str, Any], partial: Path
+) -> bool:
+    """Merges module by module, and says whether that could be done. `named`: the base was given, with no word of its tokenizer."""
+    options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision")}
+    try:
+        plan = plan_merge(source, where, MODELS.get(config.get("task_type") or ""), kwargs.get("dtype"), options)
+        if not named and _more_words(source, plan.model):
+            raise NotPiecewise("the tokenizer has more words than the base")
+    except (NotPiecewise, OSError, ValueError) as why:
+        note(f"the base is loaded whole, and the adapter is merged in memory: {why}")
+        return False
+    write_merged(plan, partial)
+    return True
+
+
+def _merge_whole(
+    source: Path, model: nn.Module | None, base: Any, config: Mapping[str, Any], kwargs: dict[str, Any], partial: Path
+) -> None:
+    """Merges in memory."""
+    if model is None and base is not None:
+        model, kwargs = _base(source, base, config, kwargs), {}
+    loaded: Any = load_verified(source, model, **kwargs)
+    _refuse(_packed_names(loaded))
+    with torch.no_grad():
+        merged: Any = loaded.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(partial)
+
+
+def _merge_quantized(
+    source: Path,
+    where: Path | None,
+    model: Any,
+    config: Mapping[str, Any],
+    kwargs: dict[str, Any],
+    partial: Path,
+) -> None:
+    """Merges into quantized weights, and says what the rounding cost."""
+    if model is None and where is not None:
+        model = load_saved(where) if is_saved(where) else _base(source, where, config, kwargs)
+    assert model is not None  # one of the two was found to be quantized
+    keep_cpu_layout(model)
+    loaded: Any = load_verified(source, model)
+    with torch.no_grad():
+        errors = merge_in_place(loaded)
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        note(
+            f"merged into {len(errors)} quantized linears, which were rounded once more: the error is "
+            f"{statistics.median(errors.values()):.0%} of the change that was trained (median; {errors[worst]:.0%} in {worst})"
+        )
+    save_model(loaded.unload(), partial)
+
+
+def _folder_of(name: Any, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Path | None:
+    """The folder of the base, taken from the hub if need be; None where it is not to be had, which loading will say better."""
+    if not name:
+        return None
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    revision = kwargs.get("revision") or config.get("revision")
+    try:
+        return Path(snapshot_download(os.fspath(name), revision=revision, allow_patterns=FILES))
+    except Exception:  # no network, no such name, no name at all: whichever it is, from_pretrained explains it
+        return None
+
+
+def _check_base(where: Path | None, model: nn.Module | None, into_quantized: bool) -> None:
+    """Raises: SaveError for a quantized base that was not asked for, and for asking where there is none."""
+    named: list[str] = []
+    if model is not None:
+        named = _packed_names(model)
+    elif where is not None:
+        path = where / "config.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        parts = [found, *(v for v in found.values() if isinstance(v, dict))]
+        if is_saved(where) or any(part.get("quantization_config") for part in parts):
+            named = [os.fspath(where)]
+    if into_quantized and not named:
+        raise SaveError("the base is not quantized: leave out into_quantized")
+    if not into_quantized:
+        _refuse(named)
+
+
+def _packed_names(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if not p.is_floating_point()]
+
+
+def _refuse(packed: list[str]) -> None:
+    """Raises: SaveError naming one of these."""
+    if packed:
+        raise SaveError(
+            f"the base is quantized ({packed[0]}{f' and {len(packed) - 1} more' if len(packed) > 1 else ''}), and merging would "
+            "round what was trained; give the base in 16 bit: merge(folder, into, model=AutoModelForCausalLM.from_pretrained(…)) "
+            "or base=…, or ask for it: into_quantized=True (--into-quantized)"
+        )
+
+
+def _more_words(source: Path, model: Any) -> bool:
+    """Whether PEFT would make the embeddings larger for the adapter's tokenizer."""
+    if not (source / "tokenizer_config.json").is_file():
+        return False
+    try:
+        words = len(transformers.AutoTokenizer.from_pretrained(source))
+        return words > model.get_input_embeddings().weight.shape[0]
+    except (OSError, ValueError, NotImplementedError):
+        return True  # whatever it is, loading the whole finds it
+
+
+def _copy_beside(source: Path, where: Path | None, partial: Path) -> None:
+    """The tokenizer that was saved with the adapter, or else the base's, and the names of classes."""
+    own = any((source / n).is_file() for n in TOKENIZER)
+    for name in BESIDE:
+        file = source / name if own or name not in TOKENIZER or where is None else where / name
+        if file.is_file():
+            shutil.copyfile(file, partial / name)
+
+
+def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    task = config.get("task_type")
+    if task not in MODELS:
+        raise SaveError(
+            f"{source} has task_type {task!r}, without a model class; give the model itself: merge(…, model)"
+        )
+    try:
+        return getattr(transformers, MODELS[task]).from_pretrained(os.fspath(base), **kwargs)
+    except (OSError, ValueError) as error:
+        raise SaveError(f"the base model {os.fspath(base)!r} cannot be loaded: {error}") from error

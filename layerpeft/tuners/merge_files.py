@@ -1,0 +1,181 @@
+"""Merging an adapter into a checkpoint on disk, module by module: one file of weights and one module are in memory at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from layerpeft.errors import SaveError
+from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
+from layerpeft.integrations.torch import give_back
+from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
+
+ADAPTER = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's names
+ARCHITECTURE = ("num_labels", "id2label", "label2id")  # what may be asked of `from_pretrained` besides a type
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes where: `inside`: module -> the adapter's tensors in it; `instead`: tensor of the model -> the adapter's own."""
+
+    model: Any
+    base: Checkpoint
+    adapter: Checkpoint
+    config: Any
+    inside: Mapping[str, list[str]]
+    instead: Mapping[str, str]
+
+
+class NotPiecewise(Exception):
+    """The reason why this adapter cannot be merged module by module."""
+
+
+def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | None, given: Mapping[str, Any]) -> Plan:
+    """Raises: NotPiecewise; SaveError for a damaged base."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.peft_type != "LORA" or config.layer_replication or config.trainable_token_indices:
+        raise NotPiecewise("the adapter is more than LoRA in single modules")
+    if not (folder / ADAPTER).is_file():
+        raise NotPiecewise("the adapter is not in safetensors")
+    weights = open_checkpoint(base)
+    if weights is None:
+        raise NotPiecewise("the base is not in safetensors")
+    strange = set(given) - set(ARCHITECTURE)
+    if strange:
+        raise NotPiecewise(f"{', '.join(sorted(strange))} may change what is loaded")
+    shape: Any = transformers.AutoConfig.from_pretrained(base, **given)
+    if hasattr(shape, "auto_map"):
+        raise NotPiecewise("the base has code of its own")
+    kept: Any = dtype or shape.dtype or weights.dtype or torch.float32
+    kept = getattr(torch, kept) if isinstance(kept, str) else kept
+    model = bare(_class(config, kind), shape, kept)
+    if converts(model, kept):
+        raise NotPiecewise("transformers converts the tensors of such a checkpoint")
+    adapter = _adapter(folder)
+    inside, instead = _sorted(model, adapter)
+    _check(model, weights, adapter, inside, instead)
+    return Plan(model, weights, adapter, config, inside, instead)
+
+
+def write_merged(plan: Plan, into: Path) -> None:
+    """The files of the base with the adapter in them, under the same names, and the configs. Raises: SaveError."""
+    into.mkdir(parents=True)
+    names = set(plan.model.state_dict())
+    new = [n for n in plan.instead if n not in plan.base.entries]
+    types = {n: t.dtype for n, t in plan.model.state_dict().items()}
+    ready: dict[str, torch.Tensor] = {}  # of a module that was merged, until their file is written
+    where: dict[str, str] = {}
+    total = 0
+    for i, (file, held) in enumerate(plan.base.files.items()):
+        tensors: dict[str, torch.Tensor] = {}
+        for name in [n for n in held if n in names] + (new if i == len(plan.base.files) - 1 else []):
+            tensors[name] = _tensor(plan, name, types, ready).contiguous()
+            total += tensors[name].nbytes
+            where[name] = file
+        if tensors:
+            save_file(tensors, into / file, {"format": "pt"})
+        del tensors
+        give_back()
+    if len(plan.base.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (into / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(plan.model, str(plan.base.folder), into)
+
+
+def _tensor(plan: Plan, name: str, types: Mapping[str, torch.dtype], ready: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One tensor of the merged model, in the type it is loaded in."""
+    if name in ready:
+        return ready.pop(name)
+    if name in plan.instead:
+        return plan.adapter.read(plan.instead[name]).to(types[name])
+    module = next((m for m in _above(name) if m in plan.inside), None)
+    if module is None:
+        return plan.base.read(name).to(types[name])
+    own = list(plan.model.get_submodule(module).state_dict())
+    state = {n: plan.base.read(f"{module}.{n}").to(types[f"{module}.{n}"]) for n in own}
+    adapter = {n: plan.adapter.read(n) for n in plan.inside[module]}
+    try:
+        merged = merged_alone(plan.model, module, state, plan.config, adapter)
+    except (ValueError, RuntimeError) as error:
+        raise SaveError(f"{module} cannot be merged: {error}") from error
+    ready |= {f"{module}.{n}": t for n, t in merged.items()}
+    give_back()
+    return ready.pop(name)
+
+
+def _class(config: Any, kind: str | None) -> Any:
+    if kind is not None:
+        return getattr(transformers, kind)
+    auto = config.auto_mapping or {}
+    if str(auto.get("parent_library", "")).partition(".")[0] != "transformers":
+        raise NotPiecewise("the class of the base is not one of transformers")
+    return getattr(importlib.import_module(auto["parent_library"]), auto["base_model_class"])
+
+
+def _adapter(folder: Path) -> Checkpoint:
+    """The adapter's tensors, as a checkpoint of one file."""
+    return Checkpoint(folder, entries_of(folder / ADAPTER))
+
+
+def _sorted(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[str]], dict[str, str]]:
+    modules = {n for n, _ in model.named_modules()}
+    names = set(model.state_dict())
+    inside: dict[str, list[str]] = {}
+    plain: dict[str, str] = {}
+    for key in adapter.entries:
+        name = key.removeprefix(PREFIX)
+        if name in names:
+            plain[name] = key
+            continue
+        module = next((m for m in _above(name) if m in modules), None)
+        if module is None or not key.startswith(PREFIX):
+            raise NotPiecewise(f"{key} belongs to no module of the base")
+        inside.setdefault(module, []).append(key)
+    instead: dict[str, str] = {}
+    for name, key in plain.items():  # the bias of a module with LoRA is PEFT's to put in
+        module = next((m for m in _above(name) if m in inside), None)
+        if module is None:
+            instead[name] = key
+        else:
+            inside[module].append(key)
+    return inside, instead
+
+
+def _check(
+    model: Any, weights: Checkpoint, adapter: Checkpoint, inside: Mapping[str, Any], instead: Mapping[str, str]
+) -> None:
+    """Raises: NotPiecewise where tensors are missing, shared, of other shapes, or computed by the model."""
+    state = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    same = tied(model)
+    missing = [n for n in state if n not in weights.entries and n not in instead and n not in same]
+    if missing:
+        raise NotPiecewise(f"the base lacks {len(missing)} of the model's names, such as {missing[0]}")
+    changed = {f"{m}.{n}" for m in inside for n in model.get_submodule(m).state_dict()} | set(instead)
+    shared = sorted(changed & (set(same) | set(same.values())))
+    if shared:
+        raise NotPiecewise(f"{shared[0]} is shared between modules")
+    found = {n: e.shape for n, e in weights.entries.items()} | {n: adapter.entries[k].shape for n, k in instead.items()}
+    other = [n for n in state if n in found and found[n] != state[n]]
+    if other:
+        raise NotPiecewise(f"{other[0]} has another shape in the base")
+    for module in inside:
+        buffers = {n for n, _ in model.get_submodule(module).named_buffers()}
+        if buffers - set(model.get_submodule(module).state_dict()):
+            raise NotPiecewise(f"{module} computes tensors by itself")
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules that hold it, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

@@ -1,0 +1,136 @@
+"""The largest choice that fits, and the command that trains it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from layerpeft import LayerLoraConfig
+from layerpeft.cli import main
+from layerpeft.errors import ConfigError
+from layerpeft.planning.fit import fit
+from layerpeft.planning.plan import plan
+from layerpeft.planning.trace import Step
+from layerpeft.recipe.measure import measure
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import layer_config
+from tests.helpers.models import MODELS
+
+FEW = ["max_steps=1", "max_train_samples=16", "max_eval_samples=2", "sample_tokens=0", "warmup_steps=0"]
+
+
+def peak(config, rows, checkpointing):
+    found = plan(MODELS["llama"](), config, batch_size=rows, length=64, checkpointing=checkpointing)
+    return found.peak_bytes
+
+
+def test_layers_are_kept_first_then_rank_then_rows_then_time():
+    model = MODELS["llama"]()
+    config = LayerLoraConfig(select="last:2", r=8, lora_alpha=16, target_modules="all-linear")
+
+    def fitted(limit):
+        return fit(model, config, limit, batch_size=4, length=64, step=Step(accumulation=2))
+
+    whole = fitted("1GB")
+    assert whole.gave_up == () and whole.config is config and whole.settings == {}
+    seen, room = [], whole.plan.peak_bytes
+    while True:
+        try:
+            found = fitted(room - 1)
+        except ConfigError as error:
+            assert "nothing fits into" in str(error) and "one layer at rank 4, one row at a time" in str(error)
+            break
+        assert found.plan.peak_bytes < room
+        assert found.batch_size * found.accumulation == 8  # the same step
+        assert found.config.lora_alpha == 2 * found.config.r  # the same scale
+        seen.append((sum(r.trains for r in found.plan.rows), found.config.r, found.batch_size, not found.checkpointing))
+        room = found.plan.peak_bytes
+    assert seen == sorted(seen, reverse=True) and len(seen) > 4
+    assert {s[0] for s in seen} == {2, 1} and {s[1] for s in seen} == {8, 4} and {s[2] for s in seen} == {4, 2, 1}
+    with pytest.raises(ConfigError, match="is no size"):
+        fit(model, config, "24 parsecs")
+
+
+def test_what_is_given_up_last_is_won_back():
+    """Where a layer has to go anyway, rank and rows are not given up for nothing."""
+    config = LayerLoraConfig(select="last:2", r=8, target_modules="all-linear")
+    room = plan(
+        MODELS["llama"](), LayerLoraConfig(select="last:2", r=4, target_modules="all-linear"), batch_size=1, length=64
+    )
+    limit = min(room.peak_bytes, room.peak_bytes - room.kept.peak + room.recomputed.peak) - 1
+    found = fit(MODELS["llama"](), config, limit, batch_size=1, length=64)
+    assert sum(r.trains for r in found.plan.rows) == 1 and found.config.r == 8
+    assert found.gave_up[0] == "1 instead of 2 layers" and found.plan.peak_bytes <= limit
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory, llama_path):
+    """The small Llama with five of its layers; a plan reads its config alone."""
+    folder = tmp_path_factory.mktemp("shallow")
+    told = json.loads((Path(llama_path) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"num_hidden_layers": 5}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        {"by": "gradient_norm", "keep": "auto"},
+        {"by": "gradient_norm", "keep": "auto", "pick": "split", "split": "ir_tuning", "window": [0.3, 0.6]},
+        {"by": "outliers", "keep": "75%", "M": 5},
+        "first:4",
+        "all",
+    ],
+)
+def test_fewer_layers_are_chosen_in_the_same_way(select, shallow):
+    config = LayerLoraConfig(select=select, r=4, target_modules="all-linear")
+    weights = plan(shallow, config, batch_size=1, length=8)
+    limit = weights.peak_bytes - (weights.kept.peak - weights.recomputed.peak) - 100_000
+    found = fit(shallow, config, limit, batch_size=1, length=8)
+    chosen = [r.layer for r in found.plan.rows if r.trains]
+    before = sum(r.trains for r in weights.rows)
+    assert 0 < len(chosen) < before and found.gave_up[0] == f"{len(chosen)} instead of {before} layers"
+    if isinstance(select, dict):
+        assert found.config.select["keep"] == len(chosen) and found.config.select["by"] == select["by"]
+        assert LayerLoraConfig(select=found.config.select, r=4).select == found.config.select
+    else:
+        assert chosen == list(range(before - len(chosen), before))
+
+
+@pytest.mark.parametrize(
+    ("choice", "limit"),
+    [("layerpeft.select=last:6", "125MB"), ("layerpeft.select={by: gradient_norm, keep: 6, num_batches: 1}", "122MB")],
+)
+def test_the_command_that_is_printed_trains_what_fits(choice, limit, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "quickstart", *FEW, "micro_batch_size=8", "output_dir=out", "max_length=64", choice]
+    assert main([*words, "--fit", limit, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gave_up"] and found["plan"]["peak_bytes"] <= float(limit[:-2]) * 1e6
+    assert main([*words, "--fit", limit]) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].strip()
+    assert command == found["command"] and command.startswith("layerpeft train quickstart ")
+    given = shlex.split(command)[2:]
+    recipe = load_recipe(given[0], given[1:])
+    rows = found["per_device_train_batch_size"]
+    assert recipe["per_device_train_batch_size"] == rows
+    assert recipe["gradient_accumulation_steps"] * rows == 8
+    assert recipe["gradient_checkpointing"] is found["gradient_checkpointing"]
+    config = layer_config(recipe)
+    assert config.r == found["r"] and config.lora_alpha == 2 * config.r
+    real = measure(recipe)
+    assert sum(part.measured for part in real.parts[:4]) <= 1.02 * float(limit[:-2]) * 1e6
+    assert main(shlex.split(command)[1:]) == 0
+    capsys.readouterr()
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "layerpeft.json").read_text())
+    assert adapter["r"] == found["r"]
+    assert len(manifest["selection"]["layers"]) == sum(row["trains"] for row in found["plan"]["rows"])
+
+
+def test_a_size_that_nothing_fits_is_refused(capsys):
+    assert main(["plan", "quickstart", "--fit", "1MB"]) == 2
+    assert "nothing fits into" in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""Two processes under FSDP2 train a schedule as one does, each with its part of every tensor; what cannot be says so."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import layerpeft
+from layerpeft import LayerFullConfig, check_trained, get_peft_model
+from layerpeft.errors import SaveError, TrainingError
+from layerpeft.integrations.distributed import Part
+from layerpeft.saving.manifest import read_manifest
+from layerpeft.training.optimizer_states import divided, optimizer_bytes
+from tests.helpers.loops import llama
+from tests.helpers.scheduling import pool_tensors, switcher_of
+from tests.training.test_schedule_processes import STEPS, apart, launch, told, train, wrap
+
+BARE = [(method, select) for method in ("lora", "full") for select in ("uniform", "gradient", "rescored")]
+ROWS = torch.randint(0, 60, (4 * STEPS, 8), generator=torch.Generator().manual_seed(0))
+
+
+def shard(model, blocks=True):
+    """`fully_shard` as a loop of one's own uses it."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.base_model.model.model.layers if blocks else ():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
+def loop(model, rank, steps=STEPS, each=lambda optimizer: None, spoil=lambda step: None):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for step, four in enumerate(ROWS.split(4)[:steps]):
+        ids = four[2 * rank : 2 * rank + 2]
+        model(input_ids=ids, labels=ids).loss.backward()
+        spoil(step)
+        optimizer.step()
+        each(optimizer)
+        optimizer.zero_grad()
+    return optimizer
+
+
+def gathered(model):
+    return {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def logits(model):
+    was, ids = model.training, ROWS[:2]
+    found = model.eval()(input_ids=ids).logits
+    model.train(was)
+    return found
+
+
+# what each process runs
+
+
+def trained(rank, method, select, blocks=True):
+    """A run, and how many bytes of states this process held; what was away from the optimizer at its end."""
+    model, used = shard(wrap(method, select), blocks), []
+    loop(model, rank, each=lambda optimizer: used.append(optimizer_bytes([optimizer])))
+    check_trained(model)
+    layer = [p for t, group in pool_tensors(model).items() if ".0." in t for p in group.values()]
+    own = sum(2 * 4 * p.to_local().numel() + 4 for p in layer)
+    store = switcher_of(model).store
+    parts = [v for state in store.values() for v in state.values() if not isinstance(v, torch.Tensor)]
+    return told(model) | {
+        "weights": gathered(model),
+        "used": used,
+        "layer": own,
+        "away": (divided(store), bool(parts) and all(isinstance(v, Part) for v in parts)),
+    }
+
+
+def switched_off(rank):
+    """Outputs with the adapter, without it, and with it again; a head in the root's own group trains besides."""
+    torch.manual_seed(1)
+    select = {"pick": "uniform", "keep": 1, "reselect_steps": 2}
+    config = LayerFullConfig(select=select, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = shard(get_peft_model(llama(), config))
+    loop(model, rank, 5)
+    found = {"on": logits(model)}  # the root's weights stay gathered after a pass without gradients
+    with model.disable_adapter():
+        found["off"] = logits(model)
+    found["again"] = logits(model)
+    loop(model, rank, 2)
+    found["further"] = logits(model)
+    return found
+
+
+def saved(rank, folder, method):
+    """A folder of the gathered weights, and what is said where they are not."""
+    model = shard(wrap(method, "uniform"))
+    loop(model, rank, 5)
+    said = []
+    for options in ({}, {"state_dict": model.state_dict()}):
+        try:
+            model.save_pretrained(folder / f"parts of {rank}", **options)
+        except SaveError as error:
+            said.append(str(error))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # elsewhere it is empty
+        model.save_pretrained(folder / method, state_dict=state)
+        if method == "full":
+            with model.disable_adapter(), pytest.raises(SaveError, match="switched off"):
+                model.save_pretrained(folder / "off", state_dict=state)
+    return {"said": said, "logits": logits(model), "parts": (folder / f"parts of {rank}").exists()}
+
+
+def refused(rank, method, spoil):
+    model = shard(wrap(method, "uniform"))
+    try:
+        loop(model, rank, 3, spoil=lambda step: spoil(model) if rank == 1 else None)
+    except TrainingError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def burn(model):
+    """Puts a NaN into this process's part of one gradient."""
+    next(p for p in model.parameters() if p.grad is not None).grad.to_local().view(-1)[0] = float("nan")
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    found = {(method, select): trained(rank, method, select) for method, select in BARE}
+    found["root alone"] = trained(rank, "lora", "uniform", blocks=False)
+    found["off"] = switched_off(rank)
+    found |= {("saved", method): saved(rank, folder, method) for method in ("lora", "full")}
+    found["galore"] = refused(rank, "galore", lambda model: None)
+    found["nan"] = refused(rank, "full", burn)
+    torch.save((found, str(folder)), folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# what is asked of them
+
+
+@pytest.fixture(scope="module")
+def told_by(tmp_path_factory):
+    return launch(__file__, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture(scope="module")
+def ranks(told_by):
+    return [found for found, _ in told_by]
+
+
+@pytest.mark.parametrize("scene", [*BARE, "root alone"], ids=str)
+def test_two_processes_equal_one_with_accumulation(ranks, scene):
+    method, select = ("lora", "uniform") if scene == "root alone" else scene
+    ours, theirs = (r[scene] for r in ranks)
+    assert ours["history"] == theirs["history"] and apart(ours["weights"], theirs["weights"]) == 0
+    model = wrap(method, select)
+    start = told(model)["weights"]
+    alone = train(model, model, slice(0, 4), 2)
+    assert [h[:2] for h in ours["history"]] == [h[:2] for h in alone["history"]]
+    assert len({tuple(h[1]) for h in ours["history"]}) > 1
+    assert apart(alone["weights"], start) > 1e-3 and apart(ours["weights"], alone["weights"]) <= 1e-5
+
+
+@pytest.mark.parametrize("scene", BARE, ids=str)
+def test_a_process_holds_states_of_its_parts_of_the_active_layer_alone(ranks, scene):
+    for found in (r[scene] for r in ranks):
+        assert 0 < max(found["used"]) <= found["layer"]
+        # `rescored` clears states, the others take them to the CPU part by part
+        assert found["away"] == ((False, False) if scene[1] == "rescored" else (True, True))
+
+
+def test_originals_come_and_go_part_by_part(ranks):
+    plain = logits(llama())
+    for found in (r["off"] for r in ranks):
+        assert torch.allclose(found["off"], plain, atol=1e-6)
+        assert not torch.allclose(found["on"], plain, atol=1e-3)
+        assert torch.equal(found["again"], found["on"])
+        assert not torch.equal(found["further"], found["on"])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gathered_weights_are_saved_and_parts_refused(told_by, method):
+    folder = Path(told_by[0][1]) / method
+    for found in (found["saved", method] for found, _ in told_by):
+        assert not found["parts"] and len(found["said"]) == 2 and "full_state_dict=True" in found["said"][0]
+        assert found["said"][0] == found["said"][1]
+    loaded = layerpeft.load(folder, llama())
+    assert torch.allclose(logits(loaded), told_by[0][0]["saved", method]["logits"], atol=1e-6)
+    manifest = read_manifest(folder)
+    assert manifest["schedule"]["divided"] is True and not (folder / "layerpeft_optimizer.safetensors").exists()
+    held = {k.split(".layers.")[1][0] for k in load_file(folder / "adapter_model.safetensors") if ".layers." in k}
+    ever = {str(i) for entry in manifest["schedule"]["history"] for i in entry["layers"]}
+    assert held == (ever if method == "full" else set("0123"))
+    with pytest.raises(SaveError, match="held a part of the optimizer's states"):
+        wrap(method, "uniform").load_adapter(str(folder), "default")
+
+
+def test_projection_says_that_it_cannot(ranks):
+    assert all("split over processes" in r["galore"] and "use DDP" in r["galore"] for r in ranks)
+
+
+def test_a_gradient_that_is_not_finite_in_one_part_stops_every_process(ranks):
+    assert ranks[0]["nan"] == ranks[1]["nan"] and "gradient is not finite" in ranks[0]["nan"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
