@@ -23,12 +23,12 @@ from layerpeft.selection.select import Select, Selection
 from layerpeft.training import backward
 from layerpeft.training.report import layer_report
 from layerpeft.training.steps import check_trained
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full import model as _full  # noqa: F401 - importing a tuner registers it with PEFT
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore import model as galore  # noqa: F401
 from layerpeft.tuners.galore.config import LayerGaloreConfig
 from layerpeft.tuners.load import load, load_model, save_record
-from layerpeft.tuners.lora.config import LayerLoraConfig
 
 __version__ = "0.1.0"
 __all__ = [

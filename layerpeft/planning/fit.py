@@ -16,7 +16,7 @@ from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
 from layerpeft.planning.trace import Step
 from layerpeft.selection.select import PICKS, Select, options_of
 from layerpeft.text import size_text
-from layerpeft.tuners.lora.config import LayerLoraConfig
+from layerpeft.tuners.config import LayerLoraConfig
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOWEST_RANK = 4

@@ -24,11 +24,11 @@ from layerpeft.planning.trace import Pass, Step, _passes, _recompute, trace
 from layerpeft.text import size_text
 from layerpeft.training import backward
 from layerpeft.tuners.assume import fixed
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import FullLoraConfig, place_all
 from layerpeft.tuners.full.layer import wrappers
 from layerpeft.tuners.galore.config import project_all
-from layerpeft.tuners.lora.config import LayerLoraConfig
-from layerpeft.tuners.lora.precision import asked, decides_early, names_of
+from layerpeft.tuners.precision import asked, decides_early, names_of
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
 from layerpeft.tuners.assume import fixed
-from layerpeft.tuners.lora.config import target_names
-from layerpeft.tuners.lora.precision import asked, names_of
+from layerpeft.tuners.config import target_names
+from layerpeft.tuners.precision import asked, names_of
 
 BLOCK = "layerpeft"
 

@@ -34,7 +34,7 @@ from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
-from layerpeft.tuners.lora.precision import batches_wanted
+from layerpeft.tuners.precision import batches_wanted
 
 Say = Callable[[str], None]
 ARMS = ("random", "last", "first", "all")

@@ -11,9 +11,9 @@ from layerpeft.recipe import keys
 from layerpeft.recipe.yaml import dump
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import build
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore.config import LayerGaloreConfig
-from layerpeft.tuners.lora.config import LayerLoraConfig
 
 CONFIGS: dict[str, type[LayerLoraConfig]] = {
     "lora": LayerLoraConfig,

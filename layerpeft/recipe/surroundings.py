@@ -22,7 +22,7 @@ from layerpeft.recipe.recipe import Recipe, training_arguments
 from layerpeft.recipe.shipped import resolve
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.training.switching import NOT_UNDER
-from layerpeft.tuners.lora.config import QUANT_FIELDS
+from layerpeft.tuners.config import QUANT_FIELDS
 
 Problem = tuple[tuple[str, ...], str]  # the keys down to what is wrong, and a sentence
 # files that `score` and `compare` leave in output_dir: a run may start beside them

@@ -35,7 +35,7 @@ from layerpeft.saving.manifest import read_manifest, selection_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note, size_text
 from layerpeft.training.report import LayerReport, layer_report
-from layerpeft.tuners.lora.precision import wish
+from layerpeft.tuners.precision import wish
 
 Say = Callable[[str], None]
 SAMPLES = 1

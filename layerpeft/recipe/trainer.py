@@ -32,7 +32,7 @@ from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Select
 from layerpeft.tuners.load import early
-from layerpeft.tuners.lora.precision import batches_wanted
+from layerpeft.tuners.precision import batches_wanted
 
 
 @dataclass(frozen=True)

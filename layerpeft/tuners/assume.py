@@ -15,8 +15,8 @@ from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
-from layerpeft.tuners.lora.config import LayerLoraConfig
-from layerpeft.tuners.lora.precision import check_schedule
+from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.precision import check_schedule
 
 
 @dataclass(frozen=True)

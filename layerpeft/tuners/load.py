@@ -31,11 +31,11 @@ from layerpeft.text import note
 from layerpeft.training import backward, steps
 from layerpeft.training.record import _live_record, write_record
 from layerpeft.tuners.assume import fixed
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.layer import adopt
-from layerpeft.tuners.lora.config import LayerLoraConfig
-from layerpeft.tuners.lora.model import _tie
-from layerpeft.tuners.lora.precision import asked, decides_early, names_of
-from layerpeft.tuners.lora.stock import RecordedLoraConfig
+from layerpeft.tuners.model import _tie
+from layerpeft.tuners.precision import asked, decides_early, names_of
+from layerpeft.tuners.stock import RecordedLoraConfig
 
 MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -22,10 +22,10 @@ from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note, size_text
 from layerpeft.training import backward
 from layerpeft.training.record import LiveRecord
+from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.full.layer import open_all, place, saved_modules, wrappers
 from layerpeft.tuners.full.targets import Wanted, always_modules, whole_targets, wholes_of
-from layerpeft.tuners.lora.config import LayerLoraConfig, options_given
-from layerpeft.tuners.lora.stock import RecordedLoraConfig, plain_config
+from layerpeft.tuners.stock import RecordedLoraConfig, plain_config
 
 # LoRA's options that mean something here; every other one is refused unless it is left alone
 SHARED = {

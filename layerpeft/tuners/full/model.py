@@ -8,8 +8,8 @@ from torch import nn
 
 from layerpeft.integrations.peft import LayerPeftType, register
 from layerpeft.tuners.full.config import FullLoraConfig, LayerFullConfig, opened, place_all
-from layerpeft.tuners.lora.model import LayerLoraModel
-from layerpeft.tuners.lora.stock import RecordedLoraConfig
+from layerpeft.tuners.model import LayerLoraModel
+from layerpeft.tuners.stock import RecordedLoraConfig
 
 
 class LayerFullModel(LayerLoraModel):

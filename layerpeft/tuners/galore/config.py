@@ -17,6 +17,7 @@ from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of, layer_map
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Select
+from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.experts import ProjectedExperts
 from layerpeft.tuners.galore.folds import Folds
@@ -24,8 +25,7 @@ from layerpeft.tuners.galore.layer import project
 from layerpeft.tuners.galore.projection import Projection
 from layerpeft.tuners.galore.refresh import Refreshing
 from layerpeft.tuners.galore.subspace import SIDES, SUBSPACES, side_of
-from layerpeft.tuners.lora.config import LayerLoraConfig, options_given
-from layerpeft.tuners.lora.stock import RecordedLoraConfig
+from layerpeft.tuners.stock import RecordedLoraConfig
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
 SHARED = {

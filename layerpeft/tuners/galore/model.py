@@ -7,8 +7,8 @@ from torch import nn
 from layerpeft.integrations.peft import LayerPeftType, register, watch_loading
 from layerpeft.tuners.galore.config import LayerGaloreConfig, project_all
 from layerpeft.tuners.galore.refresh import Refresher
-from layerpeft.tuners.lora.model import LayerLoraModel
-from layerpeft.tuners.lora.stock import RecordedLoraConfig
+from layerpeft.tuners.model import LayerLoraModel
+from layerpeft.tuners.stock import RecordedLoraConfig
 
 
 class LayerGaloreModel(LayerLoraModel):

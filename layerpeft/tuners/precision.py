@@ -19,7 +19,7 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.quantize import DONE, applied
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.select import DEFAULT_BATCHES, Select, Selection
-from layerpeft.tuners.lora.config import LayerLoraConfig
+from layerpeft.tuners.config import LayerLoraConfig
 
 
 def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collection[str] | None) -> Quantized | None:

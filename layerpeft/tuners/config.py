@@ -19,7 +19,7 @@ from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose
 from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
-from layerpeft.tuners.lora.stock import RecordedLoraConfig, _lora_fields, stock_config
+from layerpeft.tuners.stock import RecordedLoraConfig, _lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
 OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)

@@ -21,15 +21,15 @@ from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
-from layerpeft.tuners.lora.config import INIT_WITHOUT_TRACE, LayerLoraConfig
-from layerpeft.tuners.lora.precision import (
+from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig
+from layerpeft.tuners.precision import (
     after_choice,
     before_wrapping,
     check_schedule,
     names_of,
     with_lasting_batches,
 )
-from layerpeft.tuners.lora.stock import RecordedLoraConfig
+from layerpeft.tuners.stock import RecordedLoraConfig
 
 # initialisations that take a random or data-dependent part out of the base weights, which no later load finds again
 INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
