@@ -100,7 +100,8 @@ def precision_of(module: nn.Module) -> str | None:
 def reads(kind: str, columns: int, device: torch.device) -> bool:
     """Whether what is packed is read back rightly.
 
-    On a CPU, bitsandbytes 0.50.2 reads 4-bit matrices wrongly whose rows are no whole number of blocks.
+    On a CPU with AVX-512, bitsandbytes 0.50.2 reads 4-bit matrices wrongly whose rows are no whole number of blocks. They are
+    refused on every CPU, since what is packed on one is read on another.
     """
     return kind == "int8" or device.type != "cpu" or columns % BLOCK == 0
 

@@ -34,13 +34,19 @@ def put_away(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Parameter
 
 
 def bring_back(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Parameter], store: Store) -> None:
-    """Gives states back to the optimizer that holds the tensor, on the tensor's device."""
+    """Gives states back to the optimizer that holds the tensor, on the tensor's device.
+
+    Counters of steps go where torch keeps them: on the CPU, unless the optimizer is fused or captured in graphs.
+    """
     for optimizer in optimizers:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in tensors.items():
             if name in store and id(parameter) in held:
+                group = held[id(parameter)]
+                counts = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
                 optimizer.state[parameter] = {
-                    key: _to_device(value, parameter.device) for key, value in store.pop(name).items()
+                    key: _to_device(value, counts if key == "step" else parameter.device)
+                    for key, value in store.pop(name).items()
                 }
 
 
@@ -139,7 +145,4 @@ def _to_cpu(value: Any) -> Any:
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Part):
         return put_together(value, device)
-    # counters of steps stay on the CPU, where optimizers keep them unless they are captured in graphs
-    if not isinstance(value, torch.Tensor) or not value.dim():
-        return value
-    return value.to(device, non_blocking=True)
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -167,10 +167,10 @@ def test_nothing_is_changed_when_something_stands_in_the_way():
 
 
 def test_a_matrix_that_bitsandbytes_reads_wrongly_on_a_cpu_is_refused():
-    """A defect of bitsandbytes 0.50.2; this fails when it is mended, and `reads` can go."""
+    """A defect of bitsandbytes 0.50.2 where the processor has AVX-512; this fails there when it is mended, and `reads` can go."""
     weight = torch.randn(64, 96)
     error = (precisions.rounded(weight, "nf4", Storage()) - weight).square().sum() / weight.square().sum()
-    assert error > 0.02, "mended; take `reads` out"
+    assert (error > 0.02) == torch.backends.cpu.get_cpu_capability().startswith("AVX512"), "mended; take `reads` out"
     with pytest.raises(
         QuantizationError, match=r"down_proj and 3 more: .*rows \(96\) are no multiple of 64; take hqq4 or int8"
     ):
