@@ -1,4 +1,4 @@
-"""Where the states of resting layers come back to: the tensor's device, and for counters of steps where the optimizer wants them."""
+"""Where states of resting layers come back to: the tensor's device, and for counters of steps where the optimizer has them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ def test_layers_take_turns_on_an_accelerator(method, state, optim, tmp_path):
     model = wrapped(method, pick="uniform", keep=1, reselect_steps=2, state=state)
     pool = [p for group in pool_tensors(model).values() for p in group.values()]
     before = [p.detach().cpu().clone() for p in pool]
-    args = TrainingArguments(
-        str(tmp_path), max_steps=12, per_device_train_batch_size=2, optim=optim, learning_rate=1e-2, report_to=[], save_strategy="no"
-    )  # fmt: skip
+    given = {"optim": optim, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), max_steps=12, per_device_train_batch_size=2, **given)
     Trainer(model, args, train_dataset=rows()).train()
     pool = [p for group in pool_tensors(model).values() for p in group.values()]
     assert any(not torch.equal(p.detach().cpu(), b) for p, b in zip(pool, before, strict=True))
