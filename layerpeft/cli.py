@@ -9,7 +9,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ import torch
 
 from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
 from layerpeft.integrations import hub
+from layerpeft.integrations.files import version_of
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.compare import compare, parse_arms
 from layerpeft.recipe.measure import measure
@@ -104,7 +104,7 @@ def _stray(rest: list[str], takes_settings: bool) -> str:
 
 def _parser() -> tuple[_Parser, list[str]]:
     parser = _Parser(prog="layerpeft", description="Fine-tune the layers that matter.")
-    parser.add_argument("--version", action="version", version=_version("layerpeft") or "unknown")
+    parser.add_argument("--version", action="version", version=version_of("layerpeft") or "unknown")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, about: str, command: Callable[[argparse.Namespace], None], recipe: bool = False) -> Any:
@@ -278,7 +278,7 @@ def _list(as_json: bool) -> None:
 
 
 def _env(args: argparse.Namespace) -> None:
-    found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    found: dict[str, Any] = {name: version_of(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "platform": platform.platform(), "devices": _devices()}
     if args.json:
         print(json.dumps(found))
@@ -295,13 +295,6 @@ def _devices() -> list[str]:
     module = getattr(torch, kind.type)
     name = getattr(module, "get_device_name", lambda index: kind.type)
     return [f"{kind.type}:{i} {name(i)}" for i in range(torch.accelerator.device_count())] + [cpu]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

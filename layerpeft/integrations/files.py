@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
@@ -32,24 +35,56 @@ def written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write beside the file and swap it in, so that a failure leaves the old one whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path, newer_than: int | None = None, shared: bool = False) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place at the end; on an error the old one stays as it was.
+
+    With `newer_than` (nanoseconds) it is forced to disk, and its time stamp ends up after that. `shared`: other processes may
+    write the same file just now, so what lies beside it is left alone.
+    """
+    for left in () if shared else path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed here
+        left.unlink(missing_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        beside.write_bytes(data)
+        yield beside
+        if newer_than is not None:
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+            if beside.stat().st_mtime_ns <= newer_than:  # coarse clocks: has_weights() compares the two
+                os.utime(beside, ns=(newer_than + 1_000_000, newer_than + 1_000_000))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    if newer_than is None:
+        return
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def _version(package: str) -> str:
+def replace_file(path: Path, data: bytes) -> None:
+    """Swaps a file for one with this content, from any number of processes."""
+    with replacing(path, shared=True) as beside:
+        beside.write_bytes(data)
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _fingerprint(path: Path, durable: bool = False) -> dict[str, Any]:
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """What a manifest says of these packages."""
+    return {name: version_of(name) or "not installed" for name in packages}
+
+
+def fingerprint(path: Path, durable: bool = False) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file, streamed; `durable` first has it put on the disk."""
     with path.open("rb") as file:
         if durable:  # the manifest must never outlive what it vouches for; not every system syncs a file opened to read
@@ -59,30 +94,27 @@ def _fingerprint(path: Path, durable: bool = False) -> dict[str, Any]:
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's own content, without the field that holds it; spacing and key order do not count."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _replace(path: Path, text: str, newer_than: int) -> None:
-    """Write beside the file, force it to disk, swap it in. The time stamp ends up after `newer_than` (nanoseconds)."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed here
-        left.unlink(missing_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def header_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type (as "BF16") of every tensor in a safetensors file, in the order of the file.
+
+    Raises: OSError where it cannot be read; ValueError where it is cut short, or no safetensors.
+    """
+    path.open("rb").close()  # the system's own word for what is wrong
     try:
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if beside.stat().st_mtime_ns <= newer_than:  # coarse clocks: has_weights() compares the two
-            os.utime(beside, ns=(newer_than + 1_000_000, newer_than + 1_000_000))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with safe_open(path, "np") as file:
+            parts = {name: file.get_slice(name) for name in file.offset_keys()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def note_in(path: str | os.PathLike[str], key: str) -> Any:
+    """What a safetensors file says beside its tensors under this key, parsed; an empty dict where it says nothing."""
+    with safe_open(path, "np") as file:
+        return json.loads((file.metadata() or {}).get(key, "{}"))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import nn
 from layerpeft.errors import Problems, SaveError
 from layerpeft.integrations import hqq
 from layerpeft.integrations.bitsandbytes import is_repacked, keep_cpu_layout, saving, standard
-from layerpeft.integrations.files import written_whole
+from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of, written_whole
 from layerpeft.integrations.filling import METHOD, PREFIX, Packed, quiet_bars, stored_settings
 from layerpeft.integrations.peft import BaseTunerLayer, PeftModel
 from layerpeft.model.layers import base_of
@@ -102,7 +100,7 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
         raise SaveError(f"{folder} has no {MANIFEST}: save_model did not write it, or was cut short") from None
     except ValueError as error:
         raise SaveError(f"{path} is truncated or altered: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
+    if not isinstance(manifest, dict) or manifest.get("sha256") != digest_of(manifest):
         raise SaveError(f"{path} was altered after it was written")
     if manifest["format"] > FORMAT:
         raise SaveError(
@@ -116,7 +114,7 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
             problems.add(f"{name} is missing")
         elif file.stat().st_size != expected["size"]:
             problems.add(f"{name} is {file.stat().st_size:,} bytes of {expected['size']:,}")
-        elif verify and _sha256(file) != expected["sha256"]:
+        elif verify and fingerprint(file)["sha256"] != expected["sha256"]:
             problems.add(f"{name} was altered (SHA-256 differs)")
     problems.raise_if_any(SaveError)
     return manifest
@@ -203,15 +201,13 @@ def _write_manifest(model: Any, folder: Path, precisions: Mapping[str, str], pac
         "weights": weights[0],
         "modules": dict(precisions),
         "packed": dict(packed),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "files": {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files},
+        "versions": versions_of(_PACKAGES),
+        "files": {p.name: fingerprint(p) for p in files},
     }
     record = json.loads(json.dumps(record, allow_nan=False))
-    record["sha256"] = _digest(record)
-    with (folder / MANIFEST).open("x", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    record["sha256"] = digest_of(record)
+    with replacing(folder / MANIFEST, newer_than=0) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _packed(manifest: Mapping[str, Any]) -> dict[str, Packed]:
@@ -230,21 +226,3 @@ def _packed(manifest: Mapping[str, Any]) -> dict[str, Packed]:
 
 def _join(linear: nn.Linear, tensors: dict[str, torch.Tensor], *, precision: str, facts: Any) -> nn.Module:
     return joined(linear, precision, tensors, facts, hqq.empty)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's own content, without the field that holds it."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

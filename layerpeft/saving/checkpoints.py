@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from layerpeft.errors import SaveError
+from layerpeft.integrations.files import header_of
 from layerpeft.saving.manifest import ADAPTER_FILES, CONFIG, MANIFEST, PICTURES, WEIGHTS, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def _checkpoint_troubles(checkpoint: Path, strict: bool) -> list[str]:
         elif not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in WEIGHTS):
             troubles.append(f"{folder.name} lacks {CONFIG} or the weights")
     for path in sorted(checkpoint.rglob("*.safetensors")):
-        if not _safetensors_whole(path):
+        try:
+            header_of(path)
+        except ValueError:
             troubles.append(f"{path.relative_to(checkpoint)} is truncated")
     if not adapters and not list(checkpoint.glob("*.safetensors")) and not list(checkpoint.glob("pytorch_model*")):
         troubles.append("the weights are missing")
@@ -101,18 +104,3 @@ def _zip_whole(path: Path) -> bool:
             return not torch.serialization.get_crc32_options() or archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
-
-
-def _safetensors_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return False
-    return size == 8 + length + max(ends, default=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, SaveError
-from layerpeft.integrations.files import _digest, _fingerprint, _replace, _version
+from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of
 from layerpeft.selection.select import Selection
 
 logger = logging.getLogger(__name__)
@@ -67,16 +67,17 @@ def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any]) ->
     payload = {
         "format": FORMAT,
         **record,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "files": {name: _fingerprint(folder / name, durable=True) for name in present},
+        "versions": versions_of(_PACKAGES),
+        "files": {name: fingerprint(folder / name, durable=True) for name in present},
     }
     try:
         plain = json.loads(json.dumps(payload, default=_plain, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise SaveError(f"cannot write {folder / MANIFEST}: {error}") from error
-    plain["sha256"] = _digest(plain)
+    plain["sha256"] = digest_of(plain)
     newest = max((folder / name).stat().st_mtime_ns for name in present)
-    _replace(folder / MANIFEST, json.dumps(plain, indent=2, allow_nan=False) + "\n", newest)
+    with replacing(folder / MANIFEST, newest) as file:
+        file.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -98,7 +99,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(folder)
     manifest = _parse_manifest(folder)
     problems = Problems(f"{folder} is not the adapter that was saved")
-    if manifest.get("sha256") != _digest(manifest):
+    if manifest.get("sha256") != digest_of(manifest):
         problems.add(f"{MANIFEST} was altered after it was written")
     files = manifest.get("files")
     files = files if isinstance(files, dict) else {}
@@ -163,6 +164,6 @@ def _file_trouble(folder: Path, name: str, expected: Any) -> str | None:
     size = path.stat().st_size
     if size < expected["size"]:
         return f"{name} is truncated: {size:,} bytes of {expected['size']:,}"
-    if size != expected["size"] or _fingerprint(path) != expected:
+    if size != expected["size"] or fingerprint(path) != expected:
         return f"{name} was altered (size or SHA-256 differs)"
     return None

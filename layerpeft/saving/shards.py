@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from layerpeft.errors import SaveError
+from layerpeft.integrations.files import header_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TYPES = {
@@ -93,18 +94,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
 def entries_of(path: Path) -> dict[str, Entry]:
     """What one file holds, by its header. Raises: SaveError for a file that is missing, cut short, or not safetensors."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            header = json.loads(file.read(length)) if length < size else {}
-        parts = {name: part for name, part in header.items() if name != "__metadata__"}
-        ends = max((part["data_offsets"][1] for part in parts.values()), default=0)
-        order = sorted(parts, key=lambda n: parts[n]["data_offsets"])
-        found = {n: Entry(path.name, tuple(parts[n]["shape"]), _TYPES[parts[n]["dtype"]]) for n in order}
+        return {name: Entry(path.name, shape, _TYPES[kind]) for name, (shape, kind) in header_of(path).items()}
     except OSError as error:
         raise SaveError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise SaveError(f"{path} is truncated, or holds what layerpeft does not know: {error}") from error
-    if size != 8 + length + ends:
-        raise SaveError(f"{path} is truncated: {size:,} bytes of {8 + length + ends:,}")
-    return found

@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, ScoreError
+from layerpeft.integrations.files import replace_file, version_of
 from layerpeft.model.layers import LayerMap
 
 FORMAT = 1
@@ -74,8 +74,8 @@ class Scores:
         return cls(**{k: v for k, v in given.items() if k in cls.__dataclass_fields__})
 
     def save(self, path: str | Path) -> None:
-        """Writes the scores as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Writes the scores as JSON; a file that is there stays whole until the new one is."""
+        replace_file(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -100,13 +100,6 @@ def origin_of(layers: LayerMap, **extra: Any) -> dict[str, Any]:
     """What a score file says of its making: model type, package versions, and the caller's extras."""
     return {
         "model_type": layers.model_type,
-        **{p: _version(p) for p in ("layerpeft", "torch", "transformers")},
+        **{p: version_of(p) for p in ("layerpeft", "torch", "transformers")},
         **extra,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.integrations.distributed import Part, is_cut, local, part_of, put_together
+from layerpeft.integrations.files import note_in, replacing
 
 FILE = "layerpeft_optimizer.safetensors"
 Store = dict[str, dict[str, Any]]  # tensor's name -> its state, on the CPU
@@ -106,16 +107,15 @@ def save_store(folder: str | os.PathLike[str], store: Store) -> None:
 
     States that are divided among the processes are not written.
     """
-    path = os.path.join(folder, FILE)
+    path = Path(folder, FILE)
     if not store or divided(store):
-        if os.path.exists(path):
-            os.remove(path)
+        path.unlink(missing_ok=True)
         return
     if any(t.is_pinned() for t in tensors_in(store.values())):
         torch.accelerator.synchronize()  # copies that are still on their way
     tensors, plain = packed(store)
-    save_file(tensors, f"{path}.partial", metadata={"plain": json.dumps(plain)})
-    os.replace(f"{path}.partial", path)
+    with replacing(path) as file:
+        save_file(tensors, file, metadata={"plain": json.dumps(plain)})
 
 
 def divided(store: Store) -> bool:
@@ -128,9 +128,7 @@ def load_store(folder: str | os.PathLike[str]) -> Store:
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         return {}
-    with safe_open(path, "pt") as file:
-        plain = json.loads((file.metadata() or {}).get("plain", "{}"))
-    return unpacked(load_file(path), plain)
+    return unpacked(load_file(path), note_in(path, "plain"))
 
 
 def _to_cpu(value: Any) -> Any:

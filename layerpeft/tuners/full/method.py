@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from layerpeft.integrations.files import replacing
 from layerpeft.training.method import FILE, Tensors
 from layerpeft.tuners.full.layer import full_parameters, wrappers
 from layerpeft.tuners.full.masters import Masters
@@ -48,13 +50,13 @@ class Mastered:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the masters beside an adapter, and the states that a plain load would round."""
-        path = os.path.join(folder, FILE)
+        path = Path(folder, FILE)
         found = self.masters.tensors(self._named(), list(self._held)) if self.masters is not None else {}
         if found:
-            save_file({k: t.detach().cpu().contiguous() for k, t in found.items()}, f"{path}.partial")
-            os.replace(f"{path}.partial", path)
-        elif os.path.exists(path):
-            os.remove(path)
+            with replacing(path) as file:
+                save_file({k: t.detach().cpu().contiguous() for k, t in found.items()}, file)
+        else:
+            path.unlink(missing_ok=True)
 
     def read_masters(self, folder: str | os.PathLike[str]) -> None:
         """Takes up what `save` wrote, as soon as there is an optimizer to give its states to."""

@@ -6,14 +6,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerpeft.errors import SaveError, differences
+from layerpeft.integrations.files import note_in, replacing
 from layerpeft.integrations.peft import loading_folder
 from layerpeft.saving import manifest
 from layerpeft.tuners.galore.folds import Factors, part, recompressed
@@ -43,11 +44,11 @@ def write(
     for name, (_, pair, _) in found.items():
         for key, factor in zip(KEYS, _as_stock(*pair), strict=True):
             weights[f"{prefix}{paths[name]}.{key}"] = factor.contiguous()
-    _replace(path, weights)
+    with replacing(Path(path)) as file:
+        save_file(weights, file, {"format": "pt"}) if path.endswith(".safetensors") else torch.save(weights, file)
     state = {f"{n}|{k}": t.contiguous() for n, (layer, *_) in found.items() for k, t in tensors(layer).items()}
-    temporary = os.path.join(folder, f".{STATE}.partial")
-    save_file(state, temporary, metadata={"projection": json.dumps(dict(identity))})
-    os.replace(temporary, os.path.join(folder, STATE))
+    with replacing(Path(folder, STATE)) as file:
+        save_file(state, file, {"projection": json.dumps(dict(identity))})
     return {
         "ranks": {n: pair[0].shape[-1] for n, (_, pair, _) in found.items()},
         "errors": {n: error for n, (*_, error) in found.items() if error},
@@ -99,8 +100,7 @@ def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: st
 
 
 def _same(path: str, layers: Mapping[str, Any], saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    with safe_open(path, "pt") as file:
-        then = json.loads((file.metadata() or {}).get("projection", "{}"))
+    then = note_in(path, "projection")
     known = [k for k in identity if k in then]  # a later version may ask for more
     differ = differences({k: then[k] for k in known}, {k: identity[k] for k in known})
     if differ:
@@ -130,12 +130,3 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], str]
             tensors_only = name.endswith(".safetensors")
             return load_file(path) if tensors_only else torch.load(path, weights_only=True, map_location="cpu"), path
     raise SaveError(f"{folder} holds no weights of an adapter")
-
-
-def _replace(path: str, weights: dict[str, torch.Tensor]) -> None:
-    temporary = f"{path}.partial"
-    if path.endswith(".safetensors"):
-        save_file(weights, temporary, metadata={"format": "pt"})
-    else:
-        torch.save(weights, temporary)
-    os.replace(temporary, path)
