@@ -1,14 +1,55 @@
-"""Every error that layerpeft raises on purpose, and the two helpers that make their messages useful."""
+"""Every error that layerpeft raises on purpose, the problems that they are made of, and what makes their messages useful."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `path`: the keys down to it, outermost first; `text`: a sentence, which names the last of them."""
+
+    path: tuple[str, ...]
+    text: str
+
+    def under(self, *path: str) -> Problem:
+        """The same, seen from further out."""
+        return Problem((*path, *self.path), self.text)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class LayerpeftError(Exception):
-    """Base of all errors raised on purpose; the command line prints it without a traceback (exit code 2)."""
+    """Base of all errors raised on purpose; the command line prints it without a traceback (exit code 2).
+
+    It is made of sentences, problems, and errors from deeper down; its message is made of them, and never read back.
+    """
+
+    def __init__(self, *items: str | Problem | LayerpeftError, title: str = "") -> None:
+        self.title = title
+        self.items = tuple(Problem((), item) if isinstance(item, str) else item for item in items)
+        lines = [str(item) for item in self.items]
+        start = f"{title}: " if title else ""
+        several = "\n".join([f"{start}{len(lines)} problems", *(f"  - {line}" for line in lines)])
+        super().__init__(several if len(lines) > 1 else start + "".join(lines))
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong, one by one."""
+        return tuple(p for item in self.items for p in (item.problems if isinstance(item, LayerpeftError) else [item]))
+
+    def listed(self) -> tuple[Problem, ...]:
+        """The problems as they stand in a longer list: a lone one with its title."""
+        found = self.problems
+        return (Problem(found[0].path, str(self)),) if len(found) == 1 else found
+
+    def under(self, *path: str) -> Self:
+        """The same error with the keys of its problems seen from further out."""
+        return type(self)(*(item.under(*path) for item in self.items), title=self.title)
 
 
 class LayerMapError(LayerpeftError):
@@ -48,18 +89,20 @@ class Problems:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.items: list[str] = []
+        self.items: list[Problem | LayerpeftError] = []
 
-    def add(self, text: str) -> None:
-        self.items.append(text)
+    def add(self, text: str, *path: str) -> None:
+        """A sentence, and the keys down to what it is about."""
+        self.items.append(Problem(path, text))
+
+    def absorb(self, error: LayerpeftError, *path: str) -> None:
+        """An error from deeper down with its problems, which lie below the keys of `path` here."""
+        self.items.append(error.under(*path))
 
     def raise_if_any(self, error: type[LayerpeftError]) -> None:
         """Raises: `error`, with one line per problem, when there is at least one."""
-        if len(self.items) == 1:
-            raise error(f"{self.title}: {self.items[0]}")
         if self.items:
-            lines = "\n".join(f"  - {item}" for item in self.items)
-            raise error(f"{self.title}: {len(self.items)} problems\n{lines}")
+            raise error(*self.items, title=self.title)
 
 
 def nearest(name: object, allowed: Iterable[str]) -> str | None:

@@ -214,7 +214,7 @@ def _wrapped(
     except LayerpeftError as error:
         if not problems.items:
             raise
-        problems.add(str(error))
+        problems.absorb(error)
     except (ValueError, TypeError) as error:  # PEFT's own
         problems.add(" ".join(str(error).split()))
     problems.raise_if_any(ConfigError)

@@ -110,7 +110,8 @@ class LayerQuantConfig(PeftConfig):
             if name not in own:
                 close = nearest(str(name), own)
                 problems.add(
-                    f"unknown key {name!r}{f'; did you mean {close!r}?' if close else ''}; allowed: {', '.join(sorted(own))}"
+                    f"unknown key {name!r}{f'; did you mean {close!r}?' if close else ''}; allowed: {', '.join(sorted(own))}",
+                    str(name),
                 )
         problems.raise_if_any(ConfigError)
         return cls(**value)
@@ -223,15 +224,15 @@ def _parsed(config: LayerQuantConfig, problems: Problems) -> Select:
     if budget and isinstance(given, Mapping):
         for name in ("keep", "pick"):
             if given.get(name) is not None:
-                problems.add(f"select.{name}: a budget gives every layer its bits; leave {name} out")
+                problems.add(f"select.{name}: a budget gives every layer its bits; leave {name} out", "select", name)
         given = {**{k: v for k, v in given.items() if k not in ("keep", "pick")}, "keep": 1}
     try:
         select = Select.parse(given)
     except LayerpeftError as error:
-        problems.add(str(error))
+        problems.absorb(error, "select")
         return Select()
     if select.is_scheduled:
-        problems.add("select.reselect_steps: precisions are chosen once; leave it out")
+        problems.add("select.reselect_steps: precisions are chosen once; leave it out", "select", "reselect_steps")
     return select
 
 
@@ -239,65 +240,68 @@ def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
     listed = config.bits if isinstance(config.bits, Mapping) else {}
     if isinstance(config.bits, Mapping):
         if not listed:
-            problems.add("bits: an empty list of layers; write {'first:2': 8, '2-9': 'nf4'}")
+            problems.add("bits: an empty list of layers; write {'first:2': 8, '2-9': 'nf4'}", "bits")
         if config._select != Select(stack=config._select.stack):
             problems.add(
                 f"bits lists layers and their precisions, and select={config.select!r} picks some, too; leave select out "
-                "but for its stack"
+                "but for its stack",
+                "bits",
             )
     for layers, value in listed.items():
         check_grammar("bits", layers, problems)
-        _named(f"bits: {layers}", value, problems)
+        _named(f"bits: {layers}", value, problems, "bits")
     for name in ("bits", "rest"):
         value = getattr(config, name)
         if value is not None and not (name == "bits" and isinstance(value, Mapping)):
             _named(name, value, problems)
     for name, allowed in (("allocation", ALLOCATIONS), ("objective", OBJECTIVES), ("per", UNITS), ("apply_to", PARTS)):
         if getattr(config, name) not in allowed:
-            problems.add(unknown(name, getattr(config, name), allowed))
+            problems.add(unknown(name, getattr(config, name), allowed), name)
     for name in ("split_fused", "double_quant"):
         if not isinstance(getattr(config, name), bool):
-            problems.add(f"{name}={getattr(config, name)!r} is not true or false")
+            problems.add(f"{name}={getattr(config, name)!r} is not true or false", name)
     size = config.group_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 8:
-        problems.add(f"group_size={size!r} is not a whole number from 8")
+        problems.add(f"group_size={size!r} is not a whole number from 8", "group_size")
     for name in ("skip_modules", "extra_modules"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)):
-            problems.add(f"{name}={value!r} is not a list of names")
+            problems.add(f"{name}={value!r} is not a list of names", name)
 
 
 def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
     budget = config.mean_bits is not None or config.budget is not None
     mean = config.mean_bits
     if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or not 1 <= mean <= 32):
-        problems.add(f"mean_bits={mean!r} is not a number from 1 to 32")
+        problems.add(f"mean_bits={mean!r} is not a number from 1 to 32", "mean_bits")
     if config.budget is not None:
         try:
             parse_bytes(config.budget)
         except ValueError as error:
-            problems.add(f"budget={error}")
+            problems.add(f"budget={error}", "budget")
     if mean is not None and config.budget is not None:
-        problems.add("mean_bits and budget: two budgets; give one")
+        problems.add("mean_bits and budget: two budgets; give one", "budget")
     if budget and config.bits is not None:
-        problems.add(f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices")
+        problems.add(
+            f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices", "bits"
+        )
     if config.choices is not None and not isinstance(config.choices, list | tuple):
-        problems.add(f"choices={config.choices!r} is not a list of precisions")
+        problems.add(f"choices={config.choices!r} is not a list of precisions", "choices")
     elif config.choices is not None:
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):
-            problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from")
+            problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from", "choices")
     if not budget:
         for name, default in (("choices", None), ("allocation", "greedy"), ("objective", "scores"), ("per", "layer")):
             if getattr(config, name) != default:
-                problems.add(f"{name}={getattr(config, name)!r}: is of a budget; write mean_bits or budget")
+                problems.add(f"{name}={getattr(config, name)!r}: is of a budget; write mean_bits or budget", name)
 
 
-def _named(name: str, value: Any, problems: Problems) -> str | None:
+def _named(name: str, value: Any, problems: Problems, key: str = "") -> str | None:
     try:
         return precisions.named(value)
     except ValueError as error:
-        problems.add(f"{name}: {error}")
+        problems.add(f"{name}: {error}", key or name)
         return None
 
 
@@ -307,4 +311,4 @@ def frozen_precision(name: str, value: Any, problems: Problems) -> None:
         return
     found = _named(name, value, problems)
     if found == KEPT:
-        problems.add(f"{name}={value!r}: 16 bit is what happens without it; leave it out")
+        problems.add(f"{name}={value!r}: 16 bit is what happens without it; leave it out", name)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from layerpeft.errors import Problems, SelectionError
+from layerpeft.errors import Problem, Problems, SelectionError
 
 
 def layer_numbers(value: Any, count: int) -> tuple[int, ...]:
@@ -36,7 +36,8 @@ def how_many(keep: Any, candidates: int) -> int | None:
     share = _share(keep)
     number = max(1, math.floor(share * candidates + 0.5)) if share is not None else int(keep)
     if number > candidates:
-        raise SelectionError(f"keep: {keep} layers are asked for, and there are {candidates} to choose from")
+        text = f"keep: {keep} layers are asked for, and there are {candidates} to choose from"
+        raise SelectionError(Problem(("keep",), text))
     return number
 
 
@@ -111,20 +112,21 @@ def checked_keep(keep: Any, problems: Problems) -> Any:
         if re.fullmatch(r"\d+", keep):
             keep = int(keep)
         elif not re.fullmatch(r"\d+(\.\d+)?%", keep) or not 0 < float(keep[:-1]) < 100:
-            problems.add(f"keep: {keep!r} is not {offer}; for everything write select: all")
+            problems.add(f"keep: {keep!r} is not {offer}; for everything write select: all", "keep")
             return None
         else:
             return keep
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        problems.add(f"keep: {keep!r} is not {offer}")
+        problems.add(f"keep: {keep!r} is not {offer}", "keep")
     elif isinstance(keep, float) and not 0 < keep < 1:
         problems.add(
             f"keep: {keep} has two meanings; write 1 for one layer, or select: all for every layer"
             if keep == 1.0
-            else f"keep: {keep} is not {offer}"
+            else f"keep: {keep} is not {offer}",
+            "keep",
         )
     elif isinstance(keep, int) and keep < 1:
-        problems.add(f"keep: {keep} is not {offer}")
+        problems.add(f"keep: {keep} is not {offer}", "keep")
     else:
         return keep
     return None
@@ -139,4 +141,4 @@ def check_grammar(name: str, value: Any, problems: Problems) -> None:
         else:
             _part(part, 10**9, trial)  # only the spelling can be wrong in so deep a stack
     for item in trial.items:
-        problems.add(f"{name}: {item}")
+        problems.add(f"{name}: {item}", name)

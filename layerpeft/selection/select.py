@@ -133,15 +133,15 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     own = {f.name for f in fields(cls)} - {"options"}
     known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
     if not isinstance(known.get("stack"), str | None):
-        problems.add(f"stack: {known.pop('stack')!r} is not a name")
+        problems.add(f"stack: {known.pop('stack')!r} is not a name", "stack")
     if not isinstance(known.get("log_gradients"), bool | None):
-        problems.add(f"log_gradients: {known.pop('log_gradients')!r} is not true or false")
+        problems.add(f"log_gradients: {known.pop('log_gradients')!r} is not true or false", "log_gradients")
     known["keep"] = checked_keep(known.get("keep"), problems)
     by = _check_by(known.get("by", "depth"), problems)
     known["by"] = by
     pick = known.get("pick")
     if pick is not None and pick not in plugins.names(PICKS):
-        problems.add(unknown("pick", pick, plugins.names(PICKS)))
+        problems.add(unknown("pick", pick, plugins.names(PICKS)), "pick")
         known["pick"] = None
     for name, least in (
         ("reselect_steps", 1),
@@ -154,7 +154,7 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
         if name == "rescore_steps" and value == "never":
             continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or (least and value < least)):
-            problems.add(f"{name}: {value!r} is not a whole number{f' from {least}' if least else ''}")
+            problems.add(f"{name}: {value!r} is not a whole number{f' from {least}' if least else ''}", name)
             known.pop(name)
     _check_together(known, problems)
     _check_schedule(known, problems)
@@ -166,7 +166,7 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     given = {name: value for name, value in given.items() if value is not None}  # null: not given
     for name, value in list(given.items()):
         if name not in schema:
-            problems.add(unknown("key", name, [*own, *schema]))
+            problems.add(unknown("key", name, [*own, *schema]), name)
         else:
             given[name] = _check_type(name, value, schema[name], problems)
     return cls(**known, options=given)
@@ -190,16 +190,16 @@ def _check_by(by: Any, problems: Problems) -> Any:
         try:
             return Scores.load(by)
         except LayerpeftError as error:
-            problems.add(f"by: {error}")
+            problems.add(f"by: {error}", "by")
             return "depth"
     if isinstance(by, Mapping):
         try:
             return Scores.from_dict(by)
         except LayerpeftError as error:
-            problems.add(f"by: {error}")
+            problems.add(f"by: {error}", "by")
             return "depth"
     if by not in plugins.names(SCORERS):
-        problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.")
+        problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.", "by")
         return "depth"
     return by
 
@@ -208,14 +208,14 @@ def _check_together(known: dict[str, Any], problems: Problems) -> None:
     by, keep, pick = known.get("by"), known.get("keep"), known.get("pick")
     again = known.get("reselect_steps") is not None
     if (by != "depth" or pick is not None and again) and keep is None and not problems.items:
-        problems.add("keep: missing; say how many layers to keep (a number, a share, or 'auto')")
+        problems.add("keep: missing; say how many layers to keep (a number, a share, or 'auto')", "keep")
     rule = plugins.get(PICKS, pick) if pick in plugins.names(PICKS) else None
     if keep == "auto" and rule is not None and not getattr(rule, "DECIDES", False):
-        problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}")
+        problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}", "keep")
     if getattr(rule, "AGAIN_ONLY", False) and not again:
-        problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps")
+        problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps", "pick")
     if getattr(rule, "DECIDES", False) and keep not in (None, "auto"):
-        problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}")
+        problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}", "pick")
 
 
 def _check_schedule(known: dict[str, Any], problems: Problems) -> None:
@@ -224,18 +224,20 @@ def _check_schedule(known: dict[str, Any], problems: Problems) -> None:
     ]
     if known.get("reselect_steps") is None:
         for name in given:
-            problems.add(f"{name}: is of choices that are made again during training; it needs reselect_steps")
+            problems.add(f"{name}: is of choices that are made again during training; it needs reselect_steps", name)
         return
     if known.get("keep") is None and known.get("by", "depth") == "depth" and not problems.items:
-        problems.add("keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)")
+        problems.add(
+            "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
+        )
     for name, allowed in (("memory", MEMORIES), ("state", STATES)):
         if known.get(name) is not None and known[name] not in allowed:
-            problems.add(unknown(name, known[name], allowed))
+            problems.add(unknown(name, known[name], allowed), name)
     decay = known.get("decay")
     if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
-        problems.add(f"decay: {decay!r} is not a number from 0 to below 1")
+        problems.add(f"decay: {decay!r} is not a number from 0 to below 1", "decay")
     elif decay is not None and known.get("memory") != "ema":
-        problems.add("decay: is of memory: ema")
+        problems.add("decay: is of memory: ema", "decay")
 
 
 def _option_types(by: Any, rule: str) -> dict[str, Any]:
@@ -257,16 +259,16 @@ def _check_type(name: str, value: Any, expected: Any, problems: Problems) -> Any
             and all(isinstance(v, int | float) for v in value)
         ):
             return tuple(value)
-        problems.add(f"{name}: {value!r} is not a list of {len(allowed)} numbers")
+        problems.add(f"{name}: {value!r} is not a list of {len(allowed)} numbers", name)
     elif allowed and all(isinstance(a, str) for a in allowed):
         if value not in allowed:
-            problems.add(unknown(f"value for {name}", value, allowed))
+            problems.add(unknown(f"value for {name}", value, allowed), name)
     elif expected is bool and not isinstance(value, bool):
-        problems.add(f"{name}: {value!r} is not true or false")
+        problems.add(f"{name}: {value!r} is not true or false", name)
     elif expected is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        problems.add(f"{name}: {value!r} is not a whole number from 1")
+        problems.add(f"{name}: {value!r} is not a whole number from 1", name)
     elif expected is float and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-        problems.add(f"{name}: {value!r} is not a number above 0")
+        problems.add(f"{name}: {value!r} is not a number above 0", name)
     return value
 
 

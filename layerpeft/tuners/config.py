@@ -69,15 +69,16 @@ class LayerLoraConfig(LoraConfig):
         try:
             select = Select.parse(self.select)
         except LayerpeftError as error:
-            problems.add(str(error))
+            problems.absorb(error, "select")
         if not select.is_all or self.quantizes:
             for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
                 if getattr(self, name) is not None:
                     problems.add(
-                        f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone"
+                        f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone",
+                        name,
                     )
         if not isinstance(self.train_new, bool):
-            problems.add(f"train_new={self.train_new!r} is not true or false")
+            problems.add(f"train_new={self.train_new!r} is not true or false", "train_new")
         _check_quant(self, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
@@ -213,12 +214,13 @@ def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:
     if config.quantize_frozen is not None or config.quantize_trained is not None:
         problems.add(
             "quant, and quantize_frozen or quantize_trained: two ways to say the same; write quant alone "
-            "(quant={'bits': 4, 'apply_to': 'frozen'} is quantize_frozen=4)"
+            "(quant={'bits': 4, 'apply_to': 'frozen'} is quantize_frozen=4)",
+            "quant",
         )
     try:
         LayerQuantConfig.parse(config.quant)
     except LayerpeftError as error:
-        problems.add(str(error))
+        problems.absorb(error, "quant")
 
 
 def options_given(config: LoraConfig, shared: Collection[str]) -> list[str]:

@@ -54,23 +54,28 @@ class LayerFullConfig(LayerLoraConfig):
         problems = Problems("LayerFullConfig")
         for name in ("biases", "master_weights"):
             if not isinstance(getattr(self, name), bool):
-                problems.add(f"{name}={getattr(self, name)!r} is not true or false")
+                problems.add(f"{name}={getattr(self, name)!r} is not true or false", name)
         for name in options_given(self, SHARED):
             problems.add(
-                f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train"
+                f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train",
+                name,
             )
         if self.quantize_trained is not None:
             problems.add(
-                f"quantize_trained={self.quantize_trained!r}: weights that are quantized cannot be trained themselves"
+                f"quantize_trained={self.quantize_trained!r}: weights that are quantized cannot be trained themselves",
+                "quantize_trained",
             )
         if isinstance(self.quant, Mapping | LayerQuantConfig):
             part = self.quant.apply_to if isinstance(self.quant, LayerQuantConfig) else self.quant.get("apply_to")
             if part != "frozen":
-                problems.add("quant: weights that are quantized cannot be trained themselves; write apply_to: frozen")
+                problems.add(
+                    "quant: weights that are quantized cannot be trained themselves; write apply_to: frozen", "quant"
+                )
         if self.master_weights is True and distributed.world_size() > 1:
             problems.add(
                 "master_weights=True works in one process only: what splits or copies the weights over processes keeps its own "
-                "master copy (FSDP's MixedPrecision, DeepSpeed's bf16), so leave it out and load the weights in float32 for those"
+                "master copy (FSDP's MixedPrecision, DeepSpeed's bf16), so leave it out and load the weights in float32 for those",
+                "master_weights",
             )
         problems.raise_if_any(ConfigError)
         super().__post_init__(batches)

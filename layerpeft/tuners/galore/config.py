@@ -85,21 +85,21 @@ class LayerGaloreConfig(LayerLoraConfig):
         for name in ("r", "update_proj_gap", "oversample", *(["max_rank"] if self.max_rank is not None else [])):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.add(f"{name}={value!r} is not a whole number above 0")
+                problems.add(f"{name}={value!r} is not a whole number above 0", name)
         if not isinstance(self.scale, int | float) or isinstance(self.scale, bool) or not self.scale > 0:
-            problems.add(f"scale={self.scale!r} is not a number above 0")
+            problems.add(f"scale={self.scale!r} is not a number above 0", "scale")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
-                problems.add(unknown(name, getattr(self, name), values))
+                problems.add(unknown(name, getattr(self, name), values), name)
         if self.gap_overlap is not None and not 0 < self.gap_overlap <= 1:
-            problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1")
+            problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1", "gap_overlap")
         for name in options_given(self, SHARED):
             if name == "lora_alpha" and self.lora_alpha == self.scale * self.r:
                 continue  # it was derived, in a config that this one is made from
-            problems.add(f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning for projection")
+            problems.add(f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning for projection", name)
         by = self.select.get("by") if isinstance(self.select, Mapping) else getattr(self.select, "by", None)
         if by == "importance":
-            problems.add(NOT_DAMPED)
+            problems.add(NOT_DAMPED, "select", "by")
         problems.raise_if_any(ConfigError)
         self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
         super().__post_init__(batches)
