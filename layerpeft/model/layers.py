@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layerpeft.errors import LayerMapError, nearest
 from layerpeft.model.architectures import Matrix, matrices_of, role_of, stack_labels, stored_shape, text_config
+from layerpeft.model.names import unwrapped
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def layer_map(model: nn.Module, stack: str | None = None) -> LayerMap:
 def base_of(model: nn.Module) -> nn.Module:
     """The user's own model inside PeftModel, a tuner, data-parallel, FSDP, DeepSpeed or compiled wrappers."""
     while True:
-        inner = _unwrap(model)
+        inner = unwrapped(model)
         modules = inner._modules
         if "base_model" in modules and hasattr(inner, "peft_config"):
             inner = modules["base_model"]
@@ -146,23 +147,8 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             close = nearest(part, [*module._modules, *module._parameters])
             hint = f" Did you mean {'.'.join([*parts[:i], close])!r}?" if close else ""
             raise LayerMapError(f"the model has no module {name!r}: {here or 'its root'} has no {part!r}.{hint}")
-        module = _unwrap(child)
+        module = unwrapped(child)
     return module
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The user's module behind adapters (PEFT marks them with `adapter_layer_names`) and one-module wrappers."""
-    while True:
-        modules = module._modules
-        inner = None
-        if hasattr(type(module), "adapter_layer_names"):
-            inner = modules.get("base_layer") or modules.get("original_module") or modules.get("token_adapter")
-        if inner is None:
-            wraps = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-            inner = next((modules[key] for key in wraps if key in modules), None)
-        if inner is None:
-            return module
-        module = inner
 
 
 def _distributed(module: nn.Module) -> bool:
@@ -183,7 +169,7 @@ def _grow(name: str, module: nn.Module, above: frozenset[int], hidden: int | Non
     kids = []
     for key, child in module._modules.items():
         if child is not None:
-            child = _unwrap(child)
+            child = unwrapped(child)
             if id(child) not in above:
                 kids.append(_grow(f"{name}.{key}" if name else key, child, above, hidden))
     marked = isinstance(module, GradientCheckpointingLayer)

@@ -18,15 +18,16 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SelectionError, TrainingError, differences, raise_faults
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import loading_folder
+from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
 from layerpeft.training import backward, verify
 from layerpeft.training.measuring import Pending, Tensors
+from layerpeft.training.optimizer_states import held_by, holders
 from layerpeft.training.record import LiveRecord
 from layerpeft.training.scheduled import Scheduled
 from layerpeft.training.verify import Sealed
-from layerpeft.training.verify import clean as _clean
 from layerpeft.tuners.full.layer import keep_originals, loaded_modules, put_back
 from layerpeft.tuners.full.method import Mastered, masters_for
 from layerpeft.tuners.galore.projection import folded
@@ -151,7 +152,7 @@ class Follower(Scheduled, Mastered):
         if not self._rate or held <= self._stepped:
             return
         ids = self.ids()
-        known = {id(p) for o in verify.holders(optimizer, ids) for g in o.param_groups for p in g["params"]}
+        known = set().union(*map(held_by, holders(ids, optimizer)))
         faults, idle = verify.before_step(self.training(), known, set() if closure else held - self._stepped)
         others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ids]
         faults += verify.not_asked_for(others, self._asked)
@@ -259,14 +260,14 @@ class Follower(Scheduled, Mastered):
 
     def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
-        self.unseal([_clean(k.removeprefix(prefix)) for k in state if k.startswith(prefix)])
+        self.unseal([clean(k.removeprefix(prefix)) for k in state if k.startswith(prefix)])
         # PEFT writes the adapter's name only into the keys of modules that it finds.
         ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
         if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
             ends = ends[1:]
         keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
         whole = loaded_modules(self.model, self.adapter, state, prefix)
-        found = whole | {_clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
+        found = whole | {clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
         if not found or any(".lora_embedding" in k for k in keys):
             return
         kept = self.pending.keep(found) if self.pending is not None and self.switcher is None else None
@@ -324,7 +325,7 @@ class Follower(Scheduled, Mastered):
         count = sum(len(g["params"]) for g in optimizer.param_groups)
         if self._held.get(optimizer, (None,))[0] != count:
             ids = self.ids()
-            self._held[optimizer] = count, {id(p) for g in optimizer.param_groups for p in g["params"]} & ids
+            self._held[optimizer] = count, held_by(optimizer) & ids
         return self._held[optimizer][1]
 
     def _still(self, among: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -368,13 +369,13 @@ class Follower(Scheduled, Mastered):
         removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
         whole = unwrap_others(self.model, self.adapter, chosen)
         if optimizer is not None:
-            verify.forget(verify.holders(optimizer, self.ids()), removed)
+            verify.forget(holders(self.ids() | removed.keys(), optimizer), removed)
         for parameter in removed.values():
             parameter.requires_grad_(False).grad = None
         tuner = self._tuner()
         if tuner is not None and hasattr(tuner, "targeted_module_names"):
             names = tuner.targeted_module_names
-            tuner.targeted_module_names = [n for n in names if n.removeprefix("_orig_mod.") in chosen]
+            tuner.targeted_module_names = [n for n in names if clean(n) in chosen]
         if not whole:
             self.config.target_modules = chosen
         self.record.selection = selection

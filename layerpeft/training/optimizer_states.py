@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ from layerpeft.integrations.files import note_in, replacing
 
 FILE = "layerpeft_optimizer.safetensors"
 Store = dict[str, dict[str, Any]]  # tensor's name -> its state, on the CPU
+
+
+def holders(ids: Set[int], stepping: Optimizer | None = None) -> list[Optimizer]:
+    """The live optimizers that hold some of these tensors; the one that steps alone where it holds them all."""
+    if stepping is not None and ids <= held_by(stepping):
+        return [stepping]
+    live = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+    return [o for o in live if not held_by(o).isdisjoint(ids)]
+
+
+def held_by(optimizer: Optimizer) -> set[int]:
+    """Identities of the tensors in its groups."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def put_away(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Parameter], policy: str, store: Store) -> None:
@@ -40,10 +54,10 @@ def bring_back(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Paramet
     Counters of steps go where torch keeps them: on the CPU, unless the optimizer is fused or captured in graphs.
     """
     for optimizer in optimizers:
-        held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in tensors.items():
-            if name in store and id(parameter) in held:
-                group = held[id(parameter)]
+            if name in store and id(parameter) in groups:
+                group = groups[id(parameter)]
                 counts = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
                 optimizer.state[parameter] = {
                     key: _to_device(value, counts if key == "step" else parameter.device)

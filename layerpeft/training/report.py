@@ -14,6 +14,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerMapError, unknown
 from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.model.layers import base_of, layer_map
+from layerpeft.model.names import clean
 from layerpeft.tuners.full.layer import full_layers
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _ADDITIVE = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA"})
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Config fields of the LoRA variants that merge as plain LoRA does, and of DoRA, which has a formula of its own.
 _KNOWN_VARIANTS = ("use_dora", "velora_config", "monteclora_config")
-_WRAPPERS = ("base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CHUNK = 1 << 22  # elements per piece of a weight that are turned into float32 at once (16 MiB)
 
 
@@ -119,9 +119,8 @@ def _wrapped(model: nn.Module, adapter_name: str) -> list[_Wrapped]:
             continue
         if not any(adapter_name in getattr(module, name, ()) for name in module.adapter_layer_names):
             continue
-        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
         parameter = getattr(module, "parameter_name", None)
-        found.append(_Wrapped(f"{name}.{parameter}" if parameter else name, module))
+        found.append(_Wrapped(f"{clean(path)}.{parameter}" if parameter else clean(path), module))
     return found + [_Wrapped(name, module) for name, module in full_layers(base_of(model), adapter_name).items()]
 
 

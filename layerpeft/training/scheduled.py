@@ -20,9 +20,9 @@ from layerpeft.text import note
 from layerpeft.training import backward, verify
 from layerpeft.training.gradients import GradientNorms, watch_gradients
 from layerpeft.training.measuring import Pending, Tensors
-from layerpeft.training.optimizer_states import load_store
+from layerpeft.training.optimizer_states import holders, load_store
 from layerpeft.training.record import LiveRecord
-from layerpeft.training.switching import Switcher, holders
+from layerpeft.training.switching import Switcher
 from layerpeft.tuners.full.layer import keep_originals
 from layerpeft.tuners.full.masters import Masters
 from layerpeft.tuners.galore.refresh import Refresher

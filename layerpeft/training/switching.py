@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,15 @@ from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import Schedule, remembered, schedule_of, scoreless, take, turn_of
 from layerpeft.selection.scoring import Measured
 from layerpeft.selection.select import Select
-from layerpeft.training.optimizer_states import Store, bring_back, divided, optimizer_bytes, put_away, save_store
+from layerpeft.training.optimizer_states import (
+    Store,
+    bring_back,
+    divided,
+    holders,
+    optimizer_bytes,
+    put_away,
+    save_store,
+)
 
 Tensors = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 
@@ -245,9 +252,3 @@ class Switcher:
     def _optimizers(self, tensors: Tensors) -> list[Optimizer]:
         ids = {id(p) for group in tensors.values() for p in group.values()}
         return holders(ids)
-
-
-def holders(ids: set[int]) -> list[Optimizer]:
-    """The live optimizers that hold some of these tensors."""
-    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
-    return [o for o in found if any(id(p) in ids for g in o.param_groups for p in g["params"])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SelectionError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import local
+from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed
+from layerpeft.training.optimizer_states import holders
 from layerpeft.tuners.galore.projection import originals
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
@@ -213,14 +214,7 @@ def unheld(tensors: Parameters, model: nn.Module, stepping: Optimizer) -> bool:
         return False
     if not any(p.grad is not None for group in tensors.values() for p in group.values()):
         return False
-    return not any(id(p) in ids for o in holders(stepping, ids) for g in o.param_groups for p in g["params"])
-
-
-def holders(stepping: Optimizer, ids: Set[int]) -> list[Optimizer]:
-    """The stepping optimizer, and, where it lacks some tensors, any other live one that may hold them."""
-    if ids <= {id(p) for g in stepping.param_groups for p in g["params"]}:
-        return [stepping]
-    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+    return not holders(ids, stepping)
 
 
 def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:
@@ -239,13 +233,7 @@ def _some(names: set[str]) -> str:
 
 # ---- what the weights of a model were when they were wrapped and before the first update, written down as checksums
 
-WRAPPERS = ("base_layer", "_orig_mod", "original_module")
 Seals = dict[str, Seal]
-
-
-def clean(name: str) -> str:
-    """A module's name in the unwrapped model."""
-    return ".".join(p for p in name.split(".") if p not in WRAPPERS)
 
 
 class Sealed:

@@ -14,6 +14,7 @@ from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.peft import LayerPeftType, become_stock, register, watch_loading
 from layerpeft.model.layers import Target, base_of, layer_map
+from layerpeft.model.names import clean
 from layerpeft.selection import choose, schedule, scoring
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.scores import Scores
@@ -181,7 +182,7 @@ def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: t
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] != "bias" or ".modules_to_save." in name:
             continue
-        if not name.removeprefix("_orig_mod.").startswith(prefixes):
+        if not clean(name).startswith(prefixes):
             parameter.requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from layerpeft.training.optimizer_states import bring_back, put_away
+from layerpeft.training.optimizer_states import bring_back, held_by, holders, put_away
 from tests.helpers.scheduling import pool_tensors, rows, wrapped
 
 
@@ -32,6 +32,16 @@ def test_what_comes_back_is_what_was_put_away(options):
     bring_back([optimizer], {"w": weight}, store)
     assert optimizer.state[weight].keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in optimizer.state[weight].items())
+
+
+def test_who_holds_a_tensor_is_asked_of_all_live_optimizers_or_the_one_that_steps():
+    mine, other, nobodys = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    first, second = torch.optim.SGD([mine]), torch.optim.SGD([{"params": [other]}, {"params": []}])
+    assert held_by(second) == {id(other)} and holders({id(nobodys)}) == []
+    assert holders({id(mine)}) == [first] and holders({id(mine)}, second) == [first]
+    assert holders({id(other)}, second) == [second]
+    both = holders({id(mine), id(other), id(nobodys)}, first)
+    assert len(both) == 2 and first in both and second in both
 
 
 @pytest.mark.gpu

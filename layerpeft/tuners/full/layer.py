@@ -17,6 +17,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError
 from layerpeft.integrations.distributed import is_cut, local
 from layerpeft.integrations.peft import ModulesToSaveWrapper
+from layerpeft.model.names import clean
 from layerpeft.model.weights import change_of
 
 ONE_ONLY = (
@@ -220,7 +221,7 @@ def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bo
     for path, module in list(model.named_modules()):
         if type(module) is not ModulesToSaveWrapper or adapter not in module.modules_to_save:
             continue
-        name = ".".join(p for p in path.split(".") if p != "_orig_mod")
+        name = clean(path)
         inner: Any = module.modules_to_save[adapter]
         layer = next((i for i, n in enumerate(layer_names) if name == n or name.startswith(f"{n}.")), None)
         held = dict(inner.named_parameters())
@@ -288,11 +289,9 @@ def saved_modules(model: nn.Module, adapter: str) -> list[str]:
 def loaded_modules(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str) -> set[str]:
     """Names of the modules of layers of which a state dict, with or without the adapter's name in its keys, holds tensors."""
     keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
-    clean = {
-        ".".join(p for p in k.replace(f".modules_to_save.{adapter}.", ".").split(".") if p != "_orig_mod") for k in keys
-    }
+    held = {clean(k.replace(f".modules_to_save.{adapter}.", ".")) for k in keys}
     found = full_layers(model, adapter).items()
-    return {n for n, w in found if any(f"{n}.{k}" in clean for k in w.original_module.state_dict())}
+    return {n for n, w in found if any(f"{n}.{k}" in held for k in w.original_module.state_dict())}
 
 
 @torch.no_grad()

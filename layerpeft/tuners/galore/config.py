@@ -15,6 +15,7 @@ from layerpeft.errors import ConfigError, Problems, unknown
 from layerpeft.integrations.peft import LayerPeftType, lora_layers
 from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of, layer_map
+from layerpeft.model.names import COMPILED, clean
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Select
 from layerpeft.tuners.config import LayerLoraConfig, options_given
@@ -166,9 +167,9 @@ def project_all(model: nn.Module, live: Any, adapter: str) -> None:
     config: LayerGaloreConfig = live._layerpeft_projection
     shapes = {t.name: t.shape for t in layer_map(model, Select.parse(config.select).stack).targets}
     for name, layer in lora_layers(model, adapter).items():
-        path = name.removeprefix("_orig_mod.")
+        path = name.removeprefix(f"{COMPILED}.")
         parameter = getattr(layer, "parameter_name", None)
-        name = f"{'.'.join(p for p in path.split('.') if p != 'base_layer')}.{parameter}" if parameter else path
+        name = f"{clean(path)}.{parameter}" if parameter else clean(path)
         *experts, out, into = shapes[name]
         project(
             layer,

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layers, unwrap_layer
+from layerpeft.model.names import clean
 from layerpeft.training.method import Tensors
-from layerpeft.training.verify import clean
 from layerpeft.tuners.full.layer import full_layers, full_parameters, unwrap
 
 
@@ -47,7 +47,7 @@ def wrapped_names(model: nn.Module, adapter: str) -> set[str]:
 def unwrap_others(model: nn.Module, adapter: str, chosen: Set[str]) -> bool:
     """Takes the adapter off every target that is not among these; whether it trains the weights themselves."""
     for name in list(lora_layers(model, adapter)):
-        if name.removeprefix("_orig_mod.") not in chosen:
+        if clean(name) not in chosen:
             unwrap_layer(model, name, adapter)
     whole = full_layers(model, adapter)
     for name in whole.keys() - chosen:

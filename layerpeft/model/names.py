@@ -1,0 +1,27 @@
+"""What a module is called in the user's own model, whatever adapters, compilers and sharders have put around it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# under these names a wrapper keeps the one module that it stands for
+COMPILED = "_orig_mod"
+_FORWARDING = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_ADAPTED = ("base_layer", "original_module")
+_INSIDE = frozenset((*_ADAPTED, *_FORWARDING))
+
+
+def clean(name: str) -> str:
+    """A module's or parameter's name in the unwrapped model."""
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The user's module behind adapters (PEFT marks them with `adapter_layer_names`) and one-module wrappers."""
+    while True:
+        modules = module._modules
+        inside = (*_ADAPTED, "token_adapter") if hasattr(type(module), "adapter_layer_names") else ()
+        inner = next((found for key in (*inside, *_FORWARDING) if (found := modules.get(key)) is not None), None)
+        if inner is None:
+            return module
+        module = inner
