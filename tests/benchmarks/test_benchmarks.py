@@ -151,6 +151,7 @@ def test_a_case_becomes_a_json_with_everything_in_it(results):
     assert str(Path.home()) not in text and str(ROOT) not in text
 
 
+@pytest.mark.pictures
 def test_a_result_is_rendered_with_table_chart_and_origin(results, capsys):
     readme = results / "README.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")

@@ -207,6 +207,7 @@ def test_full_fine_tuning_trains_everything_and_adamw_takes_what_trains():
     assert len(adamw(ours.model).param_groups[0]["params"]) == 1
 
 
+@pytest.mark.pictures
 def test_growth_is_drawn_with_a_line_per_arm(tmp_path):
     counts = {"flops": 10**12, "peak_bytes": 2**30}
     points = [{"value": v, "arms": {"a": counts, "b": counts}} for v in (1, 2, 4)]

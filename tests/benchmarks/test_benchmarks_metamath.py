@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import benchmarks
 import layerpeft
+from tests.helpers.processes import without_the_package
 
 HERE = Path(benchmarks.__file__).parent / "MetaMathQA"
 FOLDERS = sorted(path.parent.relative_to(HERE) for path in HERE.rglob("adapter_config.json"))
@@ -103,9 +103,7 @@ def test_stock_folders_need_nothing_but_peft():
         f"try:\n    peft.PeftConfig.from_pretrained({str(HERE / CHOOSES)!r})\n"
         "except KeyError as error:\n    print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *(str(HERE / f) for f in STOCK)], capture_output=True, text=True
-    )
+    done = without_the_package(code, *(HERE / f for f in STOCK))
     assert done.returncode == 0, done.stderr
     assert "LAYER_LORA" in done.stdout  # without layerpeft the others are refused, and not taken for something else
 

@@ -176,6 +176,7 @@ def test_refreshes_that_are_spread_are_refused(tmp_path):
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_learning_is_compared_over_seeds(tmp_path):
     found = measured(tmp_path, LEARNING)
     rows = found["arms"]

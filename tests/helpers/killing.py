@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,8 +25,8 @@ from transformers import Trainer, TrainingArguments
 
 from layerpeft.saving import checkpoints
 from layerpeft.training import pictures
+from tests.helpers.processes import in_a_process
 
-ROOT = Path(__file__).resolve().parents[2]
 MANY = os.environ.get("LAYERPEFT_TEST_KILLS") == "all"  # twenty take twice as long
 ANY, WRITING = "at any time", "while a checkpoint is written"
 STEPS, EVERY = 12, 3
@@ -205,9 +204,7 @@ def _picture(path: str | os.PathLike[str]) -> bool:
 
 def start(file: str, root: Path) -> tuple[dict[str, Any], str]:
     """Runs a test file as a program; what its `main` wrote down, and what its processes complained of."""
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(file).resolve()), str(root)]
-    done = subprocess.run(command, env=settings, cwd=root, capture_output=True, text=True, timeout=500)
+    done = in_a_process(str(Path(file).resolve()), root, cwd=root)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / "told.json").read_text()), done.stderr
 

@@ -114,6 +114,7 @@ def test_the_table_says_what_was_asked_and_got_with_bits_and_bytes_and_what_was_
         Quantized.from_dict(found.to_dict() | {"modules": {"a": "hqq9"}})
 
 
+@pytest.mark.pictures
 def test_the_picture_shows_every_linear_of_every_layer(tmp_path):
     found = quantize(wide(), {"select": [0, 2], "bits": 2, "rest": 4})
     kinds_found, table = cells(found)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,11 +16,11 @@ import layerpeft
 from layerpeft import LayerFullConfig, LayerLoraConfig, check_trained
 from layerpeft.model.layers import base_of
 from tests.helpers.loops import adamw, record
+from tests.helpers.processes import in_two_ranks
 from tests.helpers.quanting import kinds, train, wide, wrap
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("hqq")
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "frozen": lambda: LayerLoraConfig(select="last:2", r=4, quantize_frozen="nf4"),
     "waits": lambda: LayerLoraConfig(
@@ -83,15 +81,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(Path(__file__).resolve()), str(folder)],
-        env=settings, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

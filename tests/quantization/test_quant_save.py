@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -20,6 +17,7 @@ from layerpeft.model.precisions import Storage, missing_packages, precision_of
 from layerpeft.quantization.save import MANIFEST, is_saved, load_saved, save_model
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS, batch
+from tests.helpers.processes import without_the_package
 from tests.quantization.test_loading import assert_equal, assigned, tensors
 
 PACKAGES = missing_packages(["nf4", "hqq2"])
@@ -86,9 +84,7 @@ def alone(tmp_path_factory):
     for name, model in models.items():
         save_model(model, root / name, max_shard_size="60KB")
     torch.save(make_batches()[0], root / "inputs.pt")
-    words = [sys.executable, "-c", textwrap.dedent(ALONE), *models]
-    env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=root, env=env, check=False)
+    done = without_the_package(textwrap.dedent(ALONE), *models, cwd=root)
     assert done.returncode == 0, done.stderr
     return root, models, dict(zip(models, torch.load(root / "found.pt"), strict=True)), done.stderr
 

@@ -22,6 +22,7 @@ from layerpeft.planning.plan import plan
 from layerpeft.selection.probe import attach_taps
 from tests.conftest import LLAMA
 from tests.helpers.loops import BY_GRADIENT, adamw, record
+from tests.helpers.processes import without_the_package
 from tests.helpers.quanting import BATCHES, kinds, logits, train, wide, wrap
 from tests.helpers.traffic import watched
 from tests.helpers.training import gsm8k_rows, sft
@@ -118,10 +119,13 @@ with torch.no_grad():
 """
 
 
-def in_a_process(code, folder, tmp_path):
+def fresh(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+def in_a_process(code, folder, tmp_path, start):
     torch.save(BATCHES[0]["input_ids"], tmp_path / "ids.pt")
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = start(code, folder, tmp_path / "ids.pt", tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(tmp_path / "logits.pt")
 
@@ -138,8 +142,9 @@ def test_four_precisions_by_config_load_again_in_a_fresh_process_and_without_the
     saved = json.loads((tmp_path / "adapter" / "layerpeft.json").read_text())
     assert saved["quant"]["modules"]["model.layers.1.mlp.up_proj"] == "int8" and saved["quant"]["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert torch.equal(in_a_process(FRESH, tmp_path / "adapter", tmp_path), expected)
-    plain = in_a_process(STRANGER, tmp_path / "adapter", tmp_path)  # over the 16-bit base, so but for the rounding
+    assert torch.equal(in_a_process(FRESH, tmp_path / "adapter", tmp_path, fresh), expected)
+    # over the 16-bit base, so but for the rounding
+    plain = in_a_process(STRANGER, tmp_path / "adapter", tmp_path, without_the_package)
     assert 0 < float((plain - expected).abs().max()) < 0.6 * float(expected.abs().max())
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(".lora_" in n and (".layers.2." in n or ".layers.3." in n) for n in tensors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import transformers
 
 from layerpeft.cli import main
 from layerpeft.integrations import hub
+from tests.helpers.processes import in_a_process
 
 HEAD = """\
 trainer: sft
@@ -328,9 +327,7 @@ def test_the_good_one_reaches_the_model(place: Path) -> None:
 def test_broken_recipe_in_a_process_of_its_own(name: str, place: Path) -> None:
     text, fragments = BROKEN[name]
     (place / "recipe.yaml").write_text(text)
-    found = subprocess.run(
-        [sys.executable, "-m", "layerpeft.cli", "train", "recipe.yaml"], capture_output=True, text=True, timeout=300
-    )
+    found = in_a_process("from layerpeft.cli import main; raise SystemExit(main())", "train", "recipe.yaml")
     assert found.returncode == 2
     for fragment in fragments:
         assert fragment in found.stderr

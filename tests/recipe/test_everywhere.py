@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layerpeft
 from layerpeft.cli import main
 from tests.conftest import DATA, LLAMA
+from tests.helpers.processes import without_the_package
 
 PLAIN = """
 import json, sys
@@ -133,9 +132,7 @@ def saved(tmp_path_factory):
 
 def test_plain_peft_gives_equal_logits(saved):
     folders = [str(folder) for folder, _ in saved.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(LLAMA), json.dumps(TOKENS), *folders], capture_output=True, text=True
-    )
+    done = without_the_package(PLAIN, LLAMA, json.dumps(TOKENS), *folders)
     assert done.returncode == 0, done.stderr[-2000:]
     logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     untouched = base().eval()(input_ids=torch.tensor([TOKENS])).logits[0, -1]

@@ -54,6 +54,7 @@ def trained(name, *settings):
     return held[-1], result
 
 
+@pytest.mark.pictures
 def test_a_recipe_trains_in_16_bit_over_a_4_bit_rest_and_says_what_that_takes(capsys):
     model, result = trained("frozen_nf4")
     chosen = {row.layer for row in result.report.rows if row.chosen}

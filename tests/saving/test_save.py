@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -21,6 +19,7 @@ from layerpeft.selection.select import Selection
 from layerpeft.training import pictures, report
 from layerpeft.training.record import LiveRecord
 from layerpeft.tuners.load import load_verified
+from tests.helpers.processes import in_a_process, without_the_package
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(12).reshape(2, 6)
@@ -225,15 +224,14 @@ def test_has_weights_tells_this_saves_weights_from_the_last_ones(base_dir, tmp_p
 
 CRASH = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 from layerpeft.saving import manifest
 os.replace = lambda *a: os._exit(9)  # killed after the temporary file, before it takes its place
-manifest.write_manifest(sys.argv[2], {"method": "lora", "selection": None, "config": {}, "report": []})
+manifest.write_manifest(sys.argv[1], {"method": "lora", "selection": None, "config": {}, "report": []})
 """
 
 
 def crash(folder):
-    assert subprocess.run([sys.executable, "-c", CRASH, str(ROOT), str(folder)], check=False).returncode == 9
+    assert in_a_process(CRASH, folder).returncode == 9
 
 
 def test_killed_between_weights_and_manifest(base_dir, tmp_path):
@@ -401,7 +399,6 @@ except ModuleNotFoundError:
 
 
 def test_plain_peft_loads_it_where_layerpeft_is_not_there(folder, base_dir, tmp_path):
-    command = [sys.executable, "-I", "-c", PLAIN, str(folder), str(base_dir), str(tmp_path / "logits.pt")]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = without_the_package(PLAIN, folder, base_dir, tmp_path / "logits.pt", cwd=tmp_path)
     assert ended.stdout.strip() == "absent", ended.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(wrapped(base_dir)), rtol=0, atol=1e-5)

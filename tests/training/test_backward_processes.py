@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers.processes import in_two_ranks
 from tests.training import test_backward
 from tests.training.test_backward import ALL, NONE, TOP, llama, traffic
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
     "none": lambda model: model.enable_input_require_grads(),
     "default": test_backward.as_trl_does,
@@ -55,13 +53,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command += [str(Path(__file__).resolve()), str(folder)]
-    done = subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,11 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import layerpeft
 from layerpeft import LayerLoraConfig, check_trained, score_layers
 from tests.conftest import LLAMA
+from tests.helpers.processes import in_two_ranks
 
 BY_GRADIENT = {"by": "gradient_norm", "keep": 3}
 SMALL = {"by": "gradient_norm", "keep": 2}
 OUTLIERS = {"by": "outliers", "keep": 2, "M": 2.0}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def llama():
@@ -138,19 +136,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(Path(__file__).resolve()), str(folder)],
-        env=settings,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def alone(select, rank, count, model=None, given=None):

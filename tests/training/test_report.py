@@ -315,6 +315,7 @@ def pixels(image, colour):
 BLUE, GREY, RED = (0x00, 0x72, 0xB2), (0xC9, 0xCE, 0xD3), (0xD5, 0x5E, 0x00)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("count", [2, 12, 80, 200])
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("changed", [True, False])
@@ -332,6 +333,7 @@ def test_picture_is_a_small_png_that_shows_the_chosen_layers(tmp_path, count, sc
     assert pixels(picture(tmp_path / "none.png"), BLUE) < legend
 
 
+@pytest.mark.pictures
 def test_a_dark_style_of_the_users_program_changes_nothing(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     pictures.write_png(made_up(12), tmp_path / "plain.png", "title")

@@ -397,6 +397,7 @@ def test_trackers_hear_of_every_switch_and_of_gradients_before_clipping(tmp_path
         assert math.hypot(*norms) == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.pictures
 def test_the_folder_has_the_heat_map_and_a_row_per_switch_and_layer(tmp_path):
     model = wrapped("lora", **UNIFORM)
     loop(model, 5)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +18,9 @@ from layerpeft.errors import TrainingError
 from layerpeft.integrations import trainer as trainers
 from layerpeft.training.steps import _train_begin
 from tests.helpers.loops import llama
+from tests.helpers.processes import in_two_ranks
 from tests.helpers.scheduling import pool_tensors, switcher_of, trainer_of
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 9
 UNIFORM = {"pick": "uniform", "keep": 1, "reselect_steps": 2}
 # `exact`: sketches draw other directions for the second micro-batch of one process than for the first of another
@@ -115,22 +113,6 @@ def main(folder):
 # what is asked of them
 
 
-def launch(file, folder):
-    """Two processes of a test file's `main`, and what each of them left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(Path(file).resolve()), str(folder)],
-        env=settings,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-12000:]
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
-
-
 def apart(one, other):
     """The largest difference of two sets of weights."""
     assert set(one) == set(other)
@@ -139,7 +121,7 @@ def apart(one, other):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return launch(__file__, tmp_path_factory.mktemp("ranks"))
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("method", "select"), BARE)

@@ -21,8 +21,9 @@ from layerpeft.integrations.distributed import Part
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.training.optimizer_states import divided, optimizer_bytes
 from tests.helpers.loops import llama
+from tests.helpers.processes import in_two_ranks
 from tests.helpers.scheduling import pool_tensors, switcher_of
-from tests.training.test_schedule_processes import STEPS, apart, launch, told, train, wrap
+from tests.training.test_schedule_processes import STEPS, apart, told, train, wrap
 
 BARE = [(method, select) for method in ("lora", "full") for select in ("uniform", "gradient", "rescored")]
 ROWS = torch.randint(0, 60, (4 * STEPS, 8), generator=torch.Generator().manual_seed(0))
@@ -152,7 +153,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def told_by(tmp_path_factory):
-    return launch(__file__, tmp_path_factory.mktemp("sharded"))
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -25,6 +23,7 @@ from layerpeft.tuners.merge import merge
 from tests.helpers.fulling import BATCHES, IDS, by_hand, clean, logits, parameters, same, train, trains, unloaded, wrap
 from tests.helpers.loops import llama
 from tests.helpers.models import MODELS, batch
+from tests.helpers.processes import without_the_package
 
 PLAIN = """
 import json, sys
@@ -107,7 +106,8 @@ def folders(tmp_path_factory):
         jobs.append((type(make()).__name__, str(root / name / "base"), str(folder), inputs))
         found[name] = (folder, model, wanted, inputs)
     torch.save(jobs, root / "jobs.pt")
-    subprocess.run([sys.executable, "-c", PLAIN, str(root / "jobs.pt"), str(root / "found.pt")], check=True)
+    done = without_the_package(PLAIN, root / "jobs.pt", root / "found.pt")
+    assert done.returncode == 0, done.stderr[-4000:]
     plain = dict(zip(SCENES, torch.load(root / "found.pt"), strict=True))
     return root, found, plain
 

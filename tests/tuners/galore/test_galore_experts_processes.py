@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerpeft.tuners.galore.projection import basis_of, state_of
 from tests.helpers.expert_models import build, modules, wrap
+from tests.helpers.processes import in_two_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 STEPS = 10
 SCENES = {
     "sketch": {},
@@ -59,13 +57,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command += [str(Path(__file__).resolve()), str(folder)]
-    done = subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{r}.pt") for r in (0, 1)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("scene", SCENES)

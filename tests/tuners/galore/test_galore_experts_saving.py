@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -19,6 +17,7 @@ from layerpeft.tuners.galore.projection import as_stored, state_of, tensors, tra
 from layerpeft.tuners.merge import merge
 from tests.helpers.expert_models import EXPERTS, RANK, batches, build, modules, run, wrap
 from tests.helpers.loops import adamw
+from tests.helpers.processes import without_the_package
 from tests.tuners.galore.test_galore_saving import PLAIN
 
 IDS = batches(1)[0]["input_ids"]
@@ -56,8 +55,7 @@ def saved(tmp_path_factory):
 
 def test_plain_peft_gives_the_logits_of_the_live_model_without_the_package(saved):
     pairs = [(str(base), str(folder)) for _, folder, base in saved.values()]
-    command = [sys.executable, "-c", PLAIN, json.dumps(IDS.tolist()), json.dumps(pairs)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = without_the_package(PLAIN, json.dumps(IDS.tolist()), json.dumps(pairs))
     assert done.returncode == 0, done.stderr[-2000:]
     for got, (scene, (model, *_)) in zip(json.loads(done.stdout.splitlines()[-1]), saved.items(), strict=True):
         got, untouched = torch.tensor(got), logits(build(SCENES[scene][0]))

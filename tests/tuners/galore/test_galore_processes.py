@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import layerpeft
 from layerpeft import LayerGaloreConfig
 from layerpeft.tuners.galore.projection import basis_of
 from tests.helpers.loops import llama
+from tests.helpers.processes import in_two_ranks
 from tests.helpers.projecting import TARGETS, apart, modules, refreshes, trained, weights
 
-ROOT = Path(__file__).resolve().parents[3]
 STEPS = 16
 SCENES = {
     "sketch": (torch.float64, {}),
@@ -74,19 +72,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(Path(__file__).resolve()), str(folder)],
-        env=settings,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{r}.pt") for r in (0, 1)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from layerpeft.errors import ConfigError
 from layerpeft.tuners.galore.projection import running, state_of, trained_of
 from tests.helpers.loops import llama
+from tests.helpers.processes import without_the_package
 from tests.helpers.projecting import (
     BATCHES,
     GAP,
@@ -106,8 +105,7 @@ def saved(tmp_path_factory):
 
 def test_plain_peft_gives_the_logits_of_the_live_model_without_the_package(saved, bases):
     pairs = [(str(bases / ("gpt2" if n.startswith("Conv1D") else "llama")), str(f)) for n, (_, f) in saved.items()]
-    command = [sys.executable, "-c", PLAIN, json.dumps(IDS.tolist()), json.dumps(pairs)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = without_the_package(PLAIN, json.dumps(IDS.tolist()), json.dumps(pairs))
     assert done.returncode == 0, done.stderr[-2000:]
     for got, (name, (model, _)) in zip(json.loads(done.stdout.splitlines()[-1]), saved.items(), strict=True):
         untouched = logits(gpt2() if name.startswith("Conv1D") else llama())

@@ -1,0 +1,161 @@
+"""Processes of their own, forked from ones that have imported what takes seconds: nothing else has run where they begin.
+
+One with the package and one without it (plain PEFT) are started where the first test asks for them, and end with the test run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# module, and a name of it where it resolves names on use
+PEFT = ["torch.distributed", "peft", "transformers:AutoModelForCausalLM", "transformers:LlamaForCausalLM"]
+OURS = [*PEFT, "layerpeft", "pytest", "transformers:Trainer", "trl:SFTTrainer"]
+
+
+def in_a_process(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Code, or a file that is run as a program, in a process that has the package."""
+    return _ask(_server("ours"), code, arguments, **options)
+
+
+def without_the_package(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same in a process that has imported PEFT and never the package."""
+    return _ask(_server("peft"), code, arguments, **options)
+
+
+def in_two_ranks(file: str, folder: Path) -> list[Any]:
+    """Two processes of a group run a test file as torchrun would have them do; what each left in `folder`."""
+    import torch
+
+    done = in_a_process(str(Path(file).resolve()), folder, cwd=folder, ranks=2)
+    assert done.returncode == 0, done.stderr[-12000:]
+    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+
+
+@cache
+def _server(kind: str) -> subprocess.Popen[str]:
+    settings = {**os.environ, **STARTS}
+    settings.pop("PYTHONPATH", None)
+    if kind == "ours":
+        settings["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, __file__, *(OURS if kind == "ours" else PEFT)]
+    return subprocess.Popen(command, env=settings, cwd=ROOT, stdin=-1, stdout=-1, text=True)
+
+
+def _ask(
+    server: subprocess.Popen[str],
+    code: str,
+    arguments: tuple[object, ...],
+    cwd: Path | None = None,
+    ranks: int = 0,
+    timeout: int = 500,
+) -> subprocess.CompletedProcess[str]:
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as said:
+        asked = {
+            "code": code,
+            "arguments": [str(a) for a in arguments],
+            "cwd": str(cwd or Path.cwd()),
+            "environment": {**os.environ, **STARTS},
+            "ranks": ranks,
+            "seconds": timeout,
+            "said": said,
+        }
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the process that forks others has ended"
+        out, err = ((Path(said) / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        return subprocess.CompletedProcess([code, *arguments], json.loads(answer), out, err)
+
+
+# what the process that forks others runs
+
+
+def _serve(names: list[str]) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # imports may print
+    sys.path[0] = ""  # as for code that is given on the command line
+    for name in names:
+        module, _, attribute = name.partition(":")
+        found = import_module(module)
+        if attribute:
+            getattr(found, attribute)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answers.write(f"{_run(asked)}\n")
+        answers.flush()
+
+
+def _run(asked: dict[str, Any]) -> int:
+    """The exit code of what was asked for; where one rank fails, the others are ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    living, found = {_fork(asked, rank, port) for rank in range(asked["ranks"] or 1)}, 0
+    while living:
+        pid, status = os.wait()
+        living.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not found:
+            found = code
+            for other in living:
+                os.kill(other, 9)
+    return found
+
+
+def _fork(asked: dict[str, Any], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = _become(asked, rank, port)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _become(asked: dict[str, Any], rank: int, port: int) -> int:
+    """Runs the code as Python's own `-c` would, or the file as a program; its exit code."""
+    signal.alarm(asked["seconds"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(asked["said"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    if asked["ranks"]:
+        size = str(asked["ranks"])
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = asked["code"]
+    try:
+        if code.endswith(".py"):
+            sys.argv, sys.path[0] = [code, *asked["arguments"]], str(Path(code).parent)
+            runpy.run_path(code, run_name="__main__")
+        else:
+            sys.argv = ["-c", *asked["arguments"]]
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])
