@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, LayerpeftError
 
 TURNS = {"transpose", "t", "mT", "T"}
 KEEPS = {"to", "contiguous", "float", "bfloat16", "half", "double", "detach", "data"}
@@ -49,9 +49,12 @@ class Use:
 
 
 class Uses(TorchFunctionMode):
-    """Follows one weight of experts through a forward pass, and hands each use to `used`."""
+    """Follows one weight of experts through a forward pass, and hands each use to `used`.
 
-    def __init__(self, name: str, weight: torch.Tensor, out_first: bool, said: str = "") -> None:
+    `out_first`: whether it is stored (out, in), which a use then has to agree with; None: either will do.
+    """
+
+    def __init__(self, name: str, weight: torch.Tensor, out_first: bool | None, said: str = "") -> None:
         super().__init__()
         self.name, self.out_first, self.said, self.count = name, out_first, said, 0
         self._known = {id(weight): _Seen(weight)}
@@ -90,7 +93,7 @@ class Uses(TorchFunctionMode):
             raise self.unknown(kind)
         return result
 
-    def unknown(self, how: str) -> ConfigError:
+    def unknown(self, how: str) -> LayerpeftError:
         """What to raise for a use that is none of the known ones."""
         return ConfigError(
             f"{self.name}: the model uses the weights of its experts in a way that gradient projection does not know "
@@ -126,7 +129,7 @@ class Uses(TorchFunctionMode):
             return None
         if weight is not seen.tensor:
             return None
-        if (reads_rows != seen.turned) != self.out_first:
+        if self.out_first is not None and (reads_rows != seen.turned) != self.out_first:
             raise self.unknown("it stores them (in, out), and the module does not say is_transposed")
         sizes = weight.shape[-2:] if reads_rows else weight.shape[-2:][::-1]
         return Use(form, x, weight, seen.which, *sizes)
@@ -140,6 +143,11 @@ def rows_of(use: Use) -> list[tuple[int, Any]]:
         return [(e, use.which == e) for e in use.which.unique().tolist()]
     ends = [0, *use.which.tolist()]
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a]
+
+
+def flat(use: Use, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and input of a use with one row a token, as `rows_of` counts them."""
+    return (y, use.x) if use.form in ("one", "grouped") else (y.flatten(1), use.x.flatten(1))
 
 
 def _one_by_one(use: Use) -> torch.Tensor:

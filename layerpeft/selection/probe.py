@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import LayerpeftError, ScoreError
+from layerpeft.model.experts import Use, Uses, flat, rows_of
 from layerpeft.model.layers import Target, find_module
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -224,86 +225,27 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-class _ExpertTaps(TorchFunctionMode):
-    """Follows 3-D expert weights through an experts module's forward, and taps the matmuls that use them.
+class _ExpertTaps(Uses):
+    """Taps the products that use one weight of experts.
 
-    Known forms: a slice per expert in `F.linear`, gathered weights in `torch.bmm`, and the grouped matmul. Any other use of
-    an expert weight is an error: a gradient that cannot be seen is never scored as zero.
+    Any other use of it is an error: a gradient that cannot be seen is never scored as zero.
     """
 
-    def __init__(self, tap: TapFunction, owner: nn.Module, held: list[Target]) -> None:
-        super().__init__()
+    def __init__(self, tap: TapFunction, owner: nn.Module, target: Target) -> None:
+        super().__init__(target.name, getattr(owner, target.name.rpartition(".")[2]), out_first=None)
         self.tap = tap
-        self.weights = {id(getattr(owner, t.name.rpartition(".")[2])): t.name for t in held}
-        self.known: dict[int, tuple[torch.Tensor, str, Any]] = {}
-        self.depth = 0
 
-    def start(self) -> None:
-        if self.depth == 0:
-            self.__enter__()
-        self.depth += 1
+    def used(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The output, tapped."""
+        y = compute()
+        return self.tap(*flat(use, y), {(self.name, e): rows for e, rows in rows_of(use)}).view_as(y)
 
-    def stop(self) -> None:
-        self.depth -= 1
-        if self.depth == 0:
-            self.__exit__(None, None, None)
-            self.known.clear()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        found = next((f for a in (*args, *kwargs.values()) if (f := self._of(a)) is not None), None)
-        kind = getattr(func, "__name__", str(func))
-        result = func(*args, **kwargs)
-        if found is None or not isinstance(result, torch.Tensor):
-            return result
-        name, which = found
-        if kind == "__getitem__" and which is None:
-            return self._derive(result, name, args[1])
-        if kind in _RESHAPES or (kind == "__get__" and result.dim() >= 2):
-            return self._derive(result, name, which)
-        if kind in ("linear", "matmul", "mm", "__matmul__") and _is_one(which):
-            return self.tap(result, args[0], {(name, int(which)): None})
-        if kind == "bmm" and which is not None:
-            return self._tap_gathered(name, which, args, result)
-        if "grouped_mm" in f"{kind} {func}":
-            return self._tap_grouped(name, kwargs["offs"] if "offs" in kwargs else args[2], args[0], result)
-        raise ScoreError(
-            f"the experts of {name!r} use their weight in a way that cannot be watched ({kind}); leave the experts out "
+    def unknown(self, how: str) -> LayerpeftError:
+        """Says how else the model may be scored."""
+        return ScoreError(
+            f"the experts of {self.name!r} use their weight in a way that cannot be watched ({how}); leave the experts out "
             "of target_parameters, or load the model with experts_implementation='grouped_mm' or 'eager'"
         )
-
-    def _of(self, value: Any) -> tuple[str, Any] | None:
-        """(target, which experts) of a tensor that is, or was made from, a watched weight."""
-        if not isinstance(value, torch.Tensor):
-            return None
-        if id(value) in self.weights:
-            return self.weights[id(value)], None
-        known = self.known.get(id(value))
-        return known[1:] if known else None
-
-    def _derive(self, result: torch.Tensor, name: str, which: Any) -> torch.Tensor:
-        self.known[id(result)] = (result, name, which)  # holding the tensor keeps its id from being reused
-        return result
-
-    def _tap_gathered(self, name: str, which: torch.Tensor, args: Any, y: torch.Tensor) -> torch.Tensor:
-        x = args[1] if self._of(args[0]) is not None else args[0]
-        owner = which.reshape(-1)
-        keys = {(name, e): owner == e for e in owner.unique().tolist()}
-        return self.tap(y.flatten(1), x.flatten(1), keys).view_as(y)
-
-    def _tap_grouped(self, name: str, offs: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        ends = [0, *offs.tolist()]
-        keys = {(name, e): slice(a, b) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a}
-        return self.tap(y, x, keys)
-
-
-_RESHAPES = frozenset({"transpose", "t", "mT", "T", "to", "contiguous", "float", "bfloat16", "half", "detach"})
-
-
-def _is_one(which: Any) -> bool:
-    return isinstance(which, int) or (
-        isinstance(which, torch.Tensor) and which.numel() == 1 and which.dtype != torch.bool
-    )
 
 
 def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -> list[RemovableHandle]:
@@ -343,13 +285,16 @@ def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
 
 
 def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> list[RemovableHandle]:
-    mode = _ExpertTaps(tap, owner, held)
+    running: list[ExitStack] = []  # one for each call of the module that has not returned
 
     def enter(*_: Any) -> None:
-        mode.start()
+        taps = ExitStack()
+        for target in () if running else held:
+            taps.enter_context(_ExpertTaps(tap, owner, target))
+        running.append(taps)
 
     def leave(*_: Any) -> None:
-        mode.stop()
+        running.pop().close()
 
     return [
         owner.register_forward_pre_hook(_eager(enter)),

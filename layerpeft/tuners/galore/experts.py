@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import is_traced, stores_out_first
-from layerpeft.model.experts import UNSEEN, Use, Uses, joined, rows_of
+from layerpeft.model.experts import UNSEEN, Use, Uses, flat, joined, rows_of
 from layerpeft.tuners.galore.layer import Projected
 from layerpeft.tuners.galore.projection import lefts, rights, state_of, unscale
 
@@ -45,8 +45,7 @@ class _Branch(Uses):
         y = torch.add(y, branch, alpha=self.state.scale).to(y.dtype)
         if not self.watched:
             return y
-        flat = (y, use.x) if use.form in ("one", "grouped") else (y.flatten(1), use.x.flatten(1))
-        return self.state.watcher(self.layer, *flat, rows_of(use)).view_as(y)
+        return self.state.watcher(self.layer, *flat(use, y), rows_of(use)).view_as(y)
 
     def _one(self, use: Use, x: torch.Tensor) -> torch.Tensor:
         return self._low(x, int(use.which))
