@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("layerpeft")
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?B)?\s*", re.IGNORECASE)
 
 
 def note(message: str) -> None:
@@ -27,6 +30,14 @@ def grid(table: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
         (f"{name:<{first}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))).rstrip()
         for name, cells in table
     ]
+
+
+def size_of(text: str) -> int | None:
+    """Bytes in a text such as "6GB" (powers of 1000), "6GiB" (of 1024) or "512"; None where it is no size."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper()))
 
 
 def size_text(size: float) -> str:

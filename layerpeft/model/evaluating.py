@@ -18,43 +18,28 @@ from layerpeft.model.layers import base_of
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, nothing trainable, no cache; all of it, and every random state, put back afterwards.
-
-    Where gradient checkpointing is on, the flag that turns it on (training, on the block itself) stays on.
-    """
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no cache; both, what requires a gradient, and every random state are put back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     config = getattr(base_of(model), "config", None)
     cache = getattr(config, "use_cache", None)
     devices, kind = distributed.random_devices({p.device for p in model.parameters()})
-    rates: list[tuple[nn.Module, str, float]] = []
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=devices, device_type=kind):
         try:
             model.eval()
-            for module, mode in modes:
-                if mode and getattr(module, "gradient_checkpointing", False):
-                    module.training = True
-                    rates += [
-                        (module, n, v) for n, v in vars(module).items() if "dropout" in n and isinstance(v, float)
-                    ]
-            for module, name, _ in rates:
-                setattr(module, name, 0.0)  # blocks that call F.dropout themselves go by their own flag
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
             if cache:
                 config.use_cache = False  # type: ignore[union-attr]
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, name, rate in rates:
-                setattr(module, name, rate)
             for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
             if cache:
                 config.use_cache = cache  # type: ignore[union-attr]
             random.setstate(python_state)
@@ -63,30 +48,34 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients and cache, under autocast to `dtype`; modes, cache and random state are put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    config = getattr(base_of(model), "config", None)
-    cache = getattr(config, "use_cache", None)
-    places = {p.device for p in model.parameters()}
-    devices, kind = distributed.random_devices(places)
-    on = next((p.type for p in places if p.type != "meta"), "cpu")
-    keep_cpu_layout(model)
-    try:
-        model.eval()
-        if cache:
-            config.use_cache = False  # type: ignore[union-attr]
-        with (
-            torch.random.fork_rng(devices=devices, device_type=kind),
-            torch.no_grad(),
-            torch.autocast(on, dtype=dtype, enabled=dtype is not None),
-        ):
+def nothing_trains(model: nn.Module) -> Iterator[None]:
+    """As found, and until then nothing requires a gradient.
+
+    Where gradient checkpointing is on, the flag that turns it on (training, on the block itself) stays on.
+    """
+    working = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+    found = [(m, n, v) for m in working for n, v in vars(m).items() if "dropout" in n and isinstance(v, float)]
+    with as_found(model):
+        try:
+            for module in working:
+                module.training = True
+            for module, name, _ in found:
+                setattr(module, name, 0.0)  # blocks that call F.dropout themselves go by their own flag
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
             yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cache:
-            config.use_cache = cache  # type: ignore[union-attr]
+        finally:
+            for module, name, rate in found:
+                setattr(module, name, rate)
+
+
+@contextmanager
+def evaluating(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """As found, and until then no gradients, under autocast to `dtype`."""
+    on = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
+    keep_cpu_layout(model)
+    with as_found(model), torch.no_grad(), torch.autocast(on, dtype=dtype, enabled=dtype is not None):
+        yield
 
 
 def to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

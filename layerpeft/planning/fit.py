@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,10 +14,9 @@ from layerpeft.errors import ConfigError
 from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
 from layerpeft.planning.trace import Step
 from layerpeft.selection.select import PICKS, Select, options_of
-from layerpeft.text import size_text
+from layerpeft.text import size_of, size_text
 from layerpeft.tuners.config import LayerLoraConfig
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOWEST_RANK = 4
 
 
@@ -209,10 +207,7 @@ def _fields(config: LayerLoraConfig) -> dict[str, Any]:
 
 
 def _bytes(limit: int | str) -> int:
-    if isinstance(limit, int):
-        return limit
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit)
-    unit = UNITS.get(found[2].upper() or "B") if found else None
-    if not found or unit is None:
+    found = limit if isinstance(limit, int) else size_of(limit)
+    if found is None:
         raise ConfigError(f"{limit!r} is no size; write 24GB, 16GiB or a number of bytes")
-    return int(float(found[1]) * unit)
+    return found

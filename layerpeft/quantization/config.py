@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar
@@ -17,14 +16,13 @@ from layerpeft.model.precisions import KEPT, PRECISIONS, Storage
 from layerpeft.selection.grammar import check_grammar
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
+from layerpeft.text import size_of
 
 ALLOCATIONS = ("greedy", "paired")
 OBJECTIVES = ("scores", "kl")
 UNITS = ("layer", "module")
 PARTS = ("all", "frozen", "trained")
 CHOICES = (2, 3, 4, 8, 16)
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -200,11 +198,10 @@ def parse_bytes(value: Any) -> int:
     """Bytes from a number, or a text such as "6GB" (powers of 1000) or "6GiB" (of 1024). Raises: ValueError."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or float(match[1]) <= 0:
+    found = size_of(value) if isinstance(value, str) and value.rstrip()[-1:].isalpha() else None
+    if not found:
         raise ValueError(f"{value!r} is no size: write bytes as a number, or '6GB', '800MiB'")
-    unit = match[2].upper()
-    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** _POWERS[unit.rstrip("IB")])
+    return found
 
 
 def _written(select: Select, given: Any) -> Any:

@@ -18,7 +18,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.losses import loss_of
 from layerpeft.integrations.peft import default_targets
-from layerpeft.model.evaluating import _untouched, to_model
+from layerpeft.model.evaluating import nothing_trains, to_model
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.model.targets import Names, exclusions, match_targets, measured_for
 from layerpeft.selection import plugins
@@ -164,7 +164,7 @@ def _run(
     used = 0
     with ExitStack() as stack:
         keep_cpu_layout(model)
-        stack.enter_context(_untouched(model))
+        stack.enter_context(nothing_trains(model))
         stack.callback(measurement.detach)
         measurement.attach()
         bar = tqdm(total=count, desc=title, unit="batch", leave=False, disable=None if progress else True)
