@@ -5,28 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problems, nearest, unknown
+from layerpeft.errors import ConfigError, LayerpeftError, Problems, nearest
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model import precisions
 from layerpeft.model.precisions import KEPT, PRECISIONS, Storage
 from layerpeft.selection.grammar import check_grammar
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
+from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import size_of
 
-ALLOCATIONS = ("greedy", "paired")
-OBJECTIVES = ("scores", "kl")
-UNITS = ("layer", "module")
-PARTS = ("all", "frozen", "trained")
 CHOICES = (2, 3, 4, 8, 16)
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass
@@ -39,48 +32,47 @@ class LayerQuantConfig(PeftConfig):
     """
 
     select: Any = field(
-        default="all", metadata=_help("Which layers get `bits`; with a budget: the scorer that spends it.")
+        default="all", metadata={"help": "Which layers get `bits`; with a budget: the scorer that spends it."}
     )
     bits: Any = field(
         default=None,
-        metadata=_help(
-            "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
-        ),
+        metadata={
+            "help": "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
+        },
     )
     rest: Any = field(
-        default=None, metadata=_help("Precision of the other layers, of other stacks too. Default: as they are.")
+        default=None, metadata={"help": "Precision of the other layers, of other stacks too. Default: as they are."}
     )
-    mean_bits: float | None = field(
-        default=None,
-        metadata=_help("Budget: stored bits per weight over the layers, scales included (uniform nf4 is 4.5)."),
+    mean_bits: float | None = checked(
+        None, "Budget: stored bits per weight over the layers, scales included (uniform nf4 is 4.5).", least=1, most=32
     )
     budget: int | str | None = field(
-        default=None, metadata=_help("Budget: bytes of all weights of the model, such as '6GB' or '800MiB'.")
+        default=None, metadata={"help": "Budget: bytes of all weights of the model, such as '6GB' or '800MiB'."}
     )
-    choices: list[Any] | None = field(
-        default=None, metadata=_help("Precisions that a budget may use. Default: 2, 3, 4, 8, 16.")
+    choices: list[Any] | None = checked(
+        None, "Precisions that a budget may use. Default: 2, 3, 4, 8, 16.", words="a list of precisions"
     )
-    allocation: str = field(
-        default="greedy", metadata=_help("How a budget is spent: greedy, or paired (as many raised as lowered).")
+    allocation: Literal["greedy", "paired"] = checked(
+        "greedy", "How a budget is spent: greedy, or paired (as many raised as lowered)."
     )
-    objective: str = field(
-        default="scores", metadata=_help("What a budget is spent by: scores, or kl (measured on batches).")
+    objective: Literal["scores", "kl"] = checked(
+        "scores", "What a budget is spent by: scores, or kl (measured on batches)."
     )
-    per: str = field(
-        default="layer", metadata=_help("What gets bits of its own: layer, or module (q/k/v and gate/up together).")
+    per: Literal["layer", "module"] = checked(
+        "layer", "What gets bits of its own: layer, or module (q/k/v and gate/up together)."
     )
-    split_fused: bool = field(
-        default=False, metadata=_help("Lets q, k, v (gate, up) of one layer have different bits.")
+    split_fused: bool = checked(False, "Lets q, k, v (gate, up) of one layer have different bits.")
+    apply_to: Literal["all", "frozen", "trained"] = checked(
+        "all", "As field quant: all layers, or only those that are frozen, or that train."
     )
-    apply_to: str = field(
-        default="all", metadata=_help("As field quant: all layers, or only those that are frozen, or that train.")
+    skip_modules: list[str] | None = checked(
+        None, "Linears to leave alone besides the defaults.", words="a list of names"
     )
-    skip_modules: list[str] | None = field(default=None, metadata=_help("Linears to leave alone besides the defaults."))
-    extra_modules: list[str] | None = field(
-        default=None, metadata=_help("Linears to quantize although they are left alone by default, such as lm_head.")
+    extra_modules: list[str] | None = checked(
+        None, "Linears to quantize although they are left alone by default, such as lm_head.", words="a list of names"
     )
-    group_size: int = field(default=64, metadata=_help("Weights per scale, for 1 to 3 bits and hqq4."))
-    double_quant: bool = field(default=False, metadata=_help("Quantize the scales of 4-bit weights, too."))
+    group_size: int = checked(64, "Weights per scale, for 1 to 3 bits and hqq4.", least=8)
+    double_quant: bool = checked(False, "Quantize the scales of 4-bit weights, too.")
     batches: InitVar[Iterable[Any] | None] = None
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_QUANT
 
@@ -251,46 +243,29 @@ def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
         value = getattr(config, name)
         if value is not None and not (name == "bits" and isinstance(value, Mapping)):
             _named(name, value, problems)
-    for name, allowed in (("allocation", ALLOCATIONS), ("objective", OBJECTIVES), ("per", UNITS), ("apply_to", PARTS)):
-        if getattr(config, name) not in allowed:
-            problems.add(unknown(name, getattr(config, name), allowed), name)
-    for name in ("split_fused", "double_quant"):
-        if not isinstance(getattr(config, name), bool):
-            problems.add(f"{name}={getattr(config, name)!r} is not true or false", name)
-    size = config.group_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 8:
-        problems.add(f"group_size={size!r} is not a whole number from 8", "group_size")
-    for name in ("skip_modules", "extra_modules"):
-        value = getattr(config, name)
-        if value is not None and not (isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)):
-            problems.add(f"{name}={value!r} is not a list of names", name)
+    check(type(config), vars(config), problems)
 
 
 def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
     budget = config.mean_bits is not None or config.budget is not None
-    mean = config.mean_bits
-    if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or not 1 <= mean <= 32):
-        problems.add(f"mean_bits={mean!r} is not a number from 1 to 32", "mean_bits")
     if config.budget is not None:
         try:
             parse_bytes(config.budget)
         except ValueError as error:
             problems.add(f"budget={error}", "budget")
-    if mean is not None and config.budget is not None:
+    if config.mean_bits is not None and config.budget is not None:
         problems.add("mean_bits and budget: two budgets; give one", "budget")
     if budget and config.bits is not None:
         problems.add(
             f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices", "bits"
         )
-    if config.choices is not None and not isinstance(config.choices, list | tuple):
-        problems.add(f"choices={config.choices!r} is not a list of precisions", "choices")
-    elif config.choices is not None:
+    if isinstance(config.choices, list | tuple):
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):
             problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from", "choices")
     if not budget:
-        for name, default in (("choices", None), ("allocation", "greedy"), ("objective", "scores"), ("per", "layer")):
-            if getattr(config, name) != default:
+        for name in ("choices", "allocation", "objective", "per"):
+            if getattr(config, name) != getattr(type(config), name):
                 problems.add(f"{name}={getattr(config, name)!r}: is of a budget; write mean_bits or budget", name)
 
 

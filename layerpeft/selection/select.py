@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin
 
 from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
 from layerpeft.selection import plugins
 from layerpeft.selection.grammar import check_grammar, checked_keep
 from layerpeft.selection.scores import Scores
+from layerpeft.selection.typecheck import check, checked, settings_of
 
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
 DEFAULT_BATCHES = 8
-MEMORIES = ("last", "ema", "counts")
-STATES = ("keep", "clear", "offload")
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,17 @@ class Select:
     pick: str | None = None
     layers: Any = "all"
     exclude: Any = None
-    reselect_steps: int | None = None
-    rescore_steps: int | str | None = None
-    warmup_steps: int | None = None
+    reselect_steps: int | None = checked(None, least=1)
+    rescore_steps: int | Literal["never"] | None = checked(None, least=1)
+    warmup_steps: int | None = checked(None, least=1)
     always: Any = None
-    memory: str | None = None
-    decay: float | None = None
-    state: str | None = None
-    log_gradients: bool | None = None
-    num_batches: int | None = None
-    seed: int = 0
-    stack: str | None = None
+    memory: Literal["last", "ema", "counts"] | None = checked(None)
+    decay: float | None = checked(None, least=0, below=1)
+    state: Literal["keep", "clear", "offload"] | None = checked(None)
+    log_gradients: bool | None = checked(None)
+    num_batches: int | None = checked(None, least=1)
+    seed: int = checked(0)
+    stack: str | None = checked(None, words="a name")
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -130,46 +129,33 @@ class Selection:
 
 
 def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Select:
-    own = {f.name for f in fields(cls)} - {"options"}
+    own = [f.name for f in fields(cls) if f.name != "options"]
     known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
-    if not isinstance(known.get("stack"), str | None):
-        problems.add(f"stack: {known.pop('stack')!r} is not a name", "stack")
-    if not isinstance(known.get("log_gradients"), bool | None):
-        problems.add(f"log_gradients: {known.pop('log_gradients')!r} is not true or false", "log_gradients")
+    given = {k: v for k, v in given.items() if v is not None}  # null: not given
+    bare = known.get("keep") is None
     known["keep"] = checked_keep(known.get("keep"), problems)
-    by = _check_by(known.get("by", "depth"), problems)
-    known["by"] = by
+    known["by"] = by = _check_by(known.get("by", "depth"), problems)
     pick = known.get("pick")
     if pick is not None and pick not in plugins.names(PICKS):
         problems.add(unknown("pick", pick, plugins.names(PICKS)), "pick")
         known["pick"] = None
-    for name, least in (
-        ("reselect_steps", 1),
-        ("rescore_steps", 1),
-        ("warmup_steps", 1),
-        ("num_batches", 1),
-        ("seed", None),
-    ):
-        value = known.get(name)
-        if name == "rescore_steps" and value == "never":
-            continue
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or (least and value < least)):
-            problems.add(f"{name}: {value!r} is not a whole number{f' from {least}' if least else ''}", name)
-            known.pop(name)
-    _check_together(known, problems)
+    check(cls, {k: v for k, v in known.items() if v is not None}, problems, ": ")
+    _check_together(known, bare, problems)
     _check_schedule(known, problems)
     for name in ("layers", "exclude", "always"):
         if known.get(name) is not None:
             check_grammar(name, known[name], problems)
-    parsed = cls(**known)
-    schema = _option_types(by, parsed.rule)
-    given = {name: value for name, value in given.items() if value is not None}  # null: not given
-    for name, value in list(given.items()):
+    kinds = [plugins.get(PICKS, cls(**known).rule).Options]
+    if isinstance(by, str):
+        kinds.insert(0, plugins.get(SCORERS, by).Options)
+    schema = {name: setting for kind in kinds for name, setting in settings_of(kind).items()}
+    for name in given:
         if name not in schema:
             problems.add(unknown("key", name, [*own, *schema]), name)
-        else:
-            given[name] = _check_type(name, value, schema[name], problems)
-    return cls(**known, options=given)
+    for kind in kinds:
+        check(kind, given, problems, ": ", every=True)
+    tuples = {name for name, setting in schema.items() if (get_origin(setting.hint) or setting.hint) is tuple}
+    return cls(**known, options={k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in given.items()})
 
 
 def _plain(value: Any) -> Any:
@@ -204,11 +190,15 @@ def _check_by(by: Any, problems: Problems) -> Any:
     return by
 
 
-def _check_together(known: dict[str, Any], problems: Problems) -> None:
+def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> None:
     by, keep, pick = known.get("by"), known.get("keep"), known.get("pick")
     again = known.get("reselect_steps") is not None
-    if (by != "depth" or pick is not None and again) and keep is None and not problems.items:
+    if bare and (by != "depth" or pick is not None and again):
         problems.add("keep: missing; say how many layers to keep (a number, a share, or 'auto')", "keep")
+    elif bare and again:
+        problems.add(
+            "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
+        )
     rule = plugins.get(PICKS, pick) if pick in plugins.names(PICKS) else None
     if keep == "auto" and rule is not None and not getattr(rule, "DECIDES", False):
         problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}", "keep")
@@ -226,50 +216,8 @@ def _check_schedule(known: dict[str, Any], problems: Problems) -> None:
         for name in given:
             problems.add(f"{name}: is of choices that are made again during training; it needs reselect_steps", name)
         return
-    if known.get("keep") is None and known.get("by", "depth") == "depth" and not problems.items:
-        problems.add(
-            "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
-        )
-    for name, allowed in (("memory", MEMORIES), ("state", STATES)):
-        if known.get(name) is not None and known[name] not in allowed:
-            problems.add(unknown(name, known[name], allowed), name)
-    decay = known.get("decay")
-    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
-        problems.add(f"decay: {decay!r} is not a number from 0 to below 1", "decay")
-    elif decay is not None and known.get("memory") != "ema":
+    if known.get("decay") is not None and known.get("memory") != "ema":
         problems.add("decay: is of memory: ema", "decay")
-
-
-def _option_types(by: Any, rule: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if isinstance(by, str):
-        found |= get_type_hints(plugins.get(SCORERS, by).Options)
-    if rule in plugins.names(PICKS):
-        found |= get_type_hints(plugins.get(PICKS, rule).Options)
-    return found
-
-
-def _check_type(name: str, value: Any, expected: Any, problems: Problems) -> Any:
-    allowed = get_args(expected)
-    origin = get_origin(expected)
-    if origin is tuple:
-        if (
-            isinstance(value, list | tuple)
-            and len(value) == len(allowed)
-            and all(isinstance(v, int | float) for v in value)
-        ):
-            return tuple(value)
-        problems.add(f"{name}: {value!r} is not a list of {len(allowed)} numbers", name)
-    elif allowed and all(isinstance(a, str) for a in allowed):
-        if value not in allowed:
-            problems.add(unknown(f"value for {name}", value, allowed), name)
-    elif expected is bool and not isinstance(value, bool):
-        problems.add(f"{name}: {value!r} is not true or false", name)
-    elif expected is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        problems.add(f"{name}: {value!r} is not a whole number from 1", name)
-    elif expected is float and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-        problems.add(f"{name}: {value!r} is not a number above 0", name)
-    return value
 
 
 def options_of(select: Select, package: str) -> Any:

@@ -1,8 +1,13 @@
-"""Does a value from a file fit a type hint? Asked of TRL's, transformers' and PEFT's own dataclasses: no list of ours can age."""
+"""Does a value fit a type hint, and the bounds declared beside it?
+
+Asked of TRL's, transformers' and PEFT's own dataclasses, so that no list of ours can age (`complaint`); and of our own, whose
+fields are declared with `checked` (`check`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import types
@@ -11,16 +16,32 @@ from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from layerpeft.errors import Problems, unknown
+
 _NONE = type(None)
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a value has to be besides of its type: ends that belong to it (`least`, `most`) or do not (`above`, `below`), or one of
+    `choices`; `words` say its type better than the hint does ("a list of names")."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    words: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
-    """One field of a dataclass: its type, its default, and the values it may take where the class lists them."""
+    """One field of a dataclass: its type, its default, the values it may take where the class lists them, and its bounds."""
 
     hint: Any
     default: Any = None
     choices: tuple[Any, ...] = ()
+    bounds: Bounds | None = None
 
 
 @cache
@@ -31,8 +52,75 @@ def settings_of(kind: type) -> Mapping[str, Setting]:
     for item in dataclasses.fields(kind):
         if item.init:
             default = None if item.default is dataclasses.MISSING else item.default
-            found[item.name] = Setting(hints[item.name], default, tuple(item.metadata.get("choices") or ()))
+            choices = tuple(item.metadata.get("choices") or ())
+            found[item.name] = Setting(hints[item.name], default, choices, item.metadata.get("bounds"))
     return found
+
+
+def checked(default: Any, help: str = "", **bounds: Any) -> Any:
+    """A field of a dataclass that `check` looks at: `k: int = checked(8, least=1)`; the bounds are those of `Bounds`."""
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
+
+
+def check(kind: type, values: Mapping[str, Any], problems: Problems, sign: str = "=", every: bool = False) -> None:
+    """Adds a sentence for every value that is not what its field declares; `sign` stands between a name and its value.
+
+    Fields that are not declared with `checked` may hold anything; with `every` they have to fit their hint where that is a number,
+    a truth value, a `Literal`, a list or a tuple: whole numbers from 1, others above 0.
+    """
+    for name, (setting, bounds) in _declared(kind, every).items():
+        if name not in values or _holds(setting.hint, bounds, values[name]):
+            continue
+        first, *rest = _parts(setting.hint)
+        texts = bounds.choices or (get_args(first) if get_origin(first) is Literal and not rest else ())
+        told = f"{name}{sign}{values[name]!r} is not {_wanted(first, bounds)}"
+        problems.add(unknown(name, values[name], texts) if texts else told, name)
+
+
+@cache
+def _declared(kind: type, every: bool) -> Mapping[str, tuple[Setting, Bounds]]:
+    if every:
+        return {n: (s, bounds) for n, s in settings_of(kind).items() if (bounds := s.bounds or _implied(s.hint))}
+    marked = [f.name for f in dataclasses.fields(kind) if "bounds" in f.metadata]
+    owners = {n: next(c for c in kind.__mro__ if n in inspect.get_annotations(c)) for n in marked}
+    found = {n: settings_of(owner)[n] for n, owner in owners.items()}  # the hints of a subclass may be out of reach
+    return {n: (s, s.bounds) for n, s in found.items() if s.bounds}
+
+
+def _implied(hint: Any) -> Bounds | None:
+    first, *rest = _parts(hint)
+    if rest or (get_origin(first) or first) not in (int, float, bool, Literal, list, tuple):
+        return None
+    return Bounds(least=1 if first is int else None, above=0 if first is float else None)
+
+
+def _holds(hint: Any, bounds: Bounds, value: Any) -> bool:
+    if isinstance(value, tuple) or isinstance(value, set) and get_origin(_parts(hint)[0]) is list:
+        value = list(value)
+    if not fits(hint, value) or value is not None and bounds.choices and value not in bounds.choices:
+        return False
+    if not isinstance(value, int | float):
+        return True
+    low = (bounds.least is None or value >= bounds.least) and (bounds.above is None or value > bounds.above)
+    return low and (bounds.most is None or value <= bounds.most) and (bounds.below is None or value < bounds.below)
+
+
+def _wanted(first: Any, bounds: Bounds) -> str:
+    text = bounds.words or describe(first) + (" numbers" if get_origin(first) is tuple else "")
+    for word, end in (
+        ("from", bounds.least),
+        ("above", bounds.above),
+        ("to" if bounds.above is None else "and at most", bounds.most),
+        ("to below" if bounds.above is None else "and below", bounds.below),
+    ):
+        text += f" {word} {end}" if end is not None else ""
+    return text
+
+
+def _parts(hint: Any) -> list[Any]:
+    """What a union is made of, but for None."""
+    whole = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [p for p in whole if p is not _NONE]
 
 
 def complaint(setting: Setting, value: Any) -> str | None:

@@ -19,6 +19,7 @@ from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose
 from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.typecheck import check, checked
 from layerpeft.tuners.stock import RecordedLoraConfig, _lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
@@ -42,10 +43,7 @@ class LayerLoraConfig(LoraConfig):
             "help": "Which layers: 'last:3', [3, 7], '8-15', or {by: gradient_norm, keep: 0.25, …}. Default: all of them."
         },
     )
-    train_new: bool = field(
-        default=True,
-        metadata={"help": "Train tensors that have no pre-trained values, such as a new classification head."},
-    )
+    train_new: bool = checked(True, "Train tensors that have no pre-trained values, such as a new classification head.")
     quantize_frozen: Any = field(
         default=None,
         metadata={
@@ -77,8 +75,7 @@ class LayerLoraConfig(LoraConfig):
                         f"{name}={getattr(self, name)!r} is PEFT's own way to choose layers; say it in select alone",
                         name,
                     )
-        if not isinstance(self.train_new, bool):
-            problems.add(f"train_new={self.train_new!r} is not true or false", "train_new")
+        check(type(self), vars(self), problems)
         _check_quant(self, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -19,6 +19,7 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.saving import manifest
 from layerpeft.selection import choose
 from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import note, size_text
 from layerpeft.training import backward
 from layerpeft.training.record import LiveRecord
@@ -45,16 +46,14 @@ class LayerFullConfig(LayerLoraConfig):
     LoRA's other options have no meaning here. Raises: ConfigError naming every problem at once.
     """
 
-    biases: bool = field(default=True, metadata={"help": "Train the biases of the chosen modules."})
-    master_weights: bool = field(default=False, metadata={"help": "A float32 copy of 16-bit weights to update."})
+    biases: bool = checked(True, "Train the biases of the chosen modules.")
+    master_weights: bool = checked(False, "A float32 copy of 16-bit weights to update.")
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_FULL
     method: ClassVar[str] = "full"
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerFullConfig")
-        for name in ("biases", "master_weights"):
-            if not isinstance(getattr(self, name), bool):
-                problems.add(f"{name}={getattr(self, name)!r} is not true or false", name)
+        check(type(self), vars(self), problems)
         for name in options_given(self, SHARED):
             problems.add(
                 f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft.errors import ConfigError, Problems, unknown
+from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.peft import LayerPeftType, lora_layers
 from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of, layer_map
 from layerpeft.model.names import COMPILED, clean
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Select
+from layerpeft.selection.typecheck import check, checked
 from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.experts import ProjectedExperts
@@ -25,7 +26,7 @@ from layerpeft.tuners.galore.folds import Folds
 from layerpeft.tuners.galore.layer import project
 from layerpeft.tuners.galore.projection import Projection
 from layerpeft.tuners.galore.refresh import Refreshing
-from layerpeft.tuners.galore.subspace import SIDES, SUBSPACES, side_of
+from layerpeft.tuners.galore.subspace import SIDES, side_of
 from layerpeft.tuners.stock import RecordedLoraConfig
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
@@ -42,13 +43,6 @@ KINDS = ("linear", "conv1d", "experts")
 IDENTITY = (
     "r", "update_proj_gap", "scale", "proj_type", "subspace", "basis", "moments", "stagger", "oversample", "gap_overlap", "seed",
 )  # fmt: skip
-CHOICES = {
-    "proj_type": SIDES,
-    "subspace": SUBSPACES,
-    "basis": ("aligned", "raw"),
-    "moments": ("keep", "project", "reset"),
-    "fold": ("beside", "base"),
-}
 
 
 @dataclass
@@ -65,35 +59,25 @@ class LayerGaloreConfig(LayerLoraConfig):
     Raises: ConfigError naming every problem at once.
     """
 
-    r: int = field(default=128, metadata={"help": "Rank of the subspace, as in GaLore."})
-    update_proj_gap: int = field(default=200, metadata={"help": "Optimizer steps of a layer between two subspaces."})
-    scale: float = field(default=0.25, metadata={"help": "Factor of the update, as in GaLore."})
-    proj_type: str = field(default="right", metadata={"help": "right, left, std or reverse_std, as in GaLore."})
-    subspace: Literal["sketch", "svd", "random"] = field(default="sketch", metadata={"help": "Where it comes from."})
-    basis: Literal["aligned", "raw"] = field(default="aligned", metadata={"help": "How a new basis lies in its span."})
-    moments: Literal["keep", "project", "reset"] = field(default="keep", metadata={"help": "Moments at a refresh."})
-    stagger: bool = field(default=True, metadata={"help": "Spread refreshes over the gap."})
-    oversample: int = field(default=16, metadata={"help": "Random directions of a sketch besides the rank."})
-    gap_overlap: float | None = field(default=None, metadata={"help": "Overlap from which on the gap doubles."})
-    fold: Literal["beside", "base"] = field(default="beside", metadata={"help": "Where the original weights stay."})
-    seed: int = field(default=0, metadata={"help": "Of random bases and sketches."})
-    max_rank: int | None = field(default=None, metadata={"help": "Largest rank of the saved adapter."})
+    r: int = checked(128, "Rank of the subspace, as in GaLore.", above=0)
+    update_proj_gap: int = checked(200, "Optimizer steps of a layer between two subspaces.", above=0)
+    scale: float = checked(0.25, "Factor of the update, as in GaLore.", above=0)
+    proj_type: str = checked("right", "right, left, std or reverse_std, as in GaLore.", choices=SIDES)
+    subspace: Literal["sketch", "svd", "random"] = checked("sketch", "Where it comes from.")
+    basis: Literal["aligned", "raw"] = checked("aligned", "How a new basis lies in its span.")
+    moments: Literal["keep", "project", "reset"] = checked("keep", "Moments at a refresh.")
+    stagger: bool = checked(True, "Spread refreshes over the gap.")
+    oversample: int = checked(16, "Random directions of a sketch besides the rank.", above=0)
+    gap_overlap: float | None = checked(None, "Overlap from which on the gap doubles.", above=0, most=1)
+    fold: Literal["beside", "base"] = checked("beside", "Where the original weights stay.")
+    seed: int = checked(0, "Of random bases and sketches.")
+    max_rank: int | None = checked(None, "Largest rank of the saved adapter.", above=0)
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_GALORE
     method: ClassVar[str] = "galore"
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerGaloreConfig")
-        for name in ("r", "update_proj_gap", "oversample", *(["max_rank"] if self.max_rank is not None else [])):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.add(f"{name}={value!r} is not a whole number above 0", name)
-        if not isinstance(self.scale, int | float) or isinstance(self.scale, bool) or not self.scale > 0:
-            problems.add(f"scale={self.scale!r} is not a number above 0", "scale")
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                problems.add(unknown(name, getattr(self, name), values), name)
-        if self.gap_overlap is not None and not 0 < self.gap_overlap <= 1:
-            problems.add(f"gap_overlap={self.gap_overlap!r} is not above 0 and at most 1", "gap_overlap")
+        check(type(self), vars(self), problems)
         for name in options_given(self, SHARED):
             if name == "lora_alpha" and self.lora_alpha == self.scale * self.r:
                 continue  # it was derived, in a config that this one is made from

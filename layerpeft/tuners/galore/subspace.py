@@ -7,7 +7,6 @@ import hashlib
 import torch
 
 SIDES = ("right", "left", "std", "reverse_std")
-SUBSPACES = ("sketch", "svd", "random")
 
 
 def side_of(proj_type: str, out: int, into: int) -> str:
