@@ -2,77 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import peft
-from torch import nn
-
-from layerpeft.errors import LayerMapError, LayerpeftError
-from layerpeft.model.layers import LayerMap, layer_map
-from layerpeft.planning.plan import Plan, plan
-from layerpeft.quantization.apply import Quantized
-from layerpeft.quantization.config import LayerQuantConfig
-from layerpeft.quantization.quantize import quantize
-from layerpeft.quantization.save import save_model
-from layerpeft.saving.checkpoints import last_checkpoint
-from layerpeft.selection.scores import Scores
-from layerpeft.selection.scoring import score_layers
-from layerpeft.selection.select import Select, Selection
-from layerpeft.training import backward
-from layerpeft.training.report import layer_report
-from layerpeft.training.steps import check_trained
-from layerpeft.tuners.config import LayerLoraConfig
-from layerpeft.tuners.full import model as _full  # noqa: F401 - importing a tuner registers it with PEFT
-from layerpeft.tuners.full.config import LayerFullConfig
-from layerpeft.tuners.galore import model as galore  # noqa: F401
-from layerpeft.tuners.galore.config import LayerGaloreConfig
-from layerpeft.tuners.load import load, load_model, save_record
+from layerpeft.errors import nearest
 
 __version__ = "0.1.0"
-__all__ = [
-    "LayerFullConfig",
-    "LayerGaloreConfig",
-    "LayerLoraConfig",
-    "LayerMap",
-    "LayerQuantConfig",
-    "LayerpeftError",
-    "Plan",
-    "Quantized",
-    "Scores",
-    "Select",
-    "Selection",
-    "check_trained",
-    "get_peft_model",
-    "last_checkpoint",
-    "layer_map",
-    "layer_report",
-    "load",
-    "load_model",
-    "plan",
-    "quantize",
-    "save_model",
-    "save_record",
-    "score_layers",
-]
+# A name is fetched from its place when it is first used: `import layerpeft`, and with it the command, loads no library.
+_PLACES = {
+    "LayerFullConfig": "tuners.full.config",
+    "LayerGaloreConfig": "tuners.galore.config",
+    "LayerLoraConfig": "tuners.config",
+    "LayerMap": "model.layers",
+    "LayerQuantConfig": "quantization.config",
+    "LayerpeftError": "errors",
+    "Measured": "selection.scoring",
+    "Measurement": "selection.scoring",
+    "Plan": "planning.plan",
+    "Quantized": "quantization.apply",
+    "Request": "selection.scoring",
+    "Scores": "selection.scores",
+    "Select": "selection.select",
+    "Selection": "selection.select",
+    "check_trained": "training.steps",
+    "get_peft_model": "tuners.wrap",
+    "last_checkpoint": "saving.checkpoints",
+    "layer_map": "model.layers",
+    "layer_report": "training.report",
+    "load": "tuners.load",
+    "load_model": "tuners.load",
+    "plan": "planning.plan",
+    "quantize": "quantization.quantize",
+    "save_model": "quantization.save",
+    "save_record": "tuners.load",
+    "score_layers": "selection.scoring",
+}
+__all__ = list(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll] - it sees the imports below
 
+if TYPE_CHECKING:
+    from layerpeft.errors import LayerpeftError as LayerpeftError
+    from layerpeft.model.layers import LayerMap as LayerMap
+    from layerpeft.model.layers import layer_map as layer_map
+    from layerpeft.planning.plan import Plan as Plan
+    from layerpeft.planning.plan import plan as plan
+    from layerpeft.quantization.apply import Quantized as Quantized
+    from layerpeft.quantization.config import LayerQuantConfig as LayerQuantConfig
+    from layerpeft.quantization.quantize import quantize as quantize
+    from layerpeft.quantization.save import save_model as save_model
+    from layerpeft.saving.checkpoints import last_checkpoint as last_checkpoint
+    from layerpeft.selection.scores import Scores as Scores
+    from layerpeft.selection.scoring import Measured as Measured
+    from layerpeft.selection.scoring import Measurement as Measurement
+    from layerpeft.selection.scoring import Request as Request
+    from layerpeft.selection.scoring import score_layers as score_layers
+    from layerpeft.selection.select import Select as Select
+    from layerpeft.selection.select import Selection as Selection
+    from layerpeft.training.report import layer_report as layer_report
+    from layerpeft.training.steps import check_trained as check_trained
+    from layerpeft.tuners.config import LayerLoraConfig as LayerLoraConfig
+    from layerpeft.tuners.full.config import LayerFullConfig as LayerFullConfig
+    from layerpeft.tuners.galore.config import LayerGaloreConfig as LayerGaloreConfig
+    from layerpeft.tuners.load import load as load
+    from layerpeft.tuners.load import load_model as load_model
+    from layerpeft.tuners.load import save_record as save_record
+    from layerpeft.tuners.wrap import get_peft_model as get_peft_model
+else:  # hidden from type checkers, for whom it would mean that every name is here
 
-def get_peft_model(
-    model: nn.Module, peft_config: peft.PeftConfig, *args: Any, batches: Iterable[Any] | None = None, **kwargs: Any
-) -> peft.PeftModel | peft.PeftMixedModel:
-    """`peft.get_peft_model`, which also takes `batches` for configs that pick layers by data.
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            close = nearest(name, __all__)
+            hint = f". Did you mean {close!r}?" if close else ""
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}", name=name)
+        place = _PLACES[name]
+        if place != "errors":
+            importlib.import_module("layerpeft.tuners.wrap")  # PEFT knows our config types from the first use of a name
+        found = globals()[name] = getattr(importlib.import_module(f"layerpeft.{place}"), name)
+        return found
 
-    Stock configs pass untouched; where they leave the lowest layers frozen, the backward pass stops above those too.
-
-    `batches`: any iterable of model inputs with labels. Raises: what the config's choice raises; LayerpeftError for
-    `batches` together with a config that picks no layers.
-    """
-    if batches is not None:
-        if not isinstance(peft_config, LayerLoraConfig):
-            raise LayerpeftError(f"batches= is for configs that pick layers; {type(peft_config).__name__} does not")
-        peft_config = peft_config.with_batches(batches)
-    wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
-    with suppress(LayerMapError):  # a model without repeated blocks has no layer to stop at
-        backward.install(wrapped)
-    return wrapped
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
-import platform
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from layerpeft.errors import LayerpeftError, RecipeError, nearest, unknown
-from layerpeft.integrations import hub
-from layerpeft.integrations.files import version_of
-from layerpeft.quantization.save import is_saved, read_manifest
-from layerpeft.recipe.compare import compare, parse_arms
-from layerpeft.recipe.measure import measure
-from layerpeft.recipe.plan import forecast
-from layerpeft.recipe.read import load_recipe
-from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.score import score
+from layerpeft import __version__
+from layerpeft.errors import LayerpeftError, RecipeError, UsageError, nearest, unknown
 from layerpeft.recipe.shipped import find_recipe, recipes
-from layerpeft.recipe.surroundings import on_hub
-from layerpeft.recipe.train import is_first, run
-from layerpeft.tuners.merge import merge
 
-PACKAGES = (
-    "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "hqq", "wandb",
-)  # fmt: skip
-
+# What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
+# top of this file: help, recipes and every misspelt word would wait seconds for torch.
+RUNS = {name: f"layerpeft.recipe.commands:{name}" for name in ("train", "plan", "score", "compare", "merge", "env")}
+Command = Callable[[argparse.Namespace], None]
 
 # warnings of libraries about each other, of which somebody with a recipe can change nothing
 _NOT_FOR_USERS = (".*gradient_checkpointing.*is deprecated", ".*'pin_memory' argument is set as true")
-
-
-class UsageError(LayerpeftError):
-    """A command line that cannot be read."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _read(words)
+        command = _loaded(args.command) if isinstance(args.command, str) else args.command
         with warnings.catch_warnings(), contextlib.ExitStack() as args.until_the_end:
             for message in _NOT_FOR_USERS:
                 warnings.filterwarnings("ignore", message=message)
-            args.command(args)
+            command(args)
         return 0
     except LayerpeftError as error:
         print(f"layerpeft: {error}", file=sys.stderr)
@@ -87,10 +72,21 @@ def _read(words: list[str]) -> argparse.Namespace:
         raise UsageError(_stray(rest, hasattr(args, "settings")))
     if getattr(args, "recipe", "") is None:
         raise UsageError(f"name a recipe: a path, or one of those that ship ({', '.join(recipes())})")
+    if hasattr(args, "recipe"):
+        find_recipe(args.recipe)
     if not hasattr(args, "command"):
         parser.print_help()
         args.command = lambda _: None
     return args
+
+
+def _loaded(place: str) -> Command:
+    """What stands at `module:function`; says that it is loading where somebody is waiting for it."""
+    if "torch" not in sys.modules and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("layerpeft: loading libraries …", file=sys.stderr, flush=True)
+    module, _, name = place.partition(":")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
+        return getattr(importlib.import_module(module), name)
 
 
 def _stray(rest: list[str], takes_settings: bool) -> str:
@@ -104,12 +100,12 @@ def _stray(rest: list[str], takes_settings: bool) -> str:
 
 def _parser() -> tuple[_Parser, list[str]]:
     parser = _Parser(prog="layerpeft", description="Fine-tune the layers that matter.")
-    parser.add_argument("--version", action="version", version=version_of("layerpeft") or "unknown")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, about: str, command: Callable[[argparse.Namespace], None], recipe: bool = False) -> Any:
+    def add(name: str, about: str, command: Command | None = None, recipe: bool = False) -> Any:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command or RUNS[name])
         if recipe:
             sub.add_argument(
                 "recipe",
@@ -122,8 +118,8 @@ def _parser() -> tuple[_Parser, list[str]]:
             )
         return sub
 
-    add("train", "train a recipe", _train, recipe=True)
-    planning = add("plan", "what a recipe will cost, before any weight is loaded", _plan, recipe=True)
+    add("train", "train a recipe", recipe=True)
+    planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
     planning.add_argument("--fit", metavar="SIZE", help="find the largest choice that fits into SIZE, as 24GB")
     planning.add_argument(
         "--accelerator", action="store_true", help="count as on a GPU, even where there is none (default: what is here)"
@@ -131,15 +127,15 @@ def _parser() -> tuple[_Parser, list[str]]:
     planning.add_argument(
         "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
     )
-    scoring = add("score", "score the layers of a recipe's model, without training", _score, recipe=True)
-    comparing = add("compare", "train a recipe beside other choices of as many layers", _compare, recipe=True)
+    scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
+    comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
     comparing.add_argument(
         "--arms", default="random:3,last,all", help="random[:N], last, first, all (default: %(default)s)"
     )
     comparing.add_argument(
         "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
     )
-    merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk", _merge)
+    merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk")
     merging.add_argument("folder", metavar="FOLDER", help="folder of the adapter")
     merging.add_argument("into", metavar="OUT", help="new folder for the full model")
     merging.add_argument("--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)")
@@ -151,86 +147,10 @@ def _parser() -> tuple[_Parser, list[str]]:
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
     shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
-    environment = add("env", "versions and devices, to paste into an issue", _env)
+    environment = add("env", "versions and devices, to paste into an issue")
     for sub in (planning, scoring, comparing, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
-
-
-# ---- commands -------------------------------------------------------------------------------------------------------
-
-
-def _load(args: argparse.Namespace, purpose: str) -> Recipe:
-    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
-        recipe = load_recipe(args.recipe, args.settings, purpose)
-    _settle(args, recipe)
-    return recipe
-
-
-def _settle(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Says what was mapped or left out; until the command ends, a hub that cannot be reached is not asked again."""
-    args.until_the_end.enter_context(hub.settled(on_hub(recipe.values)))
-    if is_first():
-        for notice in recipe.notices:
-            print(f"note: {notice}", file=sys.stderr)
-
-
-def _say(text: str) -> None:
-    if is_first():
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def _only_json(wanted: bool) -> Iterator[None]:
-    """Sends everything that is printed on the way to standard error, so that standard output holds the JSON alone."""
-    if not wanted:
-        yield
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _train(args: argparse.Namespace) -> None:
-    run(_load(args, "train"), _say)
-
-
-def _plan(args: argparse.Namespace) -> None:
-    with _only_json(args.json):
-        found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
-        _settle(args, found.recipe)
-        measured = measure(args.recipe, [*args.settings, *found.changes]) if args.measure else None
-    if args.json:
-        if is_first():
-            print(json.dumps(found.to_dict() | ({"measured": measured.to_dict()} if measured else {})))
-        return
-    _say(str(found))
-    if measured:
-        _say(f"\n{measured}")
-
-
-def _score(args: argparse.Namespace) -> None:
-    with _only_json(args.json):
-        selection = score(_load(args, "score"), _say)
-    if args.json and is_first():
-        print(json.dumps(selection.to_dict()))
-
-
-def _compare(args: argparse.Namespace) -> None:
-    arms = parse_arms(args.arms, args.seeds)
-    with _only_json(args.json):
-        found = compare(_load(args, "compare"), arms, _say)
-    if args.json and is_first():
-        print(json.dumps(found.to_dict()))
-
-
-def _merge(args: argparse.Namespace) -> None:
-    dtype = getattr(torch, args.dtype, None) if args.dtype else None
-    if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
-    with contextlib.redirect_stdout(sys.stderr):
-        target = merge(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
-    plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
-    _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load_saved loads'}")
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -275,26 +195,6 @@ def _list(as_json: bool) -> None:
     for item in found:
         print(f"{item['name']:<{width}}  {item['about']}")
     print("\nlayerpeft train NAME    layerpeft recipes show NAME    layerpeft recipes copy NAME")
-
-
-def _env(args: argparse.Namespace) -> None:
-    found: dict[str, Any] = {name: version_of(name) for name in PACKAGES}
-    found |= {"python": platform.python_version(), "platform": platform.platform(), "devices": _devices()}
-    if args.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:<14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
-
-
-def _devices() -> list[str]:
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    cpu = f"cpu ({torch.get_num_threads()} threads)"
-    if kind is None:
-        return [cpu]
-    module = getattr(torch, kind.type)
-    name = getattr(module, "get_device_name", lambda index: kind.type)
-    return [f"{kind.type}:{i} {name(i)}" for i in range(torch.accelerator.device_count())] + [cpu]
 
 
 if __name__ == "__main__":

@@ -72,6 +72,10 @@ class RecipeError(LayerpeftError):
     """A recipe with unknown keys, wrong types or impossible combinations."""
 
 
+class UsageError(LayerpeftError):
+    """A command line that cannot be read."""
+
+
 class SaveError(LayerpeftError):
     """A saved folder that is incomplete, truncated or altered."""
 

@@ -15,8 +15,11 @@ NAMES = [
     "LayerMap",
     "LayerQuantConfig",
     "LayerpeftError",
+    "Measured",
+    "Measurement",
     "Plan",
     "Quantized",
+    "Request",
     "Scores",
     "Select",
     "Selection",
@@ -51,6 +54,8 @@ def test_import_brings_in_nothing_that_peft_does_not():
     extra = modules_after("import layerpeft") - modules_after("import peft")
     standard = set(sys.stdlib_module_names)
     assert extra - standard == {"layerpeft"}
+    every = modules_after("from layerpeft import *") - modules_after("import peft")
+    assert every - standard == {"layerpeft"}
 
 
 def test_the_version_is_the_packages():

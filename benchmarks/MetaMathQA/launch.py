@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import layerpeft  # noqa: F401  (importing it registers the config types)
+from layerpeft import LayerLoraConfig  # noqa: F401 - from the first use of a name on, PEFT knows our config types
 
 if __name__ == "__main__":
     harness = Path("run.py")

@@ -6,5 +6,5 @@ A scorer holds a frozen `Options` dataclass and `needs(options)`, which is one o
 - `"forward"` or `"backward"`: it also has `start(request, options) -> Measurement`, which watches batches go through the
   model (a forward pass, or a forward and backward pass each) and then gives its `result()`.
 
-`request` is a `layerpeft.selection.scoring.Request`.
+`request` is a `layerpeft.Request`.
 """

@@ -1,0 +1,125 @@
+"""What the commands do that need torch and its kin: one function a command, given its words as argparse has read them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from layerpeft.errors import UsageError, unknown
+from layerpeft.integrations import hub
+from layerpeft.integrations.files import version_of
+from layerpeft.quantization.save import is_saved, read_manifest
+from layerpeft.recipe.compare import compare as compare_arms
+from layerpeft.recipe.compare import parse_arms
+from layerpeft.recipe.measure import measure
+from layerpeft.recipe.plan import forecast
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.score import score as score_layers
+from layerpeft.recipe.surroundings import on_hub
+from layerpeft.recipe.train import is_first, run
+from layerpeft.tuners.merge import merge as merge_adapter
+
+PACKAGES = (
+    "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "hqq", "wandb",
+)  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> None:
+    run(_load(args, "train"), _say)
+
+
+def plan(args: argparse.Namespace) -> None:
+    with _only_json(args.json):
+        found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
+        _settle(args, found.recipe)
+        measured = measure(args.recipe, [*args.settings, *found.changes]) if args.measure else None
+    if args.json:
+        if is_first():
+            print(json.dumps(found.to_dict() | ({"measured": measured.to_dict()} if measured else {})))
+        return
+    _say(str(found))
+    if measured:
+        _say(f"\n{measured}")
+
+
+def score(args: argparse.Namespace) -> None:
+    with _only_json(args.json):
+        selection = score_layers(_load(args, "score"), _say)
+    if args.json and is_first():
+        print(json.dumps(selection.to_dict()))
+
+
+def compare(args: argparse.Namespace) -> None:
+    arms = parse_arms(args.arms, args.seeds)
+    with _only_json(args.json):
+        found = compare_arms(_load(args, "compare"), arms, _say)
+    if args.json and is_first():
+        print(json.dumps(found.to_dict()))
+
+
+def merge(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype, None) if args.dtype else None
+    if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
+    with contextlib.redirect_stdout(sys.stderr):
+        target = merge_adapter(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
+    plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
+    _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load_saved loads'}")
+
+
+def env(args: argparse.Namespace) -> None:
+    found: dict[str, Any] = {name: version_of(name) for name in PACKAGES}
+    found |= {"python": platform.python_version(), "platform": platform.platform(), "devices": _devices()}
+    if args.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<14} {', '.join(value) if isinstance(value, list) else value or 'not installed'}")
+
+
+def _load(args: argparse.Namespace, purpose: str) -> Recipe:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
+        recipe = load_recipe(args.recipe, args.settings, purpose)
+    _settle(args, recipe)
+    return recipe
+
+
+def _settle(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Says what was mapped or left out; until the command ends, a hub that cannot be reached is not asked again."""
+    args.until_the_end.enter_context(hub.settled(on_hub(recipe.values)))
+    if is_first():
+        for notice in recipe.notices:
+            print(f"note: {notice}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _only_json(wanted: bool) -> Iterator[None]:
+    """Sends everything that is printed on the way to standard error, so that standard output holds the JSON alone."""
+    if not wanted:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _devices() -> list[str]:
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    cpu = f"cpu ({torch.get_num_threads()} threads)"
+    if kind is None:
+        return [cpu]
+    module = getattr(torch, kind.type)
+    name = getattr(module, "get_device_name", lambda index: kind.type)
+    return [f"{kind.type}:{i} {name(i)}" for i in range(torch.accelerator.device_count())] + [cpu]

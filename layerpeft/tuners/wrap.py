@@ -1,0 +1,37 @@
+"""`get_peft_model` with batches; importing this file enters every config type of ours in PEFT's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import peft
+from torch import nn
+
+from layerpeft.errors import LayerMapError, LayerpeftError
+from layerpeft.quantization import quantize  # noqa: F401 - enters its type
+from layerpeft.training import backward
+from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.full import model as _full  # noqa: F401 - enters its type
+from layerpeft.tuners.galore import model as _galore  # noqa: F401 - enters its type
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: peft.PeftConfig, *args: Any, batches: Iterable[Any] | None = None, **kwargs: Any
+) -> peft.PeftModel | peft.PeftMixedModel:
+    """`peft.get_peft_model`, which also takes `batches` for configs that pick layers by data.
+
+    Stock configs pass untouched; where they leave the lowest layers frozen, the backward pass stops above those too.
+
+    `batches`: any iterable of model inputs with labels. Raises: what the config's choice raises; LayerpeftError for
+    `batches` together with a config that picks no layers.
+    """
+    if batches is not None:
+        if not isinstance(peft_config, LayerLoraConfig):
+            raise LayerpeftError(f"batches= is for configs that pick layers; {type(peft_config).__name__} does not")
+        peft_config = peft_config.with_batches(batches)
+    wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
+    with suppress(LayerMapError):  # a model without repeated blocks has no layer to stop at
+        backward.install(wrapped)
+    return wrapped
