@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -135,3 +136,22 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two records say otherwise, key by key."""
     keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     return [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in keys]
+
+
+# ---- exceptions of other libraries ----------------------------------------------------------------------------------
+# They hold nothing but a sentence: here, and nowhere else, one is read.
+
+
+def told(error: BaseException, most: int | None = None) -> str:
+    """What it says, on one line of at most so many characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what it says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def mentions(error: BaseException, text: str, *, word: bool = True) -> bool:
+    """Whether it says this, as a `word` of its own or as any part of its text."""
+    return bool(re.search(rf"\b{re.escape(text)}\b", str(error))) if word else text in str(error)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from layerpeft.errors import ConfigError, LayerpeftError
+from layerpeft.errors import ConfigError, LayerpeftError, told
 
 TURNS = {"transpose", "t", "mT", "T"}
 KEEPS = {"to", "contiguous", "float", "bfloat16", "half", "double", "detach", "data"}
@@ -233,7 +233,7 @@ def _try(owner: str, module: Any, parameters: list[str], implementation: str | N
         except _OtherWidth:
             continue
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ImportError) as error:
-            why = f"tried on zeros, {type(module).__name__} says: {' '.join(str(error).split())[:160]}"
+            why = f"tried on zeros, {type(module).__name__} says: {told(error, 160)}"
             raise uses[0].unknown(why) from error
         break
     unused = [u for u in uses if not u.count]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from layerpeft.errors import Problems, SelectionError, nearest
+from layerpeft.errors import Problem, Problems, SelectionError, nearest
 from layerpeft.model.layers import LayerMap, Target, base_of
 
 Names = str | Iterable[str] | None
@@ -41,15 +41,12 @@ def match_targets(
     if target_modules == "all-linear":
         chosen |= {t.name for t in modules if t.kind in ("linear", "conv1d")}
     elif target_modules:
-        chosen |= _matching(target_modules, [t.name for t in modules], problems, layers)
+        chosen |= _matching("target_modules", target_modules, [t.name for t in modules], problems, layers)
     if target_parameters:
-        chosen |= _matching(
-            list(target_parameters), [t.name for t in layers.targets if t.kind in PARAMETERS], problems, layers
-        )
+        names = [t.name for t in layers.targets if t.kind in PARAMETERS]
+        chosen |= _matching("target_parameters", list(target_parameters), names, problems, layers)
     if exclude_modules:
-        chosen -= _matching(
-            exclude_modules, [t.name for t in layers.targets], problems, layers, what="exclude_modules: "
-        )
+        chosen -= _matching("exclude_modules", exclude_modules, [t.name for t in layers.targets], problems, layers)
     problems.raise_if_any(SelectionError)
     if not chosen:
         raise SelectionError(f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}")
@@ -98,19 +95,24 @@ def _upwards(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
-def _matching(patterns: Names, names: list[str], problems: Problems, layers: LayerMap, what: str = "") -> set[str]:
+def no_match(key: str, sentence: str) -> SelectionError:
+    """That a name of this key matches nothing; the title of the whole stands for `target_modules` and `target_parameters`."""
+    return SelectionError(Problem((key,), sentence), title=key if key == "exclude_modules" else "")
+
+
+def _matching(key: str, patterns: Names, names: list[str], problems: Problems, layers: LayerMap) -> set[str]:
     if isinstance(patterns, str):
         found = {n for n in names if re.fullmatch(patterns, n)}
         if not found:
-            problems.add(
-                f"{what}the regex {patterns!r} matches no target in the layers. {_offer(patterns, names, layers)}"
-            )
+            sentence = f"the regex {patterns!r} matches no target in the layers. {_offer(patterns, names, layers)}"
+            problems.absorb(no_match(key, sentence))
         return found
     found: set[str] = set()
     for pattern in patterns or ():
         hits = {n for n in names if n == pattern or n.endswith(f".{pattern}")}
         if not hits:
-            problems.add(f"{what}{pattern!r} matches no target in the layers. {_offer(pattern, names, layers)}")
+            sentence = f"{pattern!r} matches no target in the layers. {_offer(pattern, names, layers)}"
+            problems.absorb(no_match(key, sentence))
         found |= hits
     return found
 

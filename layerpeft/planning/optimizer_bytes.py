@@ -38,12 +38,17 @@ def problem(name: str) -> str | None:
     """Why nothing can be said about an optimizer, as a sentence, or None where there is a formula."""
     if name in STATES:
         return None
-    for start, reason in _REFUSED.items():
+    for start, reason in (_ON_FULL_WEIGHTS | _REFUSED).items():
         if name.startswith(start):
             return f"optimizer {name!r}: {reason}"
     close = nearest(name, STATES)
     hint = f" Did you mean {close!r}?" if close else ""
     return f"unknown optimizer {name!r}.{hint} Known are the names of transformers' optim: {', '.join(STATES)}."
+
+
+def needs_full_weights(name: str) -> bool:
+    """Whether an optimizer works on full weights, which an adapter leaves frozen."""
+    return name not in STATES and name.startswith(tuple(_ON_FULL_WEIGHTS))
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -131,13 +136,15 @@ _CODES = {
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
 }
 _FULL_WEIGHTS = "it works on full weights, which an adapter leaves frozen; the nearest for an adapter is"
-_REFUSED = {
+_ON_FULL_WEIGHTS = {
     "galore_adafactor": f"{_FULL_WEIGHTS} 'adafactor'",
     "galore_adamw_8bit": f"{_FULL_WEIGHTS} 'adamw_8bit'",
     "galore": f"{_FULL_WEIGHTS} 'adamw_torch'",
     "apollo": f"{_FULL_WEIGHTS} 'adamw_torch'",
     "adalomo": f"{_FULL_WEIGHTS} 'adafactor'",
     "lomo": f"{_FULL_WEIGHTS} 'sgd'",
+}
+_REFUSED = {
     "grokadamw": "its states wander between CPU and device, so no one number is true; the nearest is 'adamw_torch'",
     "adamw_anyprecision": "its package (torchdistx) is not kept up, so nothing could be checked; the nearest is 'adamw_torch'",
     "adamw_torch_xla": "its states on that device could not be checked; the nearest is 'adamw_torch'",

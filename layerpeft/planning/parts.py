@@ -121,11 +121,7 @@ def store(empty: nn.Module, wanted: Quantized, early: bool) -> tuple[str, ...]:
     return (
         f"{wanted.why}; weights {size_text(before)} as loaded, {size_text(after)} then",
         f"while quantizing, a model that is loaded already peaks at {size_text(before + largest)}, {loading}",
-        *(
-            ()
-            if early or "budget" not in wanted.why
-            else ("which linears get which bits is not known yet: equal scores",)
-        ),
+        *(() if early or not wanted.has_budget else ("which linears get which bits is not known yet: equal scores",)),
     )
 
 

@@ -13,7 +13,7 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems
+from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.precisions import Storage, stored_bytes
@@ -216,7 +216,7 @@ def _wrapped(
             raise
         problems.absorb(error)
     except (ValueError, TypeError) as error:  # PEFT's own
-        problems.add(" ".join(str(error).split()))
+        problems.add(told(error))
     problems.raise_if_any(ConfigError)
     if step.fused_head:
         add_head(base_of(wrapped))
@@ -230,7 +230,7 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
         try:
             found = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"no model config at {model!s}: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigError(f"no model config at {model!s}: {told(error, 200)}") from error
         built = AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
     elif not isinstance(model, nn.Module):
         raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")

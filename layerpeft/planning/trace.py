@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, told
 from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations
 from layerpeft.model.layers import base_of
 
@@ -180,7 +180,7 @@ def trace(
         raise ConfigError(
             "plan traces one step of a language model or a sequence classifier on token ids, or of another model on the "
             f"shapes of a batch (inputs=…); {type(base_of(model)).__name__} cannot be traced that way "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({told(error, 200)})"
         ) from error
     finally:
         model.zero_grad(set_to_none=True)

@@ -58,6 +58,11 @@ class Quantized:
         return {n: p for n, p in self.modules.items() if p != KEPT}
 
     @property
+    def has_budget(self) -> bool:
+        """Whether bits were spent from a budget."""
+        return not {"mean_bits", "budget"}.isdisjoint(self.choice)
+
+    @property
     def mean_bits(self) -> float:
         """Bits per weight that the linears take, scales included."""
         return 8 * sum(r.bytes for r in self.rows) / max(1, sum(r.weights for r in self.rows))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import nearest, unknown
+from layerpeft.errors import Problem, nearest, unknown
 from layerpeft.integrations import hub
 from layerpeft.recipe import foreign, keys, surroundings
 from layerpeft.recipe.choice import choice_problems
 from layerpeft.recipe.recipe import CONFIGS, Recipe, layer_config
-from layerpeft.recipe.yaml import Document
+from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import Setting, complaint
 
 
 @dataclass
 class Check:
-    """One pass over a document; `found` gathers sentences with their places, `wrong` the top-level keys complained of.
+    """One pass over a document; `found` gathers what is wrong with its lines, `wrong` the top-level keys complained of.
 
     `accelerator`: the recipe is to run on one, whatever is here.
     """
@@ -28,31 +27,30 @@ class Check:
     document: Document
     purpose: str
     accelerator: bool = False
-    found: list[str] = field(default_factory=list)
+    found: list[Fault] = field(default_factory=list)
     wrong: set[str] = field(default_factory=set)
     moved: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, sentence: str, *path: str) -> None:
         """Notes a problem of the key at `path`; the line is that of the spelling in the file."""
-        place = self.document.place(self.moved.get(path[0], path[0]), *path[1:]) if path else ""
-        text = f"{place}: {sentence}" if place else sentence
-        if text not in self.found:
-            self.found.append(text)
+        line = self.document.line(self.moved.get(path[0], path[0]), *path[1:]) if path else None
+        fault = Fault(line, sentence, path)
+        if fault not in self.found:
+            self.found.append(fault)
         self.wrong |= set(path[:1])
 
-    def add_all(self, problems: list[surroundings.Problem]) -> None:
-        for path, sentence in problems:
-            self.add(sentence, *path)
+    def add_all(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            self.add(problem.text, *problem.path)
 
     def run(self, source: str, path: Path) -> Recipe:
         """The recipe as far as it can be read; every problem is written down on the way."""
-        for sentence in self.document.problems:
-            self.add(sentence)
+        self.found += self.document.faults
         data = self.document.data
         trainer = data.get("trainer", data.get("stage"))
         trainer = trainer if trainer in keys.TRAINERS else ""
         known = keys.top_settings(trainer or "sft")
-        last = frozenset(k for k in data if self.document.places.get((k,)) == "command line")
+        last = frozenset(k for k in data if self.document.lines.get((k,)) == COMMAND)
         done = foreign.translate(data, known, last)
         self.moved = done.moved
         for key, sentence in done.complaints:
@@ -75,8 +73,8 @@ class Check:
         problems, notices = surroundings.folder_problems(good, self.purpose)
         self.add_all(problems)
         self.add_all(surroundings.device_problems(good))
-        places = {key: self.document.place(self.moved.get(key, key)) for key in good}
-        recipe = Recipe(source, path, trainer, good, method, select, fields, (*done.notices, *notices), places=places)
+        lines = {key: self.document.line(self.moved.get(key, key)) for key in good}
+        recipe = Recipe(source, path, trainer, good, method, select, fields, (*done.notices, *notices), lines=lines)
         if trainer:
             here = {k: v for k, v in good.items() if k not in ("bf16", "fp16")} | {"bf16": False}
             trial = replace(recipe, values=here) if self.accelerator and trainer == "sft" else recipe
@@ -182,14 +180,10 @@ class Check:
         )
 
     def construct(self, prefix: str, make: Callable[[], Any], *path: str) -> bool:
-        """Adds what a constructor refuses, each at the line of the key it begins with where there is one."""
-        items = surroundings.construct(make)
-        for item in items:
-            word = re.match(r"(?:select: )?(\w+):|.*?key '(\w+)'", item)
-            part = next((g for g in word.groups() if g), "") if word else ""
-            inner = (*path, part) if (*path, part) in self.document.places else path
-            self.add(f"{prefix}{item}", *inner)
-        return not items
+        """Adds what a constructor refuses, each at the line of its own key where there is one."""
+        found = surroundings.construct(make)
+        self.add_all(Problem((*path, *problem.path), f"{prefix}{problem.text}") for problem in found)
+        return not found
 
 
 def _hint(key: str, known: Any) -> str:

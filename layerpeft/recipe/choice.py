@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +10,11 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import LayerpeftError, nearest
+from layerpeft.errors import LayerpeftError, Problem, mentions, nearest, told
 from layerpeft.model.layers import LayerMap, base_of, layer_map
 from layerpeft.model.targets import exclusions, match_targets
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.recipe.shipped import resolve
-from layerpeft.recipe.surroundings import Problem, items_of
 from layerpeft.selection.choose import candidates
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
@@ -26,6 +24,7 @@ from layerpeft.tuners.config import target_names
 from layerpeft.tuners.precision import asked, names_of
 
 BLOCK = "layerpeft"
+TARGETS = (("target_modules",), ("target_parameters",), ("exclude_modules",), ("modules_to_save",))
 
 
 def choice_problems(recipe: Recipe) -> list[Problem]:
@@ -33,9 +32,8 @@ def choice_problems(recipe: Recipe) -> list[Problem]:
     try:
         model = empty(recipe)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        text = " ".join(str(error).split())[:500]
-        sentence = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {text}"
-        return [(("model_name_or_path",), sentence)]
+        sentence = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {told(error, 500)}"
+        return [Problem(("model_name_or_path",), sentence)]
     select = Select.parse(recipe.select)
     plain = select.is_all and recipe.method != "full"
     found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
@@ -63,13 +61,13 @@ def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
     for name in ("layers", "exclude"):
         value = getattr(select, name)
         if value is not None:
-            found += _tried(lambda value=value: layer_numbers(value, len(layers)), "select", name)
+            found += _tried(lambda value=value, name=name: layer_numbers(value, len(layers), name), "select", name)
     if isinstance(select.by, Scores):
         scores = select.by
         found += _tried(lambda: scores.check(layers), "select", "by")
     targets, wrong = _targets(recipe, model, layers)
     found += wrong
-    certain = not any(path[-1] in ("layers", "exclude") for path, _ in found)
+    certain = not any(problem.path[-1] in ("layers", "exclude") for problem in found)
     found += _tried(
         lambda: how_many(select.keep, len(candidates(select, layers, targets)) if certain else len(layers)),
         "select",
@@ -89,18 +87,19 @@ def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, l
         try:
             modules = target_names(layer_config(recipe), layers)
         except LayerpeftError as error:
-            found += _at(error, "target_modules")
+            found += _of_names(error, "target_modules")
             modules = "all-linear"
-        found += _tried(lambda: match_targets(layers, modules), "target_modules")
+        found += _unmatched(lambda: match_targets(layers, modules), "target_modules")
     if parameters:
-        found += _tried(lambda: match_targets(layers, None, None, parameters), "target_parameters")
+        found += _unmatched(lambda: match_targets(layers, None, None, parameters), "target_parameters")
     exclude = exclusions(block.get("exclude_modules"), model, layers)
     try:
         if not found:
             return match_targets(layers, modules, exclude, parameters), []
         match_targets(layers, "all-linear", exclude)  # for what it says of the exclusions alone
     except LayerpeftError as error:
-        found += [p for p in _at(error, "exclude_modules") if not found or " matches no target" in p[1]]
+        excluded = any(problem.path for problem in error.problems)
+        found += _of_names(error, "exclude_modules") if excluded or not found else []
     return layers.targets, found
 
 
@@ -109,13 +108,7 @@ def _whole_modules(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[
     try:
         return layer_config(recipe).targets_in(model, layers), []
     except LayerpeftError as error:
-        found: list[Problem] = []
-        for item in items_of(error):
-            text = item.removeprefix("target_modules: ")
-            named = ("exclude_modules", "modules_to_save")
-            key = next((n for n in named if text.startswith(f"{n}:") or str(error).startswith(n)), "target_modules")
-            found.append(((BLOCK, key), f"{key}: {text.removeprefix(f'{key}: ')}"))
-        return layers.targets, found
+        return layers.targets, _of_names(error, "target_modules")
 
 
 def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
@@ -130,9 +123,8 @@ def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             close = nearest(wanted.rpartition(".")[2], ends)
             hint = f" Did you mean {close!r}?" if close else ""
-            found.append(
-                ((BLOCK, "target_modules"), f"target_modules: {wanted!r} matches no module of the model.{hint}")
-            )
+            sentence = f"target_modules: {wanted!r} matches no module of the model.{hint}"
+            found.append(Problem((BLOCK, "target_modules"), sentence))
     return found
 
 
@@ -148,12 +140,16 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
                 asked(config, model, names_of(model, choice.stack, choice.layers), known=False)
             wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
     except LayerpeftError as error:
-        return _at(error)
+        named = [p for p in error.problems if p.path in TARGETS]
+        return (
+            _of_names(error, BLOCK)
+            if named
+            else [Problem((BLOCK, *p.path), f"{BLOCK}: {p.text}") for p in error.listed()]
+        )
     except (ValueError, TypeError) as error:
-        text = " ".join(str(error).split())[:400]
-        named = next((k for k in recipe.block if re.search(rf"\b{k}\b", text)), None)
-        named = named or ("target_modules" if text.startswith("Target module") else None)
-        return [((BLOCK, *([named] if named else [])), f"{named or BLOCK}: {text}")]
+        named = [k for k in recipe.block if mentions(error, k)]
+        named += ["target_modules"] if mentions(error, "Target module", word=False) else []
+        return [Problem((BLOCK, *named[:1]), f"{(*named, BLOCK)[0]}: {told(error, 400)}")]
     except Exception:
         return []  # something that cannot be done without weights; whether it is wrong shows with them
     if recipe.method == "full":  # a head trains in place there, and whoever reads its weight reads what was trained
@@ -163,7 +159,7 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
         sentence = (
             "the output embeddings (lm_head) are among the modules, and TRL's loss reads their weight past any adapter"
         )
-        return [((BLOCK, "target_modules"), f"target_modules: {sentence}")]
+        return [Problem((BLOCK, "target_modules"), f"target_modules: {sentence}")]
     return []
 
 
@@ -176,10 +172,19 @@ def _tried(call: Any, *path: str) -> list[Problem]:
 
 
 def _at(error: LayerpeftError, *path: str) -> list[Problem]:
-    """The problems of an error, at a key of the block."""
-    key = path[-1] if path else BLOCK
-    found = []
-    for item in items_of(error):
-        text = re.sub(rf"^(?:(?:{key}|target_modules|exclude_modules): )+", "", item)
-        found.append(((BLOCK, *path), f"{key}: {text}"))
-    return found
+    """The problems of an error at a key of the block; a sentence names its key where the problem has one of its own."""
+    return [Problem((BLOCK, *path), p.text if p.path else f"{path[-1]}: {p.text}") for p in error.listed()]
+
+
+def _unmatched(call: Any, key: str) -> list[Problem]:
+    try:
+        call()
+    except LayerpeftError as error:
+        return _of_names(error, key)
+    return []
+
+
+def _of_names(error: LayerpeftError, key: str) -> list[Problem]:
+    """What is wrong with names of modules, each with the key that it stands at; `key`, where a sentence is of none."""
+    keys = [(p.path[-1] if p.path else key, p.text) for p in error.problems]
+    return [Problem((BLOCK, key), f"{key}: {text}") for key, text in keys]

@@ -73,6 +73,14 @@ class Verdict:
     sentence: str
 
 
+HEADS = {
+    "better": "Better than random here",
+    "no difference": "No difference shown",
+    "worse": "Random was better",
+    "unknown": "Nothing can be said about the choice",
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All runs (the recipe's first), the number they are compared by, its value before training, and the verdict."""
@@ -158,20 +166,16 @@ def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
     draws = [run.value for run in runs if run.arm.startswith("random:")]
     if len(draws) < 2 or statistics.stdev(draws) == 0:
         few = f"all {len(draws)} random draws gave {draws[0]:.4f}, so there is" if len(draws) > 1 else "there is"
-        text = f"Nothing can be said about the choice: {few} no spread between draws to measure by (--arms random:3)."
+        text = f"{HEADS['unknown']}: {few} no spread between draws to measure by (--arms random:3)."
         return Verdict("unknown", text)
     mean, spread = statistics.fmean(draws), statistics.stdev(draws)
     gain = mean - ours.value if lower else ours.value - mean
     margin = _T[min(len(draws) - 1, len(_T)) - 1] * spread * math.sqrt(1 + 1 / len(draws))
     facts = f"{ours.arm} reached a {what} of {ours.value:.4f} and {len(draws)} random draws {mean:.4f} on average"
     facts += f" ({min(draws):.4f} to {max(draws):.4f}); chance alone explains a gap of up to {margin:.4f}"
-    if gain > margin:
-        kind, text = "better", f"Better than random here: {facts}, and all this rests on one run over one set of rows"
-    elif gain < -margin:
-        kind, text = "worse", f"Random was better: {facts}"
-    else:
-        kind, text = "no difference", f"No difference shown: {facts}"
-    return Verdict(kind, text + _beside(runs, ours, margin, lower) + ".")
+    kind = "better" if gain > margin else "worse" if gain < -margin else "no difference"
+    alone = ", and all this rests on one run over one set of rows" if kind == "better" else ""
+    return Verdict(kind, f"{HEADS[kind]}: {facts}{alone}{_beside(runs, ours, margin, lower)}.")
 
 
 def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
@@ -355,6 +359,6 @@ def draw(found: Comparison, path: Path) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     better = "lower" if found.measure == "eval_loss" else "higher"
     axes.set_xlabel(f"{NAMES[found.measure]} after training ({better} is better; {found.before:.3f} before)")
-    axes.set_title(f"{found.verdict.sentence.partition(':')[0]} ({found.runs[0].arm} against other choices)")
+    axes.set_title(f"{HEADS[found.verdict.kind]} ({found.runs[0].arm} against other choices)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)

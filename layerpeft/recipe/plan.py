@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft.errors import LayerpeftError
+from layerpeft.errors import LayerpeftError, Problem
 from layerpeft.integrations import hub
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.fit import Fit, fit
@@ -21,9 +21,9 @@ from layerpeft.planning.trace import Step
 from layerpeft.recipe import foreign, keys, rows
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
-from layerpeft.recipe.surroundings import items_of, on_hub
+from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.trainer import Setup, empty_model, prepare
-from layerpeft.recipe.yaml import flow
+from layerpeft.recipe.yaml import Fault, flow
 
 ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
 DEFAULT_LENGTH = 1024
@@ -152,16 +152,17 @@ def settings_of(changed: Mapping[str, Any]) -> list[str]:
     return [f"{key}={flow(value)}" for key, value in changed.items()]
 
 
-def _prepared(examined: Examined) -> tuple[Any, list[str]]:
+def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
     """Tokenizer and rows, as far as nothing is wrong with their keys; and what is wrong with them or with the optimizer."""
-    recipe, wrong, problems = examined.recipe, examined.wrong, []
+    recipe, wrong = examined.recipe, examined.wrong
+    problems: list[Fault] = []
     values = recipe.values
     if not recipe.trainer:
         return None, problems
     name = values.get("optim", keys.top_settings(recipe.trainer)["optim"].default)
     sentence = None if "optim" in wrong else optimizer_bytes.problem(str(getattr(name, "value", name)))
     if sentence:
-        problems.append(located(recipe, "optim", f"optim: {sentence}"))
+        problems.append(located(recipe, Problem(("optim",), f"optim: {sentence}")))
     if wrong & set(ROWS) or "dataset_name" not in values:
         return None, problems
     with hub.settled(on_hub(values)):
@@ -173,10 +174,8 @@ def _prepared(examined: Examined) -> tuple[Any, list[str]]:
             setup: Setup = replace(prepare(replace(recipe, select="all")), recipe=recipe)
             return setup, problems
         except LayerpeftError as error:
-            for text in items_of(error):
-                key = next((k for k in ("model_name_or_path", *ROWS) if text.startswith(f"{k}:")), "dataset_name")
-                problems.append(located(recipe, key, text if text.startswith(key) else f"{key}: {text}"))
-            return None, problems
+            keyless = (Problem(("dataset_name",), f"dataset_name: {p.text}") for p in error.listed() if not p.path)
+            return None, problems + [located(recipe, p) for p in [*(q for q in error.listed() if q.path), *keyless]]
 
 
 def _precision(recipe: Recipe, arguments: Any) -> torch.dtype | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from layerpeft.errors import Problems, RecipeError
+from layerpeft.errors import Problem, Problems, RecipeError
 from layerpeft.recipe.check import Check
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml, training_arguments
 from layerpeft.recipe.shipped import find_recipe
-from layerpeft.recipe.yaml import override, parse
+from layerpeft.recipe.yaml import COMMAND, Fault, override, parse
 
 __all__ = ["Examined", "Recipe", "examine", "layer_config", "load_recipe", "to_yaml", "training_arguments"]
 
@@ -20,14 +19,14 @@ class Examined:
     """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with."""
 
     recipe: Recipe
-    problems: tuple[str, ...]
+    problems: tuple[Fault, ...]
     wrong: frozenset[str]
 
-    def sound(self, also: Sequence[str] = ()) -> Recipe:
+    def sound(self, also: Sequence[Fault] = ()) -> Recipe:
         """The recipe. Raises: RecipeError with every problem, and with those that were found `also`."""
         problems = Problems(f"recipe {self.recipe.source}")
-        for sentence in sorted(dict.fromkeys([*self.problems, *also]), key=_line):
-            problems.add(sentence)
+        for fault in sorted(dict.fromkeys([*self.problems, *also]), key=_order):
+            problems.add(str(fault), *fault.path)
         problems.raise_if_any(RecipeError)
         return self.recipe
 
@@ -56,13 +55,11 @@ def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", a
     return Examined(recipe, tuple(check.found), frozenset(check.wrong))
 
 
-def _line(sentence: str) -> int:
-    """Where a sentence belongs: lines of the file, then the command line, then what has no place."""
-    number = re.match(r"line (\d+)", sentence)
-    return int(number[1]) if number else 10**6 if "command line" in sentence else 10**7
+def _order(fault: Fault) -> tuple[int, int]:
+    """Where a fault belongs: lines of the file, then the command line, then what has no place."""
+    return (2, 0) if fault.line is None else (fault.line == COMMAND, fault.line)
 
 
-def located(recipe: Recipe, key: str, sentence: str) -> str:
-    """The sentence with the place of the key that it is about."""
-    place = recipe.places.get(key, "")
-    return f"{place}: {sentence}" if place else sentence
+def located(recipe: Recipe, problem: Problem) -> Fault:
+    """A problem of a top-level key at its line."""
+    return Fault(recipe.lines.get(problem.path[0]), problem.text, problem.path)

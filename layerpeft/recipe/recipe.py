@@ -27,7 +27,7 @@ TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: mappings;
-    `places`: where each top-level key was written ("line 7", "command line")."""
+    `lines`: where each top-level key was written."""
 
     source: str
     path: Path
@@ -38,7 +38,7 @@ class Recipe:
     block: Mapping[str, Any]
     notices: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
-    places: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, int | None] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
         """The value of a top-level key, or its default."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problems, RecipeError, nearest
+from layerpeft.errors import Problems, RecipeError, first_line, nearest
 from layerpeft.recipe.shipped import resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -218,9 +218,7 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
         return datasets.load_dataset(source, config, split=split)
     except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
         broken = [sentence for file in files or () for sentence in broken_lines(file, None)]
-        reason = (
-            broken[0] if broken else str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
+        reason = broken[0] if broken else first_line(error)
         raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {reason}") from error
 
 

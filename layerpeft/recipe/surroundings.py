@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from layerpeft.errors import LayerpeftError, RecipeError
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told
 from layerpeft.integrations.trainer import backend
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
@@ -24,16 +24,14 @@ from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.training.switching import NOT_UNDER
 from layerpeft.tuners.config import QUANT_FIELDS
 
-Problem = tuple[tuple[str, ...], str]  # the keys down to what is wrong, and a sentence
 # files that `score` and `compare` leave in output_dir: a run may start beside them
 BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.png")
 _HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
-def items_of(error: LayerpeftError) -> list[str]:
-    """The problems of a report one by one."""
-    head, *items = str(error).split("\n  - ")
-    return items or [head]
+def _of(key: str, sentence: str) -> Problem:
+    """What is wrong with a top-level key."""
+    return Problem((key,), f"{key}: {sentence}")
 
 
 def on_hub(good: Mapping[str, Any]) -> bool:
@@ -54,7 +52,7 @@ def data_problems(good: Mapping[str, Any], trainer: str, purpose: str, judged: b
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
     if columns is not None and (wrong := rows.form_problem(trainer, columns)):
         name, sentence = wrong
-        found.append((("columns", name), f"columns{'.' if name else ''}{name}: {sentence}"))
+        found.append(Problem(("columns", name), f"columns{'.' if name else ''}{name}: {sentence}"))
         judged = False
     for key in ("dataset_name", "eval_dataset"):
         if good.get(key) is None:
@@ -64,15 +62,13 @@ def data_problems(good: Mapping[str, Any], trainer: str, purpose: str, judged: b
             have = rows.columns_of(files[0]) if files else None
             broken = [s for file in files or () for s in rows.broken_lines(file)]
         except LayerpeftError as error:
-            found += [((key,), f"{key}: {item}") for item in items_of(error)]
+            found += [_of(key, problem.text) for problem in error.listed()]
             continue
-        found += [((key,), f"{key}: {sentence}") for sentence in broken]
+        found += [_of(key, sentence) for sentence in broken]
         if have is not None and judged:
             for name, sentence in rows.column_problems(trainer, have, columns, field):
-                if name:
-                    found.append((("columns", name), f"columns.{name}: {sentence} ({key})"))
-                else:
-                    found.append(((key,), f"{key}: {sentence}"))
+                own = Problem(("columns", name), f"columns.{name}: {sentence} ({key})")
+                found.append(own if name else _of(key, sentence))
         if files and key == "dataset_name" and good.get("eval_dataset") is None:
             found += _held_out(good, purpose)
     return found
@@ -82,13 +78,11 @@ def _held_out(good: Mapping[str, Any], purpose: str) -> list[Problem]:
     """Files have no test split: what needs held-out rows needs `eval_dataset`."""
     found: list[Problem] = []
     if purpose == "compare":
-        found.append((("dataset_name",), "eval_dataset: missing; arms are compared on held-out rows"))
+        found.append(Problem(("dataset_name",), "eval_dataset: missing; arms are compared on held-out rows"))
     if good.get("eval_strategy", "no") != "no":
-        sentence = "eval_strategy: evaluates during training, but there is no eval_dataset"
-        found.append((("eval_strategy",), sentence))
+        found.append(_of("eval_strategy", "evaluates during training, but there is no eval_dataset"))
     if "dataset_test_split" in good:
-        sentence = "dataset_test_split: files have no splits; name the held-out file with eval_dataset"
-        found.append((("dataset_test_split",), sentence))
+        found.append(_of("dataset_test_split", "files have no splits; name the held-out file with eval_dataset"))
     return found
 
 
@@ -103,22 +97,23 @@ def folder_problems(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem
     if lacking and purpose == "plan":
         notices.append(f"{lacking}; a plan needs none, training does")
     elif lacking:
-        model.append((("model_name_or_path",), f"model_name_or_path: {lacking}"))
+        model.append(_of("model_name_or_path", lacking))
     if full and purpose == "plan":
         notices.append(full)
     elif full:
-        output.append((("output_dir",), full))
+        output.append(Problem(("output_dir",), full))
     return model + output, notices
 
 
 def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
-    name, key = good.get("model_name_or_path"), ("model_name_or_path",)
+    key = "model_name_or_path"
+    name = good.get(key)
     if name is None:
         return [], ""
     try:
         path = Path(resolve(name)).expanduser()
     except RecipeError as error:
-        return [(key, f"model_name_or_path: {error}")], ""
+        return [_of(key, str(error))], ""
     sentence = ""
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -131,7 +126,7 @@ def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
         sentence = f"{name!r} is a file; name the folder that holds config.json and the weights"
     elif not re.fullmatch(_HUB, name):
         sentence = f"no folder {name!r} (looked for {path.absolute()})"
-    return ([(key, f"model_name_or_path: {sentence}")] if sentence else []), ""
+    return ([_of(key, sentence)] if sentence else []), ""
 
 
 def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
@@ -140,15 +135,15 @@ def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
     found: list[Problem] = []
     full = ""
     folder, resume = Path(good["output_dir"]).expanduser(), good.get("resume_from_checkpoint")
-    again: tuple[str, ...] = ("resume_from_checkpoint",)
+    again = "resume_from_checkpoint"
     if folder.exists() and not folder.is_dir():
-        found.append((("output_dir",), f"output_dir: {folder} is a file"))
+        found.append(_of("output_dir", f"{folder} is a file"))
     elif resume is True:
         if not folder.is_dir() or last_checkpoint(folder) is None:
-            found.append((again, f"resume_from_checkpoint: there is no complete checkpoint in {folder}"))
+            found.append(_of(again, f"there is no complete checkpoint in {folder}"))
     elif isinstance(resume, str):
         if not Path(resume).expanduser().is_dir():
-            found.append((again, f"resume_from_checkpoint: no folder {resume!r} (`true` takes the newest)"))
+            found.append(_of(again, f"no folder {resume!r} (`true` takes the newest)"))
     elif purpose in ("train", "plan") and not good.get("overwrite_output_dir") and folder.is_dir():
         held = sorted(p.name for p in folder.iterdir() if p.name not in BESIDE)
         if held:
@@ -158,8 +153,7 @@ def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
                 " (overwrite_output_dir=true)"
             )
     if resume and good.get("overwrite_output_dir"):
-        sentence = "overwrite_output_dir: resuming and writing over the run exclude each other"
-        found.append((("overwrite_output_dir",), sentence))
+        found.append(_of("overwrite_output_dir", "resuming and writing over the run exclude each other"))
     return found, full
 
 
@@ -177,22 +171,21 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
         there = [*get_available_reporting_integrations(), "none", "all"]
         for name in [n for n in names if n not in there]:
             more = " (pip install wandb)" if name == "wandb" else ""
-            sentence = f"report_to: {name!r} is not installed or not known{more}; there is: {', '.join(there)}"
-            found.append((("report_to",), sentence))
+            found.append(
+                _of("report_to", f"{name!r} is not installed or not known{more}; there is: {', '.join(there)}")
+            )
     optim = str(good.get("optim", ""))
-    sentence = optimizer_bytes.problem(optim) if optim else None
-    if sentence and "full weights" in sentence:
-        found.append((("optim",), f"optim: {sentence}"))
+    if optimizer_bytes.needs_full_weights(optim):
+        found.append(_of("optim", str(optimizer_bytes.problem(optim))))
     attention = str(good.get("attn_implementation") or "")
     for name, package in {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.items():
         if attention == name and importlib.util.find_spec(package) is None:
-            sentence = f"attn_implementation: {name} needs a package that is not installed ({package}); sdpa needs none"
-            found.append((("attn_implementation",), sentence))
+            sentence = f"{name} needs a package that is not installed ({package}); sdpa needs none"
+            found.append(_of("attn_implementation", sentence))
     nested = good.get("model_init_kwargs")
     quantized = isinstance(nested, dict) and nested.get("quantization_config")
     if quantized and importlib.util.find_spec("bitsandbytes") is None:
-        sentence = "model_init_kwargs: quantization needs bitsandbytes (pip install bitsandbytes)"
-        found.append((("model_init_kwargs",), sentence))
+        found.append(_of("model_init_kwargs", "quantization needs bitsandbytes (pip install bitsandbytes)"))
     return found + _precision_problems(good.get("layerpeft"), bool(quantized))
 
 
@@ -203,13 +196,13 @@ def _precision_problems(block: Any, quantized: bool) -> list[Problem]:
     for key, value in given.items():
         if quantized:
             sentence = f"{key}: model_init_kwargs quantizes the whole model already; take its quantization_config out"
-            found.append((("layerpeft", key), sentence))
+            found.append(Problem(("layerpeft", key), sentence))
         with contextlib.suppress(LayerpeftError, ValueError, TypeError):  # reported where the config is made
             kinds = (named(value),) if key != "quant" else used(LayerQuantConfig.parse(value))
             missing = missing_packages(kinds)
             if missing:
                 sentence = f"{key}: needs {' and '.join(missing)} (pip install 'layerpeft[quant]')"
-                found.append((("layerpeft", key), sentence))
+                found.append(Problem(("layerpeft", key), sentence))
     return found
 
 
@@ -218,10 +211,10 @@ def backend_problems(good: Mapping[str, Any], select: Any) -> list[Problem]:
     name = backend(SimpleNamespace(**good))
     if name is None or not isinstance(select, Mapping) or select.get("reselect_steps") is None:
         return []
-    sentence = NOT_UNDER.format(backend=name).removeprefix("select: ")
+    sentence = NOT_UNDER.format(backend=name)
     if good.get(name.lower()):
-        return [((name.lower(),), f"{name.lower()}: {sentence}")]
-    return [(("layerpeft", "select"), f"select: {sentence} (accelerate launch has asked for {name})")]
+        return [_of(name.lower(), sentence)]
+    return [Problem(("layerpeft", "select"), f"select: {sentence} (accelerate launch has asked for {name})")]
 
 
 def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:
@@ -233,13 +226,12 @@ def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:
             training_arguments(recipe)
             return found
         except Exception as error:  # constructors of other libraries raise what they like
-            text = " ".join(str(error).split())[:400] or type(error).__name__
-        named = [k for k in known if re.search(rf"\b{k}\b", text)]
-        culprits = [k for k in named if k in recipe.values] or [
-            k for k, v in recipe.values.items() if k in known and isinstance(v, str) and len(v) > 3 and v in text
-        ]
+            text, named = told(error, 400), [k for k in known if mentions(error, k)]
+            texts = {k: v for k, v in recipe.values.items() if k in known and isinstance(v, str) and len(v) > 3}
+            culprits = [k for k in named if k in recipe.values]
+            culprits = culprits or [k for k, v in texts.items() if mentions(error, v, word=False)]
         if not complained & set(named):
-            found.append(((culprits[0],) if culprits else (), text if not culprits else f"{culprits[0]}: {text}"))
+            found.append(_of(culprits[0], text) if culprits else Problem((), text))
         if not culprits:
             return found
         left = {k: v for k, v in recipe.values.items() if k not in culprits}
@@ -254,12 +246,12 @@ def has_bf16() -> bool:
     return is_torch_bf16_gpu_available()
 
 
-def construct(make: Callable[[], Any]) -> list[str]:
-    """Runs a constructor whose own checks know combinations that types do not show; what it raises, as sentences."""
+def construct(make: Callable[[], Any]) -> tuple[Problem, ...]:
+    """Runs a constructor whose own checks know combinations that types do not show; what it raises, as problems."""
     try:
         make()
     except LayerpeftError as error:
-        return items_of(error)
+        return error.listed()
     except Exception as error:  # as above
-        return [" ".join(str(error).split())[:400] or type(error).__name__]
-    return []
+        return (Problem((), told(error, 400)),)
+    return ()

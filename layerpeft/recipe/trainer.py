@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import RecipeError
+from layerpeft.errors import Problem, RecipeError, told
 from layerpeft.integrations.peft import default_targets
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.model.targets import exclusions, match_targets
@@ -272,8 +272,8 @@ def _from_hub(recipe: Recipe, call: Any, *args: Any, **options: Any) -> Any:
     try:
         return call(*args, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise RecipeError(f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {text[:500]}") from error
+        text = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {told(error, 500)}"
+        raise RecipeError(Problem(("model_name_or_path",), text)) from error
 
 
 def _model_config(setup: Setup) -> Any:
@@ -326,7 +326,8 @@ def _rows(recipe: Recipe) -> tuple[Any, Any | None]:
         if part is not None and most is not None and most < len(part):
             shaped[index] = part.select(range(most))
         if part is not None and not len(part):
-            raise RecipeError(f"{('dataset_name', 'eval_dataset')[index]}: there are no rows")
+            name = ("dataset_name", "eval_dataset")[index]
+            raise RecipeError(Problem((name,), f"{name}: there are no rows"))
     return shaped[0], shaped[1]
 
 

@@ -10,23 +10,47 @@ from typing import Any
 import yaml
 
 Path = tuple[str | int, ...]
+COMMAND = 0  # stands for the command line where a line of the file would stand
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
+class Fault:
+    """What is wrong with a recipe: the line (`COMMAND`, or None where it has no place), a sentence, and the keys down to it."""
+
+    line: int | None
+    text: str
+    path: tuple[str, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        return self.text if self.line is None else f"{spelled(self.line)}: {self.text}"
+
+
+def spelled(line: int | None) -> str:
+    """A place as a person reads it: "line 7", "command line", or nothing."""
+    return "" if line is None else f"line {line}" if line != COMMAND else "command line"
+
+
+@dataclass(frozen=True)
 class Document:
-    """A parsed recipe: plain data, the place of each key ("line 7", "command line"), and what is wrong with the text."""
+    """A parsed recipe: plain data, the line of each key (or `COMMAND`), and what is wrong with the text."""
 
     data: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    lines: dict[Path, int] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+
+    def line(self, *path: str | int) -> int | None:
+        """Where a key was written: its own line, else that of the nearest key around it, else None."""
+        return next((self.lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.lines), None)
 
     def place(self, *path: str | int) -> str:
-        """Where a key was written: its own place, else that of the nearest key around it, else ""."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.places:
-                return self.places[path[:end]]
-        return ""
+        """The same in words."""
+        return spelled(self.line(*path))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the text, in words."""
+        return tuple(map(str, self.faults))
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,33 +84,19 @@ _implicit(
 _implicit("merge", "<<", "<")
 
 
-def parse(text: str, where: str = "line") -> Document:
-    """Reads the text of a recipe; faults of the text become problems, never exceptions.
-
-    `where` names the place of every key: "line" counts lines, anything else is used as it stands.
-    """
+def parse(text: str, line: int | None = None) -> Document:
+    """Reads the text of a recipe; faults of the text become problems, never exceptions. `line`: of all of it, as `COMMAND`."""
     try:
         node = _Loader(text).get_single_node()
     except yaml.YAMLError as error:
-        return Document(problems=(_explain(error),))
+        return Document(faults=(_explain(error),))
     if node is None:
-        return Document(problems=("the recipe is empty",))
+        return Document(faults=(Fault(None, "the recipe is empty"),))
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        return Document(problems=(f"the recipe must hold `key: value` lines, but it is {kind}",))
-    walk = _Walk(where)
-    return Document(walk.mapping(node, ()), walk.places, tuple(walk.problems))
-
-
-def parse_value(text: str) -> Any:
-    """The value of one `key=value` of the command line, read as YAML.
-
-    Raises: ValueError with a readable sentence.
-    """
-    document = parse("value: " + text, where="command line")
-    if document.problems:
-        raise ValueError("; ".join(document.problems))
-    return document.data["value"]
+        return Document(faults=(Fault(None, f"the recipe must hold `key: value` lines, but it is {kind}"),))
+    walk = _Walk(line)
+    return Document(walk.mapping(node, ()), walk.lines, tuple(walk.faults))
 
 
 def override(document: Document, settings: Sequence[str], templates: str = "columns") -> Document:
@@ -94,29 +104,28 @@ def override(document: Document, settings: Sequence[str], templates: str = "colu
 
     What lies below the key `templates` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
     """
-    data, places, problems = _copy(document.data), dict(document.places), list(document.problems)
+    data, lines, faults = _copy(document.data), dict(document.lines), list(document.faults)
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            problems.append(f"command line: {setting!r} is not of the form key=value (example: layerpeft.r=8)")
+            faults.append(Fault(COMMAND, f"{setting!r} is not of the form key=value (example: layerpeft.r=8)"))
             continue
         plain = len(parts) > 1 and parts[0] == templates and not text.lstrip().startswith(('"', "'"))
-        try:
-            value = text if plain else parse_value(text)
-        except ValueError as error:
-            reason = str(error).removeprefix("line 1: ").removeprefix("command line: ")
-            problems.append(f"command line: {setting!r}: {reason}")
+        read = Document({"value": text}) if plain else parse("value: " + text, COMMAND)
+        if read.faults:
+            reasons = "; ".join(fault.text for fault in read.faults)
+            faults.append(Fault(COMMAND, f"{setting!r}: {reasons}"))
             continue
-        problems.extend(_put(data, parts, value, setting))
-        stale = [path for path in places if path[: len(parts)] == tuple(parts)]
+        faults.extend(_put(data, parts, read.data["value"], setting))
+        stale = [path for path in lines if path[: len(parts)] == tuple(parts)]
         for path in stale:
-            del places[path]
-        places[tuple(parts)] = "command line"
-    return Document(data, places, tuple(problems))
+            del lines[path]
+        lines[tuple(parts)] = COMMAND
+    return Document(data, lines, tuple(faults))
 
 
-def _put(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> list[str]:
+def _put(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> list[Fault]:
     spot: Any = data
     for depth, part in enumerate(parts[:-1]):
         if spot.get(part) is None:
@@ -124,10 +133,11 @@ def _put(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> li
         if not isinstance(spot[part], dict):
             dotted = ".".join(parts[: depth + 1])
             rest = ".".join(parts[depth + 1 :])
-            return [
-                f"command line: {setting!r}: {dotted} is {spot[part]!r} in the recipe, which has no part {rest!r};"
+            sentence = (
+                f"{setting!r}: {dotted} is {spot[part]!r} in the recipe, which has no part {rest!r};"
                 f" give the whole of it, as in {dotted}='{{{rest}: {value}}}'"
-            ]
+            )
+            return [Fault(COMMAND, sentence)]
         spot = spot[part]
     spot[parts[-1]] = value
     return []
@@ -151,21 +161,24 @@ def flow(value: Any) -> str:
 
 
 class _Walk:
-    """Turns nodes into plain data while noting places and problems."""
+    """Turns nodes into plain data while noting lines and faults. `line`: of every node, where they do not count."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.places: dict[Path, str] = {}
-        self.problems: list[str] = []
+    def __init__(self, line: int | None) -> None:
+        self.given = line
+        self.lines: dict[Path, int] = {}
+        self.faults: list[Fault] = []
         self.open: list[int] = []
 
-    def at(self, node: yaml.Node) -> str:
-        return f"line {node.start_mark.line + 1}" if self.where == "line" else self.where
+    def at(self, node: yaml.Node) -> int:
+        return node.start_mark.line + 1 if self.given is None else self.given
+
+    def wrong(self, node: yaml.Node, sentence: str) -> None:
+        self.faults.append(Fault(self.at(node), sentence))
 
     def value(self, node: Any, path: Path) -> Any:
         """Any node as plain data."""
         if id(node) in self.open:
-            self.problems.append(f"{self.at(node)}: an alias (`*name`) that holds itself")
+            self.wrong(node, "an alias (`*name`) that holds itself")
             return None
         self.open.append(id(node))
         try:
@@ -180,7 +193,7 @@ class _Walk:
     def sequence(self, node: yaml.SequenceNode, path: Path) -> list[Any]:
         items = []
         for index, child in enumerate(node.value):
-            self.places[(*path, index)] = self.at(child)
+            self.lines[(*path, index)] = self.at(child)
             items.append(self.value(child, (*path, index)))
         return items
 
@@ -193,16 +206,14 @@ class _Walk:
                 merged |= self.merge(value_node, path)
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(f"{self.at(key_node)}: a key must be a single word, not a list or a mapping")
+                self.wrong(key_node, "a key must be a single word, not a list or a mapping")
                 continue
             key = str(key_node.value)
             if key in own:
-                first = self.places[(*path, key)]
-                self.problems.append(
-                    f"{self.at(key_node)}: {key!r} is written twice (first on {first}); keep one of them"
-                )
+                first = spelled(self.lines[(*path, key)])
+                self.wrong(key_node, f"{key!r} is written twice (first on {first}); keep one of them")
                 continue
-            self.places[(*path, key)] = self.at(key_node)
+            self.lines[(*path, key)] = self.at(key_node)
             own[key] = self.value(value_node, (*path, key))
         return merged | own
 
@@ -213,7 +224,7 @@ class _Walk:
         for part in reversed(parts):
             value = self.value(part, path) if isinstance(part, yaml.MappingNode) else None
             if value is None:
-                self.problems.append(f"{self.at(node)}: `<<` takes a mapping (`<<: *name`)")
+                self.wrong(node, "`<<` takes a mapping (`<<: *name`)")
             else:
                 out |= value
         return out
@@ -233,27 +244,29 @@ class _Walk:
             if kind == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
         except (ValueError, KeyError):
-            self.problems.append(f"{self.at(node)}: {text!r} is not a value of the type `!!{kind}`")
+            self.wrong(node, f"{text!r} is not a value of the type `!!{kind}`")
             return None
         return self.strange(node)
 
     def strange(self, node: yaml.Node) -> None:
-        self.problems.append(f"{self.at(node)}: the tag {node.tag!r} is not understood; write plain values")
+        self.wrong(node, f"the tag {node.tag!r} is not understood; write plain values")
 
 
-def _explain(error: yaml.YAMLError) -> str:
+def _explain(error: yaml.YAMLError) -> Fault:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    place = f"line {mark.line + 1}: " if mark is not None else ""
-    what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+    what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)  # YAML's own words
+    text = f"not readable as YAML: {what}"
     if "\\t" in what or (mark is not None and "\t" in _line(mark)):
-        return f"{place}a tab where YAML wants spaces (indent with spaces only)"
-    if "single document" in str(error) or "another document" in what:
-        return f"{place}a second document (`---`); a recipe is one document"
-    if "special characters" in what:
-        return "the file holds characters that no text file should (is it a YAML file?)"
-    if "mapping values are not allowed" in what:
-        return f"{place}not readable as YAML: a second `:` in the line, or wrong indentation (put text that holds `: ` in quotes)"
-    return f"{place}not readable as YAML: {what}"
+        text = "a tab where YAML wants spaces (indent with spaces only)"
+    elif "another document" in what:
+        text = "a second document (`---`); a recipe is one document"
+    elif "special characters" in what:
+        return Fault(None, "the file holds characters that no text file should (is it a YAML file?)")
+    elif "mapping values are not allowed" in what:
+        text = (
+            "not readable as YAML: a second `:` in the line, or wrong indentation (put text that holds `: ` in quotes)"
+        )
+    return Fault(None if mark is None else mark.line + 1, text)
 
 
 def _line(mark: Any) -> str:

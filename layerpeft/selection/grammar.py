@@ -10,8 +10,8 @@ from typing import Any
 from layerpeft.errors import Problem, Problems, SelectionError
 
 
-def layer_numbers(value: Any, count: int) -> tuple[int, ...]:
-    """The layers that a grammar names in a stack of `count`, ascending.
+def layer_numbers(value: Any, count: int, key: str = "layers") -> tuple[int, ...]:
+    """The layers that a grammar (the value of `key`) names in a stack of `count`, ascending.
 
     `3`, `-1`, `[3, 7]`, `"8-15"`, `"first:2"`, `"last:25%"`, `"first:10+last:2"`, `"stride:4"`, `"all"`.
     Raises: SelectionError for what is out of range, matches nothing, or cannot be read.
@@ -22,7 +22,7 @@ def layer_numbers(value: Any, count: int) -> tuple[int, ...]:
         found.update(_part(part, count, problems))
     problems.raise_if_any(SelectionError)
     if not found:
-        raise SelectionError(f"layers: {value!r} names no layer")
+        raise SelectionError(Problem((key,), f"{key}: {value!r} names no layer"))
     return tuple(sorted(found))
 
 

@@ -41,10 +41,14 @@ _Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Stop:
-    """Where the backward pass stops, and why; `layer` is None where it runs to the bottom."""
+    """Where the backward pass stops, and why; `layer` is None where it runs to the bottom.
+
+    `bottom`: because something below the layers trains.
+    """
 
     layer: int | None
     why: str
+    bottom: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _where(model: nn.Module, base: nn.Module, names: _Names) -> Stop:
         return Stop(None, "nothing in these layers trains")
     name = _in_front(base, stack)
     if name is not None:
-        return Stop(None, f"{name}, below the layers, trains")
+        return Stop(None, f"{name}, below the layers, trains", bottom=True)
     if _awaited(modules_of(base), _inside(stack.below)):
         return Stop(None, f"a backward hook of your own waits below layer {stack.lowest}")
     return Stop(stack.lowest, f"layer {stack.lowest} is the lowest that trains")

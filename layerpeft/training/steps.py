@@ -85,7 +85,7 @@ def _train_begin(
 ) -> None:
     for follower in followers_of(model):
         if follower.switcher is not None and backend is not None:
-            raise TrainingError(NOT_UNDER.format(backend=backend))
+            raise TrainingError(f"select: {NOT_UNDER.format(backend=backend)}")
         follower.begin((restored or {}).get(follower.adapter), merges)
 
 

@@ -31,7 +31,7 @@ from layerpeft.training.optimizer_states import (
 Tensors = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 
 NOT_UNDER = (
-    "select: layers cannot change while training under {backend}, which divides the optimizer among the processes for good; "
+    "layers cannot change while training under {backend}, which divides the optimizer among the processes for good; "
     "use DDP (torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
 )
 

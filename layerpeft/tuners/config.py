@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problems
+from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.layers import LayerMap, Target, layer_map
 from layerpeft.model.targets import exclusions, match_targets
@@ -196,10 +196,10 @@ def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
     names = default_targets(layers.model_type)
     if names is None:
         ends = sorted({t.name.rpartition(".")[2] for t in layers.targets})
-        raise ConfigError(
-            f"target_modules: PEFT has no default for model type {layers.model_type!r}; "
-            f"give some of {', '.join(ends)}, or 'all-linear'"
+        sentence = (
+            f"PEFT has no default for model type {layers.model_type!r}; give some of {', '.join(ends)}, or 'all-linear'"
         )
+        raise ConfigError(Problem(("target_modules",), sentence), title="target_modules")
     return names
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from layerpeft.errors import ConfigError, SaveError, unknown
+from layerpeft.errors import ConfigError, SaveError, told, unknown
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of
 from layerpeft.model.precisions import KEPT, precision_of
@@ -158,9 +158,7 @@ def _empty(
             make = getattr(made, "from_config", None) or made._from_config  # of an Auto class, or of a model's own
             return base_of(make(config, dtype=kept, **trusted))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"no model can be built from {os.fspath(name)!r}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ConfigError(f"no model can be built from {os.fspath(name)!r}: {told(error, 300)}") from error
 
 
 # ---- under a saved adapter ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from torch import nn
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import ScoreError, mentions
 from layerpeft.integrations.losses import loss_of
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
@@ -171,7 +171,7 @@ def _damp(block: nn.Module, layer: int, factor: float) -> Iterator[None]:
         with rescale_adapter_scale(block, factor):
             yield
     except ValueError as error:
-        if "LoraLayer" not in str(error):
+        if not mentions(error, "LoraLayer"):
             raise
         raise ScoreError(
             f"importance damps LoRA adapters, and layer {layer} has none; it goes with method: lora"

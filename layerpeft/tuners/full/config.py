@@ -176,7 +176,7 @@ def opened(model: nn.Module, live: Any, adapter: str) -> None:
     held = sum(p.numel() * p.element_size() for p in trained)
     try:
         stop = backward.where(model, live._layerpeft.selection.stack if live._layerpeft.selection else None)
-        below = f"; the backward pass runs to the bottom ({stop.why})" if "below the layers" in stop.why else ""
+        below = f"; the backward pass runs to the bottom ({stop.why})" if stop.bottom else ""
     except LayerMapError:
         below = ""
     note(

@@ -11,7 +11,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Target
-from layerpeft.model.targets import MODULE, PARAMETERS
+from layerpeft.model.targets import MODULE, PARAMETERS, no_match
 from layerpeft.tuners.full.layer import Whole, is_bias
 
 Names = str | Iterable[str] | None
@@ -88,7 +88,10 @@ def always_modules(base: nn.Module, wanted: Wanted) -> tuple[str, ...]:
         hits = [n for n in names if n.endswith(pattern if pattern in HEADS else f".{pattern}") or n == pattern]
         if not hits and pattern not in HEADS:
             close = nearest(pattern.rpartition(".")[2], {n.rpartition(".")[2] for n in names})
-            problems.add(f"{pattern!r} matches no module of the model{f'; did you mean {close!r}?' if close else ''}")
+            problems.add(
+                f"{pattern!r} matches no module of the model{f'; did you mean {close!r}?' if close else ''}",
+                "modules_to_save",
+            )
         found |= dict.fromkeys(hits)
     problems.raise_if_any(ConfigError)
     return tuple(n for n in names if n in found and not any(n.startswith(f"{o}.") for o in found))
@@ -109,14 +112,14 @@ def _chosen(base: nn.Module, layers: LayerMap, wanted: Wanted) -> dict[str, int]
     problems = Problems("target_modules")
     chosen = set(places)
     if wanted.modules is not None:
-        chosen = _matching(wanted.modules, places, layers, problems, "")
+        chosen = _matching("target_modules", wanted.modules, places, layers, problems)
     if wanted.exclude:
-        chosen -= _matching(wanted.exclude, places, layers, problems, "exclude_modules: ")
+        chosen -= _matching("exclude_modules", wanted.exclude, places, layers, problems)
     problems.raise_if_any(SelectionError)
     return {p: i for p, i in places.items() if p in chosen and (wanted.biases or not is_bias(p))}
 
 
-def _matching(names: Names, places: Mapping[str, int], layers: LayerMap, problems: Problems, what: str) -> set[str]:
+def _matching(key: str, names: Names, places: Mapping[str, int], layers: LayerMap, problems: Problems) -> set[str]:
     """The parameters that names mean: a name of the parameter, of its module or of any module around it inside the layer."""
     if names == "all-linear":
         linear = {t.name for t in layers.targets if t.kind in ("linear", "conv1d")}
@@ -124,7 +127,8 @@ def _matching(names: Names, places: Mapping[str, int], layers: LayerMap, problem
     if isinstance(names, str):
         found = {p for p in places if any(re.fullmatch(names, a) for a in _around(p, layers.layers[places[p]].name))}
         if not found:
-            problems.add(f"{what}the regex {names!r} matches nothing in the layers. {_offer(names, places)}")
+            sentence = f"the regex {names!r} matches nothing in the layers. {_offer(names, places)}"
+            problems.absorb(no_match(key, sentence))
         return found
     found = set()
     ends: dict[str, set[str]] = {}
@@ -135,7 +139,7 @@ def _matching(names: Names, places: Mapping[str, int], layers: LayerMap, problem
                 ends.setdefault(".".join(parts[i:]), set()).add(path)
     for name in names or ():
         if name not in ends:
-            problems.add(f"{what}{name!r} matches nothing in the layers. {_offer(name, places)}")
+            problems.absorb(no_match(key, f"{name!r} matches nothing in the layers. {_offer(name, places)}"))
         found |= ends.get(name, set())
     return found
 
