@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+import layerpeft
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, LayerQuantConfig
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems, SelectionError
 from layerpeft.selection.grammar import how_many
@@ -86,3 +90,77 @@ def test_what_is_wrong_with_a_setting_is_found_at_its_keys(make, paths: list[str
         make()
     assert [".".join(problem.path) for problem in caught.value.problems] == paths
     assert all(problem.text in str(caught.value) for problem in caught.value.problems)
+
+
+# ---- the package ----------------------------------------------------------------------------------------------------
+
+PACKAGE = Path(layerpeft.__file__).parent
+SENTENCES = ("why", "text", "sentence", "message", "problems")  # attributes that hold words for people
+READING = (
+    "startswith",
+    "endswith",
+    "removeprefix",
+    "removesuffix",
+    "split",
+    "splitlines",
+    "partition",
+    "rpartition",
+    "find",
+)
+
+
+def is_sentence(node: ast.AST, caught: set[str]) -> bool:
+    """`str(error)` of a caught exception, an f-string that holds one, or an attribute that is a sentence."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("str", "repr"):
+        return any(isinstance(a, ast.Name) and a.id in caught for a in node.args)
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+        return any(isinstance(part, ast.Name) and part.id in caught for part in parts)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in caught:
+        return node.attr == "args"
+    return isinstance(node, ast.Attribute) and node.attr in SENTENCES
+
+
+def readings(tree: ast.Module) -> Iterator[ast.AST]:
+    """Places that cut, search or match a sentence, or keep that of a caught exception under another name."""
+    caught = {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+            parts = list(node.comparators)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            asked = node.func
+            parts = [asked.value] if asked.attr in READING else []
+            parts += node.args if isinstance(asked.value, ast.Name) and asked.value.id == "re" else []
+        elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+            parts = [node.value]
+        if any(is_sentence(part, caught) for part in parts):
+            yield node
+
+
+BAD = [
+    "try: f()\nexcept E as error: items = str(error)",
+    "try: f()\nexcept E as error: items = str(error).split()",
+    "try: f()\nexcept E as error: return 'budget' in str(error)",
+    "try: f()\nexcept E as why: return f'{why}'.startswith('keep')",
+    "try: f()\nexcept E as error: return re.search('key', str(error))",
+    "try: f()\nexcept E as error: return error.args[0]",
+    "'below' in stop.why",
+    "found.verdict.sentence.partition(':')",
+]
+
+
+@pytest.mark.parametrize("source", BAD)
+def test_the_test_sees_what_reads_a_sentence(source: str) -> None:
+    assert list(readings(ast.parse(source.replace("return ", ""))))
+
+
+def test_no_sentence_is_read_back() -> None:
+    """But for the words of other libraries, in the last lines of errors.py."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}: {ast.unparse(node)}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path != PACKAGE / "errors.py"
+        for node in readings(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "\n".join(found)

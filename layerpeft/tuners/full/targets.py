@@ -187,9 +187,11 @@ def _refuse_unfit(base: nn.Module, layers: LayerMap, wanted: Wanted, chosen: Map
     pattern = Problems("")
     packed = [t.name for t in layers.targets if t.kind not in PARAMETERS and _is_packed(base.get_submodule(t.name))]
     places = {f"{n}.weight": next(t.layer for t in layers.targets if t.name == n) for n in packed}
-    meant = set(places) if wanted.modules is None else _matching(wanted.modules, places, layers, pattern, "")
+    meant = (
+        set(places) if wanted.modules is None else _matching("target_modules", wanted.modules, places, layers, pattern)
+    )
     if wanted.exclude:
-        meant -= _matching(wanted.exclude, places, layers, pattern, "")
+        meant -= _matching("exclude_modules", wanted.exclude, places, layers, pattern)
     unfit |= {p.rpartition(".")[0] for p in meant}
     if unfit:
         raise ConfigError(
