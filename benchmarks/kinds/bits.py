@@ -205,7 +205,7 @@ class _Shares:
 
 def scored(units: Sequence[Unit], scores: Any) -> list[Unit] | None:
     """The units with their scores; None where a scorer says nothing of parts of a layer."""
-    of_whole = getattr(plugins.get(SCORERS, scores.by), "OF_WHOLE", False)
+    of_whole = plugins.traits(SCORERS, scores.by).of_whole
     if len(units) == len(scores.values):
         return [replace(u, score=v * (1 if of_whole else u.weights)) for u, v in zip(units, scores.values, strict=True)]
     if not scores.targets:

@@ -312,9 +312,7 @@ def _score(config: LayerQuantConfig, scores: Scores, targets: list[Target], weig
         raise ConfigError(
             "quant: relative: true makes errors shares of their weights, and a budget needs the errors themselves; leave it out"
         )
-    whole = (
-        getattr(plugins.get(SCORERS, scores.by), "OF_WHOLE", False) if scores.by in plugins.names(SCORERS) else False
-    )
+    whole = scores.by in plugins.names(SCORERS) and plugins.traits(SCORERS, scores.by).of_whole
     if config.per == "layer":
         value = scores.values[targets[0].layer]
         return value if whole else value * weights

@@ -92,12 +92,12 @@ def schedule_of(select: Select, layers: LayerMap, targets: Sequence[Target]) -> 
 
 def scoreless(select: Select) -> bool:
     """Whether the rule looks at no scores."""
-    return bool(getattr(plugins.get(PICKS, select.rule), "SCORELESS", False))
+    return plugins.traits(PICKS, select.rule).scoreless
 
 
 def unseen(select: Select) -> float:
     """What a layer without a score counts as."""
-    return float(getattr(plugins.get(SCORERS, select.by), "UNSEEN", 0.0)) if isinstance(select.by, str) else 0.0
+    return float(plugins.traits(SCORERS, select.by).unseen) if isinstance(select.by, str) else 0.0
 
 
 def take(select: Select, schedule: Schedule, turn: Turn) -> Taken:

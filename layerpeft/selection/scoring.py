@@ -63,7 +63,7 @@ def needs_batches(select: Select) -> bool:
 
 def live_only(select: Select) -> bool:
     """Whether the scorer watches training itself, and cannot score a model before it."""
-    return isinstance(select.by, str) and bool(getattr(plugins.get(SCORERS, select.by), "LIVE_ONLY", False))
+    return isinstance(select.by, str) and plugins.traits(SCORERS, select.by).live_only
 
 
 def needs(select: Select) -> str:
@@ -129,7 +129,7 @@ def _score(
     progress: bool,
 ) -> Scores:
     scorer = plugins.get(SCORERS, str(select.by))
-    if getattr(scorer, "LIVE_ONLY", False):
+    if live_only(select):
         raise ScoreError(
             f"by: {select.by} is measured on adapters while they train, and cannot be measured beforehand; write it with "
             "reselect_steps and let a trainer measure it, or choose by gradient_norm"

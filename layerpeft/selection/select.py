@@ -199,12 +199,14 @@ def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> No
         problems.add(
             "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
         )
-    rule = plugins.get(PICKS, pick) if pick in plugins.names(PICKS) else None
-    if keep == "auto" and rule is not None and not getattr(rule, "DECIDES", False):
+    if pick is None:
+        return
+    rule = plugins.traits(PICKS, pick)
+    if keep == "auto" and not rule.decides:
         problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}", "keep")
-    if getattr(rule, "AGAIN_ONLY", False) and not again:
+    if rule.again_only and not again:
         problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps", "pick")
-    if getattr(rule, "DECIDES", False) and keep not in (None, "auto"):
+    if rule.decides and keep not in (None, "auto"):
         problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}", "pick")
 
 

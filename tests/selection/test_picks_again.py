@@ -17,6 +17,7 @@ from layerpeft.selection.schedule import Turn, schedule_of, take, turn_of
 from layerpeft.selection.select import Select
 
 RULES = {n: plugins.get("layerpeft.picks", n) for n in plugins.names("layerpeft.picks")}
+TRAITS = {n: plugins.traits("layerpeft.picks", n) for n in RULES}
 AGAIN = sorted(n for n, rule in RULES.items() if hasattr(rule, "again"))
 
 
@@ -39,7 +40,7 @@ def shares(rule, options, windows: int = 4000, **more) -> list[float]:
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_choice_depends_on_the_turn_alone(name):
     rule = RULES[name]
-    keep = None if getattr(rule, "DECIDES", False) else 2
+    keep = None if TRAITS[name].decides else 2
     turns = [turn(w, keep, seed=3, counts=(1, 2, 3, 4, 5)) for w in range(30)]
     random.seed(1)
     first = [rule.again(t, rule.Options()) for t in turns]
@@ -60,10 +61,10 @@ def test_another_seed_and_another_window_draw_otherwise(name):
 
 
 def test_rules_say_what_they_need():
-    assert {n for n, r in RULES.items() if getattr(r, "SCORELESS", False)} == {"uniform", "cycle"}
-    assert {n for n, r in RULES.items() if getattr(r, "AGAIN_ONLY", False)} == {"cycle", "dirichlet", "ir_tuning"}
+    assert {n for n, t in TRAITS.items() if t.scoreless} == {"uniform", "cycle"}
+    assert {n for n, t in TRAITS.items() if t.again_only} == {"cycle", "dirichlet", "ir_tuning"}
     assert {n for n, r in RULES.items() if not hasattr(r, "pick")} == {"cycle", "dirichlet", "ir_tuning"}
-    assert {n for n, r in RULES.items() if getattr(r, "DECIDES", False)} == {"split", "ir_tuning"}
+    assert {n for n, t in TRAITS.items() if t.decides} == {"split", "ir_tuning"}
 
 
 @pytest.mark.parametrize("name", ["uniform", "adaptive"])

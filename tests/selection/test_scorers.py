@@ -14,7 +14,7 @@ from layerpeft.selection.scorers import outliers
 from layerpeft.selection.scoring import Request
 
 SCORERS = plugins.names("layerpeft.scorers")
-BEFOREHAND = [n for n in SCORERS if not getattr(plugins.get("layerpeft.scorers", n), "LIVE_ONLY", False)]
+BEFOREHAND = [n for n in SCORERS if not plugins.traits("layerpeft.scorers", n).live_only]
 OPTIONS = {"outliers": {"M": 4}}
 
 

@@ -190,7 +190,7 @@ def test_processes_add_their_gradients_up():
 
 @pytest.mark.parametrize("by", ["adapter_gradient", "importance"])
 def test_live_scorers_refuse_to_measure_beforehand(llama, gsm8k_batches, by):
-    assert plugins.get("layerpeft.scorers", by).LIVE_ONLY
+    assert plugins.traits("layerpeft.scorers", by).live_only
     with pytest.raises(ScoreError, match=f"by: {by} is measured on adapters while they train.*reselect_steps"):
         score_layers(llama, by, batches=gsm8k_batches[:1])
 
@@ -207,7 +207,7 @@ def test_a_layer_not_seen_is_no_number_in_a_file():
     measurement.next_batch()
     with pytest.raises(ScoreError, match=r"not finite for layer\(s\) 1"):
         scoring.make_scores(select, layers, measurement.result(), 1)
-    assert adapter_gradient.UNSEEN == 1000.0
+    assert adapter_gradient.TRAITS.unseen == 1000.0
 
 
 # ---- importance ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,30 @@
-"""Rules that turn scores into a choice; one file each, the file name is the value of `pick`.
+"""Rules that turn scores into a choice; one file each, the file name is the value of `pick`. Another package adds one through an
+entry point of the group `layerpeft.picks`.
 
-A rule holds a frozen `Options` dataclass and one or both of
+A rule holds
 
-- `pick(scores, keep, seed, options) -> list[int]`: positions in `scores`, `keep` of them (None: the rule decides);
-- `again(turn, options) -> Taken`: a choice of a schedule (`selection/schedule.py`), where more is known than scores. Without it,
-  every window calls `pick` with a seed of its own.
+- `Options`, a frozen dataclass of its own keys in `select`, as a scorer does (`selection/scorers/__init__.py`);
+- one or both of
+  - `pick(scores, keep, seed, options) -> list[int]`: positions in `scores`, `keep` of them (None: the rule decides);
+  - `again(turn, options) -> Taken`: a choice of a schedule (`selection/schedule.py`), where more is known than scores. Without it,
+    every window calls `pick` with a seed of its own;
+- `TRAITS = Traits(...)`, where one of the traits below is not at its default.
 
-Module constants: `SCORELESS = True` (looks at no scores), `AGAIN_ONLY = True` (makes sense only where layers are chosen again
-during training), `DECIDES = True` (says itself how many: `keep: auto`).
+What is missing is told when the rule is loaded.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HOLDS = (("pick(scores, keep, seed, options)", "again(turn, options)"),)  # of each, one or more
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`scoreless`: looks at no scores; `again_only`: makes sense only where layers are chosen again during training; `decides`:
+    says itself how many (`keep: auto`)."""
+
+    scoreless: bool = False
+    again_only: bool = False
+    decides: bool = False

@@ -14,10 +14,10 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from layerpeft.selection.picks import Traits
 from layerpeft.selection.schedule import Taken, Turn
 
-SCORELESS = True
-AGAIN_ONLY = True
+TRAITS = Traits(scoreless=True, again_only=True)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from layerpeft.errors import SelectionError
 from layerpeft.selection.draws import successive
+from layerpeft.selection.picks import Traits
 from layerpeft.selection.schedule import Taken, Turn
 
-AGAIN_ONLY = True
+TRAITS = Traits(again_only=True)
 
 
 @dataclass(frozen=True)

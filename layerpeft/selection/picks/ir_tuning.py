@@ -17,11 +17,11 @@ import random
 from dataclasses import dataclass
 
 from layerpeft.errors import SelectionError
+from layerpeft.selection.picks import Traits
 from layerpeft.selection.picks.split import windowed_cut
 from layerpeft.selection.schedule import Taken, Turn
 
-AGAIN_ONLY = True
-DECIDES = True
+TRAITS = Traits(again_only=True, decides=True)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerpeft.errors import SelectionError
+from layerpeft.selection.picks import Traits
 
-DECIDES = True  # the scores say how many
+TRAITS = Traits(decides=True)  # the scores say how many
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerpeft.selection.picks import Traits
 from layerpeft.selection.schedule import Taken, Turn
 
-SCORELESS = True
+TRAITS = Traits(scoreless=True)
 
 
 @dataclass(frozen=True)

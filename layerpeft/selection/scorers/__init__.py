@@ -1,10 +1,34 @@
-"""Ways to score layers; one file each, the file name is the value of `by`.
+"""Ways to score layers; one file each, the file name is the value of `by`. Another package adds one through an entry point of the
+group `layerpeft.scorers`. Higher means "train this first".
 
-A scorer holds a frozen `Options` dataclass and `needs(options)`, which is one of
+A scorer holds
 
-- `"nothing"` or `"weights"`: it also has `score(request, options) -> Measured`;
-- `"forward"` or `"backward"`: it also has `start(request, options) -> Measurement`, which watches batches go through the
-  model (a forward pass, or a forward and backward pass each) and then gives its `result()`.
+- `Options`, a frozen dataclass whose fields are the scorer's own keys in `select`, each with a default. A value has to fit its
+  hint: whole numbers are from 1, others above 0, texts one of a `Literal`; for other bounds write the field as
+  `share: float = checked(0.0, least=0, below=1)`, with `checked` from `layerpeft.selection.typecheck`;
+- `needs(options)`, which gives one of
+  - `"nothing"` or `"weights"`: then it also has `score(request, options) -> Measured`;
+  - `"forward"` or `"backward"`: then it also has `start(request, options) -> Measurement`, which watches batches go through the
+    model (a forward pass, or a forward and backward pass each) and then gives its `result()`;
+- `TRAITS = Traits(...)`, where one of the traits below is not at its default.
 
-`request` is a `layerpeft.Request`.
+`request` is a `layerpeft.Request`. What is missing is told when the scorer is loaded.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerpeft.selection.typecheck import checked
+
+HOLDS = (("needs(options)",), ("score(request, options)", "start(request, options)"))  # of each, one or more
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`live_only`: watches training itself, and cannot score a model before it; `of_whole`: a score is of all of a layer's weights
+    together, not of a share of them; `unseen`: what a layer counts as that has no score yet."""
+
+    live_only: bool = False
+    of_whole: bool = False
+    unseen: float = checked(0.0)

@@ -3,7 +3,7 @@
 `s_l = sqrt(Σ over tensors and micro-batches of ‖g_p‖^0.5)` is the published score, a root of roots: a hundredfold
 gradient shows as 3.16, and the score grows with the number of tensors and of micro-batches. `form: norm` is `sqrt(mean
 over micro-batches of Σ over tensors of ‖g_p‖²)` instead. Only layers that train have such gradients; of the others the
-answer is None, and a schedule goes on with what it knew (`UNSEEN` where it never saw a layer), which is the published
+answer is None, and a schedule goes on with what it knew (`unseen` where it never saw a layer), which is the published
 rule's fault: a score goes stale once its layer is frozen. `gradient_norm` sees frozen layers, too. Not shared: norms
 that are not finite counting as 1000 (such a batch is left out), and the losses' scales (accumulation, a loss scaler) in
 the score.
@@ -19,10 +19,12 @@ import torch
 
 from layerpeft.errors import ScoreError
 from layerpeft.model.layers import find_module
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request
 
-LIVE_ONLY = True
-UNSEEN = 1000.0  # what a layer counts as that has not trained yet: more than any gradient
+TRAITS = Traits(
+    live_only=True, unseen=1000.0
+)  # what a layer counts as that has not trained yet: more than any gradient
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ from layerpeft.integrations.losses import loss_of
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
 from layerpeft.selection.draws import sigmoid, successive
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request
 
-LIVE_ONLY = True
+TRAITS = Traits(live_only=True)
 TRIES = 1000  # draws that may repeat a subset before the missing ones are taken in order
 
 

@@ -19,10 +19,11 @@ from layerpeft.errors import ScoreError
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.precisions import Storage
 from layerpeft.model.rounding import check_roundable, divergences, per_token
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scorers.quantization_error import rounding_precision
 from layerpeft.selection.scoring import Measured, Request
 
-OF_WHOLE = True  # of all of a layer's weights together
+TRAITS = Traits(of_whole=True)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from layerpeft.model.layers import Target, find_module
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded
 from layerpeft.model.targets import MATRICES, is_routed
 from layerpeft.selection.probe import Key
-from layerpeft.selection.scorers import outliers
+from layerpeft.selection.scorers import Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
 
-OF_WHOLE = True  # a sum over weights, not a share of them
+TRAITS = Traits(of_whole=True)  # a sum over weights
 
 
 @dataclass(frozen=True)
