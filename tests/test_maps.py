@@ -1,0 +1,88 @@
+"""README.md, CONTRIBUTING.md and docs/ name places that are there, and the worked example in CONTRIBUTING.md works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import layerpeft
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
+NAMED = re.compile(r"(?<![\w/:.-])(?:layerpeft|tests|benchmarks|docs|recipes)/[\w.<>*/-]*[\w>*/]")
+LINKED = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLE = CONTRIBUTING.partition("## A scorer from another package")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_is_named_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"https?://\S+|layerpeft://\S+", "", text)
+    lost = {path for path in NAMED.findall(prose) if not list(ROOT.glob(re.sub(r"<\w+>", "*", path.rstrip("/"))))}
+    lost |= {path for path in LINKED.findall(text) if not (page.parent / path).exists()}
+    assert not lost
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", EXAMPLE, re.S)
+    return found
+
+
+SCORES = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from transformers import LlamaConfig, LlamaForCausalLM
+from layerpeft import LayerLoraConfig, get_peft_model, layer_report, score_layers
+from layerpeft.errors import LayerpeftError
+torch.manual_seed(0)
+shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+model = LlamaForCausalLM(LlamaConfig(**shape))
+with torch.no_grad():
+    for index in (1, 3):
+        model.model.layers[index].mlp.up_proj.weight.mul_(9)
+scores = score_layers(model, by="spread", target_modules="all-linear", power=2.0)
+assert scores.by == "spread" and sorted(scores.ranked()[:2]) == [1, 3] and scores.options == {"power": 2.0}, scores
+assert len(scores.targets) == 28
+try:
+    score_layers(model, by="spread", powr=2.0)
+except LayerpeftError as error:
+    assert "'power'" in str(error), error
+else:
+    raise AssertionError("a misspelt option")
+wrapped = get_peft_model(model, LayerLoraConfig(select={"by": "spread", "keep": 2}, target_modules=["up_proj"], r=2))
+rows = layer_report(wrapped).rows
+assert [row.layer for row in rows if row.chosen] == [1, 3] and layer_report(wrapped).by == "spread"
+print("scored")
+"""
+
+
+def test_the_scorer_of_another_package_scores(tmp_path):
+    project = tomllib.loads(block("toml"))["project"]
+    ((group, points),) = project["entry-points"].items()
+    about = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"{name} = {module}" for name, module in points.items()]
+    (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
+    ((_, module),) = points.items()
+    (tmp_path / f"{module}.py").write_text(block("python"), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", SCORES, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "scored" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("kind", [layerpeft.Request, layerpeft.Measured])
+def test_the_example_says_what_its_two_classes_hold(kind):
+    table = EXAMPLE.partition(f"| `{kind.__name__}` | holds |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {field.name for field in dataclasses.fields(kind)}
