@@ -22,14 +22,20 @@ def note(message: str) -> None:
         tqdm.write(f"[layerpeft] {message}", file=sys.stderr)
 
 
-def grid(table: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Rows of a name and cells as aligned lines; cells stand to the right."""
-    first = max(len(name) for name, _ in table)
-    widths = [max(len(cells[i]) for _, cells in table) for i in range(len(table[0][1]))]
-    return [
-        (f"{name:<{first}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))).rstrip()
-        for name, cells in table
-    ]
+def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), gap: str = "  ") -> list[str]:
+    """Rows of cells as aligned lines, `align` being "<" or ">" for each column, the last one for all that follow.
+
+    A column is as wide as its widest cell, or, where `widths` are given, as they say.
+    """
+    widths = widths or [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = align.ljust(len(widths), align[-1])
+    lines = ([f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in rows)
+    return [gap.join(line).rstrip() for line in lines]
+
+
+def some(names: Sequence[str], most: int = 4, more: str = " …") -> str:
+    """The first names, and a sign that there are more ("{}" in it: how many)."""
+    return ", ".join(names[:most]) + (more.format(len(names) - most) if len(names) > most else "")
 
 
 def size_of(text: str) -> int | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerpeft.text import size_of
+from layerpeft.text import grid, size_of, some
 
 
 @pytest.mark.parametrize(
@@ -14,3 +14,20 @@ from layerpeft.text import size_of
 )  # fmt: skip
 def test_a_size_is_read_or_none(text, size):
     assert size_of(text) == size
+
+
+def test_a_table_is_aligned_and_has_no_blanks_at_the_end():
+    rows = [("", "a", "long head"), ("name", "bb", ""), ("x", "", "1")]
+    assert grid(rows, "<>") == ["       a  long head", "name  bb", "x                 1"]
+    assert grid(rows, "<") == ["      a   long head", "name  bb", "x         1"]
+    assert grid(rows, "<<>", gap=" ") == ["     a  long head", "name bb", "x               1"]
+
+
+def test_a_cell_that_is_wider_than_its_column_is_shown_whole():
+    assert grid([("a", "b"), ("wide", "c")], "<>", (2, 3)) == ["a     b", "wide    c"]
+
+
+def test_lists_are_cut_and_say_so():
+    names = list("abcdef")
+    assert some(names) == "a, b, c, d …" and some(names[:4]) == "a, b, c, d" and some([]) == ""
+    assert some(names, 2, " and {} more") == "a, b and 4 more" and some(names[:2], 2, " and {} more") == "a, b"

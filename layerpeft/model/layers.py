@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from layerpeft.errors import LayerMapError, nearest
 from layerpeft.model.architectures import Matrix, matrices_of, role_of, stack_labels, stored_shape, text_config
 from layerpeft.model.names import unwrapped
+from layerpeft.text import grid
 
 
 @dataclass(frozen=True)
@@ -359,12 +360,10 @@ def _table(found: LayerMap) -> str:
         lines = _target_lines(first.targets)
         rows.append((span, first.kind, lines[0], f"{first.params:,}"))
         rows += [("", "", line, "") for line in lines[1:]]
-    wide = [max(len(row[i]) for row in rows) for i in range(4)]
-    body = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:<{wide[2]}}  {d:>{wide[3]}}".rstrip() for a, b, c, d in rows]
     weights = sum(target.params for target in found.targets)
     where = found.stack or "the model itself"
     title = f"{found.model_type}: {len(found)} layers in {where}, {len(found.targets)} targets, {weights:,} weights"
-    return "\n".join([title, *body])
+    return "\n".join([title, *grid(rows, "<<<>")])
 
 
 def _alike(layer: Layer) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from layerpeft.integrations import distributed
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.precisions import KEPT, PLAIN, Storage
-from layerpeft.text import size_text
+from layerpeft.text import grid, size_text
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -245,9 +245,7 @@ def _lines(found: Quantized) -> list[str]:
     if found.rows:
         size, before = sum(r.bytes for r in found.rows), sum(r.before for r in found.rows)
         body.append(("all", "", "", "", f"{found.mean_bits:.2f}", f"{size_text(size)} of {size_text(before)}"))
-    wide = [max(len(line[i]) for line in body) for i in range(6)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, wide)).rstrip() for line in body]
-    return lines + [f"left alone, {why}: {_few(names)}" for why, names in _reasons(found.left).items()]
+    return grid(body, "<") + [f"left alone, {why}: {_few(names)}" for why, names in _reasons(found.left).items()]
 
 
 def _block(name: str) -> str:

@@ -25,6 +25,7 @@ from layerpeft.quantization.targets import fused_groups
 from layerpeft.selection import plugins
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import SCORERS
+from layerpeft.text import some
 
 Losses = Mapping[str, Mapping[str, float]]  # unit name -> precision -> loss
 Bits = dict[str, str]  # unit name -> precision
@@ -60,8 +61,7 @@ def check_scores(units: Sequence[Unit]) -> None:
     problems = Problems("bits cannot be shared out by these scores")
     bad = [f"{u.name} ({u.score:g})" for u in units if not (math.isfinite(u.score) and u.score >= 0)]
     if bad:
-        listed = f"{', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}"
-        problems.add(f"they have to be numbers from 0, which {len(bad)} of {len(units)} are not: {listed}")
+        problems.add(f"they have to be numbers from 0, which {len(bad)} of {len(units)} are not: {some(bad)}")
     elif not any(u.score for u in units):
         problems.add("all of them are 0, so that no unit comes before another")
     problems.raise_if_any(ScoreError)

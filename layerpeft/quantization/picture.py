@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-from pathlib import Path
 
-from layerpeft.integrations.files import replace_file
+from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.model.precisions import PRECISIONS
 from layerpeft.quantization.apply import Quantized
-from layerpeft.training.pictures import warn_no_matplotlib
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # few bits are dark; what is kept is nearly white
@@ -36,19 +33,15 @@ def cells(found: Quantized) -> tuple[list[str], dict[tuple[str, int], str]]:
 
 def write_bits(found: Quantized, path: str | os.PathLike[str]) -> bool:
     """Draws it; False where there is no matplotlib, or nothing to draw."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        warn_no_matplotlib()
-        return False
     kinds, table = cells(found)
     if not table:
         return False
     layers = max(layer for _, layer in table) + 1
-    figure = Figure(figsize=(max(5.0, min(14.0, 0.28 * layers + 3.2)), 0.3 * len(kinds) + 1.7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.0, min(14.0, 0.28 * layers + 3.2)), 0.3 * len(kinds) + 1.7)
+    if figure is None:
+        return False
+    from matplotlib.patches import Patch
+
     axes = figure.subplots()
     for (kind, layer), precision in table.items():
         row = len(kinds) - 1 - kinds.index(kind)
@@ -60,7 +53,5 @@ def write_bits(found: Quantized, path: str | os.PathLike[str]) -> bool:
     used = [name for name in PRECISIONS if name in set(table.values())]
     patches = [Patch(fc=COLOURS[name], ec="#999999", label=name) for name in used]
     axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    replace_file(Path(path), picture.getvalue())
+    write_figure(figure, path)
     return True

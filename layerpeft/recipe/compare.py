@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.model.layers import layer_map
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.trainer import (
@@ -33,7 +34,7 @@ from layerpeft.selection.choose import choose_among
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
-from layerpeft.text import note
+from layerpeft.text import grid, note
 from layerpeft.tuners.precision import batches_wanted
 
 Say = Callable[[str], None]
@@ -192,18 +193,15 @@ def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
 def table(found: Comparison) -> str:
     """One line per run, and one for the random draws together."""
     name = NAMES[found.measure]
-    lines = [f"{'arm':<16} {'layers':<22} {'trainable':>11} {name:>14} {'seconds':>8}"]
-    lines.append(f"{'before training':<16} {'':<22} {'':>11} {found.before:>14.4f}")
+    rows = [("arm", "layers", "trainable", name, "seconds"), ("before training", "", "", f"{found.before:.4f}", "")]
     for run in found.runs:
         layers = _numbers(run.layers, found.num_layers)
-        lines.append(f"{run.arm:<16} {layers:<22} {run.trainable:>11,} {run.value:>14.4f} {run.seconds:>8.0f}")
+        rows.append((run.arm, layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
     draws = [run.value for run in found.runs if run.arm.startswith("random:")]
     if len(draws) > 1:
-        mean, spread = statistics.fmean(draws), statistics.stdev(draws)
-        lines.append(
-            f"{'random, mean':<16} {'':<22} {'':>11} {mean:>14.4f}   {min(draws):.4f} to {max(draws):.4f}, sd {spread:.4f}"
-        )
-    return "\n".join(lines)
+        spread = f"  {min(draws):.4f} to {max(draws):.4f}, sd {statistics.stdev(draws):.4f}"
+        rows.append(("random, mean", "", "", f"{statistics.fmean(draws):.4f}", spread))
+    return "\n".join(grid(rows, "<<>", (16, 22, 11, 14, 8), " "))
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -333,14 +331,12 @@ def _write(recipe: Recipe, found: Comparison) -> None:
 
 def draw(found: Comparison, path: Path) -> None:
     """One row per arm, one dot per run, the random draws with their mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups: dict[str, list[Run]] = {}
     for run in found.runs:
         groups.setdefault(run.arm.partition(":")[0] if run.arm.startswith("random:") else run.arm, []).append(run)
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.6 + 0.5 * len(groups))
+    if figure is None:
+        return
     axes = figure.subplots()
     labels = []
     for place, (arm, runs) in enumerate(groups.items()):
@@ -361,4 +357,4 @@ def draw(found: Comparison, path: Path) -> None:
     axes.set_xlabel(f"{NAMES[found.measure]} after training ({better} is better; {found.before:.3f} before)")
     axes.set_title(f"{HEADS[found.verdict.kind]} ({found.runs[0].arm} against other choices)")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)

@@ -66,11 +66,14 @@ class Measured:
         return next(part for part in self.parts if part.name == name)
 
     def __str__(self) -> str:
-        table: list[tuple[str, Sequence[str]]] = [("", ["predicted", "measured", "ratio"])]
+        table: list[tuple[str, ...]] = [("", "predicted", "measured", "ratio")]
         for part in self.parts:
             shown = [f"{n:.4g}" if part.name == "operations" else size_text(n) for n in (part.predicted, part.measured)]
-            table.append((part.name, [*shown, f"{part.ratio:.3f}"]))
-        lines = [f"one step on {self.shape[0]} rows of {self.shape[1]} tokens (loss {self.loss:.4f})", *grid(table)]
+            table.append((part.name, *shown, f"{part.ratio:.3f}"))
+        lines = [
+            f"one step on {self.shape[0]} rows of {self.shape[1]} tokens (loss {self.loss:.4f})",
+            *grid(table, "<>"),
+        ]
         lines += [f"predicted for: {text}" for text in self.plan.assumed[:-1]]
         if self.device_peak is not None:
             lines.append(f"most that the device's allocator had given out: {size_text(self.device_peak)}")

@@ -15,6 +15,7 @@ from layerpeft.recipe.train import Say, is_first
 from layerpeft.recipe.trainer import all_targets, batches_for, load_model, prepare
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.select import Select, Selection
+from layerpeft.text import grid
 from layerpeft.training.pictures import write_csv, write_png
 from layerpeft.training.report import Row
 
@@ -50,10 +51,9 @@ def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: S
     scores.save(folder / "scores.json")
     write_csv(table, folder / "scores.csv")
     drawn = write_png(table, folder / "scores.png", f"{scores.by} per layer")
-    width = max(len(row.name) for row in table)
-    say(f"{'layer':>5}  {'name':<{width}}  {scores.by:>13}  chosen")
-    for row in table:
-        say(f"{row.layer:>5}  {row.name:<{width}}  {row.score:>13.6g}  {'yes' if row.chosen else ''}")
+    rows = [(str(row.layer), row.name, f"{row.score:.6g}", "yes" if row.chosen else "") for row in table]
+    for line in grid([("layer", "name", scores.by, "chosen"), *rows], "><><", (5, max(map(len, names)), 13, 6)):
+        say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
     keep = Select.parse(recipe.select).keep

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import RecipeError, differences
+from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
@@ -209,11 +210,9 @@ def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mappi
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training loss over optimizer steps, with the held-out loss where it was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
+    if figure is None:
+        return
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o--")):
         points = [(record["step"], record[key]) for record in history if key in record]
@@ -225,7 +224,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss", title="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)
 
 
 def _track(trainer: Any, result: Result) -> None:

@@ -207,7 +207,6 @@ class Request:
     live: bool = False
     before: tuple[float | None, ...] = ()
     outer: nn.Module | None = None
-    before: tuple[float | None, ...] = ()  # what is known of the layers by now, where they are measured again
 
 
 @dataclass(frozen=True)

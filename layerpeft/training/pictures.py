@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import replace_file
 from layerpeft.training.report import _CHANGE, _CHOSEN, _INK, _OTHER, COLUMNS, Row
-
-logger = logging.getLogger(__name__)
 
 SWITCHES = ("step", *COLUMNS, "optimizer_bytes")
 Plain = Mapping[str, Any]  # of a `Standing`
@@ -51,16 +48,11 @@ def write_switches(standing: Plain, names: Sequence[str], rows: Sequence[Row], p
 
 def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike[str], title: str) -> bool:
     """Draws layer × step, the active windows filled, by their score where there is one; False where nothing can be drawn."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        warn_no_matplotlib()
+    figure = new_figure(9, max(2.4, min(12.0, 0.22 * len(names) + 1.6)))
+    if figure is None:
         return False
     found = list(spans(standing))
     steps = max(standing["step"], 1)
-    figure = Figure(figsize=(9, max(2.4, min(12.0, 0.22 * len(names) + 1.6))), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(max(len(names), 6), 2))
     first = found[0][0] if found else steps
     if first:  # before the first choice everything trains
@@ -80,9 +72,7 @@ def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike
         below.step(*zip(*points, (steps, points[-1][1]), strict=True), where="post", color="#1f61a6")
     below.set(xlabel="optimizer step", ylabel="active", ylim=(0, len(names) + 0.5))
     below.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    replace_file(Path(path), picture.getvalue())
+    write_figure(figure, path)
     return True
 
 
@@ -102,31 +92,25 @@ def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> 
     rows = sorted(rows, key=lambda row: row.layer)
     if not rows:
         return False
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        warn_no_matplotlib()
-        return False
     figure = _figure(rows, title)
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(picture, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    replace_file(Path(path), picture.getvalue())
+    if figure is None:
+        return False
+    write_figure(figure, path)
     return True
 
 
 def _figure(rows: Sequence[Row], title: str) -> Any:
-    """A figure with one panel for scores or chosen layers and, when any is known, one for changes."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.patches import Patch
-
+    """A figure with one panel for scores or chosen layers and, when any is known, one for changes; None without matplotlib."""
     scored = any(row.score is not None for row in rows)
     changed = any(row.change is not None for row in rows)
     heights = [2.6 if scored else 0.5] + ([1.7] if changed else [])
     width = min(12.0, max(6.4, 2.0 + 0.115 * len(rows)))
-    layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
-    figure = Figure(figsize=(width, sum(heights) + 1.35 + 0.25 * changed), dpi=100, layout=layout)
+    figure = new_figure(width, sum(heights) + 1.35 + 0.25 * changed)
+    if figure is None:
+        return None
+    from matplotlib.patches import Patch
+
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     layers = [row.layer for row in rows]
     colours = [_CHOSEN if row.chosen else _OTHER for row in rows]
@@ -153,8 +137,3 @@ def _figure(rows: Sequence[Row], title: str) -> Any:
     figure.suptitle(title, fontsize=11, color=_INK, wrap=True)
     figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
     return figure
-
-
-@functools.cache
-def warn_no_matplotlib() -> None:
-    logger.warning("matplotlib is not installed: no picture of the layers is drawn (pip install matplotlib)")

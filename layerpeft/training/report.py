@@ -15,6 +15,8 @@ from layerpeft.errors import ConfigError, LayerMapError, unknown
 from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.names import clean
+from layerpeft.model.weights import PIECE
+from layerpeft.text import grid, some
 from layerpeft.tuners.full.layer import full_layers
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,6 @@ _ADDITIVE = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA"})
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Config fields of the LoRA variants that merge as plain LoRA does, and of DoRA, which has a formula of its own.
 _KNOWN_VARIANTS = ("use_dora", "velora_config", "monteclora_config")
-_CHUNK = 1 << 22  # elements per piece of a weight that are turned into float32 at once (16 MiB)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def layer_report(model: nn.Module, adapter_name: str = "default") -> LayerReport
     notes = []
     lost = sorted(names - {target.name for target in chosen})
     if lost:
-        notes.append(f"{len(lost)} chosen targets carry no adapter {adapter_name!r}: {_some(lost)}")
+        notes.append(f"{len(lost)} chosen targets carry no adapter {adapter_name!r}: {_three(lost)}")
     changes = _changes(_by_layer(selection.layer_names, chosen), selection.layer_names, config, adapter_name, notes)
     notes += record.schedule.notes() if record.schedule is not None else []
     by = selection.scores.by if selection.scores else None if record.schedule else selection.select.get("by")
@@ -207,7 +208,7 @@ def _changes(
             reasons.setdefault("its weights hold NaN or infinity", []).append(layer_names[index])
         elif weight > 0.0:
             changes[index] = math.sqrt(delta / weight)
-    notes += [f"change is unknown for {_some(names)}: {reason}" for reason, names in reasons.items()]
+    notes += [f"change is unknown for {_three(names)}: {reason}" for reason, names in reasons.items()]
     return changes
 
 
@@ -268,7 +269,7 @@ def _squared_norms_dora(layer: Any, adapter_name: str, weight: torch.Tensor) -> 
     if getattr(layer, "fan_in_fan_out", False) or adapter_name in getattr(layer, "lora_embedding_A", {}):
         weight, low_rank = weight.transpose(0, 1), low_rank.transpose(0, 1)
     magnitude = layer.lora_magnitude_vector[adapter_name].weight.flatten().float()
-    step = max(1, _CHUNK // max(1, weight[0].numel()))
+    step = max(1, PIECE // max(1, weight[0].numel()))
     delta = total = 0.0
     for start in range(0, weight.shape[0], step):
         base = weight[start : start + step].flatten(1).to(magnitude)
@@ -282,7 +283,7 @@ def _squared_norms_dora(layer: Any, adapter_name: str, weight: torch.Tensor) -> 
 def _squared(tensor: torch.Tensor) -> float:
     """The sum of squares, in float32 pieces, so that no copy of the whole tensor in another dtype is made."""
     flat = tensor.reshape(-1)
-    return sum(float(torch.linalg.vector_norm(piece.float())) ** 2 for piece in flat.split(_CHUNK))
+    return sum(float(torch.linalg.vector_norm(piece.float())) ** 2 for piece in flat.split(PIECE))
 
 
 # ---- table and picture ----------------------------------------------------------------------------------------------
@@ -296,15 +297,11 @@ def _table(rows: Sequence[Row]) -> list[str]:
         change = "-" if row.change is None else f"{100 * row.change:.3g}%"
         steps = "-" if row.steps is None else str(row.steps)
         cells.append((str(row.layer), row.name, score, "yes" if row.chosen else "no", steps, change))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    aligned = [str.ljust if name in ("name", "chosen") else str.rjust for name in COLUMNS]
-    return ["  ".join(map(lambda align, *cell: align(*cell), aligned, line, widths)) for line in cells]
+    return grid(cells, "><><>")
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+def _three(names: Sequence[str]) -> str:
+    return some(names, 3, " and {} more")
 
 
 _CHOSEN, _OTHER, _CHANGE, _INK = "#0072B2", "#C9CED3", "#D55E00", "#222222"  # Okabe-Ito, told apart in grey too

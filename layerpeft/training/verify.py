@@ -15,6 +15,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import local
 from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed
+from layerpeft.text import some
 from layerpeft.training.optimizer_states import holders
 from layerpeft.tuners.galore.projection import originals
 
@@ -221,14 +222,14 @@ def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:
     """Raises: SelectionError where a run or adapter of before and this model do not train the same targets."""
     if theirs != ours:
         raise SelectionError(
-            f"{what} trains other targets than this model. Only there: {_some(theirs - ours)}; only here: "
-            f"{_some(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
+            f"{what} trains other targets than this model. Only there: {_named(theirs - ours)}; only here: "
+            f"{_named(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
             "of its layerpeft.json."
         )
 
 
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+def _named(names: set[str]) -> str:
+    return some(sorted(names), more=" and {} more") or "none"
 
 
 # ---- what the weights of a model were when they were wrapped and before the first update, written down as checksums

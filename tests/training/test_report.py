@@ -17,6 +17,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from layerpeft.errors import ConfigError
+from layerpeft.integrations import drawing
 from layerpeft.model.layers import layer_map
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Selection
@@ -348,8 +349,8 @@ def test_without_rows_there_is_no_picture(tmp_path):
 
 def test_without_matplotlib_one_warning_and_no_failure(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    pictures.warn_no_matplotlib.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="layerpeft.training.pictures"):
+    drawing.warn_no_matplotlib.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="layerpeft.integrations.drawing"):
         assert pictures.write_png(made_up(3), tmp_path / "layers.png", "x") is False
         assert pictures.write_png(made_up(3), tmp_path / "layers.png", "x") is False
     assert len(caplog.records) == 1 and "pip install matplotlib" in caplog.text and not list(tmp_path.iterdir())

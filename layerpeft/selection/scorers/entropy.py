@@ -23,6 +23,7 @@ from layerpeft.errors import ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.model.layers import find_module
 from layerpeft.selection.scoring import Measured, Request
+from layerpeft.text import some
 
 ROUNDS = 100  # of k-means, which mostly stands still after a few dozen
 
@@ -101,8 +102,8 @@ class Activations:
         unseen = [self.request.layers.layers[i].name for i in self._layers if i not in self._kept]
         if unseen:
             raise ScoreError(
-                f"{len(unseen)} layer(s) gave out nothing to cluster: {', '.join(unseen[:4])}"
-                f"{' …' if len(unseen) > 4 else ''}. They were never called, or all of the input is padding."
+                f"{len(unseen)} layer(s) gave out nothing to cluster: {some(unseen)}. "
+                "They were never called, or all of the input is padding."
             )
         found = {
             i: size_entropy(cluster_sizes(s.rows, self.options.clusters, self.request.seed))

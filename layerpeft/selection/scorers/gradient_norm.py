@@ -13,6 +13,7 @@ from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.probe import Exact, Probe, Sketch
 from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.text import some
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class GradientNorm:
         unreached = [t.name for t in self.request.targets if t.name not in self.probe.reached and not is_routed(t.name)]
         if unreached:
             raise ScoreError(
-                f"{len(unreached)} target(s) got no gradient: {', '.join(unreached[:4])}{' …' if len(unreached) > 4 else ''}. "
+                f"{len(unreached)} target(s) got no gradient: {some(unreached)}. "
                 "The model uses their weights without calling them, or the loss does not depend on them; "
                 "leave them out of target_modules."
             )

@@ -17,6 +17,7 @@ from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import weight_slices
 from layerpeft.selection.probe import Key, attach_taps
 from layerpeft.selection.scoring import Measured, Request
+from layerpeft.text import some
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class InputNorms:
         unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
             raise ScoreError(
-                f"{len(unseen)} target(s) were never called: {', '.join(unseen[:4])}{' …' if len(unseen) > 4 else ''}. "
+                f"{len(unseen)} target(s) were never called: {some(unseen)}. "
                 "Leave them out of target_modules, or score the weights alone with activations: false."
             )
         return _ratios(self.request, self.options, self.squares)

@@ -21,6 +21,7 @@ from layerpeft.model.targets import MATRICES, is_routed
 from layerpeft.selection.probe import Key
 from layerpeft.selection.scorers import Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.text import some
 
 TRAITS = Traits(of_whole=True)  # a sum over weights
 
@@ -106,7 +107,7 @@ class WeighedErrors:
         unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
             raise ScoreError(
-                f"{len(unseen)} target(s) were never called: {', '.join(unseen[:4])}{' …' if len(unseen) > 4 else ''}. "
+                f"{len(unseen)} target(s) were never called: {some(unseen)}. "
                 "Leave them out of target_modules, or take the weights alone with activations: false."
             )
         return _errors(self.request, self.options, squares)
@@ -173,6 +174,6 @@ def _check(request: Request, options: Options) -> None:
     odd = [t.name for t in request.targets if not fits(str(options.precision), t.shape[-2], t.shape[-1], storage)]
     if odd:
         raise ScoreError(
-            f"{len(odd)} target(s) do not fit {options.precision} in groups of {options.group_size}: {', '.join(odd[:4])}"
-            f"{' …' if len(odd) > 4 else ''}; give another group_size, or another precision"
+            f"{len(odd)} target(s) do not fit {options.precision} in groups of {options.group_size}: {some(odd)}; "
+            "give another group_size, or another precision"
         )
