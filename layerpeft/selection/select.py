@@ -172,15 +172,10 @@ def _plain(value: Any) -> Any:
 def _check_by(by: Any, problems: Problems) -> Any:
     if isinstance(by, Scores):
         return by
-    if isinstance(by, Path) or (isinstance(by, str) and (by.endswith(".json") or "/" in by)):
+    saved = isinstance(by, Path) or isinstance(by, str) and (by.endswith(".json") or "/" in by)
+    if saved or isinstance(by, Mapping):
         try:
-            return Scores.load(by)
-        except LayerpeftError as error:
-            problems.add(f"by: {error}", "by")
-            return "depth"
-    if isinstance(by, Mapping):
-        try:
-            return Scores.from_dict(by)
+            return Scores.from_dict(by) if isinstance(by, Mapping) else Scores.load(by)
         except LayerpeftError as error:
             problems.add(f"by: {error}", "by")
             return "depth"

@@ -68,23 +68,23 @@ def check(kind: type, values: Mapping[str, Any], problems: Problems, sign: str =
     Fields that are not declared with `checked` may hold anything; with `every` they have to fit their hint where that is a number,
     a truth value, a `Literal`, a list or a tuple: whole numbers from 1, others above 0.
     """
-    for name, (setting, bounds) in _declared(kind, every).items():
-        if name not in values or _holds(setting.hint, bounds, values[name]):
+    for name, (hint, bounds) in _declared(kind, every).items():
+        if name not in values or _holds(hint, bounds, values[name]):
             continue
-        first, *rest = _parts(setting.hint)
-        texts = bounds.choices or (get_args(first) if get_origin(first) is Literal and not rest else ())
+        first, *rest = _parts(hint)
+        texts = bounds.choices or (map(str, get_args(first)) if get_origin(first) is Literal and not rest else ())
         told = f"{name}{sign}{values[name]!r} is not {_wanted(first, bounds)}"
         problems.add(unknown(name, values[name], texts) if texts else told, name)
 
 
 @cache
-def _declared(kind: type, every: bool) -> Mapping[str, tuple[Setting, Bounds]]:
+def _declared(kind: type, every: bool) -> Mapping[str, tuple[Any, Bounds]]:
     if every:
-        return {n: (s, bounds) for n, s in settings_of(kind).items() if (bounds := s.bounds or _implied(s.hint))}
+        return {n: (s.hint, bounds) for n, s in settings_of(kind).items() if (bounds := s.bounds or _implied(s.hint))}
     marked = [f.name for f in dataclasses.fields(kind) if "bounds" in f.metadata]
     owners = {n: next(c for c in kind.__mro__ if n in inspect.get_annotations(c)) for n in marked}
     found = {n: settings_of(owner)[n] for n, owner in owners.items()}  # the hints of a subclass may be out of reach
-    return {n: (s, s.bounds) for n, s in found.items() if s.bounds}
+    return {n: (s.hint, s.bounds) for n, s in found.items() if s.bounds}
 
 
 def _implied(hint: Any) -> Bounds | None:

@@ -94,6 +94,7 @@ class Options:
     lr: float = 1.0
     exact: bool = False
     form: Literal["sum", "mean"] = "sum"
+    power: Literal[1, 2] = 1
     window: tuple[float, float] = (0.35, 0.65)
     limit: int | None = None
     precision: str | int = "nf4"
@@ -104,12 +105,13 @@ class Options:
 def test_options_of_a_plug_in_are_declared_by_their_hints():
     assert faults(Options, True, k=1, lr=0.5, window=[0.1, 0.2], limit=None, precision=4.5, text=3, least=0) == []
     assert faults(
-        Options, True, ": ", k=0, lr=0, exact="yes", form="men", window=[0.1], limit=1.5, least=-1, window_=1
+        Options, True, ": ", k=0, lr=0, exact="yes", form="men", power=3, window=[0.1], limit=1.5, least=-1, window_=1
     ) == [
         "k: 0 is not a whole number from 1",
         "lr: 0 is not a number above 0",
         "exact: 'yes' is not true or false",
         "unknown form 'men'. Did you mean 'mean'? Allowed: mean, sum.",
+        "unknown power 3. Allowed: 1, 2.",
         "window: [0.1] is not a list of 2 numbers",
         "limit: 1.5 is not a whole number from 1",
         "least: -1 is not a number from 0",
