@@ -1,4 +1,4 @@
-"""Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `test_canary.py` fails first."""
+"""Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `tests/integrations/` fails first."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer
 from layerpeft.model.new_modules import new_modules
 from layerpeft.model.precisions import KEPT, precision_of
 
-# serving engines multiply these as one matrix, so they have to be stored alike (roles of `architectures.py`)
+# serving engines multiply these as one matrix, so they have to be stored alike (roles of `model/architectures.py`)
 FUSED = (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up"), ("attention.q_a", "attention.kv_a"))
 WHY = {
     "conv1d": "stored transposed (Conv1D)",
