@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -58,6 +59,11 @@ class LayerMap:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(layer.name for layer in self.layers)
+
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """All targets, layer by layer."""
@@ -102,18 +108,48 @@ def layer_map(model: nn.Module, stack: str | None = None) -> LayerMap:
 
     Raises: LayerMapError for a model without repeated blocks, for shared weights, for an unknown stack.
     """
+    return stacks_of(model).layers(stack)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """What one walk over a model has found, for all that is asked of its stacks. It keeps the modules alive: not to be kept."""
+
+    base: nn.Module
+    root: _Node
+    found: tuple[_Stack, ...]
+    maps: dict[str, LayerMap] = field(default_factory=dict)
+
+    def layers(self, stack: str | None = None) -> LayerMap:
+        """The map of one stack. Raises: as `layer_map`."""
+        if stack is not None:
+            chosen = _named_stack(stack, self.found, self.root)
+        elif self.found:
+            chosen = _default_stack(self.found)
+        else:
+            raise LayerMapError(_nothing_found(self.root, self.base))
+        if chosen.path not in self.maps:
+            layers = _layers(chosen.blocks)
+            _refuse_shared(layers, chosen, self.found, self.base)
+            stacks = tuple(_display(self.found))
+            self.maps[chosen.path] = LayerMap(_model_type(self.base), chosen.path, stacks, layers)
+        return self.maps[chosen.path]
+
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the blocks of every stack, of the default one first; without those that share their weights."""
+        first = _default_stack(self.found) if self.found else None
+        names = []
+        for stack in sorted(self.found, key=lambda s: s is not first):
+            with suppress(LayerMapError):
+                names.append(self.layers(stack.path).names)
+        return tuple(names)
+
+
+def stacks_of(model: nn.Module) -> Stacks:
+    """Walks over a model once. Any model will do: only `layers` and `blocks` ask for repeated blocks."""
     base = base_of(model)
     root = _grow("", base, frozenset(), getattr(text_config(base), "hidden_size", None))
-    found = _find_stacks(root, base)
-    if stack is not None:
-        chosen = _named_stack(stack, found, root)
-    elif found:
-        chosen = _default_stack(found)
-    else:
-        raise LayerMapError(_nothing_found(root, base))
-    layers = _layers(chosen.blocks)
-    _refuse_shared(layers, chosen, found, base)
-    return LayerMap(_model_type(base), chosen.path, tuple(_display(found)), layers)
+    return Stacks(base, root, tuple(_find_stacks(root, base)))
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -216,9 +252,9 @@ def _find_stacks(root: _Node, base: nn.Module) -> list[_Stack]:
     return [_Stack(node, label, _blocks(node)) for node, label in zip(found, labels, strict=True)]
 
 
-def _default_stack(found: list[_Stack]) -> _Stack:
+def _default_stack(found: Sequence[_Stack]) -> _Stack:
     """Text before vision and audio, the decoder of an encoder-decoder, otherwise the largest."""
-    pool = [s for s in found if not s.labels & {"vision", "audio"}] or found
+    pool = [s for s in found if not s.labels & {"vision", "audio"}] or list(found)
     if any("encoder" in s.labels for s in pool):
         pool = [s for s in pool if "decoder" in s.labels] or pool
     pool = [s for s in pool if "text" in s.labels] or pool
@@ -226,7 +262,7 @@ def _default_stack(found: list[_Stack]) -> _Stack:
     return pool[0] if len(pool) == 1 else max(pool, key=lambda s: (_count(s.node, set()), len(s.blocks)))
 
 
-def _named_stack(name: str, found: list[_Stack], root: _Node) -> _Stack:
+def _named_stack(name: str, found: Sequence[_Stack], root: _Node) -> _Stack:
     path = name.partition("=")[2] or name
     exact = [s for s in found if s.path == path]
     fits = exact or [s for s in found if name in s.labels]
@@ -255,7 +291,7 @@ def _descend(node: _Node, path: str) -> _Node | None:
     return node
 
 
-def _display(found: list[_Stack]) -> list[str]:
+def _display(found: Sequence[_Stack]) -> list[str]:
     """`name=path` for every stack, with a name that only this stack has."""
     uses = Counter(label for s in found for label in s.labels)
     paired = uses["encoder"] and uses["decoder"]
@@ -308,7 +344,7 @@ def _count(node: _Node, counted: set[int]) -> int:
     return sum(new.values()) + sum(_count(kid, counted) for kid in node.kids)
 
 
-def _refuse_shared(layers: tuple[Layer, ...], chosen: _Stack, found: list[_Stack], base: nn.Module) -> None:
+def _refuse_shared(layers: tuple[Layer, ...], chosen: _Stack, found: Sequence[_Stack], base: nn.Module) -> None:
     if len(layers) > 1 and sum(bool(layer.targets) for layer in layers) < 2:
         raise LayerMapError(_shared(len(layers), 1, chosen.path))
     claimed = getattr(text_config(base), "num_hidden_layers", None)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from layerpeft.errors import Problem, Problems, SelectionError, nearest
+from layerpeft.integrations.peft import default_targets
 from layerpeft.model.layers import LayerMap, Target, base_of
 
 Names = str | Iterable[str] | None
@@ -70,6 +71,23 @@ def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
         return hits == [False, True]
 
     return {n for n in given if not only_outside(n)} or None
+
+
+def find_targets(
+    model: nn.Module,
+    layers: LayerMap,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    target_parameters: Sequence[str] | None = None,
+) -> tuple[Target, ...]:
+    """As `match_targets`; without names those of PEFT for the model type, or all linears where PEFT has none.
+
+    What `exclude_modules` names outside of the layers is none of it. Raises: as `match_targets`.
+    """
+    names = target_modules
+    if names is None and not target_parameters:
+        names = default_targets(layers.model_type) or "all-linear"
+    return match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
 
 
 MATRICES = ("linear", "conv1d", "experts")

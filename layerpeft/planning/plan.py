@@ -15,10 +15,10 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
-from layerpeft.model.layers import base_of, layer_map
+from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.planning import optimizer_bytes
-from layerpeft.planning.parts import config_of, half, opened, originals, store, training
+from layerpeft.planning.parts import half, opened, originals, store, training
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, _recompute, trace
 from layerpeft.text import size_text
@@ -28,7 +28,7 @@ from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import FullLoraConfig, place_all
 from layerpeft.tuners.full.layer import wrappers
 from layerpeft.tuners.galore.config import project_all
-from layerpeft.tuners.precision import asked, decides_early, names_of
+from layerpeft.tuners.precision import asked, decides_early
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def plan(
     Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
     step = step or Step()
-    wrapped, assumed, stop = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    wrapped, assumed, layers, stop = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     with torch.device("meta"):
         full = _built(model).train()
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
@@ -127,7 +127,7 @@ def plan(
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
-        rows=_rows(wrapped),
+        rows=_rows(wrapped, layers),
         trainable=cost.trainable,
         total=sum(p.numel() for p in wrapped.parameters()),
         weights=weight_bytes(wrapped) + originals(wrapped) + cost.masters,
@@ -170,9 +170,9 @@ def layers_that_train(
 
     Raises: as `plan`.
     """
-    wrapped = _wrapped(model, config, [], step)[0]
+    wrapped, _, layers, _ = _wrapped(model, config, [], step)
     weights = weight_bytes(wrapped) + originals(wrapped)
-    return [row.layer for row in _rows(wrapped) if row.trains], _recompute(wrapped, step), weights
+    return [row.layer for row in _rows(wrapped, layers) if row.trains], _recompute(wrapped, step), weights
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
@@ -183,8 +183,8 @@ def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
 
 def _wrapped(
     model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
-) -> tuple[Any, tuple[str, ...], backward.Stop]:
-    """The adapter on a model without storage, what had to be assumed, and where the backward pass will stop.
+) -> tuple[Any, tuple[str, ...], LayerMap | None, backward.Stop]:
+    """The adapter on a model without storage, what had to be assumed, the layers, and where the backward pass will stop.
 
     Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides.
     """
@@ -195,22 +195,26 @@ def _wrapped(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
             empty = _built(model, step.quantization)
-            resolved, assumed = fixed(config, empty)
+            stacks = stacks_of(empty)
+            resolved, assumed = fixed(config, empty, stacks)
+            layers = _layers(stacks, resolved)
             if isinstance(config, LayerLoraConfig) and config.quantizes:
                 choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
-                wanted = asked(config, empty, names_of(empty, choice.stack, choice.layers), known=False)
+                wanted = asked(config, empty, choice.names, known=False, stacks=stacks)
                 assumed += store(empty, wanted, decides_early(config))
             if isinstance(resolved, FullLoraConfig):
                 place_all(empty, resolved, "default")
             wrapped: Any = peft.get_peft_model(empty, resolved).train()
             if hasattr(resolved, "_layerpeft_projection"):
-                project_all(base_of(wrapped), resolved, "default")
+                project_all(base_of(wrapped), resolved, "default", layers.targets if layers else ())
                 kept = size_text(originals(wrapped))
                 assumed += (f"a step without a refresh, once weights were folded (their originals take {kept})",)
             assumed += opened(wrapped, resolved)
             if step.fused_head and step.quantization is not None:
                 half(wrapped)
-            stop = _install(wrapped, resolved)
+            stop = backward.Stop(None, "the model has no repeated blocks")
+            if layers is not None:
+                stop = backward.install(wrapped, layers.stack, stacks.blocks())
     except LayerpeftError as error:
         if not problems.items:
             raise
@@ -220,7 +224,7 @@ def _wrapped(
     problems.raise_if_any(ConfigError)
     if step.fused_head:
         add_head(base_of(wrapped))
-    return wrapped, assumed, stop
+    return wrapped, assumed, layers, stop
 
 
 def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
@@ -247,26 +251,20 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
     return built
 
 
-def _install(wrapped: nn.Module, config: peft.PeftConfig) -> backward.Stop:
+def _layers(stacks: Stacks, config: peft.PeftConfig) -> LayerMap | None:
+    """The layers of the stack that was chosen from; None for a model without repeated blocks."""
     record = getattr(config, "_layerpeft", None)
-    stack = record.selection.stack if record is not None else None
     try:
-        return backward.install(wrapped, stack)
+        return stacks.layers(record.selection.stack if record is not None else None)
     except LayerMapError:
-        return backward.Stop(None, "the model has no repeated blocks")
+        return None
 
 
-def _rows(wrapped: nn.Module) -> tuple[PlanRow, ...]:
-    """The layers of the stack that was chosen from."""
+def _rows(wrapped: nn.Module, layers: LayerMap | None) -> tuple[PlanRow, ...]:
     base = base_of(wrapped)
-    record = getattr(config_of(wrapped), "_layerpeft", None)
     own = {id(p) for w in wrappers(wrapped, "default") for p in w.parameters()}  # in the weights already
-    try:
-        layers = layer_map(base, record.selection.stack if record is not None else None)
-    except LayerMapError:
-        return ()
     found = []
-    for layer in layers.layers:
+    for layer in layers.layers if layers is not None else ():
         block: Any = base.get_submodule(layer.name)
         held = list(block.parameters())
         trained = sum(p.numel() for p in held if p.requires_grad)

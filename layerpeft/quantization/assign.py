@@ -12,7 +12,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations import distributed
 from layerpeft.model import precisions, rounding
-from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
+from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, find_module, stacks_of
 from layerpeft.model.precisions import KEPT
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.budget import (
@@ -32,7 +32,7 @@ from layerpeft.quantization.targets import Able, able, split_groups
 from layerpeft.selection.choose import candidates, choose_among
 from layerpeft.selection.grammar import layer_numbers
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.scoring import needs, needs_batches, score_targets
+from layerpeft.selection.scoring import needs, needs_batches, score
 from layerpeft.selection.select import DEFAULT_BATCHES, Select
 from layerpeft.text import note
 
@@ -48,17 +48,19 @@ def allot(
     *,
     known: bool = True,
     progress: bool = True,
+    stacks: Stacks | None = None,
 ) -> Quantized:
     """The precision of every linear that may be quantized, without rows yet. In several processes the first one's is everybody's.
 
     `training`: names of the layers that will train, for `apply_to`; `known`: False for a model without weights, where scores
-    are taken to be equal, and the lowest layers to be picked.
+    are taken to be equal, and the lowest layers to be picked; `stacks`: what a walk over it has found.
     Raises: ConfigError, SelectionError, ScoreError, LayerMapError.
     """
     if not known:
         config = _blind(config)
-    layers = layer_map(model, config.choosing.stack)
-    found = able(model, layers, config.skip_modules or (), config.extra_modules or ())
+    stacks = stacks or stacks_of(model)
+    layers = stacks.layers(config.choosing.stack)
+    found = able(model, layers, config.skip_modules or (), config.extra_modules or (), stacks)
     inside = _scope(config, found, training)
     modules = {t.name: _untouched(config, model, t, inside) for t in found.targets}
     if config.has_budget:
@@ -73,13 +75,18 @@ def allot(
 
 
 def by_training(
-    model: nn.Module, frozen: str | None, trained: str | None, training: Collection[str], stack: str | None
+    model: nn.Module,
+    frozen: str | None,
+    trained: str | None,
+    training: Collection[str],
+    stack: str | None,
+    stacks: Stacks,
 ) -> Quantized:
     """What `quantize_frozen` and `quantize_trained` mean: linears in layers that train (names in `training`), and all others.
 
     Raises: ConfigError where that leaves nothing to quantize.
     """
-    found = able(model, layer_map(model, stack))
+    found = able(model, stacks.layers(stack), stacks=stacks)
     blocks = tuple(f"{name}." for name in training)
     kinds = {True: precisions.named(trained or 16), False: precisions.named(frozen or 16)}
     modules = {t.name: kinds[t.name.startswith(blocks)] for t in found.targets}
@@ -252,7 +259,7 @@ def _scores(
     if isinstance(select.by, Scores):
         select.by.check(layers)
         return select.by
-    return score_targets(model, select, targets, batches)  # type: ignore[arg-type]
+    return score(model, select, layers, targets, batches)
 
 
 def _budget(config: LayerQuantConfig, model: nn.Module, units: list[Unit], others: Mapping[str, str]) -> int:

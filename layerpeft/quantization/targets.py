@@ -11,7 +11,7 @@ from functools import cache
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems, nearest
-from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
+from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, find_module, stacks_of
 from layerpeft.model.new_modules import new_modules
 from layerpeft.model.precisions import KEPT, precision_of
 
@@ -43,9 +43,16 @@ class Able:
         return tuple(t.name for t in self.targets)
 
 
-def able(model: nn.Module, layers: LayerMap, skip: Sequence[str] = (), extra: Sequence[str] = ()) -> Able:
+def able(
+    model: nn.Module,
+    layers: LayerMap,
+    skip: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    stacks: Stacks | None = None,
+) -> Able:
     """The linears in the blocks of every stack, without routers and `skip`, and those that `extra` names besides.
 
+    `stacks`: what a walk over the model has found, for a model with several.
     Heads, embeddings, norms, tied weights and tensors without pre-trained values are left alone unless `extra` names them.
     Raises: ConfigError for names that match nothing, or that cannot be quantized.
     """
@@ -55,7 +62,8 @@ def able(model: nn.Module, layers: LayerMap, skip: Sequence[str] = (), extra: Se
     linears: list[Target] = []
     shared = _tied(base)
     for stack in layers.stacks or (layers.stack,):
-        there = layers if stack.rpartition("=")[2] == layers.stack else layer_map(base, stack.rpartition("=")[2])
+        path = stack.rpartition("=")[2]
+        there = layers if path == layers.stack else (stacks := stacks or stacks_of(base)).layers(path)
         linears += [t for t in there.targets if t.kind == "linear"]
         for target in there.targets:
             why = _why_not(base, target, shared)

@@ -21,7 +21,7 @@ from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import target_names
-from layerpeft.tuners.precision import asked, names_of
+from layerpeft.tuners.precision import asked
 
 BLOCK = "layerpeft"
 TARGETS = (("target_modules",), ("target_parameters",), ("exclude_modules",), ("modules_to_save",))
@@ -137,7 +137,7 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
             resolved, _ = fixed(config, model)
             if config.quantizes:
                 choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
-                asked(config, model, names_of(model, choice.stack, choice.layers), known=False)
+                asked(config, model, choice.names, known=False)
             wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
     except LayerpeftError as error:
         named = [p for p in error.problems if p.path in TARGETS]

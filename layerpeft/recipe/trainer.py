@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from layerpeft.errors import Problem, RecipeError, told
-from layerpeft.integrations.peft import default_targets
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
-from layerpeft.model.targets import exclusions, match_targets
+from layerpeft.model.targets import find_targets
 from layerpeft.quantization.apply import MARKS, Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -174,16 +173,8 @@ def all_targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Tar
     """The targets of a recipe in every layer. Raises: SelectionError, ConfigError."""
     if recipe.method == "full":
         return layer_config(recipe).targets_in(model, layers)
-    where = targets_of(recipe)
-    if where["target_modules"] is None and not where["target_parameters"]:
-        where["target_modules"] = default_targets(layers.model_type) or "all-linear"
-    where["exclude_modules"] = exclusions(where["exclude_modules"], model, layers)
-    return match_targets(layers, **where)
-
-
-def targets_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's target settings, as `choose` and `match_targets` take them."""
-    return {key: recipe.block.get(key) for key in ("target_modules", "exclude_modules", "target_parameters")}
+    names = ("target_modules", "exclude_modules", "target_parameters")
+    return find_targets(model, layers, *(recipe.block.get(name) for name in names))
 
 
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:

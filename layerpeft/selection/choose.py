@@ -9,11 +9,11 @@ from torch import nn
 from layerpeft.errors import SelectionError
 from layerpeft.integrations import distributed
 from layerpeft.model.layers import LayerMap, Target, layer_map
-from layerpeft.model.targets import Names, exclusions, match_targets
+from layerpeft.model.targets import Names, find_targets
 from layerpeft.selection import plugins
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.scoring import Batches, _default_names, _score
+from layerpeft.selection.scoring import Batches, score
 from layerpeft.selection.select import PICKS, Select, Selection, options_of
 
 
@@ -33,8 +33,7 @@ def choose(
     """
     select = Select.parse(select)
     layers = layer_map(model, select.stack)
-    names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
-    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
+    targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
     return choose_among(model, select, layers, targets, batches, progress)
 
 
@@ -49,7 +48,7 @@ def choose_among(
     """The choice among targets that are known already. Raises: as `choose`."""
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
-    scores = select.by if isinstance(select.by, Scores) else _score(model, select, layers, targets, batches, progress)
+    scores = select.by if isinstance(select.by, Scores) else score(model, select, layers, targets, batches, progress)
     return distributed.from_first(make_selection(select, layers, targets, scores))
 
 
@@ -88,7 +87,7 @@ def make_selection(select: Select, layers: LayerMap, targets: tuple[Target, ...]
         layers=tuple(chosen),
         targets=tuple(t.name for t in targets if t.layer in set(chosen)),
         num_layers=len(layers),
-        layer_names=tuple(layer.name for layer in layers.layers),
+        layer_names=layers.names,
         stack=layers.stack,
         fingerprint=layers.fingerprint,
         why=_why(select, scores, len(chosen), len(layers)),

@@ -17,12 +17,12 @@ from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.losses import loss_of
-from layerpeft.integrations.peft import default_targets
 from layerpeft.model.evaluating import nothing_trains, to_model
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
-from layerpeft.model.targets import Names, exclusions, match_targets, measured_for
+from layerpeft.model.targets import Names, find_targets, measured_for
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.scores import Scores, origin_of
 from layerpeft.selection.select import DEFAULT_BATCHES, SCORERS, Select, options_of
 
@@ -51,9 +51,8 @@ def score_layers(
     """
     select = Select.parse({"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, **options})
     layers = layer_map(model, select.stack)
-    names = target_modules if target_modules is not None or target_parameters else _default_names(layers)
-    targets = match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
-    return _score(model, select, layers, targets, batches, progress)
+    targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
+    return score(model, select, layers, targets, batches, progress)
 
 
 def needs_batches(select: Select) -> bool:
@@ -104,30 +103,22 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
     )
 
 
-def measure(model: nn.Module, select: Select, targets: tuple[Target, ...], window: int = 0) -> Measured:
+def measure(model: nn.Module, examined: Examined, window: int = 0) -> Measured:
     """What a scorer that needs no batches says of the model as it is now; `window` gives random ones another seed."""
-    layers = layer_map(model, select.stack)
-    request = Request(base_of(model), layers, measured_for(layers, targets), window_seed(select.seed, window))
+    select, layers = examined.select, examined.layers
+    request = Request(base_of(model), layers, measured_for(layers, examined.targets), window_seed(select.seed, window))
     return plugins.get(SCORERS, str(select.by)).score(request, options_of(select, SCORERS))
 
 
-def score_targets(model: nn.Module, select: Select, targets: tuple[Target, ...], batches: Batches) -> Scores:
-    """The scores of `select` over targets that are known already. Raises: ScoreError."""
-    return _score(model, select, layer_map(model, select.stack), targets, batches, True)
-
-
-def _default_names(layers: LayerMap) -> Names:
-    return default_targets(layers.model_type) or "all-linear"
-
-
-def _score(
+def score(
     model: nn.Module,
     select: Select,
     layers: LayerMap,
     targets: tuple[Target, ...],
     batches: Batches | None,
-    progress: bool,
+    progress: bool = True,
 ) -> Scores:
+    """The scores of `select` over targets that are known already. Raises: ScoreError, SelectionError."""
     scorer = plugins.get(SCORERS, str(select.by))
     if live_only(select):
         raise ScoreError(

@@ -108,6 +108,11 @@ class Selection:
         plain["scores"] = self.scores.to_dict() if self.scores else None
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the chosen layers."""
+        return tuple(self.layer_names[i] for i in self.layers)
+
     def by_layer(self, targets: Iterable[str]) -> dict[int, list[str]]:
         """The chosen layers, each with those of the targets that lie in it."""
         names = {i: f"{self.layer_names[i]}." for i in self.layers}

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft.errors import LayerMapError
 from layerpeft.integrations.checkpointing import (
     checkpoints_itself,
     follow_enabling,
@@ -31,7 +30,7 @@ from layerpeft.integrations.checkpointing import (
     parameters_of,
     silence,
 )
-from layerpeft.model.layers import LayerMap, base_of, layer_map
+from layerpeft.model.layers import base_of, layer_map, stacks_of
 
 # In the model's own dict: the names of the blocks of every stack, those of the default stack first. Names, so that copies and
 # pickles of the model go on by themselves.
@@ -72,22 +71,27 @@ class _Cut:
     straight: tuple[nn.Module, ...] = ()  # what has nothing to recompute for, of which torch would warn
 
 
-def install(model: nn.Module, stack: str | None = None) -> Stop:
+def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names] = ()) -> Stop:
     """Watches the model's forward passes and keeps the cut where the lowest trainable layer is, in every stack.
 
-    Does nothing, hooks included, where the first layer trains or nothing does; call it again when that has changed.
+    Does nothing, hooks included, where the first layer trains or nothing does; call it again when that has changed. `blocks`:
+    those of every stack, which are looked for otherwise unless they are known by now; `stack` is then a path.
     Raises: LayerMapError for a model without blocks.
     """
     base = base_of(model)
     state: dict[str, Any] = base.__dict__
-    watched: tuple[_Names, ...] = state.get(_STACKS, ())
-    if not watched and stack is None and _all_firsts_train(base):
+    names: tuple[_Names, ...] = tuple(dict.fromkeys([*blocks, *state.get(_STACKS, ())]))
+    if not names and stack is None and _all_firsts_train(base):
         return Stop(None, "the first layer trains")
-    found = None if watched and stack is None else layer_map(base, stack)
-    own = watched[0] if found is None else _of(found)
-    default = found if stack is None else None
-    names = tuple(dict.fromkeys([*watched, own])) if watched else _all_names(base, own, default)
-    if watched or _partly([_stack(base, blocks) for blocks in names]):
+    own = next((n for n in names if stack is None or n[0].rpartition(".")[0] == stack), None)
+    if own is None:
+        seen = stacks_of(base)
+        own = seen.layers(stack).names
+        names = tuple(dict.fromkeys([*(names or seen.blocks()), own]))
+    if blocks:
+        state[_STACKS] = names
+    watched = any(hook is _before_forward for hook in base._forward_pre_hooks.values())
+    if watched or _partly([_stack(base, each) for each in names]):
         state[_STACKS] = names
         if not watched:
             base.register_forward_pre_hook(_before_forward)
@@ -122,7 +126,7 @@ def where(model: nn.Module, stack: str | None = None) -> Stop:
     Raises: LayerMapError for a model without blocks.
     """
     base = base_of(model)
-    return _where(model, base, _names(base, stack))
+    return _where(model, base, layer_map(base, stack).names)
 
 
 def _where(model: nn.Module, base: nn.Module, names: _Names) -> Stop:
@@ -233,21 +237,3 @@ def _stack(model: nn.Module, names: _Names) -> _Stack:
             blocks.append(model.get_submodule(name))
     lowest = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in parameters_of(b))), None)
     return _Stack(tuple(blocks), lowest)
-
-
-def _all_names(base: nn.Module, own: _Names, default: LayerMap | None) -> tuple[_Names, ...]:
-    """The blocks of every stack: of the default one, of the others, and of one that a path has named."""
-    found = default or layer_map(base)
-    names = [_of(found)]
-    for other in found.stacks if len(found.stacks) > 1 else ():
-        with suppress(LayerMapError):  # one whose blocks share their weights
-            names.append(_names(base, other.rpartition("=")[2]))
-    return tuple(dict.fromkeys([*names, own]))
-
-
-def _names(base: nn.Module, stack: str | None) -> _Names:
-    return _of(layer_map(base, stack))
-
-
-def _of(found: LayerMap) -> _Names:
-    return tuple(layer.name for layer in found.layers)

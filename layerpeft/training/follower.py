@@ -101,7 +101,7 @@ class Follower(Scheduled, Mastered):
         """In a deep copy: puts hooks of its own in the place of those that came along."""
         if self.pending is not None:
             self.pending.close()
-            self._await(Pending(self.model, self.pending.select, self.pending.pool))
+            self._await(Pending(self.model, self.pending.examined))
             self.pending.begin(self.model)
         if self.gauge is not None:
             self.gauge.close()

@@ -11,11 +11,11 @@ from torch import nn
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.losses import watch_scale
-from layerpeft.model.layers import Target, layer_map
 from layerpeft.selection import choose, scoring
 from layerpeft.selection.draws import window_seed
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.scoring import Measured
-from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.select import Selection
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
 
@@ -32,16 +32,15 @@ class Pending:
     def __init__(
         self,
         model: nn.Module,
-        select: Select,
-        pool: tuple[Target, ...],
+        examined: Examined,
         before: tuple[float | None, ...] = (),
         turn: int = 0,
     ) -> None:
-        self.model, self.select, self.pool = model, select, pool
+        self.model, self.examined = model, examined
+        self.select, self.layers, self.pool = examined.select, examined.layers, examined.targets
         self.before, self.turn = before, turn  # what is known of the layers by now, and how often they were measured
         self.decider: Callable[[Measured, int], Selection] = self._by_rule
-        self.layers = layer_map(model, select.stack)
-        self.watches_backward = scoring.needs(select) == "backward"
+        self.watches_backward = scoring.needs(self.select) == "backward"
         self.tensors: Callable[[], Tensors] = dict
         self.on_copy: Callable[[nn.Module], None] = lambda _: None
         self.paced = False  # a Trainer says which micro-batch is the last of a step
@@ -119,7 +118,7 @@ class Pending:
             layers=tuple(sorted({t.layer for t in held})),
             targets=tuple(t.name for t in held),
             num_layers=len(self.layers),
-            layer_names=tuple(layer.name for layer in self.layers.layers),
+            layer_names=self.layers.names,
             stack=self.layers.stack,
             fingerprint=self.layers.fingerprint,
             why="kept from the adapter that was loaded",

@@ -73,7 +73,7 @@ class Scheduled:
         note(switcher.sizes(self.tensors()))
         self._forget()  # PEFT is not done with them yet
         if switcher.waits:
-            self._await(Pending(self.model, switcher.select, switcher.pool))
+            self._await(Pending(self.model, switcher.examined))
 
     def start(self, inside: bool = False) -> None:
         """Freezes what does not train yet, as soon as an optimizer holds the pool: what it did not see it would never train.
@@ -185,7 +185,7 @@ class Scheduled:
         """Measures the coming step, frozen layers included, for the next choice."""
         assert self.switcher is not None
         known, turn = tuple(self.switcher.standing.known), self.switcher.standing.measured
-        self.gauge = Pending(self.model, self.switcher.select, self.switcher.pool, known, turn)
+        self.gauge = Pending(self.model, self.switcher.examined, known, turn)
         self.gauge.tensors, self.gauge.on_copy = self.tensors, self._on_copy
 
     def _take_measure(self) -> None:

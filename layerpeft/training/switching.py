@@ -12,12 +12,11 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError
 from layerpeft.integrations import distributed
-from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection import scoring
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import Schedule, remembered, schedule_of, scoreless, take, turn_of
 from layerpeft.selection.scoring import Measured
-from layerpeft.selection.select import Select
 from layerpeft.training.optimizer_states import (
     Store,
     bring_back,
@@ -59,12 +58,10 @@ class Standing:
 class Switcher:
     """The schedule of one adapter. State is real here: what is on, what is known, and offloaded optimizer states."""
 
-    def __init__(
-        self, select: Select, layers: LayerMap, pool: tuple[Target, ...], known: Sequence[float] | None
-    ) -> None:
-        self.select, self.pool = select, pool
-        self.schedule: Schedule = schedule_of(select, layers, pool)
-        self.layer_of = {t.name: t.layer for t in pool}
+    def __init__(self, examined: Examined, known: Sequence[float] | None) -> None:
+        self.examined, self.select, layers = examined, examined.select, examined.layers
+        self.schedule: Schedule = schedule_of(self.select, layers, examined.targets)
+        self.layer_of = {t.name: t.layer for t in examined.targets}
         self.standing = Standing(
             known=list(known) if known is not None else [None] * len(layers), counts=[0] * len(self.schedule.among)
         )
@@ -247,7 +244,7 @@ class Switcher:
         clock = self.schedule.rescore
         due = clock is not None and (self.standing.step - self.schedule.warmup) % clock == 0
         if kind == "nothing" and self.select.rescore_steps != "never" or kind == "weights" and due:
-            self.remember(scoring.measure(model, self.select, self.pool, window))
+            self.remember(scoring.measure(model, self.examined, window))
 
     def _optimizers(self, tensors: Tensors) -> list[Optimizer]:
         ids = {id(p) for group in tensors.values() for p in group.values()}

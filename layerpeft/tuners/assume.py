@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
 from torch import nn
 
-from layerpeft.model.layers import layer_map
+from layerpeft.model.layers import Stacks
 from layerpeft.selection import choose, scoring
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
-from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.precision import check_schedule
@@ -27,20 +28,23 @@ class Asleep:
     keeps_states: bool
 
 
-def fixed(config: peft.PeftConfig, model: nn.Module) -> tuple[peft.PeftConfig, tuple[str, ...]]:
+def fixed(
+    config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = None
+) -> tuple[peft.PeftConfig, tuple[str, ...]]:
     """A stock config with its layers fixed, for a model that may be without storage, and what was assumed.
 
-    A choice by weights or data is taken at its costliest, the lowest layers. Raises: LayerpeftError.
+    A choice by weights or data is taken at its costliest, the lowest layers. `stacks`: what a walk over the model has found.
+    Raises: LayerpeftError.
     """
     notes: tuple[str, ...] = ()
-    found: Any = config
+    found: Any
     if isinstance(config, LayerLoraConfig):
-        select = Select.parse(config.select)
         if config.is_scheduled:
-            return _scheduled(config, select, model)
-        if not isinstance(select.by, Scores) and scoring.needs(select) != "nothing":
-            found, notes = _costliest(config, select, model)
-        found = found.settled(model)
+            return _scheduled(config, config.examine(model, stacks), model)
+        examined = None if config.is_plain else config.examine(model, stacks)
+        if examined is not None and scoring.needs(examined.select) != "nothing":
+            examined, notes = _costliest(examined)
+        found = config.settled(model, examined=examined)
     else:
         found = copy.deepcopy(config)
     if hasattr(found, "init_lora_weights"):
@@ -48,28 +52,28 @@ def fixed(config: peft.PeftConfig, model: nn.Module) -> tuple[peft.PeftConfig, t
     return found, notes
 
 
-def _costliest(config: LayerLoraConfig, select: Select, model: nn.Module) -> tuple[LayerLoraConfig, tuple[str, ...]]:
-    layers = layer_map(model, select.stack)
-    targets = config.targets_in(model, layers)
-    among = choose.candidates(select, layers, targets)
-    number = how_many(select.keep, len(among)) or len(among)
-    twin = copy.deepcopy(config)
-    twin.select = {"layers": among[:number], "stack": layers.stack}
+def _costliest(examined: Examined) -> tuple[Examined, tuple[str, ...]]:
+    among = choose.candidates(examined.select, examined.layers, examined.targets)
+    number = how_many(examined.select.keep, len(among)) or len(among)
     note = f"which {number} of {len(among)} layers is not known yet: the lowest are assumed, the costliest choice"
-    return twin, (note,)
+    return _by_place(examined, among[:number]), (note,)
 
 
-def _scheduled(config: LayerLoraConfig, select: Select, model: nn.Module) -> tuple[peft.PeftConfig, tuple[str, ...]]:
+def _by_place(examined: Examined, layers: Sequence[int]) -> Examined:
+    return replace(examined, select=Select(layers=list(layers), stack=examined.layers.stack))
+
+
+def _scheduled(
+    config: LayerLoraConfig, examined: Examined, model: nn.Module
+) -> tuple[peft.PeftConfig, tuple[str, ...]]:
     """The whole pool wrapped, with what sleeps while the lowest layers that may be chosen together train."""
-    layers = layer_map(model, select.stack)
-    schedule = schedule_of(select, layers, config.targets_in(model, layers))
+    select, layers = examined.select, examined.layers
+    schedule = schedule_of(select, layers, examined.targets)
     check_schedule(config, layers, schedule.pool)
     number = how_many(select.keep, len(schedule.among)) or len(schedule.among)
     awake = set(schedule.pool if schedule.warmup else (*schedule.among[:number], *schedule.always))
-    twin = copy.deepcopy(config)
-    twin.select = {"layers": list(schedule.pool), "stack": layers.stack}
-    found: Any = twin.settled(model)
-    sleeping = tuple(layers.layers[i].name for i in schedule.pool if i not in awake)
+    found: Any = config.settled(model, examined=_by_place(examined, schedule.pool))
+    sleeping = tuple(layers.names[i] for i in schedule.pool if i not in awake)
     found._layerpeft_asleep = Asleep(sleeping, schedule.state == "keep")
     when = "during the warm-up" if schedule.warmup else "at a time, the lowest assumed, the costliest choice"
     notes = [f"{len(awake)} of {len(schedule.pool)} layers train {when}"]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, InitVar, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from peft import LoraConfig
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets
-from layerpeft.model.layers import LayerMap, Target, layer_map
-from layerpeft.model.targets import exclusions, match_targets
+from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
+from layerpeft.model.targets import find_targets
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
-from layerpeft.selection.choose import choose
+from layerpeft.selection.choose import choose_among
+from layerpeft.selection.examined import Examined
+from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
@@ -24,6 +26,8 @@ from layerpeft.tuners.stock import RecordedLoraConfig, _lora_fields, stock_confi
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
 OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
+COPIED = (dict, list)  # forms of a field that may be changed where they are
+Parsed = TypeVar("Parsed")
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
@@ -65,7 +69,7 @@ class LayerLoraConfig(LoraConfig):
         problems = Problems("LayerLoraConfig")
         select = Select()
         try:
-            select = Select.parse(self.select)
+            select = self.choosing
         except LayerpeftError as error:
             problems.absorb(error, "select")
         if not select.is_all or self.quantizes:
@@ -86,7 +90,8 @@ class LayerLoraConfig(LoraConfig):
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoraConfig:
         twin = copy.copy(self)
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name == "_batches" else copy.deepcopy(value, memo)
+            shared = name == "_batches" or name.startswith("_parsed_") or isinstance(value, Select | Scores)
+            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,8 +102,27 @@ class LayerLoraConfig(LoraConfig):
         plain = super().to_dict()
         if self.is_plain:
             return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
-        plain |= {"select": Select.parse(self.select).to_dict()}
-        return plain if self.quant is None else plain | {"quant": LayerQuantConfig.parse(self.quant).plain()}
+        plain |= {"select": self.choosing.to_dict()}
+        return plain if self.quantizing is None else plain | {"quant": self.quantizing.plain()}
+
+    @property
+    def choosing(self) -> Select:
+        """`select`, parsed. Raises: SelectionError."""
+        return self._parsed("select", Select.parse)
+
+    @property
+    def quantizing(self) -> LayerQuantConfig | None:
+        """`quant`, parsed. Raises: ConfigError."""
+        return self._parsed("quant", LayerQuantConfig.parse) if self.quant is not None else None
+
+    def _parsed(self, name: str, parse: Callable[[Any], Parsed]) -> Parsed:
+        """What a field means: parsed once, and anew where something else stands there by now."""
+        value, kept = getattr(self, name), self.__dict__.get(f"_parsed_{name}")
+        if kept is not None and (kept[0] is value or (type(kept[0]) is type(value) in COPIED and kept[0] == value)):
+            return kept[1]
+        found = parse(value)
+        self.__dict__[f"_parsed_{name}"] = (copy.copy(value) if type(value) in COPIED else value, found)
+        return found
 
     @property
     def stored(self) -> Quantized | None:
@@ -129,41 +153,53 @@ class LayerLoraConfig(LoraConfig):
             )
         return self.settled(model, batches, progress=progress)
 
-    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
-        """What PEFT will be given to wrap that model by. Raises: as `resolve`."""
+    def settled(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        *,
+        examined: Examined | None = None,
+        progress: bool = True,
+    ) -> LoraConfig:
+        """What PEFT will be given to wrap that model by. `examined`: what `examine` has found, or another choice in its place.
+
+        Raises: as `resolve`.
+        """
         if self.is_plain:
             return LoraConfig(**_lora_fields(self))
-        if self.is_scheduled:
+        if self.is_scheduled and examined is None:
             raise ConfigError(
                 "select: layers that are chosen again during training have no stock config that means the same; give the config "
                 "itself to get_peft_model or to a trainer's peft_config="
             )
         given = batches if batches is not None else self._batches
-        layers = layer_map(model, Select.parse(self.select).stack)
-        selection = choose(
-            model,
-            self.select,
-            batches=given,
-            target_modules=target_names(self, layers),
-            exclude_modules=self.exclude_modules,
-            target_parameters=self.target_parameters,
-            progress=progress,
-        )
-        return self.stock_for(model, selection)
+        found = examined or self.examine(model)
+        selection = choose_among(model, found.select, found.layers, found.targets, given, progress)
+        return self.stock_for(model, selection, found)
+
+    def examine(self, model: nn.Module, stacks: Stacks | None = None) -> Examined:
+        """How this config chooses, and among what in that model; `stacks`: what a walk over it has found.
+
+        Raises: LayerMapError, SelectionError, ConfigError.
+        """
+        seen = stacks or stacks_of(model)
+        layers = seen.layers(self.choosing.stack)
+        blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
+        return Examined(self.choosing, layers, self.targets_in(model, layers), blocks)
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
         """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
-        names, exclude = target_names(self, layers), exclusions(self.exclude_modules, model, layers)
-        return match_targets(layers, names, exclude, self.target_parameters)
+        names = target_names(self, layers)
+        return find_targets(model, layers, names, self.exclude_modules, self.target_parameters)
 
-    def stock_for(self, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> RecordedLoraConfig:
         """The config that PEFT sees for a choice, with its record. Raises: ConfigError."""
-        return stock_config(self, model, selection)
+        return stock_config(self, model, selection, examined.targets)
 
     @property
     def is_plain(self) -> bool:
         """True where this is a stock LoRA config: all layers, nothing to record."""
-        return Select.parse(self.select).is_all and not self.quantizes
+        return self.choosing.is_all and not self.quantizes
 
     @property
     def quantizes(self) -> bool:
@@ -177,12 +213,12 @@ class LayerLoraConfig(LoraConfig):
     @property
     def is_scheduled(self) -> bool:
         """True where layers are chosen again during training."""
-        return Select.parse(self.select).is_scheduled
+        return self.choosing.is_scheduled
 
     @property
     def is_deferred(self) -> bool:
         """True when the choice has to wait for the batches of the first optimizer step."""
-        return self._batches is None and needs_batches(Select.parse(self.select))
+        return self._batches is None and needs_batches(self.choosing)
 
 
 # A property of the finished class, so that `dataclasses.replace` finds the batches and hands them on.
@@ -215,7 +251,7 @@ def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:
             "quant",
         )
     try:
-        LayerQuantConfig.parse(config.quant)
+        config.quantizing  # noqa: B018 - for what it refuses
     except LayerpeftError as error:
         problems.absorb(error, "quant")
 

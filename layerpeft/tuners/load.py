@@ -15,7 +15,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError, told, unknown
 from layerpeft.model import precisions
-from layerpeft.model.layers import base_of
+from layerpeft.model.layers import base_of, stacks_of
 from layerpeft.model.precisions import KEPT, precision_of
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
@@ -26,7 +26,6 @@ from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.saving.manifest import CONFIG, has_weights, read_manifest
 from layerpeft.selection.scoring import needs
-from layerpeft.selection.select import Select
 from layerpeft.text import note
 from layerpeft.training import backward, steps
 from layerpeft.training.record import _live_record, write_record
@@ -34,7 +33,7 @@ from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.layer import adopt
 from layerpeft.tuners.model import _tie
-from layerpeft.tuners.precision import asked, decides_early, names_of
+from layerpeft.tuners.precision import asked, decides_early
 from layerpeft.tuners.stock import RecordedLoraConfig
 
 MODELS = {
@@ -129,11 +128,11 @@ def early(config: Wish | Any, empty: Any) -> Quantized | None:
         return config.stored if isinstance(config, LayerLoraConfig) else None
     if not decides_early(config):
         return None
-    select = Select.parse(config.select)
-    if select.is_scheduled or needs(select) == "nothing":
+    if config.is_scheduled or needs(config.choosing) == "nothing":
         model = empty()
-        choice = fixed(config, model)[0]._layerpeft.selection  # type: ignore[attr-defined]
-        return asked(config, model, names_of(model, choice.stack, choice.layers))
+        stacks = stacks_of(model)
+        choice = fixed(config, model, stacks)[0]._layerpeft.selection  # type: ignore[attr-defined]
+        return asked(config, model, choice.names, stacks=stacks)
     # layers are chosen by the weights or by data, of which precisions are independent
     return asked(config, empty(), ())
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraModel
@@ -13,9 +12,11 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.peft import LayerPeftType, become_stock, register, watch_loading
-from layerpeft.model.layers import Target, base_of, layer_map
+from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean
+from layerpeft.quantization.apply import Quantized
 from layerpeft.selection import choose, schedule, scoring
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs_batches
@@ -27,7 +28,7 @@ from layerpeft.tuners.precision import (
     after_choice,
     before_wrapping,
     check_schedule,
-    names_of,
+    stored,
     with_lasting_batches,
 )
 from layerpeft.tuners.stock import RecordedLoraConfig
@@ -36,31 +37,51 @@ from layerpeft.tuners.stock import RecordedLoraConfig
 INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What an adapter comes to, known before anything of the model is touched.
+
+    `examined`: with the targets of the pool, where layers are chosen later or again; `known`: the scores that a schedule begins
+    with; `wanted`: the precisions that are stored before wrapping.
+    """
+
+    stock: RecordedLoraConfig
+    examined: Examined
+    known: list[float] | None = None
+    wanted: Quantized | None = None
+
+
+def prepare(config: LayerLoraConfig, model: nn.Module) -> Prepared:
+    """Looks at the model once, and chooses its layers or the pool of a choice that is made later. Raises: as `resolve`."""
+    stacks, known = stacks_of(model), None
+    if config.is_scheduled:
+        examined = scheduled_pool(config, model, stacks)
+        known = first_scores(config, model, examined)
+        stock = pool_config(config, model, examined)
+    elif config.is_deferred:
+        examined = waiting_pool(config, model, stacks)
+        stock = pool_config(config, model, examined)
+    else:
+        examined = config.examine(model, stacks)
+        stock: Any = config.settled(model, examined=examined)
+    return Prepared(stock, examined, known, before_wrapping(config, model, stock._layerpeft.selection, stacks))
+
+
 class LayerLoraModel(LoraModel):
     """Resolves the choice before PEFT injects anything, and then turns into `LoraModel`."""
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self._layerpeft_pool: tuple[Target, ...] | None = None
-        self._layerpeft_known: list[float] | None = None
         if not isinstance(config, LayerLoraConfig):
             return
         keep_cpu_layout(model)
         config = with_lasting_batches(config)
-        stack, may_train = Select.parse(config.select).stack, None
-        if config.is_scheduled or config.is_deferred:
-            self._layerpeft_pool = pool = scheduled_pool(config, model) if config.is_scheduled else _pool(config, model)
-            self._layerpeft_known = first_scores(config, model, pool) if config.is_scheduled else None
-            live = self.peft_config[adapter_name] = _pool_config(config, model, pool)
-            if config.is_scheduled:
-                may_train = names_of(model, stack, config_layers(pool))
+        prepared = self._layerpeft_prepared = prepare(config, model)
+        live: Any = prepared.stock
+        self.peft_config[adapter_name] = live
+        live._layerpeft.quantized = stored(config, model, prepared.wanted)
+        live._layerpeft_quantize = after_choice(config) if live._layerpeft.selection is None else None
+        if config.is_scheduled or live._layerpeft.selection is None:
             watch_loading()
-        else:
-            live = self.peft_config[adapter_name] = config.settled(model)
-            if config.quantizes:
-                selection = live._layerpeft.selection  # type: ignore[attr-defined]
-                may_train = names_of(model, selection.stack, selection.layers)
-        live._layerpeft.quantized = before_wrapping(config, model, may_train)  # type: ignore[attr-defined]
-        live._layerpeft_quantize = after_choice(config) if may_train is None else None  # type: ignore[attr-defined]
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         live = self.peft_config[adapter_name]
@@ -77,17 +98,14 @@ class LayerLoraModel(LoraModel):
                 )
             if live.bias == "all":
                 _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
-            pending = switcher = None
-            if self._layerpeft_pool is not None:
-                select, pool = Select.parse(record.config["select"]), self._layerpeft_pool
-                if select.is_scheduled:
-                    switcher = switching.Switcher(select, layer_map(model, select.stack), pool, self._layerpeft_known)
-                else:
-                    pending = measuring.Pending(model, select, pool)
+            examined, pending, switcher = self._layerpeft_prepared.examined, None, None
+            if examined.select.is_scheduled:
+                switcher = switching.Switcher(examined, self._layerpeft_prepared.known)
+            elif record.selection is None:
+                pending = measuring.Pending(model, examined)
             steps.follow(model, adapter_name, live, self, pending, refresher, switcher)
-            if record.selection is not None:
-                backward.install(model, record.selection.stack)
-        del self._layerpeft_pool, self._layerpeft_known
+            backward.install(model, examined.layers.stack, examined.blocks)
+            del self._layerpeft_prepared
         become_stock(self, LoraModel)
 
     def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Any:
@@ -95,7 +113,7 @@ class LayerLoraModel(LoraModel):
         return None
 
 
-def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
+def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> Examined:
     """All targets of all candidate layers. Raises: ConfigError for options that cannot wait for the first step."""
     problems = Problems(
         "this choice waits for the first optimizer step, and these options cannot; pass batches=… with the config"
@@ -109,68 +127,59 @@ def _pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
     if config.kasa_config is not None:
         problems.add("kasa_config takes something out of the weights of the unchosen layers")
     problems.raise_if_any(ConfigError)
-    select = Select.parse(config.select)
-    layers = layer_map(model, select.stack)
-    targets = config.targets_in(model, layers)
-    allowed = set(choose.candidates(select, layers, targets))
-    return tuple(t for t in targets if t.layer in allowed)
+    found = config.examine(model, stacks)
+    return found.among(choose.candidates(found.select, found.layers, found.targets))
 
 
-def _pool_config(config: LayerLoraConfig, model: nn.Module, pool: tuple[Target, ...]) -> RecordedLoraConfig:
-    everything = copy.deepcopy(config)
-    layers = layer_map(model, Select.parse(config.select).stack)
-    selection = choose.make_selection(Select(layers=config_layers(pool), stack=layers.stack), layers, pool, None)
-    stock = everything.stock_for(base_of(model), selection)
-    record = stock._layerpeft  # type: ignore[attr-defined]
-    record.selection = pool_selection(config, selection) if config.is_scheduled else None
-    return stock
-
-
-def scheduled_pool(config: LayerLoraConfig, model: nn.Module) -> tuple[Target, ...]:
+def scheduled_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> Examined:
     """All targets of all layers that a schedule may ever train. Raises: ConfigError, SelectionError."""
     problems = Problems("layers that change while training, and these options, do not go together")
     if config.bias == "all":
         problems.add("bias='all' means biases outside of what is switched; use bias='lora_only'")
-    select = Select.parse(config.select)
-    if config.target_parameters and needs_batches(select):
+    if config.target_parameters and needs_batches(config.choosing):
         problems.add(
-            f"target_parameters: experts are not measured once they are wrapped; choose by something other than {select.by}"
+            "target_parameters: experts are not measured once they are wrapped; choose by something other than "
+            f"{config.choosing.by}"
         )
     problems.raise_if_any(ConfigError)
-    layers = layer_map(model, select.stack)
-    targets = config.targets_in(model, layers)
-    allowed = set(schedule_of(select, layers, targets).pool)
-    check_schedule(config, layers, allowed)
-    return tuple(t for t in targets if t.layer in allowed)
+    found = config.examine(model, stacks)
+    allowed = schedule_of(found.select, found.layers, found.targets).pool
+    check_schedule(config, found.layers, allowed)
+    return found.among(allowed)
 
 
-def first_scores(config: LayerLoraConfig, model: nn.Module, pool: tuple[Target, ...]) -> list[float] | None:
+def pool_config(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> RecordedLoraConfig:
+    """What PEFT sees of a pool. Its record has a selection where that is all there is to choose: under a schedule."""
+    select, layers, pool = examined.select, examined.layers, examined.targets
+    whole = Select(layers=sorted({t.layer for t in pool}), stack=layers.stack)
+    selection = choose.make_selection(whole, layers, pool, None)
+    stock = config.stock_for(base_of(model), selection, examined)
+    record = stock._layerpeft  # type: ignore[attr-defined]
+    record.selection = pool_selection(select, selection) if select.is_scheduled else None
+    return stock
+
+
+def first_scores(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> list[float] | None:
     """The scores of a schedule before anything trains; None where they wait for the first step's batches."""
-    select = Select.parse(config.select)
+    select, layers = examined.select, examined.layers
     if isinstance(select.by, Scores):
-        select.by.check(layer_map(model, select.stack))
+        select.by.check(layers)
         return list(select.by.values)
     if not needs_batches(select):
-        return [0.0 if v is None else v for v in scoring.measure(model, select, pool).values]
+        return [0.0 if v is None else v for v in scoring.measure(model, examined).values]
     if config._batches is None or scoring.live_only(select):
         return None
-    return list(scoring.score_targets(model, select, pool, config._batches).values)
+    return list(scoring.score(model, select, layers, examined.targets, config._batches).values)
 
 
-def pool_selection(config: LayerLoraConfig, selection: Selection) -> Selection:
+def pool_selection(select: Select, selection: Selection) -> Selection:
     """The record of a schedule: every layer that it may ever train, and how it chooses among them."""
-    select = Select.parse(config.select)
     name = select.by.by if isinstance(select.by, Scores) else select.by
     by = "" if schedule.scoreless(select) else f" by {name}"
     every = f"every {select.reselect_steps} steps" if select.reselect_steps != 1 else "every step"
     keep = "as many as the scores say" if select.keep in (None, "auto") else select.keep
     why = f"{keep} of {len(selection.layers)} layers at a time, chosen again {every}{by} (pick: {select.rule})"
     return replace(selection, why=why, select=select.to_dict() | {"by": name})
-
-
-def config_layers(pool: tuple[Target, ...]) -> list[int]:
-    """The layers that hold the pool's targets, ascending."""
-    return sorted({t.layer for t in pool})
 
 
 def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: tuple[int, ...]) -> None:

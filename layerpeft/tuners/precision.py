@@ -10,30 +10,37 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems, QuantizationError
-from layerpeft.model.layers import LayerMap, base_of, layer_map
+from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import PRECISIONS, named
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.assign import allot, by_training, decided_early, wants_batches
-from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.quantize import DONE, applied
 from layerpeft.selection.scoring import needs
-from layerpeft.selection.select import DEFAULT_BATCHES, Select, Selection
+from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.tuners.config import LayerLoraConfig
 
 
-def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collection[str] | None) -> Quantized | None:
-    """Quantizes what the config asks for; None where nothing is asked, or where it has to wait for the choice.
+def before_wrapping(
+    config: LayerLoraConfig, model: nn.Module, selection: Selection | None, stacks: Stacks
+) -> Quantized | None:
+    """The precisions to be stored before wrapping; None where nothing is asked, or where that has to wait for the choice.
 
-    `training`: names of the layers that train or ever may; None: not chosen yet.
-    Raises: ConfigError, SelectionError, ScoreError, QuantizationError.
+    `selection`: the layers that train or ever may; None: not chosen yet. Raises: ConfigError, SelectionError, ScoreError.
     """
+    if not config.quantizes or (selection is None and waits(config)):
+        return None
+    return asked(config, model, selection.names if selection is not None else (), stacks=stacks)
+
+
+def stored(config: LayerLoraConfig, model: nn.Module, wanted: Quantized | None) -> Quantized | None:
+    """Quantizes so, and says what came of it. Raises: QuantizationError."""
     if not config.quantizes:
         return vars(base_of(model)).get(DONE)  # by `quantize`, of which the record is to tell
-    if training is None and waits(config):
+    if wanted is None:
         return None
     whole = config.method == "full"
-    done = applied(model, asked(config, model, training or ()), marked=not whole)
+    done = applied(model, wanted, marked=not whole)
     base = base_of(model)
     if whole and not getattr(base, "is_quantized", False):
         # trainers take the mark for QLoRA and cast all that trains to bfloat16, here the weights themselves
@@ -42,20 +49,27 @@ def before_wrapping(config: LayerLoraConfig, model: nn.Module, training: Collect
     return done
 
 
-def asked(config: LayerLoraConfig, model: nn.Module, training: Collection[str], *, known: bool = True) -> Quantized:
+def asked(
+    config: LayerLoraConfig,
+    model: nn.Module,
+    training: Collection[str],
+    *,
+    known: bool = True,
+    stacks: Stacks | None = None,
+) -> Quantized:
     """The precision of every linear, before anything is changed. `known`: False for a model without weights.
 
-    Raises: as `before_wrapping`.
+    `stacks`: what a walk over the model has found. Raises: as `before_wrapping`.
     """
     if config.stored is not None:
         return config.stored
-    if config.quant is not None:
-        spec = LayerQuantConfig.parse(config.quant)
+    spec, stacks = config.quantizing, stacks or stacks_of(model)
+    if spec is not None:
         batches = spec._batches if spec._batches is not None else config._batches
-        wanted = allot(spec, model, batches, training, known=known)
+        wanted = allot(spec, model, batches, training, known=known, stacks=stacks)
     else:
-        stack = Select.parse(config.select).stack
-        wanted = by_training(model, config.quantize_frozen, config.quantize_trained, training, stack)
+        frozen, trained = config.quantize_frozen, config.quantize_trained
+        wanted = by_training(model, frozen, trained, training, config.choosing.stack, stacks)
     _refuse(config, wanted, training)
     return wanted
 
@@ -87,24 +101,24 @@ def _refuse(config: LayerLoraConfig, wanted: Quantized, training: Collection[str
 
 def decides_early(config: LayerLoraConfig) -> bool:
     """Whether the precisions can be known from the architecture alone, before a weight is loaded."""
-    if config.quant is not None and not decided_early(LayerQuantConfig.parse(config.quant)):
+    if config.quantizing is not None and not decided_early(config.quantizing):
         return False
-    select = Select.parse(config.select)
+    select = config.choosing
     return select.is_scheduled or needs(select) == "nothing" or not _hangs(config)[0]
 
 
 def wish(config: LayerLoraConfig) -> dict[str, Any]:
     """What a config asks for, as plain data: the same that `Quantized.choice` keeps."""
-    if config.quant is not None:
-        return LayerQuantConfig.parse(config.quant).plain()
+    if config.quantizing is not None:
+        return config.quantizing.plain()
     return {n: v for n in ("quantize_frozen", "quantize_trained") if (v := getattr(config, n)) is not None}
 
 
 def batches_wanted(config: LayerLoraConfig) -> int:
     """How many batches the choice of precisions looks at; 0 where it needs none, or has its own."""
-    if config.quant is None or config.stored is not None:
+    spec = config.quantizing
+    if spec is None or config.stored is not None:
         return 0
-    spec = LayerQuantConfig.parse(config.quant)
     return (spec.choosing.num_batches or DEFAULT_BATCHES) if spec._batches is None and wants_batches(spec) else 0
 
 
@@ -115,7 +129,7 @@ def after_choice(config: LayerLoraConfig) -> Callable[[nn.Module, Selection], Qu
 
     def quantize(model: nn.Module, selection: Selection) -> Quantized:
         try:
-            return applied(model, asked(config, model, [selection.layer_names[i] for i in selection.layers]))
+            return applied(model, asked(config, model, selection.names))
         except QuantizationError as error:
             raise QuantizationError(
                 f"{error}\n(the choice of layers has waited for this step: pass batches=… with the config, and it is made, and the "
@@ -141,8 +155,8 @@ def waits(config: LayerLoraConfig) -> bool:
 
 def _hangs(config: LayerLoraConfig) -> tuple[bool, bool]:
     """Whether precisions differ between layers that train and others, and whether those that train are packed."""
-    if config.quant is not None:
-        part = LayerQuantConfig.parse(config.quant).apply_to
+    if config.quantizing is not None:
+        part = config.quantizing.apply_to
         return part != "all", part == "trained"
     frozen, trained = (named(16 if v is None else v) for v in (config.quantize_frozen, config.quantize_trained))
     return frozen != trained, config.quantize_trained is not None
@@ -151,8 +165,8 @@ def _hangs(config: LayerLoraConfig) -> tuple[bool, bool]:
 def check_schedule(config: LayerLoraConfig, layers: LayerMap, pool: Collection[int]) -> None:
     """Raises: ConfigError where layers that train by turns are to be quantized while they rest."""
     frozen_only = config.quantize_frozen is not None and config.quantize_trained is None
-    if config.quant is not None:
-        frozen_only = LayerQuantConfig.parse(config.quant).apply_to == "frozen"
+    if config.quantizing is not None:
+        frozen_only = config.quantizing.apply_to == "frozen"
     both = config.quantize_frozen is not None and config.quantize_trained is not None
     if both and len(pool) == len(layers) and named(config.quantize_frozen) != named(config.quantize_trained):
         raise ConfigError(
@@ -173,11 +187,5 @@ def with_lasting_batches(config: LayerLoraConfig) -> LayerLoraConfig:
     wanted = batches_wanted(config)
     if not isinstance(config._batches, Iterator) or not wanted:
         return config
-    most = max(wanted, Select.parse(config.select).num_batches or DEFAULT_BATCHES)
+    most = max(wanted, config.choosing.num_batches or DEFAULT_BATCHES)
     return config.with_batches(list(islice(config._batches, most)))
-
-
-def names_of(model: nn.Module, stack: str | None, layers: Collection[int]) -> list[str]:
-    """Names of these layers of a stack."""
-    found = layer_map(model, stack)
-    return [found.layers[i].name for i in layers]

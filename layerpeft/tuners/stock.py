@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.peft import renamed_leaves
-from layerpeft.model.layers import base_of, layer_map
+from layerpeft.model.layers import Target, base_of
 from layerpeft.model.new_modules import new_modules
 from layerpeft.model.targets import PARAMETERS
 from layerpeft.saving import manifest
@@ -57,9 +58,8 @@ class RecordedLoraConfig(LoraConfig):
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_layerpeft")}
 
 
-def stock_config(config: Any, model: nn.Module, selection: Selection) -> RecordedLoraConfig:
+def stock_config(config: Any, model: nn.Module, selection: Selection, targets: Sequence[Target]) -> RecordedLoraConfig:
     """The config that PEFT sees of a `LayerLoraConfig`: full names of the chosen targets, new heads to save, and a record."""
-    targets = layer_map(model, selection.stack).targets
     kinds = {t.name: t.kind for t in targets}
     given = _lora_fields(config)
     born = new_modules(model) if config.train_new else ()

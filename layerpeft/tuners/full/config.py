@@ -13,12 +13,12 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerMapError, Problems
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import DUMMY_TARGET_MODULES, LayerPeftType
-from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
+from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.saving import manifest
-from layerpeft.selection import choose
-from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.examined import Examined
+from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import note, size_text
 from layerpeft.training import backward
@@ -91,14 +91,6 @@ class LayerFullConfig(LayerLoraConfig):
             "to a trainer's peft_config=, on a model without other adapters"
         )
 
-    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
-        """What PEFT will be given to wrap that model by. Raises: SelectionError, ScoreError, LayerMapError, ConfigError."""
-        select = Select.parse(self.select)
-        layers = layer_map(model, select.stack)
-        targets = self.targets_in(model, layers)
-        given = batches if batches is not None else self._batches
-        return self.stock_for(model, choose.choose_among(model, select, layers, targets, given, progress))
-
     @property
     def is_plain(self) -> bool:
         """Never: with all layers it is the weights themselves still."""
@@ -116,13 +108,11 @@ class LayerFullConfig(LayerLoraConfig):
         base = base_of(model)
         return whole_targets(base, layers, self.wanted(base))
 
-    def stock_for(self, model: nn.Module, selection: Selection) -> FullLoraConfig:
+    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> FullLoraConfig:
         """LoRA without a target, and the modules as PEFT's modules_to_save; with the record. Raises: ConfigError."""
         base = base_of(model)
-        layers, wanted = layer_map(base, selection.stack), self.wanted(base)
-        chosen = set(selection.targets)
-        targets = [t for t in whole_targets(base, layers, wanted) if t.name in chosen]
-        wholes = wholes_of(base, layers, wanted, targets)
+        wanted, chosen = self.wanted(base), set(selection.targets)
+        wholes = wholes_of(base, examined.layers, wanted, [t for t in examined.targets if t.name in chosen])
         shared = {n: copy.deepcopy(getattr(self, n)) for n in ("task_type", "base_model_name_or_path", "revision")}
         stock = FullLoraConfig(
             target_modules=DUMMY_TARGET_MODULES,

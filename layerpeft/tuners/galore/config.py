@@ -14,10 +14,9 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.peft import LayerPeftType, lora_layers
 from layerpeft.model.experts import check_experts
-from layerpeft.model.layers import Target, base_of, layer_map
+from layerpeft.model.layers import Target, base_of
 from layerpeft.model.names import COMPILED, clean
 from layerpeft.saving import manifest
-from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.galore import saving
@@ -96,9 +95,9 @@ class LayerGaloreConfig(LayerLoraConfig):
             "trainer's peft_config=, on a model without other adapters"
         )
 
-    def settled(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
+    def settled(self, model: nn.Module, *args: Any, **kwargs: Any) -> LoraConfig:
         """What PEFT will be given to wrap that model by. Raises: as `resolve`, and ConfigError for experts of a kind not known."""
-        stock = super().settled(model, batches, progress=progress)
+        stock = super().settled(model, *args, **kwargs)
         check_experts(base_of(model), stock.target_parameters or ())
         return stock
 
@@ -146,10 +145,10 @@ class LayerGaloreConfig(LayerLoraConfig):
         return stock
 
 
-def project_all(model: nn.Module, live: Any, adapter: str) -> None:
+def project_all(model: nn.Module, live: Any, adapter: str, targets: Iterable[Target]) -> None:
     """Turns the LoRA modules of an adapter into projected ones; `live` is the config that PEFT wrapped them by."""
     config: LayerGaloreConfig = live._layerpeft_projection
-    shapes = {t.name: t.shape for t in layer_map(model, Select.parse(config.select).stack).targets}
+    shapes = {t.name: t.shape for t in targets}
     for name, layer in lora_layers(model, adapter).items():
         path = name.removeprefix(f"{COMPILED}.")
         parameter = getattr(layer, "parameter_name", None)

@@ -16,7 +16,7 @@ class LayerGaloreModel(LayerLoraModel):
 
     def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Refresher:
         watch_loading()
-        project_all(model, live, adapter_name)
+        project_all(model, live, adapter_name, self._layerpeft_prepared.examined.targets)
         config: LayerGaloreConfig = live._layerpeft_projection  # type: ignore[attr-defined]
         return Refresher(config.refreshing)
 
