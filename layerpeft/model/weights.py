@@ -13,36 +13,29 @@ from layerpeft.model.layers import Target, find_module
 PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
 
 
-def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, rows) pieces of a target's weight in float32, rows (some, in); expert is 0 where there are none."""
+def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none."""
+    module = find_module(model, target.name)
+    is_parameter = target.kind in ("experts", "parameter")
+    stored = (getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)).detach()
     if target.kind == "experts":
-        owner, _, name = target.name.rpartition(".")
-        stored = getattr(find_module(model, owner), name).detach()
         for expert in range(target.shape[0]):
             weight = stored[expert]
-            yield from (
-                (expert, piece) for piece in _pieces(weight if tuple(weight.shape) == target.shape[1:] else weight.T)
-            )
+            yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
         return
-    module = find_module(model, target.name)
-    if target.kind == "parameter":
-        weight = getattr(module, target.name.rpartition(".")[2]).detach()
-    else:
-        weight = dequantized(module).detach()
-    if target.kind == "conv1d":
-        weight = weight.T
-    yield from ((0, piece) for piece in _pieces(weight.flatten(1)))
+    yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
+
+
+def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, rows) pieces of a target's weight in float32, rows (some, in); expert is 0 where there are none."""
+    for expert, weight in matrices(model, target):
+        step = max(1, PIECE // max(1, weight.shape[1]))
+        yield from ((expert, weight[start : start + step].float()) for start in range(0, weight.shape[0], step))
 
 
 def squared_norm(model: nn.Module, target: Target) -> float:
     """‖W‖² of a target's weight."""
     return sum(float(rows.double().square().sum()) for _, rows in weight_slices(model, target))
-
-
-def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    step = max(1, PIECE // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        yield weight[start : start + step].float()
 
 
 # ---- how far weights are from what they were

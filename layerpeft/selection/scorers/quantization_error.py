@@ -7,17 +7,17 @@ Each target is rounded as it would be stored; nothing in the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from layerpeft.errors import ScoreError
-from layerpeft.integrations.peft import dequantized
-from layerpeft.model.layers import Target, find_module
+from layerpeft.model.layers import Target
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded
 from layerpeft.model.targets import MATRICES, is_routed
+from layerpeft.model.weights import matrices
 from layerpeft.selection.probe import Key
 from layerpeft.selection.scorers import Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
@@ -113,19 +113,6 @@ class WeighedErrors:
         return _errors(self.request, self.options, squares)
 
 
-def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none."""
-    if target.kind == "experts":
-        owner, _, name = target.name.rpartition(".")
-        stored = getattr(find_module(model, owner), name).detach()
-        for expert in range(target.shape[0]):
-            weight = stored[expert]
-            yield expert, (weight if tuple(weight.shape) == target.shape[1:] else weight.T).contiguous()
-        return
-    weight = dequantized(find_module(model, target.name)).detach()
-    yield 0, weight.T.contiguous() if target.kind == "conv1d" else weight
-
-
 def _errors(request: Request, options: Options, squares: Mapping[Key, torch.Tensor] | None) -> Measured:
     _check(request, options)
     lost: dict[str, float] = {}
@@ -151,7 +138,7 @@ def _target_error(
     storage = Storage(options.group_size, options.double_quant)
     lost = whole = 0.0
     for expert, weight in matrices(model, target):
-        after = rounded(weight, str(options.precision), storage)
+        after = rounded(weight.contiguous(), str(options.precision), storage)
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         columns = (weight.float() - after.float()).square().sum(0, dtype=wide)
         own = weight.float().square().sum(0, dtype=wide)
