@@ -253,7 +253,7 @@ def test_moments_at_a_refresh(batches, policy, side):
 
     plain = torch.optim.AdamW.step
     optimizer.step = lambda *a, **k: plain(optimizer, *a, **k)
-    from layerpeft import refresh
+    from layerpeft.tuners.galore import refresh
 
     rotate = refresh.rotate
 
