@@ -23,6 +23,11 @@ from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, p
 
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
+FEWER = {  # classes, or passes in which the layers are measured
+    "ir_tuning": ['columns={text: "{after}", label: "{coarse}"}'],
+    "mean_bits": ["layerpeft.quant.select.num_batches=1", "per_device_train_batch_size=1"],
+    "frozen_nf4": ["layerpeft.select.num_batches=2"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -176,8 +181,7 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", sorted(set(shipped.recipes()) - {"quickstart", "revision"}))
 def test_every_other_shipped_recipe_runs(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few_classes = ['columns={text: "{after}", label: "{coarse}"}'] if name == "ir_tuning" else []
-    assert main(["train", *tiny(name, *few_classes)]) == 0
+    assert main(["train", *tiny(name, *FEWER.get(name, []))]) == 0
     assert (place / f"out-{name}" / "layerpeft.json").is_file()
     assert "held-out loss" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STARTS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # module, and a name of it where it resolves names on use
 PEFT = ["torch.distributed", "peft", "transformers:AutoModelForCausalLM", "transformers:LlamaForCausalLM"]
-OURS = [*PEFT, "layerpeft", "pytest", "transformers:Trainer", "trl:SFTTrainer"]
+OURS = [*PEFT, "layerpeft:get_peft_model", "layerpeft:load", "pytest", "transformers:Trainer", "trl:SFTTrainer"]
 
 
 def in_a_process(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

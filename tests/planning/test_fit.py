@@ -18,6 +18,13 @@ from layerpeft.recipe.measure import measure
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config
 from tests.helpers.models import MODELS
+from tests.helpers.tracing import keep_traces
+
+
+@pytest.fixture(autouse=True)
+def _traces(monkeypatch):
+    keep_traces(monkeypatch)
+
 
 FEW = ["max_steps=1", "max_train_samples=16", "max_eval_samples=2", "sample_tokens=0", "warmup_steps=0"]
 

@@ -11,6 +11,7 @@ from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.measure import Measured, Part, measure
 from tests.helpers.models import MODELS
+from tests.helpers.tracing import keep_traces
 
 FEW = ["max_train_samples=16", "max_eval_samples=2", "layerpeft.select=last:2"]
 FOUR_BIT = "model_init_kwargs={quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4}}"
@@ -47,6 +48,7 @@ def test_what_was_predicted_is_what_is_counted(case, tmp_path, monkeypatch):
 
 
 def test_the_command_prints_predicted_beside_measured(capsys, tmp_path, monkeypatch):
+    keep_traces(monkeypatch)
     monkeypatch.chdir(tmp_path)
     words = ["plan", "quickstart", *FEW, "per_device_train_batch_size=2", "max_length=48"]
     assert main([*words, "--measure"]) == 0

@@ -19,6 +19,7 @@ from layerpeft.recipe.read import load_recipe
 from tests.conftest import LLAMA
 from tests.helpers.fulling import wrap
 from tests.helpers.models import MODELS
+from tests.helpers.tracing import keep_traces
 
 NAMES = ["llama", "gpt2", "qwen3", "gemma2", "phi3", "mixtral", "gpt_oss"]
 
@@ -70,7 +71,8 @@ TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 5}
 
 
 @pytest.mark.parametrize("kind", [LayerFullConfig, LayerLoraConfig, LayerGaloreConfig])
-def test_a_schedule_is_planned_with_what_trains_at_a_time(kind, llama_path):
+def test_a_schedule_is_planned_with_what_trains_at_a_time(kind, llama_path, monkeypatch):
+    keep_traces(monkeypatch)
     options = {} if kind is LayerFullConfig else {"r": 4}
     turn = plan(llama_path, kind(select=TURNS, **options), batch_size=1, length=16)
     two = plan(llama_path, kind(select="first:2", **options), batch_size=1, length=16)
