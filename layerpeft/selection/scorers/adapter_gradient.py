@@ -22,9 +22,7 @@ from layerpeft.model.layers import find_module
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request
 
-TRAITS = Traits(
-    live_only=True, unseen=1000.0
-)  # what a layer counts as that has not trained yet: more than any gradient
+TRAITS = Traits(live_only=True, unseen=1000.0)  # a layer that has not trained yet: more than any gradient
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ class Activations:
         self.batches = 0
         self._layers = sorted({t.layer for t in request.targets})
         self._kept: dict[int, Sample] = {}
-        self._fresh: dict[
-            int, Sample
-        ] = {}  # of the running batch; a layer that is run again to save memory counts once
+        # of the running batch; a layer that is run again to save memory counts once
+        self._fresh: dict[int, Sample] = {}
         self._mask: torch.Tensor | None = None
         self._handles: list[Any] = []
 
@@ -175,18 +174,15 @@ def cluster_sizes(rows: torch.Tensor, clusters: int, seed: int = 0) -> list[int]
     centres = _spread_out(points, squares, min(clusters, points.shape[0]), generator)
     nearest = torch.full((points.shape[0],), -1)
     for _ in range(ROUNDS):
-        distances = (
-            centres.square().sum(1) - 2 * points @ centres.T
-        )  # without the points' own squares, which are the same for all
-        found = distances.argmin(1)
+        # distances without the points' own squares, which are the same for all
+        found = (centres.square().sum(1) - 2 * points @ centres.T).argmin(1)
         if torch.equal(found, nearest):
             break
         nearest = found
         sizes = torch.bincount(nearest, minlength=centres.shape[0])
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where(
-            sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], centres
-        )  # an empty one stays where it is
+        # an empty one stays where it is
+        centres = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], centres)
     return torch.bincount(nearest, minlength=centres.shape[0]).tolist()
 
 

@@ -46,7 +46,7 @@ def start(request: Request, options: Options) -> InputNorms:
 class InputNorms:
     """Running sums of squares of each target's input features, one vector (in,) per target (and expert)."""
 
-    def __init__(self, request: Request, options: Options) -> None:
+    def __init__(self, request: Request, options: Any) -> None:
         self.request, self.options = request, options
         self.squares: dict[Key, torch.Tensor] = {}
         self.batches = 0
@@ -80,14 +80,18 @@ class InputNorms:
 
     def result(self) -> Measured:
         """Outlier shares per layer. Raises: ScoreError when a target saw no input."""
+        self.refuse_unseen("score")
+        return _ratios(self.request, self.options, self.squares)
+
+    def refuse_unseen(self, how: str) -> None:
+        """Raises: ScoreError when a target saw no input; `how` else its weights are had."""
         seen = {name for name, _ in self.squares}
         unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
             raise ScoreError(
                 f"{len(unseen)} target(s) were never called: {some(unseen)}. "
-                "Leave them out of target_modules, or score the weights alone with activations: false."
+                f"Leave them out of target_modules, or {how} the weights alone with activations: false."
             )
-        return _ratios(self.request, self.options, self.squares)
 
     def _tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
         self._running = True

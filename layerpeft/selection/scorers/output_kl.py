@@ -9,7 +9,6 @@ rounded layers do together is not in it. In a 16-bit model every value also hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +16,13 @@ from torch import nn
 
 from layerpeft.errors import ScoreError
 from layerpeft.model.evaluating import evaluating
-from layerpeft.model.precisions import Storage
 from layerpeft.model.rounding import check_roundable, divergences, per_token
 from layerpeft.selection.scorers import Traits
-from layerpeft.selection.scorers.quantization_error import rounding_precision
+from layerpeft.selection.scorers.quantization_error import Rounding
 from layerpeft.selection.scoring import Measured, Request
 
 TRAITS = Traits(of_whole=True)
-
-
-@dataclass(frozen=True)
-class Options:
-    """`precision`: a name or bits, HQQ's with a scale for `group_size` weights, bitsandbytes' 4-bit scales with `double_quant`."""
-
-    precision: str | int = "nf4"
-    group_size: int = 64
-    double_quant: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", rounding_precision(self.precision))
+Options = Rounding
 
 
 def needs(options: Options) -> str:
@@ -60,7 +47,7 @@ class Divergence:
             )
         self.request = request
         self.batches = 0
-        self._storage = Storage(options.group_size, options.double_quant)
+        self._storage = options.storage
         self._layers = sorted({t.layer for t in request.targets})
         self._assignments = [
             {t.name: str(options.precision) for t in request.targets if t.layer == layer} for layer in self._layers

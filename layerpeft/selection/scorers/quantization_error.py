@@ -7,7 +7,7 @@ Each target is rounded as it would be stored; nothing in the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from layerpeft.errors import ScoreError
 from layerpeft.model.layers import Target
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded
-from layerpeft.model.targets import MATRICES, is_routed
+from layerpeft.model.targets import MATRICES
 from layerpeft.model.weights import matrices
 from layerpeft.selection.probe import Key
 from layerpeft.selection.scorers import Traits, outliers
@@ -27,33 +27,39 @@ TRAITS = Traits(of_whole=True)  # a sum over weights
 
 
 @dataclass(frozen=True)
-class Options:
-    """`precision`: a name or bits, HQQ's with a scale for `group_size` weights, bitsandbytes' 4-bit scales with `double_quant`.
-
-    `activations`: weigh by the inputs, needs data. `relative`: divide by the same sum over W itself.
-    """
+class Rounding:
+    """`precision`: a name or bits, HQQ's with a scale for `group_size` weights, bitsandbytes' 4-bit scales with `double_quant`."""
 
     precision: str | int = "nf4"
     group_size: int = 64
     double_quant: bool = False
-    activations: bool = False
-    relative: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", rounding_precision(self.precision))
+        """Gives the precision its name. Raises: ScoreError for one that does not round, or whose package is missing."""
+        try:
+            name = named(self.precision)
+        except ValueError as error:
+            raise ScoreError(f"precision: {error}") from error
+        if name == KEPT:
+            raise ScoreError(
+                f"precision: {self.precision!r} leaves weights as they are, so that every layer's error is 0"
+            )
+        for package in missing_packages([name]):
+            raise ScoreError(f"precision: {name} needs the package {package} (pip install {package})")
+        object.__setattr__(self, "precision", name)
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are packed."""
+        return Storage(self.group_size, self.double_quant)
 
 
-def rounding_precision(value: str | int) -> str:
-    """The name of a precision that rounds. Raises: ScoreError for what is none, or whose package is missing."""
-    try:
-        name = named(value)
-    except ValueError as error:
-        raise ScoreError(f"precision: {error}") from error
-    if name == KEPT:
-        raise ScoreError(f"precision: {value!r} leaves weights as they are, so that every layer's error is 0")
-    for package in missing_packages([name]):
-        raise ScoreError(f"precision: {name} needs the package {package} (pip install {package})")
-    return name
+@dataclass(frozen=True)
+class Options(Rounding):
+    """As `Rounding`. `activations`: weigh by the inputs, needs data. `relative`: divide by the same sum over W itself."""
+
+    activations: bool = False
+    relative: bool = False
 
 
 def needs(options: Options) -> str:
@@ -72,45 +78,13 @@ def start(request: Request, options: Options) -> WeighedErrors:
     return WeighedErrors(request, options)
 
 
-class WeighedErrors:
-    """The running measurement: the norms of the input features of every target."""
-
-    def __init__(self, request: Request, options: Options) -> None:
-        self.request, self.options = request, options
-        self._norms = outliers.InputNorms(request, outliers.Options())
-
-    @property
-    def batches(self) -> int:
-        """Batches that have come through."""
-        return self._norms.batches
-
-    def attach(self) -> None:
-        """Puts the hooks on."""
-        self._norms.attach()
-
-    def next_batch(self, scale: float | None = None) -> None:
-        """Closes the batch."""
-        self._norms.next_batch(scale)
-
-    def detach(self) -> None:
-        """Takes the hooks off."""
-        self._norms.detach()
-
-    def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Sums the squared norms over processes."""
-        self._norms.combine(add)
+class WeighedErrors(outliers.InputNorms):
+    """The running measurement: the norms of the input features of every target, as weights of what rounding loses."""
 
     def result(self) -> Measured:
         """Weighed errors per layer and per target. Raises: ScoreError when a target saw no input."""
-        squares = self._norms.squares
-        seen = {name for name, _ in squares}
-        unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
-        if unseen:
-            raise ScoreError(
-                f"{len(unseen)} target(s) were never called: {some(unseen)}. "
-                "Leave them out of target_modules, or take the weights alone with activations: false."
-            )
-        return _errors(self.request, self.options, squares)
+        self.refuse_unseen("take")
+        return _errors(self.request, self.options, self.squares)
 
 
 def _errors(request: Request, options: Options, squares: Mapping[Key, torch.Tensor] | None) -> Measured:
@@ -135,10 +109,9 @@ def _target_error(
     model: nn.Module, target: Target, options: Options, squares: Mapping[Key, torch.Tensor] | None
 ) -> tuple[float, float]:
     """(error, the same sum over the weight itself), over all experts of a target."""
-    storage = Storage(options.group_size, options.double_quant)
     lost = whole = 0.0
     for expert, weight in matrices(model, target):
-        after = rounded(weight.contiguous(), str(options.precision), storage)
+        after = rounded(weight.contiguous(), str(options.precision), options.storage)
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         columns = (weight.float() - after.float()).square().sum(0, dtype=wide)
         own = weight.float().square().sum(0, dtype=wide)
@@ -157,8 +130,9 @@ def _check(request: Request, options: Options) -> None:
             f"quantization_error is measured on linears, Conv1D and experts; not on {', '.join(unfit[:6])}. "
             "Leave them out of target_modules, or choose by another scorer."
         )
-    storage = Storage(options.group_size, options.double_quant)
-    odd = [t.name for t in request.targets if not fits(str(options.precision), t.shape[-2], t.shape[-1], storage)]
+    odd = [
+        t.name for t in request.targets if not fits(str(options.precision), t.shape[-2], t.shape[-1], options.storage)
+    ]
     if odd:
         raise ScoreError(
             f"{len(odd)} target(s) do not fit {options.precision} in groups of {options.group_size}: {some(odd)}; "
