@@ -28,3 +28,8 @@ class Traits:
     scoreless: bool = False
     again_only: bool = False
     decides: bool = False
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a rule that has no keys of its own."""

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from layerpeft.errors import SelectionError
 from layerpeft.selection.draws import successive
-
-
-@dataclass(frozen=True)
-class Options:
-    """No options."""
+from layerpeft.selection.picks import NoOptions as Options
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from layerpeft.selection.draws import sigmoid, successive
-
-
-@dataclass(frozen=True)
-class Options:
-    """No options."""
+from layerpeft.selection.picks import NoOptions as Options
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:

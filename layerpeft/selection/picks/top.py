@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Options:
-    """No options."""
+from layerpeft.selection.picks import NoOptions as Options
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:

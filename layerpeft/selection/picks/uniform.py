@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.picks import Traits
 from layerpeft.selection.schedule import Taken, Turn
 
 TRAITS = Traits(scoreless=True)
-
-
-@dataclass(frozen=True)
-class Options:
-    """No options."""
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:
