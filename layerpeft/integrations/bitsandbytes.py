@@ -38,48 +38,37 @@ def _kinds() -> Any:
 
 def four_bit(linear: nn.Linear, kind: str, double_quant: bool) -> nn.Module:
     """The linear in "nf4" or "fp4" on its own device (arXiv 2305.14314). Raises: ImportError without bitsandbytes."""
-    kinds = _kinds()
     weight = linear.weight.data
-    with torch.device("meta"):
-        new = kinds.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            compute_dtype=weight.dtype,
-            compress_statistics=double_quant,
-            quant_type=kind,
-        )
-    packed = kinds.Params4bit(
-        weight, requires_grad=False, compress_statistics=double_quant, quant_type=kind, module=new
-    )
-    new.weight = packed.to(weight.device)
-    new.support_avx512bf16_for_cpu = False
-    return _finished(new, linear)
+    how = {"compress_statistics": double_quant, "quant_type": kind}
+    new = _empty_four_bit(linear, compute_dtype=weight.dtype, **how)
+    new.weight = _kinds().Params4bit(weight, requires_grad=False, module=new, **how).to(weight.device)
+    return new
 
 
 def eight_bit(linear: nn.Linear) -> nn.Module:
     """The linear in int8, a scale per row (arXiv 2208.07339). Raises: ImportError without bitsandbytes."""
-    kinds = _kinds()
     weight = linear.weight.data
-    with torch.device("meta"):
-        new = kinds.Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            has_fp16_weights=False,
-            threshold=INT8_THRESHOLD,
-        )
+    new = _empty(_kinds().Linear8bitLt, linear, has_fp16_weights=False, threshold=INT8_THRESHOLD)
     # bitsandbytes quantizes int8 on the way to a device alone, never in place on one
     start = weight if weight.device.type == "meta" else weight.cpu()
-    packed = kinds.Int8Params(start, requires_grad=False, has_fp16_weights=False)
+    packed = _kinds().Int8Params(start, requires_grad=False, has_fp16_weights=False)
     new.weight = packed.to(weight.device)
-    return _finished(new, linear)
+    return new
 
 
-def _finished(new: nn.Module, linear: nn.Linear) -> nn.Module:
+def _empty_four_bit(linear: nn.Linear, **how: Any) -> Any:
+    new = _empty(_kinds().Linear4bit, linear, **how)
+    new.support_avx512bf16_for_cpu = False
+    return new
+
+
+def _empty(kind: Any, linear: nn.Linear, **how: Any) -> Any:
+    """A module of bitsandbytes' that lacks its weight alone, to stand in the place of the linear."""
+    with torch.device("meta"):
+        new = kind(linear.in_features, linear.out_features, linear.bias is not None, **how)
     if linear.bias is not None:
         new.bias = linear.bias  # the parameter itself, with the mark that it was loaded
-    new.source_cls = type(linear)  # transformers' mark on what it has put in  # type: ignore[assignment]
+    new.source_cls = type(linear)  # transformers' mark on what it has put in
     return new.train(linear.training)
 
 
@@ -104,11 +93,6 @@ def reads(kind: str, columns: int, device: torch.device) -> bool:
     refused on every CPU, since what is packed on one is read on another.
     """
     return kind == "int8" or device.type != "cpu" or columns % BLOCK == 0
-
-
-def is_nested(module: Any) -> bool:
-    """Whether the scales of a 4-bit weight are quantized, too."""
-    return bool(module.weight.quant_state.nested)
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -191,8 +175,8 @@ def saving(model: Any, settings: Any) -> Iterator[None]:
     """
     taken = {key: vars(model).pop(key) for key in ("hf_quantizer", "_weight_conversions") if key in vars(model)}
     if "_weight_conversions" in taken:
-        own = [c for c in taken["_weight_conversions"] if not any(hasattr(o, "hf_quantizer") for o in _operations(c))]
-        model._weight_conversions = own
+        steps = [(c, getattr(c, "operations", ())) for c in taken["_weight_conversions"]]
+        model._weight_conversions = [c for c, own in steps if not any(hasattr(o, "hf_quantizer") for o in own)]
     before = vars(model.config).get("quantization_config")
     model.config.quantization_config = settings
     try:
@@ -203,10 +187,6 @@ def saving(model: Any, settings: Any) -> Iterator[None]:
         del model.config.quantization_config
         if before is not None:
             model.config.quantization_config = before
-
-
-def _operations(conversion: Any) -> Any:
-    return getattr(conversion, "operations", ())
 
 
 def is_repacked(module: nn.Module) -> bool:
@@ -248,24 +228,11 @@ def _four_bit_parts(module: Any) -> Parts:
 
 
 def _four_bit(linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
-    import bitsandbytes as bnb
-
     stats = {k: v for k, v in {**tensors, **facts}.items() if k not in ("weight", "compute_dtype")}
-    nested = "nested_absmax" in stats
-    with torch.device("meta"):
-        new = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            compute_dtype=_dtype(facts["compute_dtype"]),
-            compress_statistics=nested,
-            quant_type=facts["quant_type"],
-        )
-    packed: Any = tensors["weight"]
-    new.weight = bnb.nn.Params4bit.from_prequantized(packed, stats, device=packed.device, module=new)
-    new.support_avx512bf16_for_cpu = False
-    new.bias = linear.bias  # type: ignore[assignment]
-    new.source_cls = nn.Linear  # type: ignore[assignment]
+    how = {"compress_statistics": "nested_absmax" in stats, "quant_type": facts["quant_type"]}
+    new = _empty_four_bit(linear, compute_dtype=_dtype(facts["compute_dtype"]), **how)
+    packed = tensors["weight"]
+    new.weight = _kinds().Params4bit.from_prequantized(packed, stats, device=packed.device, module=new)
     return new
 
 
@@ -275,23 +242,15 @@ def _eight_bit_parts(module: Any) -> Parts:
 
 
 def _eight_bit(linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
-    import bitsandbytes as bnb
-
-    make: Any = bnb.nn.Int8Params
-    with torch.device("meta"):
-        new = bnb.nn.Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            has_fp16_weights=False,
-            threshold=facts["threshold"],
-        )
-    weight = make(tensors["weight"], requires_grad=False, has_fp16_weights=False)
-    weight.CB, weight.SCB = weight.data, tensors["SCB"]
-    new.weight = weight
-    new.bias = linear.bias  # type: ignore[assignment]
-    new.source_cls = nn.Linear  # type: ignore[assignment]
+    new = _empty(_kinds().Linear8bitLt, linear, has_fp16_weights=False, threshold=facts["threshold"])
+    new.weight = _packed_int8(tensors["weight"], tensors["SCB"])
     return new
+
+
+def _packed_int8(codes: torch.Tensor, scales: torch.Tensor) -> Any:
+    weight = _kinds().Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+    weight.CB, weight.SCB = weight.data, scales
+    return weight
 
 
 # ---- layers put together from some rows at a time, for quantization takes up to ten times the matrix meanwhile. Blocks of 64
@@ -306,8 +265,7 @@ def in_slabs(linear: nn.Linear, quantize: Callable[[nn.Linear], nn.Module], doub
     whole: Any = parts[0]
     weights: list[Any] = [part.weight for part in parts]
     if weights[0].dtype == torch.int8:
-        weight = type(weights[0])(torch.cat([w.data for w in weights]), requires_grad=False, has_fp16_weights=False)
-        weight.CB, weight.SCB = weight.data, torch.cat([w.SCB for w in weights])
+        weight = _packed_int8(torch.cat([w.data for w in weights]), torch.cat([w.SCB for w in weights]))
     else:
         weight = weights[0]
         weight.data = torch.cat([w.data for w in weights])

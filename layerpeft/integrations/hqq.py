@@ -102,9 +102,8 @@ def precision_of(module: nn.Module) -> str | None:
 
     if not isinstance(module, HQQLinear) or module.meta is None or module.W_q is None:
         return None
-    bits: Any = module.meta["nbits"]
     meta: Any = module.meta
-    (out, inner), size = meta["shape"], meta["group_size"]
+    bits, (out, inner), size = meta["nbits"], meta["shape"], meta["group_size"]
     words = -(-(out * inner // size) // PER_WORD[bits]) * size
     return f"hqq{bits}" if module.W_q.numel() == words else None
 
@@ -112,11 +111,6 @@ def precision_of(module: nn.Module) -> str | None:
 def is_packed(module: nn.Module) -> bool:
     """Whether HQQ has packed it."""
     return WEIGHT in module._parameters
-
-
-def group_of(module: Any) -> int:
-    """Weights per scale."""
-    return int(module.meta["group_size"])
 
 
 def tensors_of(module: Any) -> list[torch.Tensor]:
@@ -143,7 +137,7 @@ def _hqq_parts(module: Any) -> Parts:
     return {"W_q": module.W_q.data, **tensors}, facts
 
 
-def _hqq(empty: Any, linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
+def _hqq(linear: nn.Linear, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> nn.Module:
     dtype, packed = _dtype(facts["compute_dtype"]), tensors["W_q"]
     new = empty(facts["nbits"], facts["group_size"], dtype, packed.device)
     new.W_q = nn.Parameter(packed, requires_grad=False)

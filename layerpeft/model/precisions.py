@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -128,9 +127,10 @@ def precision_of(module: nn.Module) -> str:
 def packed_otherwise(module: nn.Module, storage: Storage) -> str | None:
     """How a quantized linear is packed, where that is not as `storage` says."""
     found = PRECISIONS[precision_of(module)]
-    if found.package == "hqq" and (size := hqq.group_of(module)) != storage.group_size:
+    held: Any = module
+    if found.package == "hqq" and (size := held.meta["group_size"]) != storage.group_size:
         return f"in groups of {size}, and asked for in groups of {storage.group_size}"
-    if found.name in ("nf4", "fp4") and (nested := bitsandbytes.is_nested(module)) != storage.double_quant:
+    if found.name in ("nf4", "fp4") and (nested := bool(held.weight.quant_state.nested)) != storage.double_quant:
         return f"with double_quant={nested}, and asked for with double_quant={storage.double_quant}"
     return None
 
@@ -139,11 +139,9 @@ def shown(module: nn.Module) -> str:
     """The same for people: what is kept is named by its type (bf16, fp16, fp32)."""
     found = precision_of(module)
     weight = getattr(module, "weight", None)
-    return (
-        SHORT.get(weight.dtype, str(weight.dtype).removeprefix("torch."))
-        if found == KEPT and weight is not None
-        else found
-    )
+    if found != KEPT or weight is None:
+        return found
+    return SHORT.get(weight.dtype, str(weight.dtype).removeprefix("torch."))
 
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -194,15 +192,8 @@ def parts(module: nn.Module, precision: str) -> Parts:
 
 
 def joined(
-    linear: nn.Linear,
-    precision: str,
-    tensors: Mapping[str, torch.Tensor],
-    facts: Mapping[str, Any],
-    empty: Callable[..., Any],
+    linear: nn.Linear, tensors: Mapping[str, torch.Tensor], *, precision: str, facts: Mapping[str, Any]
 ) -> nn.Module:
-    """The quantized linear again, with the bias of `linear`; `empty`: makes HQQ's linear without weights.
-
-    Raises: ImportError without the package.
-    """
-    make = {"int8": _eight_bit, "nf4": _four_bit, "fp4": _four_bit}.get(precision, partial(_hqq, empty))
+    """The quantized linear again, with the bias of `linear`. Raises: ImportError without the package."""
+    make = {"int8": _eight_bit, "nf4": _four_bit, "fp4": _four_bit}.get(precision, _hqq)
     return make(linear, tensors, facts).train(linear.training)

@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 from layerpeft.errors import Problems, SaveError
-from layerpeft.integrations import hqq
 from layerpeft.integrations.bitsandbytes import is_repacked, keep_cpu_layout, saving, standard
 from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of, written_whole
 from layerpeft.integrations.filling import METHOD, PREFIX, Packed, quiet_bars, stored_settings
@@ -25,10 +24,8 @@ from layerpeft.quantization.apply import mark_kinds
 
 FORMAT = 1
 MANIFEST = "layerpeft_quant.json"
-THEIRS, OURS = (
-    "model",
-    "layerpeft_model",
-)  # how weight files begin: under the second name nothing but layerpeft finds them
+# how weight files begin: under the second name nothing but layerpeft finds them
+THEIRS, OURS = "model", "layerpeft_model"
 _PACKAGES = ("layerpeft", "transformers", "torch", "bitsandbytes", "hqq")
 
 
@@ -218,11 +215,7 @@ def _packed(manifest: Mapping[str, Any]) -> dict[str, Packed]:
         if precision not in PRECISIONS:
             problems.add(f"{name} has the precision {precision!r}, which this version does not know")
             continue
-        join = partial(_join, precision=precision, facts=record["facts"])
+        join = partial(joined, precision=precision, facts=record["facts"])
         found[name] = Packed({k: (dtype, shape) for k, (dtype, shape) in record["tensors"].items()}, join)
     problems.raise_if_any(SaveError)
     return found
-
-
-def _join(linear: nn.Linear, tensors: dict[str, torch.Tensor], *, precision: str, facts: Any) -> nn.Module:
-    return joined(linear, precision, tensors, facts, hqq.empty)
