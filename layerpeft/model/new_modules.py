@@ -17,7 +17,8 @@ def new_modules(model: nn.Module) -> tuple[str, ...]:
     head are left alone, since resizing the vocabulary loses the mark too; a note names them.
     """
     base = base_of(model)
-    marks = {n: _is_marked(p) for n, p in base.named_parameters() if ".lora_" not in n and p.is_floating_point()}
+    values = {n: p for n, p in base.named_parameters() if ".lora_" not in n and p.is_floating_point()}
+    marks = {n: bool(getattr(p, LOADED_MARK, False)) for n, p in values.items()}
     if not any(marks.values()) or all(marks.values()):
         return ()
     tables = [_table(base, side) for side in ("input", "output")]
@@ -33,10 +34,6 @@ def new_modules(model: nn.Module) -> tuple[str, ...]:
         else:
             found.append(name)
     return tuple(found)
-
-
-def _is_marked(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, LOADED_MARK, False))
 
 
 def _table(model: nn.Module, side: str) -> nn.Module | None:

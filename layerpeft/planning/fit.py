@@ -91,14 +91,8 @@ def fit(
         )
     final = _config(config, found, chosen)
     passes = step.accumulation * batch_size // found.rows
-    last = plan(
-        model,
-        final,
-        batch_size=found.rows,
-        checkpointing=found.checkpointing,
-        step=replace(step, accumulation=passes),
-        **given,
-    )
+    given |= {"batch_size": found.rows, "checkpointing": found.checkpointing}
+    last = plan(model, final, step=replace(step, accumulation=passes), **given)
     gave_up, settings = _said(config, final, asked, found, passes, len(chosen))
     return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, settings)
 
@@ -136,7 +130,8 @@ def _config(config: LayerLoraConfig, trial: _Trial, chosen: Sequence[int]) -> La
     """The config at a lower rank, with the same scale where whole numbers allow it, and on fewer layers."""
     if trial.rank == config.r and trial.layers is None:
         return config
-    given = _fields(config)
+    taken = [f.name for f in fields(config) if f.init and f.name != "peft_type"]
+    given = {name: copy.deepcopy(getattr(config, name)) for name in taken}
     if trial.rank != config.r:
         given["r"] = trial.rank
         given["rank_pattern"] = {k: max(1, v * trial.rank // config.r) for k, v in (config.rank_pattern or {}).items()}
@@ -199,11 +194,6 @@ def _said(
 def _short(select: Any) -> Any:
     """A choice by place alone as the plain list of its layers."""
     return select["layers"] if isinstance(select, dict) and set(select) == {"layers"} else select
-
-
-def _fields(config: LayerLoraConfig) -> dict[str, Any]:
-    given = [f.name for f in fields(config) if f.init and f.name != "peft_type"]
-    return {name: copy.deepcopy(getattr(config, name)) for name in given}
 
 
 def _bytes(limit: int | str) -> int:

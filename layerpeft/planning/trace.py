@@ -100,9 +100,8 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
     products = 2 * a.numel() * b.shape[-1]
-    return (
-        products // len(a) if a.dim() == 3 and b.dim() == 2 else products
-    )  # each expert meets its own columns of b alone
+    own = a.dim() == 3 and b.dim() == 2  # each expert meets its own columns of b alone
+    return products // len(a) if own else products
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = {

@@ -7,7 +7,6 @@ import contextlib
 import json
 import platform
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    with _only_json(args.json):
+    with _aside(args.json):
         found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
         _settle(args, found.recipe)
         measured = measure(args.recipe, [*args.settings, *found.changes]) if args.measure else None
@@ -51,7 +50,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    with _only_json(args.json):
+    with _aside(args.json):
         selection = score_layers(_load(args, "score"), _say)
     if args.json and is_first():
         print(json.dumps(selection.to_dict()))
@@ -59,7 +58,7 @@ def score(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     arms = parse_arms(args.arms, args.seeds)
-    with _only_json(args.json):
+    with _aside(args.json):
         found = compare_arms(_load(args, "compare"), arms, _say)
     if args.json and is_first():
         print(json.dumps(found.to_dict()))
@@ -69,7 +68,7 @@ def merge(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype, None) if args.dtype else None
     if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
-    with contextlib.redirect_stdout(sys.stderr):
+    with _aside():
         target = merge_adapter(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
     plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
     _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load_saved loads'}")
@@ -86,7 +85,7 @@ def env(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, purpose: str) -> Recipe:
-    with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
+    with _aside():
         recipe = load_recipe(args.recipe, args.settings, purpose)
     _settle(args, recipe)
     return recipe
@@ -105,14 +104,9 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-@contextlib.contextmanager
-def _only_json(wanted: bool) -> Iterator[None]:
-    """Sends everything that is printed on the way to standard error, so that standard output holds the JSON alone."""
-    if not wanted:
-        yield
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+def _aside(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Sends everything that is printed on the way to standard error: the greetings of libraries, and all where JSON is wanted."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
 
 
 def _devices() -> list[str]:

@@ -160,7 +160,6 @@ _BLOCK = {  # the same setting by another road: TRL's, axolotl's and LLaMA-Facto
     "peft_use_rslora": "use_rslora",
 }  # fmt: skip
 _SELECT = ("peft_layers_to_transform", "layers_to_transform", "lora_layers_to_transform")
-_QUANT = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"}
 _LATER = {
     "lisa_": "LISA (other layers every few steps, with full weights) is"
     " `layerpeft: {method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}}`; `layerpeft train lisa` is an example",
@@ -210,8 +209,8 @@ def other_road(key: str, value: Any) -> str | None:
         return f"write it in the block: `layerpeft: {{select: {_flow(value)}}}`"
     if key in ("num_layers", "lora_layers") and isinstance(value, int):
         return f"write it in the block: `layerpeft: {{select: {'all' if value < 1 else f'last:{value}'}}}`"
-    if key in _QUANT:
-        return f"write `model_init_kwargs: {{quantization_config: {{{_QUANT[key]}: {_flow(value)}}}}}`"
+    if key in ("load_in_4bit", "load_in_8bit"):
+        return f"write `model_init_kwargs: {{quantization_config: {{{key}: {_flow(value)}}}}}`"
     if key.startswith(("bnb_4bit_", "llm_int8_")):
         return f"write `model_init_kwargs: {{quantization_config: {{load_in_4bit: true, {key}: {_flow(value)}}}}}`"
     if key in _SENTENCES:
@@ -226,10 +225,8 @@ def other_road(key: str, value: Any) -> str | None:
 
 def _paper(key: str, value: Any) -> str | None:
     """The road of a setting of LISA (LMFlow, axolotl) or BAdam (LLaMA-Factory) that means the same here, with its value."""
-    lisa, badam = (
-        {"pick": "uniform", "keep": 2, "reselect_steps": 20},
-        {"pick": "cycle", "keep": 1, "reselect_steps": 50},
-    )
+    lisa = {"pick": "uniform", "keep": 2, "reselect_steps": 20}
+    badam = {"pick": "cycle", "keep": 1, "reselect_steps": 50}
     if key == "badam_switch_mode" and value in _ORDERS:
         select: dict[str, Any] = badam | {"order": _ORDERS[value], "state": "clear"}
     elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -255,8 +252,5 @@ BLOCK_HINTS = {
 
 
 def _flow(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return (
-        str(value) if isinstance(value, int | float) else repr(value) if isinstance(value, list | dict) else str(value)
-    )
+    plain = isinstance(value, bool) or value is None
+    return {True: "true", False: "false", None: "null"}[value] if plain else str(value)

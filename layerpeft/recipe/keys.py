@@ -9,7 +9,6 @@ from typing import Any
 from layerpeft.selection.typecheck import Setting, settings_of
 
 TRAINERS = ("sft", "classification")
-PURPOSES = ("train", "plan", "score", "compare")
 
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
 _OWN: dict[str, Setting] = {

@@ -74,11 +74,10 @@ def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> Lay
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe: keys mapped, settings applied, `select` in full, no secrets. `load_recipe` reads it back."""
-    top = {key: recipe.values[key] for key in keys.own_keys() if key in recipe.values and key != "layerpeft"}
-    top |= {
-        key: value for key, value in recipe.values.items() if key not in top and key not in ("layerpeft", "hub_token")
-    }
-    top.pop("overwrite_output_dir", None)  # said once, for one run; a copy of the recipe must not write over it again
+    # what is said once, for one run, is left out: a copy of the recipe must not write over it again
+    left = ("layerpeft", "hub_token", "overwrite_output_dir")
+    order = [key for key in (*keys.own_keys(), *recipe.values) if key in recipe.values and key not in left]
+    top = {key: recipe.values[key] for key in order}
     select = recipe.select if isinstance(recipe.select, str | int | list) else Select.parse(recipe.select).to_dict()
     if isinstance(select, dict) and isinstance(recipe.select, Mapping):
         select["by"] = recipe.select.get("by", "depth")  # a path stays a path

@@ -20,6 +20,7 @@ FORMS = {
     "sft": (("prompt", "completion"), ("user", "assistant"), ("system", "user", "assistant"), ("text",)),
     "classification": (("text", "label"), ("text", "text_pair", "label")),
 }
+HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # what an address on the hub looks like
 READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
 
 
@@ -32,7 +33,7 @@ def local_files(name: str | list[str]) -> list[Path] | None:
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
         path = Path(resolve(item)).expanduser()
-        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", item) and not path.exists()
+        hub = re.fullmatch(HUB, item) and not path.exists()
         if path.suffix not in READERS and (path.is_dir() or (hub and not isinstance(name, list))):
             return None
         matches = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else [path]
@@ -141,12 +142,8 @@ def _pieces(template: str) -> list[tuple[str, str | None, str | None, str | None
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """The template with the row's values in place of `{column}`; an empty cell (None) is empty text."""
-    parts = []
-    for text, name, _, _ in _pieces(template):
-        parts.append(text)
-        if name is not None:
-            parts.append("" if row[name] is None else str(row[name]))
-    return "".join(parts)
+    cells = [(text, None if name is None else row[name]) for text, name, _, _ in _pieces(template)]
+    return "".join(text + ("" if cell is None else str(cell)) for text, cell in cells)
 
 
 def column_problems(
@@ -164,18 +161,13 @@ def column_problems(
                 found.append((name, f"no column {missing!r} in the data; it has {', '.join(have)}.{hint}"))
         return found
     if trainer == "classification":
-        ready = {"text", "label"} <= set(have)
+        forms, wanted = [{"text", "label"}], "`text` and `label`"
         example = 'columns: {text: "{sentence}", label: "{class}"}'
     else:
-        forms = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"})
-        ready = any(form <= set(have) for form in forms)
+        forms = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"}]
+        wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
         example = 'columns: {prompt: "{question}", completion: "{answer}"}'
-    wanted = (
-        "`text` and `label`"
-        if trainer == "classification"
-        else f"`messages`, `prompt` and `completion`, or `{text_field}`"
-    )
-    if ready:
+    if any(form <= set(have) for form in forms):
         return []
     return [("", f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}")]
 

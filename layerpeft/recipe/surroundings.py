@@ -26,7 +26,6 @@ from layerpeft.tuners.config import QUANT_FIELDS
 
 # files that `score` and `compare` leave in output_dir: a run may start beside them
 BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.png")
-_HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 def _of(key: str, sentence: str) -> Problem:
@@ -38,7 +37,7 @@ def on_hub(good: Mapping[str, Any]) -> bool:
     """Whether model or rows have to come from the hub."""
     named = [good.get("model_name_or_path"), good.get("dataset_name"), good.get("eval_dataset")]
     return any(
-        isinstance(n, str) and re.fullmatch(_HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
+        isinstance(n, str) and re.fullmatch(rows.HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
         for n in named
     )
 
@@ -124,7 +123,7 @@ def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
             return [], f"{path} has no weights (*.safetensors)"
     elif path.is_file():
         sentence = f"{name!r} is a file; name the folder that holds config.json and the weights"
-    elif not re.fullmatch(_HUB, name):
+    elif not re.fullmatch(rows.HUB, name):
         sentence = f"no folder {name!r} (looked for {path.absolute()})"
     return ([_of(key, sentence)] if sentence else []), ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,15 +43,6 @@ class Document:
     def line(self, *path: str | int) -> int | None:
         """Where a key was written: its own line, else that of the nearest key around it, else None."""
         return next((self.lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.lines), None)
-
-    def place(self, *path: str | int) -> str:
-        """The same in words."""
-        return spelled(self.line(*path))
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What is wrong with the text, in words."""
-        return tuple(map(str, self.faults))
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,7 +96,7 @@ def override(document: Document, settings: Sequence[str], templates: str = "colu
 
     What lies below the key `templates` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
     """
-    data, lines, faults = _copy(document.data), dict(document.lines), list(document.faults)
+    data, lines, faults = copy.deepcopy(document.data), dict(document.lines), list(document.faults)
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = key.strip().split(".")
@@ -118,9 +110,7 @@ def override(document: Document, settings: Sequence[str], templates: str = "colu
             faults.append(Fault(COMMAND, f"{setting!r}: {reasons}"))
             continue
         faults.extend(_put(data, parts, read.data["value"], setting))
-        stale = [path for path in lines if path[: len(parts)] == tuple(parts)]
-        for path in stale:
-            del lines[path]
+        lines = {path: line for path, line in lines.items() if path[: len(parts)] != tuple(parts)}
         lines[tuple(parts)] = COMMAND
     return Document(data, lines, tuple(faults))
 
@@ -141,12 +131,6 @@ def _put(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> li
         spot = spot[part]
     spot[parts[-1]] = value
     return []
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def dump(data: dict[str, Any]) -> str:

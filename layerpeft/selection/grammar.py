@@ -108,28 +108,20 @@ def checked_keep(keep: Any, problems: Problems) -> Any:
     offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
     if keep is None or keep == "auto":
         return keep
+    if isinstance(keep, str) and re.fullmatch(r"\d+", keep):
+        keep = int(keep)
+    good, wrong = False, f"is not {offer}"
     if isinstance(keep, str):
-        if re.fullmatch(r"\d+", keep):
-            keep = int(keep)
-        elif not re.fullmatch(r"\d+(\.\d+)?%", keep) or not 0 < float(keep[:-1]) < 100:
-            problems.add(f"keep: {keep!r} is not {offer}; for everything write select: all", "keep")
-            return None
-        else:
-            return keep
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        problems.add(f"keep: {keep!r} is not {offer}", "keep")
-    elif isinstance(keep, float) and not 0 < keep < 1:
-        problems.add(
-            f"keep: {keep} has two meanings; write 1 for one layer, or select: all for every layer"
-            if keep == 1.0
-            else f"keep: {keep} is not {offer}",
-            "keep",
-        )
-    elif isinstance(keep, int) and keep < 1:
-        problems.add(f"keep: {keep} is not {offer}", "keep")
-    else:
-        return keep
-    return None
+        good = re.fullmatch(r"\d+(\.\d+)?%", keep) is not None and 0 < float(keep[:-1]) < 100
+        wrong += "; for everything write select: all"
+    elif isinstance(keep, float):
+        good = 0 < keep < 1
+        wrong = "has two meanings; write 1 for one layer, or select: all for every layer" if keep == 1 else wrong
+    elif isinstance(keep, int) and not isinstance(keep, bool):
+        good = keep >= 1
+    if not good:
+        problems.add(f"keep: {keep!r} {wrong}", "keep")
+    return keep if good else None
 
 
 def check_grammar(name: str, value: Any, problems: Problems) -> None:

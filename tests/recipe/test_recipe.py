@@ -16,7 +16,7 @@ from layerpeft.errors import RecipeError
 from layerpeft.recipe import foreign, keys, rows, shipped
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config, to_yaml, training_arguments
-from layerpeft.recipe.yaml import dump, flow, override, parse
+from layerpeft.recipe.yaml import dump, flow, override, parse, spelled
 from layerpeft.selection.typecheck import Setting, complaint, fits, settings_of
 from layerpeft.selection.typecheck import build as build_value
 
@@ -53,7 +53,7 @@ from layerpeft.selection.typecheck import build as build_value
 )
 def test_scalars_mean_what_they_look_like(text: str, value: object) -> None:
     document = parse(f"a: {text}\n")
-    assert document.problems == ()
+    assert document.faults == ()
     assert document.data["a"] == value and type(document.data["a"]) is type(value)
 
 
@@ -63,15 +63,15 @@ def test_the_global_loader_is_left_alone() -> None:
 
 def test_places_follow_lists_and_mappings() -> None:
     document = parse("a: 1\nb:\n  c: 2\n  d:\n    - 3\n    - 4\n")
-    assert document.place("b", "c") == "line 3"
-    assert document.place("b", "d", 1) == "line 6"
-    assert document.place("b", "zzz") == "line 2"
-    assert document.place("zzz") == ""
+    assert spelled(document.line("b", "c")) == "line 3"
+    assert spelled(document.line("b", "d", 1)) == "line 6"
+    assert spelled(document.line("b", "zzz")) == "line 2"
+    assert spelled(document.line("zzz")) == ""
 
 
 def test_merge_keys_and_anchors() -> None:
     document = parse("base: &b {r: 4, x: 1}\nown:\n  <<: *b\n  r: 8\n")
-    assert document.problems == ()
+    assert document.faults == ()
     assert document.data["own"] == {"r": 8, "x": 1}
 
 
@@ -81,7 +81,7 @@ def test_dump_is_read_back_unchanged() -> None:
         "lines": "a\nb: c\t{d}", "time": "1:30", "share": "25%", "grammar": "first:10+last:2", "empty": "", "yes": True,
     }  # fmt: skip
     again = parse(dump(data))
-    assert again.problems == ()
+    assert again.faults == ()
     assert again.data == data
     assert yaml.safe_load(dump(data)) == data
 
@@ -89,20 +89,20 @@ def test_dump_is_read_back_unchanged() -> None:
 def test_override_reaches_inside_and_says_where_it_was_written() -> None:
     document = parse("a: 1\nlayerpeft:\n  r: 4\n  select: {by: random, keep: 2}\n")
     after = override(document, ["layerpeft.select.keep=3", "a=1e-5", "layerpeft.lora_alpha=8", "new.deep={x: [1]}"])
-    assert after.problems == ()
+    assert after.faults == ()
     assert after.data["layerpeft"] == {"r": 4, "select": {"by": "random", "keep": 3}, "lora_alpha": 8}
     assert after.data["a"] == 1e-5 and after.data["new"] == {"deep": {"x": [1]}}
-    assert after.place("layerpeft", "select", "keep") == "command line"
-    assert after.place("layerpeft", "select", "by") == "line 4"
+    assert spelled(after.line("layerpeft", "select", "keep")) == "command line"
+    assert spelled(after.line("layerpeft", "select", "by")) == "line 4"
     assert document.data["layerpeft"]["select"]["keep"] == 2
 
 
 def test_templates_on_the_command_line_are_text() -> None:
     settings = ["columns.text={x}", "columns.prompt=Q: {q}, {z}", 'columns.completion="{a}\\n"', "other.text={x: 1}"]
     after = override(parse("columns: {text: a}\n"), settings)
-    assert after.problems == ()
+    assert after.faults == ()
     assert after.data["columns"] == {"text": "{x}", "prompt": "Q: {q}, {z}", "completion": "{a}\n"}
-    assert after.data["other"] == {"text": {"x": 1}} and after.place("columns", "text") == "command line"
+    assert after.data["other"] == {"text": {"x": 1}} and spelled(after.line("columns", "text")) == "command line"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_value_on_one_line_is_read_back(value: Any) -> None:
 )
 def test_override_problems(setting: str, fragment: str) -> None:
     after = override(parse("select: last:4\n"), [setting])
-    assert len(after.problems) == 1 and fragment in after.problems[0]
+    assert len(after.faults) == 1 and fragment in str(after.faults[0])
 
 
 # ---- types ----------------------------------------------------------------------------------------------------------
