@@ -41,12 +41,7 @@ __all__ = [
     "PeftModel",
 ]
 
-HEAD_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
-HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-)  # what PEFT adds to modules_to_save for these tasks, whether it is there or not
+HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save, whether it is there or not
 
 
 class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialises its types as (str, Enum) members
@@ -221,13 +216,12 @@ def unwrap_layer(model: nn.Module, name: str, adapter: str) -> None:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
         return
     others = [n for n in layer.active_adapters if n != adapter]
-    flags = {
-        n: [(p, p.requires_grad) for p in adapter_parameters(layer, n).values()] for n in _ranks(layer) if n != adapter
-    }
+    kept = [p for n in _ranks(layer) if n != adapter for p in adapter_parameters(layer, n).values()]
+    flags = [(p, p.requires_grad) for p in kept]
     layer.delete_adapter(adapter)
     # PEFT activates another adapter in the place of the one that goes; what was inactive stays so
     layer._active_adapter = others
-    for parameter, flag in (pair for pairs in flags.values() for pair in pairs):
+    for parameter, flag in flags:
         parameter.requires_grad_(flag)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -69,16 +69,7 @@ class Quantized:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {
-            "format": FORMAT,
-            "modules": dict(self.modules),
-            "storage": vars(self.storage),
-            "rows": [vars(r) for r in self.rows],
-            "left": dict(self.left),
-            "why": self.why,
-            "choice": dict(self.choice),
-            "dtype": self.dtype,
-        }
+        return {"format": FORMAT, **asdict(self), "rows": [vars(r) for r in self.rows]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantized:
@@ -125,7 +116,7 @@ def apply(
     kept_as = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
     todo = [n for n in found if modules[n] != KEPT and precisions.precision_of(found[n]) == KEPT]
     others = {n: found[n] for n in found if n not in set(todo)}
-    shapes = {n: _shape(module) for n, module in found.items()}
+    shapes = {n: (module.out_features, module.in_features) for n, module in found.items()}
     itemsize = {n: module.weight.element_size() for n, module in found.items() if n in set(todo)}
     found.clear()  # or all 16-bit weights would live until the end
     for name in tqdm(todo, desc="quantizing", unit="linear", disable=not progress or len(todo) < 100):
@@ -221,10 +212,6 @@ def _replace(base: nn.Module, name: str, precision: str, storage: Storage) -> No
     old = parent._modules[leaf]
     with torch.no_grad():
         parent._modules[leaf] = precisions.quantized_linear(old, precision, storage)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    return module.out_features, module.in_features
 
 
 def _lines(found: Quantized) -> list[str]:

@@ -267,23 +267,18 @@ def units_of(
     config: LayerQuantConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None
 ) -> list[Unit]:
     """What gets bits of its own, with what it costs in each precision and how much it matters."""
-    groups: list[tuple[str, ...]]
     if config.per == "module":
         groups = [(t.name,) for t in targets] if config.split_fused else fused_groups(targets)
     else:
-        by_layer: dict[int, list[str]] = {}
-        for t in targets:
-            by_layer.setdefault(t.layer, []).append(t.name)
-        groups = [tuple(g) for g in by_layer.values()]
+        groups = [tuple(t.name for t in targets if t.layer == i) for i in dict.fromkeys(t.layer for t in targets)]
     known = {t.name: t for t in targets}
     found = []
     for group in groups:
-        costs = {
-            c: cost for c in config.may_use if (cost := _cost(config, model, [known[n] for n in group], c)) is not None
-        }
-        weights = sum(known[n].params for n in group)
-        score = _score(config, scores, [known[n] for n in group], weights) if scores is not None else 0.0
-        name = layers.layers[known[group[0]].layer].name if config.per == "layer" else "+".join(group)
+        own = [known[n] for n in group]
+        costs = {c: cost for c in config.may_use if (cost := _cost(config, model, own, c)) is not None}
+        weights = sum(t.params for t in own)
+        score = _score(config, scores, own, weights) if scores is not None else 0.0
+        name = layers.layers[own[0].layer].name if config.per == "layer" else "+".join(group)
         found.append(Unit(name, group, weights, score, costs))
     return found
 

@@ -247,20 +247,16 @@ def _scheduled(recipe: Recipe, model: Any, select: Select, batches: Any, arms: S
     found = layer_map(model, select.stack)
     schedule = schedule_of(select, found, all_targets(recipe, model, found))
     keep = how_many(select.keep, len(schedule.among)) or 0
-    clock = {
-        k: v
-        for k, v in select.to_dict().items()
-        if k not in ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
-    }
+    own = ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
+    clock = {k: v for k, v in select.to_dict().items() if k not in own}
     choose = partial(_choice, recipe, model)
     among = {k: clock[k] for k in ("layers", "exclude", "stack") if k in clock}
     plans: list[Plan] = [(f"{select.rule} every {select.reselect_steps}", schedule.pool, select.to_dict())]
     for arm in arms:
         if arm.kind == "random":
-            seeds = range(1, arm.draws + 1)
-            plans += [
-                (f"random:{s}", schedule.pool, {**clock, "pick": "uniform", "seed": select.seed + s}) for s in seeds
-            ]
+            uniform = {**clock, "pick": "uniform"}
+            for s in range(1, arm.draws + 1):
+                plans.append((f"random:{s}", schedule.pool, uniform | {"seed": select.seed + s}))
         elif arm.kind == "all":
             plans.append(("all", schedule.pool, {"layers": list(schedule.pool), "stack": select.stack}))
         else:
@@ -344,12 +340,10 @@ def draw(found: Comparison, path: Path) -> None:
         axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
         if len(values) > 1:
             axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
-        layers = (
-            f"{len(runs)} draws of {len(runs[0].layers)} layers"
-            if len(runs) > 1
-            else _numbers(runs[0].layers, found.num_layers)
-        )
-        labels.append(f"{arm}\n{layers}")
+        layers = runs[0].layers
+        drawn = len(runs) > 1
+        shown = f"{len(runs)} draws of {len(layers)} layers" if drawn else _numbers(layers, found.num_layers)
+        labels.append(f"{arm}\n{shown}")
     axes.axvline(found.runs[0].value, color="C1", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)

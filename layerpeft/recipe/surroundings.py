@@ -177,10 +177,10 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
     if optimizer_bytes.needs_full_weights(optim):
         found.append(_of("optim", str(optimizer_bytes.problem(optim))))
     attention = str(good.get("attn_implementation") or "")
-    for name, package in {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.items():
-        if attention == name and importlib.util.find_spec(package) is None:
-            sentence = f"{name} needs a package that is not installed ({package}); sdpa needs none"
-            found.append(_of("attn_implementation", sentence))
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
+    if package and importlib.util.find_spec(package) is None:
+        sentence = f"{attention} needs a package that is not installed ({package}); sdpa needs none"
+        found.append(_of("attn_implementation", sentence))
     nested = good.get("model_init_kwargs")
     quantized = isinstance(nested, dict) and nested.get("quantization_config")
     if quantized and importlib.util.find_spec("bitsandbytes") is None:

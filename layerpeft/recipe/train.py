@@ -32,7 +32,7 @@ from layerpeft.recipe.trainer import (
     wrap,
 )
 from layerpeft.saving.checkpoints import last_checkpoint
-from layerpeft.saving.manifest import read_manifest, selection_of
+from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note, size_text
 from layerpeft.training.report import LayerReport, layer_report
@@ -40,6 +40,7 @@ from layerpeft.tuners.precision import wish
 
 Say = Callable[[str], None]
 SAMPLES = 1
+WRITTEN = ("layers.png", "bits.png", "layers.csv", MANIFEST, "training_loss.png", "log.jsonl", "recipe.yaml")
 NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
 
 
@@ -64,9 +65,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
 
     Raises: LayerpeftError; before any weight is loaded for whatever can be known by then.
     """
-    with contextlib.redirect_stdout(
-        sys.stderr
-    ):  # libraries greet on standard output; the first line there is PEFT's count
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
         setup = prepare(recipe)
         checkpoint = _checkpoint(recipe)
         kept = _kept(recipe, checkpoint)
@@ -111,7 +110,7 @@ def _checkpoint(recipe: Recipe) -> str | None:
 
 def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
     """The choice of the run that is resumed, None where there is none. Raises: RecipeError when the recipe asks for another."""
-    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+    if checkpoint is None or not (Path(checkpoint) / MANIFEST).is_file():
         return None
     chosen = selection_of(checkpoint)
     asked, had = Select.parse(recipe.select).to_dict(), dict(chosen.select)
@@ -131,7 +130,7 @@ def _stored(recipe: Recipe, checkpoint: str | None) -> Quantized | None:
 
     Raises: RecipeError when the recipe asks for others.
     """
-    if checkpoint is None or not (Path(checkpoint) / "layerpeft.json").is_file():
+    if checkpoint is None or not (Path(checkpoint) / MANIFEST).is_file():
         return None
     found = read_manifest(checkpoint).get("quant")
     stored = None if found is None else Quantized.from_dict(found)
@@ -147,9 +146,8 @@ def _wrapped(
 ) -> tuple[Any, Setup]:
     """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
     if kept is not None and Select.parse(recipe.select).is_scheduled:
-        return wrap(
-            setup, model, recipe.select, None, stored
-        ), setup  # the schedule goes on when the checkpoint is loaded
+        # the schedule goes on when the checkpoint is loaded
+        return wrap(setup, model, recipe.select, None, stored), setup
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup
@@ -200,9 +198,8 @@ def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mappi
     command = f"# layerpeft train {folder / 'recipe.yaml'} output_dir={folder}-again\n"
     (folder / "recipe.yaml").write_text(command + to_yaml(recipe), encoding="utf-8")
     if setup.labels:
-        (folder / "labels.json").write_text(
-            json.dumps(dict(enumerate(setup.labels)), indent=1) + "\n", encoding="utf-8"
-        )
+        named = json.dumps(dict(enumerate(setup.labels)), indent=1)
+        (folder / "labels.json").write_text(f"{named}\n", encoding="utf-8")
     history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
     draw_curve(history, folder / "training_loss.png")
@@ -256,28 +253,11 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
         say("no held-out rows (eval_dataset), so nothing was measured before and after")
     say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")
     for sample in result.samples:
-        for title, text in (
-            ("prompt", sample.prompt),
-            ("wanted", sample.wanted),
-            ("before", sample.before),
-            ("after", sample.after),
-        ):
+        for title, text in vars(sample).items():
             say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[:12]))
     say(f"\n{result.report}")
     folder = result.output_dir
-    written = [
-        n
-        for n in (
-            "layers.png",
-            "bits.png",
-            "layers.csv",
-            "layerpeft.json",
-            "training_loss.png",
-            "log.jsonl",
-            "recipe.yaml",
-        )
-        if (folder / n).is_file()
-    ]
+    written = [name for name in WRITTEN if (folder / name).is_file()]
     say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
     say("\nnext:")
     for line in _next(recipe, result):
@@ -288,7 +268,7 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     """Commands that make sense after this run."""
     folder = result.output_dir
     again = folder / "recipe.yaml"
-    if not (folder / "layerpeft.json").is_file():  # plain LoRA on every layer
+    if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
         return [f"layerpeft compare {again} {choice} --arms random:3,last,all    # are fewer layers enough?"]
     lines = [f"layerpeft compare {again} --arms random:3,last,all    # is the choice worth anything?"]
