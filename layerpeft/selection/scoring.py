@@ -230,6 +230,37 @@ class Measurement(Protocol):
         ...
 
 
+class Watching:
+    """What most measurements share: the batches that were seen, and hooks that `detach` takes off again."""
+
+    def __init__(self, request: Request, options: Any) -> None:
+        self.request, self.options = request, options
+        self.batches = 0
+        self._model = request.outer or request.model
+        self._handles: list[Any] = []
+
+    def detach(self) -> None:
+        """Takes every hook off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class WatchingCalls(Watching):
+    """Remembers with what the model was called last, and in which type of mixed precision."""
+
+    _seen: tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None] | None = None
+
+    def attach(self) -> None:
+        """Puts the hook on: before all others, since one of those may take it off again."""
+        see: Any = torch.compiler.disable(self._see)  # what hooks write down would be lost in compiled graphs
+        self._handles.append(self._model.register_forward_hook(see, with_kwargs=True, prepend=True))
+
+    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        kind = next((p.device.type for p in self._model.parameters()), "cpu")
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._seen = args, {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}, dtype
+
+
 def per_layer(layers: LayerMap, targets: Iterable[Target], parts: Mapping[str, float]) -> list[float]:
     """Sums of `parts` over the targets of each layer."""
     sums = [0.0] * len(layers)

@@ -20,7 +20,7 @@ import torch
 from layerpeft.errors import ScoreError
 from layerpeft.model.layers import find_module
 from layerpeft.selection.scorers import Traits
-from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.scoring import Measured, Request, Watching
 
 TRAITS = Traits(live_only=True, unseen=1000.0)  # a layer that has not trained yet: more than any gradient
 
@@ -42,12 +42,11 @@ def start(request: Request, options: Options) -> AdapterGradients:
     return AdapterGradients(request, options)
 
 
-class AdapterGradients:
+class AdapterGradients(Watching):
     """The running measurement: a hook on every tensor that trains in a layer that holds targets."""
 
     def __init__(self, request: Request, options: Options) -> None:
-        self.request, self.options = request, options
-        self.batches = 0
+        super().__init__(request, options)
         self.scales_known = True
         self._count: float | None = None  # batches of all processes
         self._power = 0.5 if options.form == "published" else 2.0
@@ -55,12 +54,12 @@ class AdapterGradients:
         self._as_it_came: dict[int, float] = {}
         self._unscaled: dict[int, float] = {}
         self._hooked: set[int] = set()
-        self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Puts the hooks on. Tensors that begin to train later on get theirs at the next forward pass."""
+        self._hooked.clear()
         watch: Any = torch.compiler.disable(self._watch)  # what hooks write down would be lost in compiled graphs
-        self._handles.append((self.request.outer or self.request.model).register_forward_pre_hook(watch))
+        self._handles.append(self._model.register_forward_pre_hook(watch))
         self._watch()
 
     def next_batch(self, scale: float | None = None) -> None:
@@ -75,13 +74,6 @@ class AdapterGradients:
                 self._as_it_came[layer] = self._as_it_came.get(layer, 0.0) + part
                 self._unscaled[layer] = self._unscaled.get(layer, 0.0) + part * factor
         self._fresh.clear()
-
-    def detach(self) -> None:
-        """Takes every hook off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooked.clear()
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums the parts and the batch counts over processes, layer by layer."""

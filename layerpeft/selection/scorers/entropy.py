@@ -22,7 +22,7 @@ from torch import nn
 from layerpeft.errors import ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.model.layers import find_module
-from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.scoring import Measured, Request, Watching
 from layerpeft.text import some
 
 ROUNDS = 100  # of k-means, which mostly stands still after a few dozen
@@ -54,24 +54,21 @@ class Sample:
     rows: torch.Tensor
 
 
-class Activations:
+class Activations(Watching):
     """The running measurement: a sample of every layer's outputs."""
 
     def __init__(self, request: Request, options: Options) -> None:
-        self.request, self.options = request, options
-        self.batches = 0
+        super().__init__(request, options)
         self._layers = sorted({t.layer for t in request.targets})
         self._kept: dict[int, Sample] = {}
         # of the running batch; a layer that is run again to save memory counts once
         self._fresh: dict[int, Sample] = {}
         self._mask: torch.Tensor | None = None
-        self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Puts the hooks on."""
-        model = self.request.outer or self.request.model
         begin: Any = torch.compiler.disable(self._begin)  # what hooks write down would be lost in compiled graphs
-        self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+        self._handles.append(self._model.register_forward_pre_hook(begin, with_kwargs=True))
         for layer in self._layers:
             block = find_module(self.request.model, self.request.layers.layers[layer].name)
             self._handles.append(block.register_forward_hook(self._hear(layer)))
@@ -84,12 +81,6 @@ class Activations:
             self._kept[layer] = fresh if known is None else self._smallest(known, fresh)
         self._fresh.clear()
         self._mask = None
-
-    def detach(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """One sample of what all processes have seen, the same in each: every process fills in its own tokens' rows."""

@@ -33,7 +33,7 @@ from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
 from layerpeft.selection.draws import sigmoid, successive
 from layerpeft.selection.scorers import Traits
-from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 
 TRAITS = Traits(live_only=True)
 TRIES = 1000  # draws that may repeat a subset before the missing ones are taken in order
@@ -90,37 +90,22 @@ def moved(
     return after
 
 
-class Suppression:
+class Suppression(WatchingCalls):
     """The running measurement: remembers the last micro-batch, and damps layers on it when it is asked for its result."""
 
     def __init__(self, request: Request, options: Options) -> None:
-        self.request, self.options = request, options
-        self.batches = 0
+        super().__init__(request, options)
         held = sorted({t.layer for t in request.targets})
         before = request.before or (None,) * len(request.layers)
         self.importance = {i: -(before[i] or 0.0) for i in held}
         self.damped = subsets(self.importance, options.rollouts, request.seed)
-        self._model = request.outer or request.model
-        self._seen: tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None] | None = None
         self._losses: list[float] | None = None
         self._running = False
-        self._handle: Any = None
-
-    def attach(self) -> None:
-        """Puts the hook on: before all others, since one of those may take it off again."""
-        see: Any = torch.compiler.disable(self._see)  # what hooks write down would be lost in compiled graphs
-        self._handle = self._model.register_forward_hook(see, with_kwargs=True, prepend=True)
 
     def next_batch(self, scale: float | None = None) -> None:
         """Counts the batch, if one came through; its loss is run anew, so its scale does not matter."""
         self.batches += self._running
         self._running = False
-
-    def detach(self) -> None:
-        """Takes the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The mean of every process's losses; every process damps the same layers, each on its own micro-batch."""
@@ -139,13 +124,10 @@ class Suppression:
         after = moved(self.importance, self.damped, losses, self.options.lr)
         return Measured(tuple(0.0 - after.get(i, 0.0) for i in range(len(self.request.layers))))
 
-    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        kind = next((p.device.type for p in self._model.parameters()), "cpu")
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self._seen = args, {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}, dtype
-        self._running = True
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            super()._see(module, args, kwargs, output)
+            self._running = True
 
     def _run(self) -> list[float]:
         """The loss with each subset damped."""

@@ -16,7 +16,7 @@ from layerpeft.model.layers import Target
 from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import weight_slices
 from layerpeft.selection.probe import Key, attach_taps
-from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.scoring import Measured, Request, Watching
 from layerpeft.text import some
 
 
@@ -43,14 +43,12 @@ def start(request: Request, options: Options) -> InputNorms:
     return InputNorms(request, options)
 
 
-class InputNorms:
+class InputNorms(Watching):
     """Running sums of squares of each target's input features, one vector (in,) per target (and expert)."""
 
     def __init__(self, request: Request, options: Any) -> None:
-        self.request, self.options = request, options
+        super().__init__(request, options)
         self.squares: dict[Key, torch.Tensor] = {}
-        self.batches = 0
-        self._handles: list[Any] = []
         self._running = False
 
     def attach(self) -> None:
@@ -61,12 +59,6 @@ class InputNorms:
         """Counts the batch, if anything came through."""
         self.batches += self._running
         self._running = False
-
-    def detach(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums the squares over processes, in the order of the targets."""

@@ -9,17 +9,15 @@ rounded layers do together is not in it. In a 16-bit model every value also hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 
 from layerpeft.errors import ScoreError
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.rounding import check_roundable, divergences, per_token
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scorers.quantization_error import Rounding
-from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 
 TRAITS = Traits(of_whole=True)
 Options = Rounding
@@ -35,7 +33,7 @@ def start(request: Request, options: Options) -> Divergence:
     return Divergence(request, options)
 
 
-class Divergence:
+class Divergence(WatchingCalls):
     """The running measurement: remembers a batch's inputs, and runs it again with each layer rounded once it is complete."""
 
     def __init__(self, request: Request, options: Options) -> None:
@@ -45,31 +43,22 @@ class Divergence:
                 f"output_kl rounds linears and Conv1D; not {', '.join(unfit[:6])}. Leave them out of target_modules and "
                 "target_parameters, or choose by quantization_error."
             )
-        self.request = request
-        self.batches = 0
+        super().__init__(request, options)
         self._storage = options.storage
         self._layers = sorted({t.layer for t in request.targets})
         self._assignments = [
             {t.name: str(options.precision) for t in request.targets if t.layer == layer} for layer in self._layers
         ]
         check_roundable(request.model, {k: v for a in self._assignments for k, v in a.items()}, self._storage)
-        self._model = request.outer or request.model
         self._sums = [0.0] * len(self._layers)
         self._tokens = 0.0
-        self._seen: tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None] | None = None
-        self._handle: Any = None
-
-    def attach(self) -> None:
-        """Puts the hook on, before all others."""
-        see: Any = torch.compiler.disable(self._see)  # what hooks write down would be lost in compiled graphs
-        self._handle = self._model.register_forward_hook(see, with_kwargs=True, prepend=True)
 
     def next_batch(self, scale: float | None = None) -> None:
         """Runs the batch that came through with each layer rounded; its loss does not matter, so its scale does not."""
         if self._seen is None:
             return
         (args, kwargs, dtype), self._seen = self._seen, None
-        hooked = self._handle is not None
+        hooked = bool(self._handles)
         self.detach()  # its own passes are none of training's
         with evaluating(self._model, dtype):
             found, tokens = divergences(
@@ -81,12 +70,6 @@ class Divergence:
         self._tokens += tokens
         self.batches += 1
 
-    def detach(self) -> None:
-        """Takes the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums divergences and tokens over processes."""
         *self._sums, self._tokens = add(torch.tensor([*self._sums, self._tokens], dtype=torch.float64)).tolist()
@@ -97,8 +80,3 @@ class Divergence:
         if not any(found.values()):
             raise ScoreError("rounding any one layer changes nothing in the output; choose by another scorer")
         return Measured(tuple(found.get(i, 0.0) for i in range(len(self.request.layers))))
-
-    def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        kind = next((p.device.type for p in self._model.parameters()), "cpu")
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self._seen = args, {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}, dtype
