@@ -232,7 +232,8 @@ def _lines(found: Quantized) -> list[str]:
     if found.rows:
         size, before = sum(r.bytes for r in found.rows), sum(r.before for r in found.rows)
         body.append(("all", "", "", "", f"{found.mean_bits:.2f}", f"{size_text(size)} of {size_text(before)}"))
-    return grid(body, "<") + [f"left alone, {why}: {_few(names)}" for why, names in _reasons(found.left).items()]
+    reasons = {why: [n for n, own in found.left.items() if own == why] for why in dict.fromkeys(found.left.values())}
+    return grid(body, "<") + [f"left alone, {why}: {_few(names)}" for why, names in reasons.items()]
 
 
 def _block(name: str) -> str:
@@ -256,13 +257,6 @@ def _ranges(numbers: set[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _reasons(left: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, why in left.items():
-        found.setdefault(why, []).append(name)
-    return found
 
 
 def _few(names: list[str]) -> str:

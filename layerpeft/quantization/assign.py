@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -123,14 +124,11 @@ def decided_early(config: LayerQuantConfig) -> bool:
 
 def _scoring(config: LayerQuantConfig) -> Select:
     """`select`, by the default scorer where a budget is spent and none is named."""
-    if not config.has_budget or config.choosing.by != "depth" or _names_scorer(config.select):
+    named = isinstance(config.select, Select) or (isinstance(config.select, Mapping) and "by" in config.select)
+    if not config.has_budget or config.choosing.by != "depth" or named:
         return config.choosing
     plain = {k: v for k, v in config.choosing.to_dict().items() if k != "by"}
     return Select.parse(plain | {"by": DEFAULT_SCORER, "keep": 1})
-
-
-def _names_scorer(given: Any) -> bool:
-    return isinstance(given, Select) or (isinstance(given, Mapping) and "by" in given)
 
 
 def _scope(config: LayerQuantConfig, found: Able, training: Collection[str] | None) -> set[str]:
@@ -211,20 +209,16 @@ def _spent(
     _need_batches(config, batches)
     seen = list(islice(batches, select.num_batches or DEFAULT_BATCHES)) if batches is not None else None
     scored = config.objective == "scores" or config.allocation == "paired"
-    scores = _scores(select, model, layers, targets, seen) if scored else None
+    scores = score(model, select, layers, targets, seen) if scored else None
     units = units_of(config, model, layers, targets, scores)
     names = {m for u in units for m in u.modules}
     budget = _budget(config, model, units, {n: p for n, p in untouched.items() if n not in names})
     choices = config.may_use
-    kl = config.objective == "kl"
     if config.allocation == "paired":
-        bits = _paired(config, model, units, budget, seen, progress)
-    elif kl:
-        table = kl_table(model, units, choices, seen or (), config.storage, progress=progress)
-        bits = greedy(units, choices, budget, table)
-    else:
-        bits = greedy(units, choices, budget, losses(units, choices))
-    return by_module(units, bits)
+        return by_module(units, _paired(config, model, units, budget, seen, progress))
+    kl = config.objective == "kl"
+    table = kl_table(model, units, choices, seen or (), config.storage, progress) if kl else losses(units, choices)
+    return by_module(units, greedy(units, choices, budget, table))
 
 
 def _paired(
@@ -251,15 +245,6 @@ def _paired(
             f"{higher} are what could be given); `choices` nearer to each other, or allocation: greedy, may do more"
         )
     return best
-
-
-def _scores(
-    select: Select, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...], batches: list[Any] | None
-) -> Scores:
-    if isinstance(select.by, Scores):
-        select.by.check(layers)
-        return select.by
-    return score(model, select, layers, targets, batches)
 
 
 def _budget(config: LayerQuantConfig, model: nn.Module, units: list[Unit], others: Mapping[str, str]) -> int:
@@ -330,10 +315,7 @@ def _refuse(config: LayerQuantConfig, found: Able, modules: Mapping[str, str]) -
 
 
 def _why(config: LayerQuantConfig, modules: Mapping[str, str], layers: LayerMap, found: Able) -> str:
-    counts: dict[str, int] = {}
-    for kind in modules.values():
-        counts[kind] = counts.get(kind, 0) + 1
-    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items(), key=lambda c: -c[1]))
+    listed = ", ".join(f"{kind} {count}" for kind, count in Counter(modules.values()).most_common())
     if config.mean_bits is not None:
         return f"{config.allocation} over a budget of {config.mean_bits:g} stored bits per weight: linears in {listed}"
     if config.budget is not None:

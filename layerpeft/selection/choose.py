@@ -48,7 +48,7 @@ def choose_among(
     """The choice among targets that are known already. Raises: as `choose`."""
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
-    scores = select.by if isinstance(select.by, Scores) else score(model, select, layers, targets, batches, progress)
+    scores = score(model, select, layers, targets, batches, progress)
     return distributed.from_first(make_selection(select, layers, targets, scores))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, ScoreError
-from layerpeft.integrations.files import replace_file, version_of
+from layerpeft.integrations.files import replace_file
 from layerpeft.model.layers import LayerMap
 
 FORMAT = 1
@@ -94,12 +94,3 @@ class Scores:
         if not isinstance(data, dict):
             raise ScoreError(f"{path} holds no scores")
         return cls.from_dict(data)
-
-
-def origin_of(layers: LayerMap, **extra: Any) -> dict[str, Any]:
-    """What a score file says of its making: model type, package versions, and the caller's extras."""
-    return {
-        "model_type": layers.model_type,
-        **{p: version_of(p) for p in ("layerpeft", "torch", "transformers")},
-        **extra,
-    }

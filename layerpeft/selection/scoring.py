@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.files import version_of
 from layerpeft.integrations.losses import loss_of
 from layerpeft.model.evaluating import nothing_trains, to_model
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
@@ -23,7 +24,7 @@ from layerpeft.model.targets import Names, find_targets, measured_for
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.scores import Scores, origin_of
+from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import DEFAULT_BATCHES, SCORERS, Select, options_of
 
 Batches = Iterable[Any]
@@ -92,6 +93,7 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
     """The measured numbers with all that says where they came from."""
     options = options_of(select, SCORERS)
     plain = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
+    versions = {package: version_of(package) for package in ("layerpeft", "torch", "transformers")}
     return Scores(
         tuple(math.nan if v is None else v for v in measured.values),  # a layer that was not seen is an error here
         by=str(select.by),
@@ -99,7 +101,7 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
         stack=layers.stack,
         options=plain,
         targets=dict(measured.targets),
-        origin=origin_of(layers, seed=select.seed, num_batches=num_batches),
+        origin={"model_type": layers.model_type, **versions, "seed": select.seed, "num_batches": num_batches},
     )
 
 
@@ -118,7 +120,10 @@ def score(
     batches: Batches | None,
     progress: bool = True,
 ) -> Scores:
-    """The scores of `select` over targets that are known already. Raises: ScoreError, SelectionError."""
+    """The scores of `select` over targets that are known already, or those that it holds. Raises: ScoreError, SelectionError."""
+    if isinstance(select.by, Scores):
+        select.by.check(layers)
+        return select.by
     scorer = plugins.get(SCORERS, str(select.by))
     if live_only(select):
         raise ScoreError(
