@@ -315,7 +315,7 @@ def _layers(blocks: tuple[_Node, ...]) -> tuple[Layer, ...]:
     for index, block in enumerate(blocks):
         skip = len(block.name) + 1
         targets = []
-        held = list(_below(block))
+        held = [matrix for node in _walk(block) for matrix in node.matrices]
         moe = any("experts" in matrix.name for matrix in held)
         for matrix in held:
             if matrix.key not in seen:
@@ -325,12 +325,6 @@ def _layers(blocks: tuple[_Node, ...]) -> tuple[Layer, ...]:
         kind = type(block.module).__name__
         layers.append(Layer(index, block.name, kind, tuple(targets), _count(block, counted)))
     return tuple(layers)
-
-
-def _below(node: _Node) -> Iterator[Matrix]:
-    yield from node.matrices
-    for kid in node.kids:
-        yield from _below(kid)
 
 
 def _count(node: _Node, counted: set[int]) -> int:

@@ -94,7 +94,7 @@ class LayerQuantConfig(PeftConfig):
             raise ConfigError(
                 f"quant: expected a LayerQuantConfig or a dict such as {{'select': 'first:4', 'bits': 4}}, got {value!r}"
             )
-        own = {f.name for f in fields(cls)} - {f.name for f in fields(PeftConfig)}
+        own = _own_fields()
         problems = Problems("quant")
         for name in value:
             if name not in own:
@@ -152,16 +152,11 @@ class LayerQuantConfig(PeftConfig):
 
     def plain(self) -> dict[str, Any]:
         """What was asked for, as a recipe would write it, defaults left out."""
-        found = {}
-        for f in fields(type(self)):
-            if f.name in {p.name for p in fields(PeftConfig)}:
-                continue
-            value = getattr(self, f.name)
-            if f.name == "select":
-                value = value if isinstance(value, str | int | list) else _written(self.choosing, value)
-            if f.name == "select" or value != f.default:
-                found[f.name] = value
-        return found
+        given = self.select
+        select = given if isinstance(given, str | int | list) else _written(self.choosing, given)
+        own = [f for f in fields(self) if f.name in _own_fields() and f.name != "select"]
+        changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
+        return {"select": select, **changed}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -178,6 +173,10 @@ class LayerQuantConfig(PeftConfig):
 
 
 LayerQuantConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]
+
+
+def _own_fields() -> set[str]:
+    return {f.name for f in fields(LayerQuantConfig)} - {f.name for f in fields(PeftConfig)}
 
 
 def used(config: LayerQuantConfig) -> tuple[str, ...]:
@@ -209,8 +208,7 @@ def _written(select: Select, given: Any) -> Any:
 
 def _parsed(config: LayerQuantConfig, problems: Problems) -> Select:
     given = config.select
-    budget = config.mean_bits is not None or config.budget is not None
-    if budget and isinstance(given, Mapping):
+    if config.has_budget and isinstance(given, Mapping):
         for name in ("keep", "pick"):
             if given.get(name) is not None:
                 problems.add(f"select.{name}: a budget gives every layer its bits; leave {name} out", "select", name)
@@ -247,7 +245,6 @@ def _check_values(config: LayerQuantConfig, problems: Problems) -> None:
 
 
 def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
-    budget = config.mean_bits is not None or config.budget is not None
     if config.budget is not None:
         try:
             parse_bytes(config.budget)
@@ -255,7 +252,7 @@ def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
             problems.add(f"budget={error}", "budget")
     if config.mean_bits is not None and config.budget is not None:
         problems.add("mean_bits and budget: two budgets; give one", "budget")
-    if budget and config.bits is not None:
+    if config.has_budget and config.bits is not None:
         problems.add(
             f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices", "bits"
         )
@@ -263,7 +260,7 @@ def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):
             problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from", "choices")
-    if not budget:
+    if not config.has_budget:
         for name in ("choices", "allocation", "objective", "per"):
             if getattr(config, name) != getattr(type(config), name):
                 problems.add(f"{name}={getattr(config, name)!r}: is of a budget; write mean_bits or budget", name)
