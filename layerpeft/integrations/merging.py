@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
+from layerpeft.integrations.empty import empty_model
+
 
 def bare(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model on the meta device, its config as loading in this type leaves it. `kind`: a class, automatic or not."""
-    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-    with torch.device("meta"):
-        model: Any = make(config, dtype=dtype)
+    model: Any = empty_model(kind, config, dtype)
     for part in (model.config, *(getattr(model.config, key, None) for key in model.config.sub_configs)):
         if part is not None:
             part.dtype = dtype

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
+from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
@@ -235,7 +236,7 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
             found = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model config at {model!s}: {told(error, 200)}") from error
-        built = AutoModelForCausalLM.from_config(found, dtype=found.dtype or torch.float32)
+        built = empty_model(AutoModelForCausalLM, found)
     elif not isinstance(model, nn.Module):
         raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
     else:

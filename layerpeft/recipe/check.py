@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problem, nearest, unknown
+from torch import nn
+
+from layerpeft.errors import Problem, RecipeError, nearest, unknown
 from layerpeft.integrations import hub
 from layerpeft.recipe import foreign, keys, surroundings
 from layerpeft.recipe.choice import choice_problems
+from layerpeft.recipe.model import empty_model
 from layerpeft.recipe.recipe import CONFIGS, Recipe, layer_config
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection.select import Select
@@ -21,7 +24,7 @@ from layerpeft.selection.typecheck import Setting, complaint
 class Check:
     """One pass over a document; `found` gathers what is wrong with its lines, `wrong` the top-level keys complained of.
 
-    `accelerator`: the recipe is to run on one, whatever is here.
+    `accelerator`: the recipe is to run on one, whatever is here; `model`: its model without weights, once it was built.
     """
 
     document: Document
@@ -30,6 +33,7 @@ class Check:
     found: list[Fault] = field(default_factory=list)
     wrong: set[str] = field(default_factory=set)
     moved: Mapping[str, str] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     def add(self, sentence: str, *path: str) -> None:
         """Notes a problem of the key at `path`; the line is that of the spelling in the file."""
@@ -81,8 +85,16 @@ class Check:
             self.add_all(surroundings.argument_problems(trial, self.wrong))
             if sound and "model_name_or_path" in good and "model_name_or_path" not in self.wrong:
                 with hub.settled(surroundings.on_hub(good)):
-                    self.add_all(choice_problems(recipe))
+                    self.choice(recipe)
         return recipe
+
+    def choice(self, recipe: Recipe) -> None:
+        """Tries the choice of layers on the architecture, which is kept."""
+        try:
+            self.model = empty_model(recipe)
+            self.add_all(choice_problems(recipe, self.model))
+        except RecipeError as error:
+            self.add_all(error.problems)
 
     def required(self, values: Mapping[str, Any], done: foreign.Translation) -> None:
         """Keys without which there is no run."""

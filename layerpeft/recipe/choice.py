@@ -14,7 +14,6 @@ from layerpeft.errors import LayerpeftError, Problem, mentions, nearest, told
 from layerpeft.model.layers import LayerMap, base_of, layer_map
 from layerpeft.model.targets import exclusions, match_targets
 from layerpeft.recipe.recipe import Recipe, layer_config
-from layerpeft.recipe.shipped import resolve
 from layerpeft.selection.choose import candidates
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
@@ -27,29 +26,15 @@ BLOCK = "layerpeft"
 TARGETS = (("target_modules",), ("target_parameters",), ("exclude_modules",), ("modules_to_save",))
 
 
-def choice_problems(recipe: Recipe) -> list[Problem]:
-    """What of the recipe's model, layers and targets does not go together; each with the key that says it."""
-    try:
-        model = empty(recipe)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        sentence = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {told(error, 500)}"
-        return [Problem(("model_name_or_path",), sentence)]
+def choice_problems(recipe: Recipe, model: nn.Module) -> list[Problem]:
+    """What of the recipe's layers and targets does not go together on its model without weights, and the keys that say it.
+
+    The model is wrapped on the way.
+    """
     select = Select.parse(recipe.select)
     plain = select.is_all and recipe.method != "full"
     found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
     return found or _dry_run(recipe, model)
-
-
-def empty(recipe: Recipe) -> nn.Module:
-    """The recipe's model without weights. Raises: what transformers raises."""
-    import transformers
-
-    name = resolve(recipe["model_name_or_path"])
-    options = {"trust_remote_code": recipe["trust_remote_code"]}
-    config = transformers.AutoConfig.from_pretrained(name, revision=recipe["model_revision"], **options)
-    kind = "AutoModelForCausalLM" if recipe.trainer == "sft" else "AutoModelForSequenceClassification"
-    with torch.device("meta"):
-        return getattr(transformers, kind).from_config(config, **options)
 
 
 def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:

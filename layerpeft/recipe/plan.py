@@ -19,10 +19,11 @@ from layerpeft.planning.fit import Fit, fit
 from layerpeft.planning.plan import Plan, plan
 from layerpeft.planning.trace import Step
 from layerpeft.recipe import foreign, keys, rows
+from layerpeft.recipe.model import empty_model
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.recipe.surroundings import on_hub
-from layerpeft.recipe.trainer import Setup, empty_model, prepare
+from layerpeft.recipe.trainer import Setup, prepare
 from layerpeft.recipe.yaml import Fault, flow
 
 ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
@@ -83,7 +84,7 @@ def forecast(
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
         setup, problems = _prepared(examined)
         recipe = examined.sound(problems)
-        model = empty(setup)
+        model = empty(setup, examined.model)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
     config = layer_config(recipe, recipe.select, None)
@@ -92,9 +93,12 @@ def forecast(
     return Forecast(recipe, found, command_of(recipe, changed))
 
 
-def empty(setup: Setup) -> nn.Module:
-    """The recipe's model without weights and with its kind of attention; fast ones as torch's own, which keeps as much."""
-    model: Any = empty_model(setup)
+def empty(setup: Setup, examined: nn.Module | None = None) -> nn.Module:
+    """The recipe's model without weights and with its kind of attention; fast ones as torch's own, which keeps as much.
+
+    `examined`: the one that the recipe was tried on, if only its config is read. A head for classes is known with the rows alone.
+    """
+    model: Any = empty_model(setup.recipe, *setup.head) if examined is None or setup.labels else examined
     with contextlib.suppress(ValueError, AttributeError):
         model.set_attn_implementation("eager" if setup.recipe["attn_implementation"] == "eager" else "sdpa")
     return model
@@ -170,9 +174,7 @@ def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
             if "model_name_or_path" in wrong or "model_name_or_path" not in values:
                 rows.load(values["dataset_name"], config=recipe["dataset_config"], split=recipe["dataset_train_split"])
                 return None, problems
-            # the choice of layers was tried before, and is not tried twice
-            setup: Setup = replace(prepare(replace(recipe, select="all")), recipe=recipe)
-            return setup, problems
+            return prepare(recipe), problems
         except LayerpeftError as error:
             keyless = (Problem(("dataset_name",), f"dataset_name: {p.text}") for p in error.listed() if not p.path)
             return None, problems + [located(recipe, p) for p in [*(q for q in error.listed() if q.path), *keyless]]

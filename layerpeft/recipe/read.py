@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from layerpeft.errors import Problem, Problems, RecipeError
 from layerpeft.recipe.check import Check
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml, training_arguments
@@ -16,11 +18,15 @@ __all__ = ["Examined", "Recipe", "examine", "layer_config", "load_recipe", "to_y
 
 @dataclass(frozen=True)
 class Examined:
-    """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with."""
+    """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with.
+
+    `model`: its model without weights, as far as the recipe names one; it has been wrapped.
+    """
 
     recipe: Recipe
     problems: tuple[Fault, ...]
     wrong: frozenset[str]
+    model: nn.Module | None = None
 
     def sound(self, also: Sequence[Fault] = ()) -> Recipe:
         """The recipe. Raises: RecipeError with every problem, and with those that were found `also`."""
@@ -52,7 +58,7 @@ def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", a
         raise RecipeError(f"{source}: not a readable text file ({error})") from error
     check = Check(override(parse(text), settings), purpose, accelerator)
     recipe = replace(check.run(source, path), settings=tuple(settings))
-    return Examined(recipe, tuple(check.found), frozenset(check.wrong))
+    return Examined(recipe, tuple(check.found), frozenset(check.wrong), check.model)
 
 
 def _order(fault: Fault) -> tuple[int, int]:

@@ -8,26 +8,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from torch import nn
 
-from layerpeft.errors import Problem, RecipeError, told
-from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
+from layerpeft.errors import Problem, RecipeError
+from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.targets import find_targets
 from layerpeft.quantization.apply import MARKS, Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows
+from layerpeft.recipe.model import auto_class, code, empty_model, from_hub, model_config, model_path
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
-from layerpeft.recipe.shipped import resolve
-from layerpeft.selection.choose import candidates
-from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import scoreless
-from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Select
 from layerpeft.tuners.load import early
@@ -50,55 +45,28 @@ class Setup:
     ready: bool = False
 
     @property
+    def head(self) -> tuple[tuple[str, ...], int | None]:
+        """What rows and tokenizer say of a classification head: its classes, and the token that pads."""
+        return self.labels, self.tokenizer.pad_token_id
+
+    @property
     def measure(self) -> str:
         """The number that runs are compared by: `eval_loss` (lower is better) or `eval_macro_f1` (higher is better)."""
         return "eval_macro_f1" if self.recipe.trainer == "classification" else "eval_loss"
 
 
 def prepare(recipe: Recipe) -> Setup:
-    """Tokenizer and rows of a recipe; checks the choice of layers against the architecture. No weight is loaded.
-
-    Raises: RecipeError, SelectionError, LayerMapError.
-    """
+    """Tokenizer and rows of a recipe. No weight is loaded. Raises: RecipeError."""
     tokenizer = _tokenizer(recipe)
     train, held_out = _rows(recipe)
     labels: tuple[str, ...] = ()
     if recipe.trainer == "classification":
         labels = _labels(train)
     setup = Setup(recipe, tokenizer, train, held_out, held_out, labels)
-    check_choice(setup)
     if labels:
         ready = {"train": _classified(setup, train), "held_out": held_out and _classified(setup, held_out)}
         return dataclasses.replace(setup, **ready)
     return setup
-
-
-def check_choice(setup: Setup) -> LayerMap | None:
-    """Tries the choice of layers on the architecture without weights; None for `select: all`, which needs no layers.
-
-    Raises: LayerpeftError for layers out of range, more layers than there are, or target modules that match nothing.
-    """
-    recipe = setup.recipe
-    select = Select.parse(recipe.select)
-    if select.is_all:
-        return None
-    model = empty_model(setup)
-    layers = layer_map(model, select.stack)
-    targets = all_targets(recipe, model, layers)
-    how_many(select.keep, len(candidates(select, layers, targets)))
-    if isinstance(select.by, Scores):
-        select.by.check(layers)
-    return layers
-
-
-def empty_model(setup: Setup) -> nn.Module:
-    """The recipe's model without weights, in the type of number it would be loaded in."""
-    recipe = setup.recipe
-    config = _model_config(setup)
-    asked = recipe["dtype"]
-    dtype = getattr(torch, str(asked), None) or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        return _from_hub(recipe, _auto_class(recipe).from_config, config, dtype=dtype, **_code(recipe))
 
 
 def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None) -> nn.Module:
@@ -111,26 +79,24 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
 
     recipe = setup.recipe
     set_seed(training_arguments(recipe).seed)
-    options = {"dtype": recipe["dtype"], "attn_implementation": recipe["attn_implementation"], **_code(recipe)}
+    options = {"dtype": recipe["dtype"], "attn_implementation": recipe["attn_implementation"], **code(recipe)}
     options |= {
         "revision": recipe["model_revision"],
-        "config": _model_config(setup),
+        "config": model_config(recipe, *setup.head),
         **(recipe["model_init_kwargs"] or {}),
     }
     wanted = None
-    if is_saved(_model_path(recipe)):
+    if is_saved(model_path(recipe)):
         attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
-        return _from_hub(recipe, load_saved, _model_path(recipe), **attention)
+        return from_hub(recipe, load_saved, model_path(recipe), **attention)
     if select is not None:
-        wanted = early(layer_config(recipe, select).with_stored(stored), lambda: empty_model(setup))
+        wanted = early(layer_config(recipe, select).with_stored(stored), lambda: empty_model(recipe, *setup.head))
     if wanted is None:
-        return _from_hub(recipe, _auto_class(recipe).from_pretrained, _model_path(recipe), **options)
+        return from_hub(recipe, auto_class(recipe).from_pretrained, model_path(recipe), **options)
     device = training_arguments(recipe).device
     options["device"] = device if device.type != "cpu" else None  # quantizing is faster there
-    kind = _auto_class(recipe).__name__
-    return _from_hub(
-        recipe, load_quantized, _model_path(recipe), wanted.assignment, wanted.storage, kind=kind, **options
-    )
+    kind = auto_class(recipe).__name__
+    return from_hub(recipe, load_quantized, model_path(recipe), wanted.assignment, wanted.storage, kind=kind, **options)
 
 
 def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any], Setup]:
@@ -240,61 +206,11 @@ def held_out_numbers(trainer: Any) -> dict[str, float]:
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _auto_class(recipe: Recipe) -> Any:
-    import transformers
-
-    return (
-        transformers.AutoModelForCausalLM
-        if recipe.trainer == "sft"
-        else transformers.AutoModelForSequenceClassification
-    )
-
-
-def _model_path(recipe: Recipe) -> str:
-    path = Path(resolve(recipe["model_name_or_path"])).expanduser()
-    return str(path) if path.is_dir() else recipe["model_name_or_path"]
-
-
-def _code(recipe: Recipe) -> dict[str, Any]:
-    return {"trust_remote_code": recipe["trust_remote_code"]}
-
-
-def _from_hub(recipe: Recipe, call: Any, *args: Any, **options: Any) -> Any:
-    try:
-        return call(*args, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        text = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {told(error, 500)}"
-        raise RecipeError(Problem(("model_name_or_path",), text)) from error
-
-
-def _model_config(setup: Setup) -> Any:
-    from transformers import AutoConfig
-
-    recipe = setup.recipe
-    extra: dict[str, Any] = {}
-    if setup.labels:
-        extra = {
-            "id2label": dict(enumerate(setup.labels)),
-            "label2id": {name: i for i, name in enumerate(setup.labels)},
-        }
-    config = _from_hub(
-        recipe,
-        AutoConfig.from_pretrained,
-        _model_path(recipe),
-        revision=recipe["model_revision"],
-        **_code(recipe),
-        **extra,
-    )
-    if setup.labels and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = setup.tokenizer.pad_token_id  # the head reads the last token that is no padding
-    return config
-
-
 def _tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
-    options = {"revision": recipe["model_revision"], **_code(recipe)}
-    tokenizer = _from_hub(recipe, AutoTokenizer.from_pretrained, _model_path(recipe), **options)
+    options = {"revision": recipe["model_revision"], **code(recipe)}
+    tokenizer = from_hub(recipe, AutoTokenizer.from_pretrained, model_path(recipe), **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

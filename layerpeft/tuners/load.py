@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError, told, unknown
+from layerpeft.integrations.empty import empty_model
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of, stacks_of
 from layerpeft.model.precisions import KEPT, precision_of
@@ -149,13 +150,8 @@ def _empty(
     try:
         if config is None:
             config = transformers.AutoConfig.from_pretrained(os.fspath(name), revision=revision, **options)
-        kept = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        kept = kept or getattr(config, "dtype", None) or torch.float32
         trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
-        made = getattr(transformers, kind)
-        with torch.device("meta"):
-            make = getattr(made, "from_config", None) or made._from_config  # of an Auto class, or of a model's own
-            return base_of(make(config, dtype=kept, **trusted))
+        return base_of(empty_model(getattr(transformers, kind), config, dtype, **trusted))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"no model can be built from {os.fspath(name)!r}: {told(error, 300)}") from error
 

@@ -1,0 +1,19 @@
+"""A model without weights: its classes, names and shapes, and no memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def empty_model(kind: Any, config: Any, dtype: torch.dtype | str | None = None, **options: Any) -> nn.Module:
+    """The model of a config on the meta device, in the type of number that it would be loaded in.
+
+    `kind`: a class of transformers, automatic or a model's own; `dtype`: its name or itself, another name for that of the config.
+    """
+    make = getattr(kind, "from_config", None) or kind._from_config
+    asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    with torch.device("meta"):
+        return make(config, dtype=asked or getattr(config, "dtype", None) or torch.float32, **options)
