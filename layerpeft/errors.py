@@ -116,12 +116,16 @@ def nearest(name: object, allowed: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def hint(name: object, allowed: Iterable[str], form: str = " Did you mean {!r}?") -> str:
+    """The nearest name as a question, to stand behind a sentence; nothing where none is close."""
+    close = nearest(name, allowed)
+    return form.format(close) if close else ""
+
+
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
     """One sentence for an unknown name: what was given, the nearest name, what is allowed."""
     names = sorted(allowed)
-    close = nearest(name, names)
-    hint = f" Did you mean {close!r}?" if close else ""
-    return f"unknown {what} {name!r}.{hint} Allowed: {', '.join(names)}."
+    return f"unknown {what} {name!r}.{hint(name, names)} Allowed: {', '.join(names)}."
 
 
 def raise_faults(title: str, faults: Iterable[str]) -> None:

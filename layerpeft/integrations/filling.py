@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layerpeft.errors import ConfigError, Problems, nearest
+from layerpeft.errors import ConfigError, Problems, hint
 
 METHOD = "layerpeft"
 LOADED_MARK = "_is_hf_initialized"  # on tensors and modules that have their values, so that nothing is drawn over them
@@ -180,8 +180,7 @@ def _check(model: nn.Module, names: Iterable[str], why_not: Any) -> None:
     for name in sorted(names):
         module = modules.get(name)
         if module is None:
-            close = nearest(name, modules)
-            problems.add(f"it has no module {name!r}{f'; did you mean {close!r}?' if close else ''}")
+            problems.add(f"it has no module {name!r}{hint(name, modules, '; did you mean {!r}?')}")
         elif type(module) is not nn.Linear:
             problems.add(f"{name} is of the class {type(module).__name__}; only plain linears are quantized")
         elif why_not is not None and (why := why_not(name, module)):

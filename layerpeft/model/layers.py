@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from layerpeft.errors import LayerMapError, nearest
+from layerpeft.errors import LayerMapError, hint, nearest
 from layerpeft.model.architectures import Matrix, matrices_of, role_of, stack_labels, stored_shape, text_config
 from layerpeft.model.names import unwrapped
 from layerpeft.text import grid
@@ -276,9 +276,8 @@ def _named_stack(name: str, found: Sequence[_Stack], root: _Node) -> _Stack:
     node = _descend(root, path)
     if node is not None and _container(node.module) and _blocks(node):
         return _Stack(node, frozenset(), _blocks(node))
-    close = nearest(name, [*(s.path for s in found), *(label for s in found for label in s.labels)])
-    hint = f" Did you mean {close!r}?" if close else ""
-    raise LayerMapError(f"unknown stack {name!r}.{hint} Found: {listed or 'no stack of repeated blocks'}.")
+    close = hint(name, [*(s.path for s in found), *(label for s in found for label in s.labels)])
+    raise LayerMapError(f"unknown stack {name!r}.{close} Found: {listed or 'no stack of repeated blocks'}.")
 
 
 def _descend(node: _Node, path: str) -> _Node | None:

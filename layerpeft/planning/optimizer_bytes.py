@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from layerpeft.errors import ConfigError, nearest
+from layerpeft.errors import ConfigError, hint
 
 Arguments = Mapping[str, str]
 Formula = Callable[[torch.Size, int, Arguments], int]
@@ -41,9 +41,8 @@ def problem(name: str) -> str | None:
     for start, reason in (_ON_FULL_WEIGHTS | _REFUSED).items():
         if name.startswith(start):
             return f"optimizer {name!r}: {reason}"
-    close = nearest(name, STATES)
-    hint = f" Did you mean {close!r}?" if close else ""
-    return f"unknown optimizer {name!r}.{hint} Known are the names of transformers' optim: {', '.join(STATES)}."
+    known = f"Known are the names of transformers' optim: {', '.join(STATES)}."
+    return f"unknown optimizer {name!r}.{hint(name, STATES)} {known}"
 
 
 def needs_full_weights(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problems, nearest
+from layerpeft.errors import ConfigError, LayerpeftError, Problems, hint
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model import precisions
 from layerpeft.model.precisions import KEPT, PRECISIONS, Storage
@@ -96,13 +96,9 @@ class LayerQuantConfig(PeftConfig):
             )
         own = _own_fields()
         problems = Problems("quant")
-        for name in value:
-            if name not in own:
-                close = nearest(str(name), own)
-                problems.add(
-                    f"unknown key {name!r}{f'; did you mean {close!r}?' if close else ''}; allowed: {', '.join(sorted(own))}",
-                    str(name),
-                )
+        for name in (n for n in value if n not in own):
+            close = hint(name, own, "; did you mean {!r}?")
+            problems.add(f"unknown key {name!r}{close}; allowed: {', '.join(sorted(own))}", str(name))
         problems.raise_if_any(ConfigError)
         return cls(**value)
 

@@ -18,8 +18,7 @@ from layerpeft.integrations.torch import give_back
 from layerpeft.model.layers import layer_map
 from layerpeft.model.precisions import KEPT, PRECISIONS, Storage, fits, missing_packages, quantized_linear, stored_bytes
 from layerpeft.quantization.apply import mark_kinds
-
-SHOWN = 3  # names in a message
+from layerpeft.text import some
 
 
 def load_quantized(
@@ -124,15 +123,13 @@ def _refuse_quantized(name: str, options: Mapping[str, Any]) -> None:
 
 def _check_found(name: str, model: nn.Module, found: Mapping[str, Any], chosen: Mapping[str, str]) -> None:
     """What the checkpoint lacks must be a part of its own, such as a new head, of which transformers has told."""
-    missing = sorted(found["missing_keys"])
-    if not missing:
-        return
-    inside = [n for n in missing if n.startswith(_stacks(model)) or n.rpartition(".")[0] in chosen]
+    inside = [
+        n for n in sorted(found["missing_keys"]) if n.startswith(_stacks(model)) or n.rpartition(".")[0] in chosen
+    ]
     if inside:
-        more = ", …" if len(inside) > SHOWN else ""
         raise ConfigError(
             f"{name} is not a whole checkpoint of {type(model).__name__}: it lacks {len(inside)} tensors of the layers "
-            f"({', '.join(inside[:SHOWN])}{more})"
+            f"({some(inside, 3, ', …')})"
         )
 
 

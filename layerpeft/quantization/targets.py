@@ -10,7 +10,7 @@ from functools import cache
 
 from torch import nn
 
-from layerpeft.errors import ConfigError, Problems, nearest
+from layerpeft.errors import ConfigError, Problems, hint
 from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, find_module, stacks_of
 from layerpeft.model.new_modules import new_modules
 from layerpeft.model.precisions import KEPT, precision_of
@@ -195,9 +195,8 @@ def _matching(patterns: Sequence[str], names: Sequence[str], what: str, problems
     for pattern in patterns:
         fits = [n for n in names if f".{pattern}." in f".{n}."]
         if not fits:
-            close = nearest(pattern.rpartition(".")[2], {n.rpartition(".")[2] for n in names})
-            problems.add(
-                f"{what}: {pattern!r} names no linear of the model{f'; did you mean {close!r}?' if close else ''}"
-            )
+            ends = {n.rpartition(".")[2] for n in names}
+            close = hint(pattern.rpartition(".")[2], ends, "; did you mean {!r}?")
+            problems.add(f"{what}: {pattern!r} names no linear of the model{close}")
         hits |= dict.fromkeys(fits)
     return list(hits)

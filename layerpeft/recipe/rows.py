@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problems, RecipeError, first_line, nearest
+from layerpeft.errors import Problems, RecipeError, first_line, hint
 from layerpeft.recipe.shipped import resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -156,9 +156,8 @@ def column_problems(
         found = []
         for name, template in columns.items():
             for missing in sorted(set(template_columns(template)) - set(have)):
-                close = nearest(missing, have)
-                hint = f" Did you mean {close!r}?" if close else ""
-                found.append((name, f"no column {missing!r} in the data; it has {', '.join(have)}.{hint}"))
+                sentence = f"no column {missing!r} in the data; it has {', '.join(have)}.{hint(missing, have)}"
+                found.append((name, sentence))
         return found
     if trainer == "classification":
         forms, wanted = [{"text", "label"}], "`text` and `label`"

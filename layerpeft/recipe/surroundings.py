@@ -21,6 +21,7 @@ from layerpeft.recipe import keys, rows
 from layerpeft.recipe.recipe import Recipe, training_arguments
 from layerpeft.recipe.shipped import resolve
 from layerpeft.saving.checkpoints import last_checkpoint
+from layerpeft.text import some
 from layerpeft.training.switching import NOT_UNDER
 from layerpeft.tuners.config import QUANT_FIELDS
 
@@ -147,7 +148,7 @@ def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
         held = sorted(p.name for p in folder.iterdir() if p.name not in BESIDE)
         if held:
             full = (
-                f"output_dir: {folder} is not empty ({', '.join(held[:4])}{', ...' if len(held) > 4 else ''}). Name another"
+                f"output_dir: {folder} is not empty ({some(held, 4, ', ...')}). Name another"
                 f" (output_dir={folder}-2), go on with that run (resume_from_checkpoint=true), or write over it"
                 " (overwrite_output_dir=true)"
             )

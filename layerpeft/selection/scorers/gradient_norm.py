@@ -48,6 +48,7 @@ class GradientNorm:
         how = Exact() if options.exact else Sketch(options.k, request.seed)
         self.probe = Probe({t.name: t for t in request.targets}, how, signal=options.signal, skip_bad=request.live)
         self._sums: dict[str, float] | None = None
+        self.next_batch, self.detach = self.probe.next_batch, self.probe.detach
 
     @property
     def batches(self) -> int:
@@ -57,14 +58,6 @@ class GradientNorm:
     def attach(self) -> None:
         """Puts the probe on the model."""
         self.probe.attach(self.request.model)
-
-    def next_batch(self, scale: float | None = None) -> None:
-        """Closes the batch, whose loss was multiplied by `scale` (None: not known)."""
-        self.probe.next_batch(scale)
-
-    def detach(self) -> None:
-        """Takes the probe off the model."""
-        self.probe.detach()
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums squared norms and batch counts over processes, in the order of the targets.
