@@ -13,10 +13,10 @@ from torch import nn
 
 
 @contextmanager
-def as_traced(model: nn.Module, device: str = "cpu") -> Iterator[None]:
+def as_traced(model: nn.Module) -> Iterator[None]:
     """Turns the tensors of a model on the meta device into traced ones, in place; the model runs inside this context.
 
-    They say that they lie on `device`, so that the attention of that device is traced. Experts are traced in their grouped form,
+    They say that they lie on the CPU, so that its attention is traced. Experts are traced in their grouped form,
     since a loop over those that tokens reach cannot be.
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -25,7 +25,7 @@ def as_traced(model: nn.Module, device: str = "cpu") -> Iterator[None]:
 
     def traced(t: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return FakeTensor(mode, torch.empty_like(t, device="meta"), torch.device(device))
+            return FakeTensor(mode, torch.empty_like(t, device="meta"), torch.device("cpu"))
 
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

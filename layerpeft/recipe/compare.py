@@ -204,9 +204,6 @@ def table(found: Comparison) -> str:
     return "\n".join(grid(rows, "<<>", (16, 22, 11, 14, 8), " "))
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
 def _plan(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
     """Every run, the recipe's first, and the number of layers. Raises: RecipeError when there is nothing to choose."""
     choose = partial(_choice, recipe, model)

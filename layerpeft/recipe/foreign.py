@@ -20,8 +20,6 @@ METHOD_ROADS = {
 }
 
 
-# ---- other spellings ------------------------------------------------------------------------------------------------
-
 RENAMED = {
     # transformers and TRL, older versions
     "evaluation_strategy": "eval_strategy",

@@ -91,10 +91,10 @@ def parse(text: str, line: int | None = None) -> Document:
     return Document(walk.mapping(node, ()), walk.lines, tuple(walk.faults))
 
 
-def override(document: Document, settings: Sequence[str], templates: str = "columns") -> Document:
+def override(document: Document, settings: Sequence[str]) -> Document:
     """The document with `dotted.key=value` settings of the command line laid over it.
 
-    What lies below the key `templates` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
+    What lies below the key `columns` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
     """
     data, lines, faults = copy.deepcopy(document.data), dict(document.lines), list(document.faults)
     for setting in settings:
@@ -103,7 +103,7 @@ def override(document: Document, settings: Sequence[str], templates: str = "colu
         if not equals or not all(parts):
             faults.append(Fault(COMMAND, f"{setting!r} is not of the form key=value (example: layerpeft.r=8)"))
             continue
-        plain = len(parts) > 1 and parts[0] == templates and not text.lstrip().startswith(('"', "'"))
+        plain = len(parts) > 1 and parts[0] == "columns" and not text.lstrip().startswith(('"', "'"))
         read = Document({"value": text}) if plain else parse("value: " + text, COMMAND)
         if read.faults:
             reasons = "; ".join(fault.text for fault in read.faults)

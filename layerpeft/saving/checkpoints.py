@@ -18,9 +18,6 @@ from layerpeft.saving.manifest import ADAPTER_FILES, CONFIG, MANIFEST, PICTURES,
 logger = logging.getLogger(__name__)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint-N of a Trainer run, or None; every newer one is logged with what it lacks."""
     root = Path(output_dir)
