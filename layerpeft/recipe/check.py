@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import Problem, RecipeError, nearest, unknown
+from layerpeft.errors import Problem, RecipeError, hint, unknown
 from layerpeft.integrations import hub
 from layerpeft.recipe import foreign, keys, surroundings
 from layerpeft.recipe.choice import choice_problems
@@ -136,7 +136,7 @@ class Check:
             return f"{key}: this is a setting of trainer: sft"
         kind = keys.arguments_class(trainer or "sft").__name__
         allowed = "trainer, model_name_or_path, dataset_name, columns, output_dir, layerpeft, …"
-        return f"unknown key {key!r}.{_hint(key, known)} Allowed: {allowed} and every field of {kind}."
+        return f"unknown key {key!r}.{hint(key, known)} Allowed: {allowed} and every field of {kind}."
 
     def block(self, block: Any, trainer: str) -> tuple[str, Any, dict[str, Any], bool]:
         """Checks the `layerpeft:` block: method, select and the config's fields; the last is whether they make a config."""
@@ -176,11 +176,11 @@ class Check:
         """What to say of a key that the method's config does not have."""
         if key in keys.FIXED:
             return f"{key}: {keys.FIXED[key]}"
-        hint = foreign.BLOCK_HINTS.get(key)
-        if hint == "select":
+        meant = foreign.BLOCK_HINTS.get(key)
+        if meant == "select":
             return f"{key}: layers are chosen with `select`, as in `select: {{by: gradient_norm, keep: 4}}` or `select: last:4`"
-        if hint:
-            return f"unknown key {key!r} in the layerpeft block. Did you mean {hint!r}?"
+        if meant:
+            return f"unknown key {key!r} in the layerpeft block. Did you mean {meant!r}?"
         if key in keys.top_settings("sft"):
             return f"{key}: this belongs at the top level, not in the layerpeft block"
         other = next((m for m, kind in CONFIGS.items() if m != method and key in keys.block_settings(kind)), None)
@@ -188,7 +188,7 @@ class Check:
             return f"{key}: this belongs to method: {other}, and the method here is {method}"
         allowed = f"method, select, r, target_modules, … and every other field of {CONFIGS[method].__name__}"
         return (
-            f"unknown key in the layerpeft block {key!r}.{_hint(key, ['method', 'select', *known])} Allowed: {allowed}."
+            f"unknown key in the layerpeft block {key!r}.{hint(key, ['method', 'select', *known])} Allowed: {allowed}."
         )
 
     def construct(self, prefix: str, make: Callable[[], Any], *path: str) -> bool:
@@ -196,11 +196,6 @@ class Check:
         found = surroundings.construct(make)
         self.add_all(Problem((*path, *problem.path), f"{prefix}{problem.text}") for problem in found)
         return not found
-
-
-def _hint(key: str, known: Any) -> str:
-    close = nearest(key, known)
-    return f" Did you mean {close!r}?" if close else ""
 
 
 def _unquoted(columns: Any) -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import LayerpeftError, Problem, mentions, nearest, told
+from layerpeft.errors import LayerpeftError, Problem, hint, mentions, told
 from layerpeft.model.layers import LayerMap, base_of, layer_map
 from layerpeft.model.targets import exclusions, match_targets
 from layerpeft.recipe.recipe import Recipe, layer_config
@@ -74,9 +74,9 @@ def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, l
         except LayerpeftError as error:
             found += _of_names(error, "target_modules")
             modules = "all-linear"
-        found += _unmatched(lambda: match_targets(layers, modules), "target_modules")
+        found += _tried(lambda: match_targets(layers, modules), "target_modules", said=_of_names)
     if parameters:
-        found += _unmatched(lambda: match_targets(layers, None, None, parameters), "target_parameters")
+        found += _tried(lambda: match_targets(layers, None, None, parameters), "target_parameters", said=_of_names)
     exclude = exclusions(block.get("exclude_modules"), model, layers)
     try:
         if not found:
@@ -106,9 +106,8 @@ def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
     found: list[Problem] = []
     for wanted in given:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            close = nearest(wanted.rpartition(".")[2], ends)
-            hint = f" Did you mean {close!r}?" if close else ""
-            sentence = f"target_modules: {wanted!r} matches no module of the model.{hint}"
+            close = hint(wanted.rpartition(".")[2], ends)
+            sentence = f"target_modules: {wanted!r} matches no module of the model.{close}"
             found.append(Problem((BLOCK, "target_modules"), sentence))
     return found
 
@@ -125,12 +124,9 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
                 asked(config, model, choice.names, known=False)
             wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
     except LayerpeftError as error:
-        named = [p for p in error.problems if p.path in TARGETS]
-        return (
-            _of_names(error, BLOCK)
-            if named
-            else [Problem((BLOCK, *p.path), f"{BLOCK}: {p.text}") for p in error.listed()]
-        )
+        if any(p.path in TARGETS for p in error.problems):
+            return _of_names(error, BLOCK)
+        return [Problem((BLOCK, *p.path), f"{BLOCK}: {p.text}") for p in error.listed()]
     except (ValueError, TypeError) as error:
         named = [k for k in recipe.block if mentions(error, k)]
         named += ["target_modules"] if mentions(error, "Target module", word=False) else []
@@ -148,25 +144,17 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
     return []
 
 
-def _tried(call: Any, *path: str) -> list[Problem]:
+def _tried(call: Callable[[], Any], *path: str, said: Callable[..., list[Problem]] | None = None) -> list[Problem]:
     try:
         call()
     except LayerpeftError as error:
-        return _at(error, *path)
+        return (said or _at)(error, *path)
     return []
 
 
 def _at(error: LayerpeftError, *path: str) -> list[Problem]:
     """The problems of an error at a key of the block; a sentence names its key where the problem has one of its own."""
     return [Problem((BLOCK, *path), p.text if p.path else f"{path[-1]}: {p.text}") for p in error.listed()]
-
-
-def _unmatched(call: Any, key: str) -> list[Problem]:
-    try:
-        call()
-    except LayerpeftError as error:
-        return _of_names(error, key)
-    return []
 
 
 def _of_names(error: LayerpeftError, key: str) -> list[Problem]:
