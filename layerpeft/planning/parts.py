@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError
-from layerpeft.integrations.tracing import is_stand_in, stand_in, weight_bytes
+from layerpeft.integrations.tracing import stand_in, weight_bytes
 from layerpeft.model import precisions
-from layerpeft.model.layers import base_of, find_module
+from layerpeft.model.layers import LayerMap, base_of, find_module
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.text import size_text
-from layerpeft.tuners.assume import Asleep
-from layerpeft.tuners.full.config import FullLoraConfig
-from layerpeft.tuners.full.layer import open_all, wrappers
-from layerpeft.tuners.galore.projection import projections, weight_of
+from layerpeft.training.backward import Stop
+from layerpeft.training.method import Method
 
-_RESTING = "_layerpeft_resting"  # in a planned model's own dict: names of the parameters of layers that sleep
+
+@dataclass(frozen=True)
+class Wrapped:
+    """An adapter on a model without storage: its method, its layers, what had to be assumed, where the backward pass stops.
+
+    `resting`: names of parameters of layers that sleep at the costliest moment; whether optimizers keep states of those.
+    """
+
+    model: Any
+    method: Method
+    layers: LayerMap | None
+    assumed: tuple[str, ...]
+    stop: Stop
+    resting: frozenset[str] = frozenset()
+    keeps_states: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights, those included that are kept as they were."""
+        return weight_bytes(self.model) + self.method.beside()
 
 
 @dataclass(frozen=True)
@@ -35,14 +52,13 @@ class Training:
     masters: int
 
 
-def training(wrapped: nn.Module, optimizer: str, optim_args: str | None) -> Training:
+def training(wrapped: Wrapped, optimizer: str, optim_args: str | None) -> Training:
     """What training takes besides the weights and activations."""
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    asleep: Asleep | None = getattr(config_of(wrapped), "_layerpeft_asleep", None)
-    resting = [p for n, p in wrapped.named_parameters() if n in wrapped.__dict__.get(_RESTING, ())]
-    stateful = trained + (resting if asleep is not None and asleep.keeps_states else [])
+    trained = [p for p in wrapped.model.parameters() if p.requires_grad]
+    resting = [p for n, p in wrapped.model.named_parameters() if n in wrapped.resting]
+    stateful = trained + (resting if wrapped.keeps_states else [])
     copied = 0
-    if getattr(getattr(config_of(wrapped), "_layerpeft_full", None), "master_weights", False):
+    if wrapped.method.masters is not None:
         copied = sum(4 * p.numel() for p in trained if p.element_size() < 4)
         stateful = [torch.empty_like(p, dtype=torch.float32) if p.element_size() < 4 else p for p in stateful]
     return Training(
@@ -54,29 +70,14 @@ def training(wrapped: nn.Module, optimizer: str, optim_args: str | None) -> Trai
     )
 
 
-def opened(wrapped: nn.Module, resolved: peft.PeftConfig) -> tuple[str, ...]:
-    """Lets gradients into what trains at the costliest moment, and nowhere else; what is to be said of it."""
-    notes: tuple[str, ...] = ()
-    if isinstance(resolved, FullLoraConfig):
-        open_all(wrapped, "default")
-        held = {id(t): t.nbytes for w in wrappers(wrapped, "default") for t in [*w.parameters(), *w.buffers()]}
-        notes = (
-            f"the original weights of what was ever trained are kept on the CPU (up to {size_text(sum(held.values()))})",
-        )
-    asleep: Asleep | None = getattr(resolved, "_layerpeft_asleep", None)
-    if asleep is not None:
-        base = base_of(wrapped)
-        held = {id(p) for name in asleep.layers for p in base.get_submodule(name).parameters() if p.requires_grad}
-        found = {n: p for n, p in wrapped.named_parameters() if id(p) in held}
-        for parameter in found.values():
-            parameter.requires_grad_(False)
-        wrapped.__dict__[_RESTING] = set(found)  # by name, since tracing puts other tensors in their place
-    return notes
-
-
-def config_of(wrapped: nn.Module) -> Any:
-    """The live config of the one adapter; None where there is none."""
-    return next(iter(getattr(wrapped, "peft_config", {}).values()), None)
+def put_to_sleep(wrapped: nn.Module, layers: Sequence[str]) -> frozenset[str]:
+    """Keeps gradients out of layers that do not train at the costliest moment; names of what would train in them."""
+    base = base_of(wrapped)
+    held = {id(p) for name in layers for p in base.get_submodule(name).parameters() if p.requires_grad}
+    found = {n: p for n, p in wrapped.named_parameters() if id(p) in held}
+    for parameter in found.values():
+        parameter.requires_grad_(False)
+    return frozenset(found)  # by name, since tracing puts other tensors in their place
 
 
 def half(wrapped: nn.Module) -> None:
@@ -127,14 +128,3 @@ def store(empty: nn.Module, wanted: Quantized, early: bool) -> tuple[str, ...]:
 
 def _fits(module: Any, precision: str, wanted: Quantized) -> bool:
     return precisions.fits(precision, module.out_features, module.in_features, wanted.storage)
-
-
-def originals(wrapped: nn.Module) -> int:
-    """Bytes of the weights as they were, which gradient projection keeps beside those that it folds into (`fold: beside`)."""
-    found = [
-        layer
-        for _, layer in projections(wrapped, "default")
-        if layer._layerpeft_projection.fold == "beside"
-        and not is_stand_in(layer.get_base_layer())  # folds lie beside it
-    ]
-    return sum(weight_of(layer).nbytes for layer in found)

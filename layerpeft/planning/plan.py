@@ -19,16 +19,14 @@ from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, we
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.planning import optimizer_bytes
-from layerpeft.planning.parts import half, opened, originals, store, training
+from layerpeft.planning.parts import Wrapped, half, put_to_sleep, store, training
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, _recompute, trace
-from layerpeft.text import size_text
 from layerpeft.training import backward
+from layerpeft.training.method import Method
+from layerpeft.training.record import record_of
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
-from layerpeft.tuners.full.config import FullLoraConfig, place_all
-from layerpeft.tuners.full.layer import wrappers
-from layerpeft.tuners.galore.config import project_all
 from layerpeft.tuners.precision import asked, decides_early
 
 
@@ -117,21 +115,22 @@ def plan(
     Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
     step = step or Step()
-    wrapped, assumed, layers, stop = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    found = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    wrapped = found.model
     with torch.device("meta"):
         full = _built(model).train()
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
     full_kept, full_recomputed = _passes(full, batch_size, length, step, inputs)
-    cost = training(wrapped, optimizer, step.optim_args)
+    cost = training(found, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
-        rows=_rows(wrapped, layers),
+        rows=_rows(found),
         trainable=cost.trainable,
         total=sum(p.numel() for p in wrapped.parameters()),
-        weights=weight_bytes(wrapped) + originals(wrapped) + cost.masters,
+        weights=found.weights + cost.masters,
         gradients=cost.gradients,
         states=cost.states,
         optimizer=optimizer,
@@ -139,8 +138,8 @@ def plan(
         recomputed=recomputed,
         everything=(full_kept.flops, full_recomputed and full_recomputed.flops),
         checkpointing=checkpointing,
-        stop=stop,
-        assumed=(*assumed, f"{shape}, {optimizer}{passes}"),
+        stop=found.stop,
+        assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
     )
 
 
@@ -155,13 +154,13 @@ def peak_bytes(
     step: Step,
 ) -> int:
     """`plan(...).peak_bytes` alone: one trace instead of four. Raises: as `plan`."""
-    wrapped = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)[0]
-    with as_traced(wrapped):
+    found = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    with as_traced(found.model):
         if checkpointing:
-            _recompute(wrapped, step)
-        activations = trace(wrapped, batch_size, length, step).peak
-    cost = training(wrapped, optimizer, step.optim_args)
-    return weight_bytes(wrapped) + originals(wrapped) + cost.masters + cost.gradients + cost.states + activations
+            _recompute(found.model, step)
+        activations = trace(found.model, batch_size, length, step).peak
+    cost = training(found, optimizer, step.optim_args)
+    return found.weights + cost.masters + cost.gradients + cost.states + activations
 
 
 def layers_that_train(
@@ -171,9 +170,8 @@ def layers_that_train(
 
     Raises: as `plan`.
     """
-    wrapped, _, layers, _ = _wrapped(model, config, [], step)
-    weights = weight_bytes(wrapped) + originals(wrapped)
-    return [row.layer for row in _rows(wrapped, layers) if row.trains], _recompute(wrapped, step), weights
+    found = _wrapped(model, config, [], step)
+    return [row.layer for row in _rows(found) if row.trains], _recompute(found.model, step), found.weights
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
@@ -182,10 +180,8 @@ def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
     return found + [s for s in [optimizer_bytes.problem(optimizer)] if s]
 
 
-def _wrapped(
-    model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
-) -> tuple[Any, tuple[str, ...], LayerMap | None, backward.Stop]:
-    """The adapter on a model without storage, what had to be assumed, the layers, and where the backward pass will stop.
+def _wrapped(model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step) -> Wrapped:
+    """The adapter on a model without storage.
 
     Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides.
     """
@@ -196,26 +192,7 @@ def _wrapped(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
             empty = _built(model, step.quantization)
-            stacks = stacks_of(empty)
-            resolved, assumed = fixed(config, empty, stacks)
-            layers = _layers(stacks, resolved)
-            if isinstance(config, LayerLoraConfig) and config.quantizes:
-                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
-                wanted = asked(config, empty, choice.names, known=False, stacks=stacks)
-                assumed += store(empty, wanted, decides_early(config))
-            if isinstance(resolved, FullLoraConfig):
-                place_all(empty, resolved, "default")
-            wrapped: Any = peft.get_peft_model(empty, resolved).train()
-            if hasattr(resolved, "_layerpeft_projection"):
-                project_all(base_of(wrapped), resolved, "default", layers.targets if layers else ())
-                kept = size_text(originals(wrapped))
-                assumed += (f"a step without a refresh, once weights were folded (their originals take {kept})",)
-            assumed += opened(wrapped, resolved)
-            if step.fused_head and step.quantization is not None:
-                half(wrapped)
-            stop = backward.Stop(None, "the model has no repeated blocks")
-            if layers is not None:
-                stop = backward.install(wrapped, layers.stack, stacks.blocks())
+            found = _wrap(config, empty, step)
     except LayerpeftError as error:
         if not problems.items:
             raise
@@ -224,8 +201,32 @@ def _wrapped(
         problems.add(told(error))
     problems.raise_if_any(ConfigError)
     if step.fused_head:
-        add_head(base_of(wrapped))
-    return wrapped, assumed, layers, stop
+        add_head(base_of(found.model))
+    return found
+
+
+def _wrap(config: peft.PeftConfig, empty: nn.Module, step: Step) -> Wrapped:
+    """As training would: what is to be packed is, and the method has its say before PEFT and after it."""
+    stacks = stacks_of(empty)
+    resolved = fixed(config, empty, stacks)
+    live, assumed = resolved.config, resolved.assumed
+    layers = _layers(stacks, live)
+    if isinstance(config, LayerLoraConfig) and config.quantizes:
+        wanted = asked(config, empty, resolved.layers, known=False, stacks=stacks)
+        assumed += store(empty, wanted, decides_early(config))
+    chosen = record_of(live) is not None
+    method = live.bind(empty, "default") if chosen else Method(empty, "default", live)
+    method.place()
+    wrapped: Any = peft.get_peft_model(empty, live).train()
+    method.wrap(layers.targets if layers is not None else ())
+    resting = put_to_sleep(wrapped, resolved.asleep)
+    if step.fused_head and step.quantization is not None:
+        half(wrapped)
+    stop = backward.Stop(None, "the model has no repeated blocks")
+    if layers is not None:
+        stop = backward.install(wrapped, layers.stack, stacks.blocks())
+    said = (*assumed, *method.assumed())
+    return Wrapped(wrapped, method, layers, said, stop, resting, resolved.keeps_states)
 
 
 def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
@@ -254,21 +255,21 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
 
 def _layers(stacks: Stacks, config: peft.PeftConfig) -> LayerMap | None:
     """The layers of the stack that was chosen from; None for a model without repeated blocks."""
-    record = getattr(config, "_layerpeft", None)
+    record = record_of(config)
     try:
-        return stacks.layers(record.selection.stack if record is not None else None)
+        return stacks.layers(record.selection.stack if record is not None and record.selection is not None else None)
     except LayerMapError:
         return None
 
 
-def _rows(wrapped: nn.Module, layers: LayerMap | None) -> tuple[PlanRow, ...]:
-    base = base_of(wrapped)
-    own = {id(p) for w in wrappers(wrapped, "default") for p in w.parameters()}  # in the weights already
+def _rows(wrapped: Wrapped) -> tuple[PlanRow, ...]:
+    base, layers = base_of(wrapped.model), wrapped.layers
     found = []
     for layer in layers.layers if layers is not None else ():
         block: Any = base.get_submodule(layer.name)
         held = list(block.parameters())
         trained = sum(p.numel() for p in held if p.requires_grad)
-        added = sum(p.numel() * p.element_size() for p in held if p.requires_grad and id(p) not in own)
+        beside = [p for p in held if p.requires_grad] if not wrapped.method.in_place else []
+        added = sum(p.numel() * p.element_size() for p in beside)
         found.append(PlanRow(layer.index, layer.name, trained > 0, trained, weight_bytes(block) - added))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from layerpeft.integrations import distributed
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.precisions import KEPT, PLAIN, Storage
+from layerpeft.quantization.picture import write_bits
+from layerpeft.saving.manifest import BITS
 from layerpeft.text import grid, size_text
 
 FORMAT = 1
@@ -70,6 +73,17 @@ class Quantized:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {"format": FORMAT, **asdict(self), "rows": [vars(r) for r in self.rows]}
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Full name -> precision of the linears that are stored in fewer bits, and how they are packed."""
+        found = self.assignment
+        return {**found, "(packing)": str(self.storage)} if found else {}
+
+    def save(self, folder: str, found: Any) -> dict[str, Any]:
+        """Its part in the record of an adapter: the picture of the bits, and all of it as plain data."""
+        write_bits(self, os.path.join(folder, BITS))
+        return {"quant": self.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantized:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.model.precisions import PRECISIONS
-from layerpeft.quantization.apply import Quantized
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # few bits are dark; what is kept is nearly white
@@ -17,7 +18,17 @@ COLOURS = {
 }  # fmt: skip
 
 
-def cells(found: Quantized) -> tuple[list[str], dict[tuple[str, int], str]]:
+class Bits(Protocol):
+    """What is drawn: linears with their precision (`name`, `got`), and the mean over their weights."""
+
+    @property
+    def rows(self) -> Sequence[Any]: ...
+
+    @property
+    def mean_bits(self) -> float: ...
+
+
+def cells(found: Bits) -> tuple[list[str], dict[tuple[str, int], str]]:
     """The kinds of linears, in the order of the model, and the precision of each in each layer; others go without."""
     placed = [(m, row) for row in found.rows if (m := NUMBER.search(row.name))]
     stacks = {row.name[: m.start()] for m, row in placed}
@@ -31,7 +42,7 @@ def cells(found: Quantized) -> tuple[list[str], dict[tuple[str, int], str]]:
     return list(kinds), table
 
 
-def write_bits(found: Quantized, path: str | os.PathLike[str]) -> bool:
+def write_bits(found: Bits, path: str | os.PathLike[str]) -> bool:
     """Draws it; False where there is no matplotlib, or nothing to draw."""
     kinds, table = cells(found)
     if not table:

@@ -118,11 +118,10 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real run says it again
             config = layer_config(recipe)
-            resolved, _ = fixed(config, model)
+            resolved = fixed(config, model)
             if config.quantizes:
-                choice = resolved._layerpeft.selection  # type: ignore[attr-defined]
-                asked(config, model, choice.names, known=False)
-            wrapped: Any = peft.get_peft_model(model, resolved)  # type: ignore[arg-type]
+                asked(config, model, resolved.layers, known=False)
+            wrapped: Any = peft.get_peft_model(model, resolved.config)  # type: ignore[arg-type]
     except LayerpeftError as error:
         if any(p.path in TARGETS for p in error.problems):
             return _of_names(error, BLOCK)

@@ -16,8 +16,7 @@ from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scoring import Measured
 from layerpeft.selection.select import Selection
-
-Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
+from layerpeft.training.method import Tensors
 
 
 class Pending:

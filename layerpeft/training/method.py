@@ -1,8 +1,137 @@
-"""The tensors that an adapter trains, target by target, whatever it trains them by; and the float32 masters behind them."""
+"""What a method that trains chosen layers tells those who follow it, and hears of them; each tuner says it in its `method.py`."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, ClassVar, NamedTuple
+
+import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from layerpeft.model.layers import Target
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
-FILE = "layerpeft_masters.safetensors"
+
+
+class Step(NamedTuple):
+    """One optimizer's step: `held` are the identities of the adapter's tensors that it holds and that train now."""
+
+    optimizer: Optimizer
+    held: set[int]
+    closure: bool = False  # it computes its gradients itself
+
+
+class Method:
+    """One adapter of one model, which it does not keep alive. What a method does not need it leaves as it is here: nothing.
+
+    Around a step: `before_step`, checks, `keep`, `lend`, the step, `take_back`, `after_step`, checks, the schedule.
+    """
+
+    partial: ClassVar[bool] = False  # a folder holds only what was ever active
+    in_place: ClassVar[bool] = False  # what trains are weights of the model itself
+    masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
+
+    def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
+        self._model = weakref.ref(model)
+        self.adapter, self.config = adapter, config
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which outlives whoever asks."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model is still there."""
+        return self._model() is not None
+
+    def tensors(self) -> Tensors:
+        """Target -> what trains in it."""
+        return {}
+
+    def wrapped(self) -> set[str]:
+        """The modules that the adapter trains in, by their names in the unwrapped model."""
+        return set(self.tensors())
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Those that are none of PEFT's tuner layers, by name; each tells of its `trained_change`."""
+        return {}
+
+    def originals(self) -> Mapping[str, torch.Tensor]:
+        """Weights as they were, by parameter name, where the model holds others that count as frozen."""
+        return {}
+
+    def moved(self) -> set[str]:
+        """Targets that have moved, by more than their tensors show."""
+        return set()
+
+    def place(self) -> None:
+        """Just before PEFT wraps the model by the live config; the model may be without storage."""
+
+    def wrap(self, targets: Iterable[Target]) -> None:
+        """Just after it has; `targets`: those that may ever train."""
+
+    def told(self) -> list[str]:
+        """What is to be said then."""
+        return []
+
+    def assumed(self) -> list[str]:
+        """What a plan says of it."""
+        return []
+
+    def beside(self) -> int:
+        """Bytes of weights as they were that lie on the model's device."""
+        return 0
+
+    def ready(self) -> None:
+        """All is wrapped or loaded, and a forward pass may come."""
+
+    def keep_only(self, targets: Set[str]) -> None:
+        """A choice that has waited is made: takes the adapter off every other target."""
+
+    def skipped(self) -> None:
+        """A loss scaler skips the step that was prepared."""
+
+    def before_step(self, step: Step) -> None:
+        """First of all before a real step."""
+
+    def keep(self, targets: Set[str], always: bool = True) -> None:
+        """These targets are about to train, and what always trains too (`always`), unless that has begun before."""
+
+    def lend(self, step: Step) -> None:
+        """Last of all before a real step."""
+
+    def take_back(self) -> None:
+        """First of all after any step."""
+
+    def after_step(self, step: Step) -> None:
+        """After a real step."""
+
+    def switched(self, training: Set[str] | None, policy: str) -> None:
+        """These targets train from now on (None: all may again); `policy`: what becomes of states of those that rest."""
+
+    def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
+        """The modules of which a state dict that is being loaded holds this adapter's tensors."""
+        return set()
+
+    def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
+        """Such a state dict is taken: `found` says of which modules, `folder` where it lies, where that is known."""
+
+    def as_stock(self, folder: str) -> dict[str, Any]:
+        """Makes of the weights that PEFT has just saved what stock PEFT reads; the fields of the config it reads them by."""
+        return {}
+
+    def save(self, folder: str, found: Any) -> dict[str, Any]:
+        """Writes what else a resumed run needs; what the manifest says of it."""
+        return {}
+
+    def twin(self, model: nn.Module, config: Any, memo: dict[int, Any]) -> Method:
+        """That of a deep copy of the model."""
+        return type(self)(model, self.adapter, config)
+
+    def close(self) -> None:
+        """Its adapter is gone."""

@@ -3,42 +3,91 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from layerpeft.quantization.picture import write_bits
-from layerpeft.saving.manifest import BITS, PICTURES, write_manifest
+from layerpeft.saving.manifest import PICTURES, write_manifest
 from layerpeft.selection.select import Selection
 from layerpeft.training import pictures, report
+from layerpeft.training.method import Method
+from layerpeft.training.report import LayerReport
 
 
-def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveRecord, adapter: str) -> None:
-    """`layers.csv`, `layers.png`, then the manifest `layerpeft.json` over all files of the adapter."""
+class Part(Protocol):
+    """A part of a record, which says itself what is saved of it."""
+
+    def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
+        """Writes its files beside the adapter, of which `found` is the report; what the manifest says of it."""
+        ...
+
+
+class Table:
+    """The layers of a choice that is made once, as a table and a picture."""
+
+    def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
+        """`layers.csv`, `layers.png`."""
+        table, picture = (os.path.join(folder, name) for name in PICTURES)
+        pictures.write_csv(found.rows, table)
+        pictures.write_png(found.rows, picture, found.why)
+        return {}
+
+
+@dataclass
+class Record:
+    """The choice (None while it is pending), what has trained so far, and what else there is to save.
+
+    `asked`: the config as it was given, without batches; None of an adapter that was read from a folder.
+    """
+
+    config: dict[str, Any]
+    method: str = "lora"
+    selection: Selection | None = None
+    steps_trained: dict[int, int] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    new_tensors: tuple[str, ...] = ()
+    idle_experts: tuple[str, ...] = ()
+    quantized: Any = None  # what is stored in which precision
+    schedule: Any = None  # of a choice that is made again: what knows where it stands
+    asked: Any = field(default=None, compare=False, repr=False)
+    bound: Method | None = field(default=None, compare=False, repr=False)  # to the model and the adapter
+    quantize: Callable[[nn.Module, Selection], Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that is saved besides the choice itself."""
+        parts: list[Part | None] = [self.bound, self.schedule or Table(), self.quantized]
+        return [part for part in parts if part is not None]
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Full name -> precision of the linears that are stored in fewer bits, and how they are packed."""
+        return self.quantized.precisions if self.quantized is not None else {}
+
+    def settle(self, model: nn.Module, selection: Selection) -> None:
+        """The choice is made. Raises: QuantizationError where precisions hang on it, and cannot be had."""
+        self.selection = selection
+        if self.quantize is not None:
+            self.quantized = self.quantize(model, selection)
+
+
+def record_of(config: Any) -> Record | None:
+    """The record that hangs on a live config of an adapter; None where nothing was chosen."""
+    return getattr(config, "_layerpeft", None)
+
+
+def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Record, adapter: str) -> None:
+    """The files of every part, then the manifest `layerpeft.json` over all files of the adapter."""
     assert record.selection is not None
     found = report.layer_report(model, adapter)
-    table, picture = (os.path.join(folder, name) for name in PICTURES)
-    if record.masters is not None:
-        record.masters.save(folder)
-    scheduled, names, why = {}, record.selection.layer_names, record.selection.why
-    if record.schedule is None:
-        pictures.write_csv(found.rows, table)
-        pictures.write_png(found.rows, picture, why)
-    else:
-        record.schedule.save(folder)
-        scheduled = {"schedule": record.schedule.plain()}
-        pictures.write_switches(scheduled["schedule"], names, found.rows, table)
-        pictures.write_heatmap(scheduled["schedule"], names, picture, why)
-    stored: dict[str, Any] = {}
-    if record.quantized is not None:
-        write_bits(record.quantized, os.path.join(folder, BITS))
-        stored = {"quant": record.quantized.to_dict()}
+    said: dict[str, Any] = {}
+    for part in record.parts:
+        said |= part.save(os.fspath(folder), found)
     write_manifest(
         folder,
-        scheduled
-        | stored
+        said
         | {
             "method": record.method,
             "selection": record.selection.to_dict(),
@@ -51,10 +100,10 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: LiveR
     )
 
 
-def _live_record(manifest: Mapping[str, Any]) -> LiveRecord:
+def read_record(manifest: Mapping[str, Any]) -> Record:
     """The record of a saved choice, as it hangs on a live adapter config."""
     selection = manifest["selection"]
-    return LiveRecord(
+    return Record(
         selection=None if selection is None else Selection.from_dict(selection),
         config=dict(manifest["config"]),
         method=manifest["method"],
@@ -63,26 +112,3 @@ def _live_record(manifest: Mapping[str, Any]) -> LiveRecord:
         new_tensors=tuple(manifest.get("new_tensors") or ()),
         idle_experts=tuple(manifest.get("idle_experts") or ()),
     )
-
-
-@dataclass
-class LiveRecord:
-    """What hangs on a live adapter's config: the choice (None while it is pending), and what has trained so far."""
-
-    config: dict[str, Any]
-    method: str = "lora"
-    selection: Selection | None = None
-    steps_trained: dict[int, int] = field(default_factory=dict)
-    checks: dict[str, Any] = field(default_factory=dict)
-    new_tensors: tuple[str, ...] = ()
-    idle_experts: tuple[str, ...] = ()
-    masters: Any = None  # what keeps float32 masters, and saves them
-    quantized: Any = None  # what is stored in which precision
-    schedule: Any = None  # of a choice that is made again: what knows where it stands
-
-    @property
-    def precisions(self) -> dict[str, str]:
-        """Full name -> precision of the linears that are stored in fewer bits, and how they are packed."""
-        if self.quantized is None or not self.quantized.assignment:
-            return {}
-        return {**self.quantized.assignment, "(packing)": str(self.quantized.storage)}

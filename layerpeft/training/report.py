@@ -17,7 +17,6 @@ from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.names import clean
 from layerpeft.model.weights import PIECE
 from layerpeft.text import grid, some
-from layerpeft.tuners.full.layer import full_layers
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +74,8 @@ def layer_report(model: nn.Module, adapter_name: str = "default") -> LayerReport
     config = _config_of(model, adapter_name)
     record = getattr(config, "_layerpeft", None)
     wrapped = _wrapped(model, adapter_name)
+    if record is not None and record.bound is not None:
+        wrapped += [_Wrapped(name, module) for name, module in record.bound.modules().items()]
     if record is None:
         return _plain_report(model, config, adapter_name, wrapped)
     if record.selection is None:
@@ -122,7 +123,7 @@ def _wrapped(model: nn.Module, adapter_name: str) -> list[_Wrapped]:
             continue
         parameter = getattr(module, "parameter_name", None)
         found.append(_Wrapped(f"{clean(path)}.{parameter}" if parameter else clean(path), module))
-    return found + [_Wrapped(name, module) for name, module in full_layers(base_of(model), adapter_name).items()]
+    return found
 
 
 def _by_layer(layer_names: Sequence[str], wrapped: Sequence[_Wrapped]) -> dict[int, list[_Wrapped]]:

@@ -11,38 +11,26 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.peft import watch_saving
-from layerpeft.training.follower import FOLLOWERS, NOT_HELD, Follower, Tether, alive, followers_of
+from layerpeft.training.follower import FOLLOWERS, Follower, Tether, alive, followers_of
 from layerpeft.training.measuring import Pending
+from layerpeft.training.method import Method
 from layerpeft.training.switching import NOT_UNDER, Switcher
-from layerpeft.tuners.galore.refresh import Refresher
 
 __all__ = ["Pending", "Switcher", "check_trained", "follow", "followers_of"]
 _installed: list[Any] = []
 
 
 def follow(
-    model: nn.Module,
-    adapter: str,
-    config: Any,
-    tuner: nn.Module,
-    pending: Pending | None,
-    refresher: Refresher | None = None,
-    switcher: Switcher | None = None,
+    method: Method, tuner: nn.Module, pending: Pending | None = None, switcher: Switcher | None = None
 ) -> Follower:
     """Begins to follow one adapter; the follower lives as long as the model."""
-    follower = Follower(model, adapter, config, tuner, pending)
-    follower.refresher = refresher
-    if refresher is not None and pending is None:
-        refresher.arm(model, adapter)
-    if switcher is not None:
-        follower.schedule(switcher)
-    follower._asked = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    model, follower = method.model, Follower(method, tuner, switcher)
+    follower.follow(pending)
     tether = model.__dict__.get("_layerpeft")
     if tether is None:
         tether = model.__dict__["_layerpeft"] = Tether()
         model.register_load_state_dict_pre_hook(tether)
     tether.followers.append(follower)
-    follower.seal()
     FOLLOWERS.add(follower)
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_before))
@@ -64,12 +52,10 @@ def check_trained(model: nn.Module) -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for follower in alive():
         follower.before_step(optimizer, any(callable(a) for a in (*args, *kwargs.values())))
-        follower.lend(optimizer)
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
     for follower in alive():
-        follower.take_back()
         follower.after_step(optimizer)
 
 
@@ -84,7 +70,7 @@ def _train_begin(
     model: nn.Module | None, restored: dict[str, Any] | None, merges: bool, backend: str | None = None
 ) -> None:
     for follower in followers_of(model):
-        if follower.switcher is not None and backend is not None:
+        if follower.schedule.switches and backend is not None:
             raise TrainingError(f"select: {NOT_UNDER.format(backend=backend)}")
         follower.begin((restored or {}).get(follower.adapter), merges)
 
@@ -95,10 +81,7 @@ def _train_end(model: nn.Module | None, output_dir: str) -> None:
         pending.paced = False
     try:
         for follower in followers:
-            if not follower.seen and not follower._resumed and follower.pending is None:
-                raise TrainingError(f"the optimizer {NOT_HELD}")
-            follower.check()
-            follower.rest()
+            follower.end()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
         rescue = os.path.join(output_dir, "unverified")

@@ -12,11 +12,13 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError
 from layerpeft.integrations import distributed
+from layerpeft.saving.manifest import PICTURES
 from layerpeft.selection import scoring
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import Schedule, remembered, schedule_of, scoreless, take, turn_of
 from layerpeft.selection.scoring import Measured
+from layerpeft.training import pictures
 from layerpeft.training.optimizer_states import (
     Store,
     bring_back,
@@ -26,6 +28,7 @@ from layerpeft.training.optimizer_states import (
     put_away,
     save_store,
 )
+from layerpeft.training.report import LayerReport
 
 Tensors = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 
@@ -162,9 +165,14 @@ class Switcher:
             raise SelectionError("the run that is resumed chose among other layers")
         self.standing, self.store = Standing(**standing), store
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the optimizer states that are away from their optimizer."""
+    def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
+        """Its part in the record: optimizer states that are away, `layers.csv` and `layers.png`, and where it stands."""
         save_store(folder, self.store)
+        table, picture = (os.path.join(folder, name) for name in PICTURES)
+        standing, names = self.plain(), [row.name for row in found.rows]
+        pictures.write_switches(standing, names, found.rows, table)
+        pictures.write_heatmap(standing, names, picture, found.why)
+        return {"schedule": standing}
 
     def ever(self) -> set[int]:
         """Layers that were on in some step."""
@@ -186,20 +194,6 @@ class Switcher:
         found: dict[str, float] = {"layers/active": len(active), "layers/lowest": min(active)}
         found |= {f"layers/on/{i}": float(i in active) for i in self.schedule.pool}
         return found | {f"layers/score/{i}": known[i] for i in self.schedule.pool if known}
-
-    def sizes(self, tensors: Tensors) -> str:
-        """The pool and what trains of it at a time, in numbers of weights."""
-        by_layer = dict.fromkeys(self.schedule.pool, 0)
-        for target, group in tensors.items():
-            by_layer[self.layer_of[target]] += sum(p.numel() for p in group.values())
-        text = f"{sum(by_layer.values()):,} weights in a pool of {len(by_layer)} layers"
-        keep = how_many(self.select.keep, len(self.schedule.among))
-        if keep is None:
-            return f"{text}, of which train as many at a time as the scores say"
-        largest = sorted((by_layer[i] for i in self.schedule.among), reverse=True)[:keep]
-        return (
-            f"{text}, at most {sum(largest) + sum(by_layer[i] for i in self.schedule.always):,} of them train at a time"
-        )
 
     def notes(self) -> list[str]:
         """What the report says of it, in words."""
@@ -249,3 +243,17 @@ class Switcher:
     def _optimizers(self, tensors: Tensors) -> list[Optimizer]:
         ids = {id(p) for group in tensors.values() for p in group.values()}
         return holders(ids)
+
+
+def sizes(switcher: Switcher, tensors: Tensors) -> str:
+    """The pool and what trains of it at a time, in numbers of weights."""
+    schedule = switcher.schedule
+    by_layer = dict.fromkeys(schedule.pool, 0)
+    for target, group in tensors.items():
+        by_layer[switcher.layer_of[target]] += sum(p.numel() for p in group.values())
+    text = f"{sum(by_layer.values()):,} weights in a pool of {len(by_layer)} layers"
+    keep = how_many(switcher.select.keep, len(schedule.among))
+    if keep is None:
+        return f"{text}, of which train as many at a time as the scores say"
+    largest = sorted((by_layer[i] for i in schedule.among), reverse=True)[:keep]
+    return f"{text}, at most {sum(largest) + sum(by_layer[i] for i in schedule.always):,} of them train at a time"

@@ -16,8 +16,8 @@ from layerpeft.integrations.distributed import local
 from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed
 from layerpeft.text import some
+from layerpeft.training.method import Method
 from layerpeft.training.optimizer_states import holders
-from layerpeft.tuners.galore.projection import originals
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
 BLOCK = 1 << 14
@@ -240,8 +240,8 @@ Seals = dict[str, Seal]
 class Sealed:
     """The seals of one adapter's model. State is real here: what things were, before anything trained."""
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self.frozen: Seals = {}  # what no layer of the adapter trains
         self.others: Seals = {}  # what trains besides it
         self.start: dict[str, Seals] = {}  # the adapter's own tensors, by target
@@ -271,7 +271,7 @@ class Sealed:
 
     def parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """All parameters, by names that wrapping and unwrapping does not change."""
-        return {clean(n): p for n, p in model.named_parameters()} | originals(model, self.adapter)
+        return {clean(n): p for n, p in model.named_parameters()} | dict(self.method.originals())
 
     def changed_since_wrapping(self, model: nn.Module) -> list[str]:
         """Faults for frozen weights that are no more what they were."""
@@ -296,4 +296,4 @@ class Sealed:
         return {n: p for n, p in found if not p.requires_grad and ".lora_" not in n and id(p) not in own}
 
     def _adapters(self, model: nn.Module) -> set[str]:
-        return {self.adapter, *(getattr(model, "peft_config", None) or {})}
+        return {self.method.adapter, *(getattr(model, "peft_config", None) or {})}

@@ -21,17 +21,25 @@ from layerpeft.tuners.precision import check_schedule
 
 
 @dataclass(frozen=True)
-class Asleep:
-    """Layers of a pool, by name, that do not train at the costliest moment; whether optimizers keep their states all the same."""
+class Fixed:
+    """A stock config with its layers fixed, and what was assumed.
 
-    layers: tuple[str, ...]
-    keeps_states: bool
+    `asleep`: names of layers of a pool that rest at the costliest moment; `keeps_states`: optimizers keep the states of those.
+    """
+
+    config: Any
+    assumed: tuple[str, ...] = ()
+    asleep: tuple[str, ...] = ()
+    keeps_states: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that train, of a config that chooses them."""
+        return self.config._layerpeft.selection.names
 
 
-def fixed(
-    config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = None
-) -> tuple[peft.PeftConfig, tuple[str, ...]]:
-    """A stock config with its layers fixed, for a model that may be without storage, and what was assumed.
+def fixed(config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = None) -> Fixed:
+    """What a config comes to on a model that may be without storage.
 
     A choice by weights or data is taken at its costliest, the lowest layers. `stacks`: what a walk over the model has found.
     Raises: LayerpeftError.
@@ -49,7 +57,7 @@ def fixed(
         found = copy.deepcopy(config)
     if hasattr(found, "init_lora_weights"):
         found.init_lora_weights = True  # other ways to start read the weights, and cost nothing later
-    return found, notes
+    return Fixed(found, notes)
 
 
 def _costliest(examined: Examined) -> tuple[Examined, tuple[str, ...]]:
@@ -63,9 +71,7 @@ def _by_place(examined: Examined, layers: Sequence[int]) -> Examined:
     return replace(examined, select=Select(layers=list(layers), stack=examined.layers.stack))
 
 
-def _scheduled(
-    config: LayerLoraConfig, examined: Examined, model: nn.Module
-) -> tuple[peft.PeftConfig, tuple[str, ...]]:
+def _scheduled(config: LayerLoraConfig, examined: Examined, model: nn.Module) -> Fixed:
     """The whole pool wrapped, with what sleeps while the lowest layers that may be chosen together train."""
     select, layers = examined.select, examined.layers
     schedule = schedule_of(select, layers, examined.targets)
@@ -74,9 +80,8 @@ def _scheduled(
     awake = set(schedule.pool if schedule.warmup else (*schedule.among[:number], *schedule.always))
     found: Any = config.settled(model, examined=_by_place(examined, schedule.pool))
     sleeping = tuple(layers.names[i] for i in schedule.pool if i not in awake)
-    found._layerpeft_asleep = Asleep(sleeping, schedule.state == "keep")
     when = "during the warm-up" if schedule.warmup else "at a time, the lowest assumed, the costliest choice"
     notes = [f"{len(awake)} of {len(schedule.pool)} layers train {when}"]
     if sleeping and schedule.state == "offload":
         notes.append("optimizer states of layers that rest are taken to the CPU")
-    return found, tuple(notes)
+    return Fixed(found, tuple(notes), sleeping, schedule.state == "keep")

@@ -22,6 +22,8 @@ from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
+from layerpeft.training.method import Method
+from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.stock import RecordedLoraConfig, _lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
@@ -64,6 +66,7 @@ class LayerLoraConfig(LoraConfig):
     batches: InitVar[Iterable[Any] | None] = None
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
     method: ClassVar[str] = "lora"
+    works_by: ClassVar[type[Method]] = LoraMethod
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerLoraConfig")
@@ -133,6 +136,12 @@ class LayerLoraConfig(LoraConfig):
         """A copy that keeps to these precisions."""
         twin = copy.deepcopy(self)
         twin.__dict__["_stored"] = found
+        return twin
+
+    def bare(self) -> LayerLoraConfig:
+        """A copy without batches, which shares all else."""
+        twin = copy.copy(self)
+        twin._batches = None
         return twin
 
     def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
@@ -209,6 +218,11 @@ class LayerLoraConfig(LoraConfig):
     def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
         """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
         return RecordedLoraConfig(**given)
+
+    @classmethod
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
+        """The method of an adapter that PEFT has read from a folder; `trains`: it is to be trained further."""
+        return LoraMethod(model, adapter, live)
 
     @property
     def is_scheduled(self) -> bool:

@@ -29,11 +29,10 @@ from layerpeft.saving.manifest import CONFIG, has_weights, read_manifest
 from layerpeft.selection.scoring import needs
 from layerpeft.text import note
 from layerpeft.training import backward, steps
-from layerpeft.training.record import _live_record, write_record
+from layerpeft.training.record import Record, read_record, record_of, write_record
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
-from layerpeft.tuners.full.layer import adopt
-from layerpeft.tuners.model import _tie
+from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.precision import asked, decides_early
 from layerpeft.tuners.stock import RecordedLoraConfig
 
@@ -132,8 +131,7 @@ def early(config: Wish | Any, empty: Any) -> Quantized | None:
     if config.is_scheduled or needs(config.choosing) == "nothing":
         model = empty()
         stacks = stacks_of(model)
-        choice = fixed(config, model, stacks)[0]._layerpeft.selection  # type: ignore[attr-defined]
-        return asked(config, model, choice.names, stacks=stacks)
+        return asked(config, model, fixed(config, model, stacks).layers, stacks=stacks)
     # layers are chosen by the weights or by data, of which precisions are independent
     return asked(config, empty(), ())
 
@@ -222,7 +220,7 @@ def load_verified(
         _check_base(folder, model, manifest)
         loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
     config = loaded.peft_config[kwargs.get("adapter_name", "default")]
-    config._layerpeft = _live_record(manifest)  # type: ignore[attr-defined]
+    config._layerpeft = read_record(manifest)  # type: ignore[attr-defined]
     return loaded
 
 
@@ -283,18 +281,11 @@ def load(
     live: Any = loaded.peft_config[adapter]
     live.__class__ = RecordedLoraConfig
     tuner: Any = loaded.base_model
-    _tie(live, tuner.model, adapter)
-    selection = live._layerpeft.selection
-    if live._layerpeft.method == "full" and selection is not None:
-        adopt(tuner.model, adapter, selection.layer_names, live._layerpeft.config.get("biases", True))
-    if is_trainable and live._layerpeft.method == "galore":
-        note(
-            "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter(folder, "
-            "adapter_name) on a model that LayerGaloreConfig has wrapped, as Trainer's resume_from_checkpoint does"
-        )
+    record: Record = live._layerpeft
+    method = record.bound = METHODS.get(record.method, LayerLoraConfig).loaded(tuner.model, adapter, live, is_trainable)
     if is_trainable:
-        steps.follow(tuner.model, adapter, live, tuner, None)
-        backward.install(tuner.model, live._layerpeft.selection.stack)
+        steps.follow(method, tuner)
+        backward.install(tuner.model, record.selection.stack if record.selection is not None else None)
     return loaded
 
 
@@ -304,7 +295,7 @@ def save_record(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     (`PeftModel.save_pretrained` does it by itself.) Raises: ConfigError where nothing was chosen, or no weights are there.
     """
     live = getattr(model, "peft_config", {}).get(adapter_name)
-    record = getattr(live, "_layerpeft", None)
+    record = record_of(live)
     if record is None or record.selection is None:
         raise ConfigError(
             f"the adapter {adapter_name!r} has no choice of layers to record (select='all', or still pending)"

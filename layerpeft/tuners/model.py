@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.peft import LayerPeftType, become_stock, register, watch_loading
+from layerpeft.integrations.peft import become_stock, watch_loading
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean
 from layerpeft.quantization.apply import Quantized
@@ -23,6 +22,8 @@ from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
+from layerpeft.training.method import Method
+from layerpeft.training.record import Record
 from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig
 from layerpeft.tuners.precision import (
     after_choice,
@@ -70,47 +71,52 @@ def prepare(config: LayerLoraConfig, model: nn.Module) -> Prepared:
 class LayerLoraModel(LoraModel):
     """Resolves the choice before PEFT injects anything, and then turns into `LoraModel`."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if not isinstance(config, LayerLoraConfig):
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Around PEFT's own: what the method needs before and after, and then it is followed."""
+        given: Any = self.peft_config[adapter_name]
+        if not isinstance(given, LayerLoraConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         keep_cpu_layout(model)
-        config = with_lasting_batches(config)
-        prepared = self._layerpeft_prepared = prepare(config, model)
-        live: Any = prepared.stock
-        self.peft_config[adapter_name] = live
-        live._layerpeft.quantized = stored(config, model, prepared.wanted)
-        live._layerpeft_quantize = after_choice(config) if live._layerpeft.selection is None else None
-        if config.is_scheduled or live._layerpeft.selection is None:
-            watch_loading()
-
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        live = self.peft_config[adapter_name]
-        if isinstance(live, RecordedLoraConfig):
-            refresher = self._prepared(model, live, adapter_name)
-            record = live._layerpeft  # type: ignore[attr-defined]
-            _tie(live, model, adapter_name)
-            if record.new_tensors:
-                note(f"trained besides, for want of pre-trained values: {', '.join(record.new_tensors)}")
-            if str(live.init_lora_weights).startswith(INIT_NOT_REPEATABLE):
-                note(
-                    f"init_lora_weights={live.init_lora_weights!r} cannot be repeated when the adapter is loaded: save it now, "
-                    "untrained, and later with path_initial_model_for_weight_conversion=<that folder>"
-                )
-            if live.bias == "all":
-                _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
-            examined, pending, switcher = self._layerpeft_prepared.examined, None, None
-            if examined.select.is_scheduled:
-                switcher = switching.Switcher(examined, self._layerpeft_prepared.known)
-            elif record.selection is None:
-                pending = measuring.Pending(model, examined)
-            steps.follow(model, adapter_name, live, self, pending, refresher, switcher)
-            backward.install(model, examined.layers.stack, examined.blocks)
-            del self._layerpeft_prepared
+        config = with_lasting_batches(given)
+        found = prepare(config, model)
+        live = self.peft_config[adapter_name] = found.stock
+        method, record = live.bind(model, adapter_name), live._layerpeft
+        record.quantized = stored(config, model, found.wanted)
+        record.quantize = after_choice(config) if record.selection is None else None
+        method.place()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        method.wrap(found.examined.targets)
+        watch_loading()
+        _tell(method.told(), live, record)
+        if live.bias == "all" and record.selection is not None:
+            _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
+        _follow(method, self, found)
         become_stock(self, LoraModel)
 
-    def _prepared(self, model: nn.Module, live: RecordedLoraConfig, adapter_name: str) -> Any:
-        """What a method of its own makes of the wrapped modules, before they are followed."""
-        return None
+
+def _tell(told: list[str], live: RecordedLoraConfig, record: Record) -> None:
+    """What the user should know of what was wrapped."""
+    for sentence in told:
+        note(sentence)
+    if record.new_tensors:
+        note(f"trained besides, for want of pre-trained values: {', '.join(record.new_tensors)}")
+    if str(live.init_lora_weights).startswith(INIT_NOT_REPEATABLE):
+        note(
+            f"init_lora_weights={live.init_lora_weights!r} cannot be repeated when the adapter is loaded: save it now, "
+            "untrained, and later with path_initial_model_for_weight_conversion=<that folder>"
+        )
+
+
+def _follow(method: Method, tuner: nn.Module, found: Prepared) -> None:
+    """Whoever trains the model is followed from now on, and its backward pass is cut."""
+    examined, pending, switcher = found.examined, None, None
+    if examined.select.is_scheduled:
+        switcher = switching.Switcher(examined, found.known)
+    elif found.stock._layerpeft.selection is None:
+        pending = measuring.Pending(method.model, examined)
+    steps.follow(method, tuner, pending, switcher)
+    backward.install(method.model, examined.layers.stack, examined.blocks)
 
 
 def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> Examined:
@@ -154,7 +160,7 @@ def pool_config(config: LayerLoraConfig, model: nn.Module, examined: Examined) -
     whole = Select(layers=sorted({t.layer for t in pool}), stack=layers.stack)
     selection = choose.make_selection(whole, layers, pool, None)
     stock = config.stock_for(base_of(model), selection, examined)
-    record = stock._layerpeft  # type: ignore[attr-defined]
+    record = stock._layerpeft
     record.selection = pool_selection(select, selection) if select.is_scheduled else None
     return stock
 
@@ -193,12 +199,3 @@ def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: t
             continue
         if not clean(name).startswith(prefixes):
             parameter.requires_grad_(False)
-
-
-def _tie(live: Any, model: nn.Module, adapter_name: str) -> None:
-    """Lets the config write the record of its model when it is saved."""
-    live._layerpeft_model = weakref.ref(model)
-    live._layerpeft_adapter = adapter_name
-
-
-register(LayerPeftType.LAYER_LORA, LayerLoraConfig, LayerLoraModel, "lora_")

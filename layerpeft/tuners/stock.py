@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from torch import nn
@@ -19,43 +20,54 @@ from layerpeft.model.targets import PARAMETERS
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
-from layerpeft.training.record import LiveRecord, write_record
+from layerpeft.training.method import Method
+from layerpeft.training.record import Record, record_of, write_record
 
 
 @dataclass
 class RecordedLoraConfig(LoraConfig):
     """A stock LoRA config whose folder also keeps the record of what was chosen, and why."""
 
+    _layerpeft: ClassVar[Any]  # of each, where it has one
+
+    def bind(self, model: nn.Module, adapter: str) -> Method:
+        """Its method, bound to this model and adapter; from now on its folder tells of those."""
+        record, kind = self._layerpeft, self._layerpeft.asked.works_by
+        record.bound = kind(model, adapter, self)
+        return record.bound
+
+    def recorded(self, record: Record) -> RecordedLoraConfig:
+        """Itself, with this record."""
+        vars(self)["_layerpeft"] = record
+        return self
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's file, then `layers.csv`, `layers.png`, and last `layerpeft.json`."""
-        super().save_pretrained(save_directory, **kwargs)
-        record: LiveRecord | None = getattr(self, "_layerpeft", None)
-        model = getattr(self, "_layerpeft_model", lambda: None)()
-        if record is None:
-            return
-        if record.selection is None:
+        """PEFT's file, as the method's weights are read, then the files of the record, and last `layerpeft.json`.
+
+        Raises: SaveError.
+        """
+        record = record_of(self)
+        bound = record.bound if record is not None and record.bound is not None and record.bound.alive else None
+        chosen = record is not None and record.selection is not None
+        whole = bound is not None and chosen and manifest.has_weights(save_directory)
+        twin: RecordedLoraConfig = object.__new__(type(self))
+        twin.__dict__ |= vars(self) | (bound.as_stock(os.fspath(save_directory)) if bound is not None and whole else {})
+        LoraConfig.save_pretrained(twin, save_directory, **kwargs)
+        if record is not None and not chosen:
             note(
                 f"{save_directory}: saved before the choice was made; it holds an adapter on every candidate, and no record"
             )
-        elif model is not None and manifest.has_weights(save_directory):
-            write_record(save_directory, model, record, getattr(self, "_layerpeft_adapter", "default"))
-
-    def with_record(self, **changes: Any) -> Any:
-        """A copy to be saved in the place of this one: other values in some fields, and the record, which copies leave behind."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.__dict__.update(changes)
-        return twin
+        elif record is not None and bound is not None and whole:
+            write_record(save_directory, bound.model, record, bound.adapter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:
         twin = copy.copy(self)
-        shared = ("_layerpeft", "_layerpeft_model")
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+            twin.__dict__[name] = value if name == "_layerpeft" else copy.deepcopy(value, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_layerpeft")}
+        return {k: v for k, v in self.__dict__.items() if k != "_layerpeft"}
 
 
 def stock_config(config: Any, model: nn.Module, selection: Selection, targets: Sequence[Target]) -> RecordedLoraConfig:
@@ -76,9 +88,15 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
         "exclude_modules": _namesakes(model, modules) or None,
     }
     stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
-    record = LiveRecord(config=plain_config(config), method=config.method, selection=selection, new_tensors=born)
-    stock._layerpeft = record  # type: ignore[attr-defined]
-    return stock
+    return stock.recorded(
+        Record(
+            config=plain_config(config),
+            method=config.method,
+            selection=selection,
+            new_tensors=born,
+            asked=config.bare(),
+        )
+    )
 
 
 def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:

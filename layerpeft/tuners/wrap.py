@@ -12,9 +12,8 @@ from torch import nn
 from layerpeft.errors import LayerMapError, LayerpeftError
 from layerpeft.quantization import quantize  # noqa: F401 - enters its type
 from layerpeft.training import backward
+from layerpeft.tuners import methods  # noqa: F401 - enters theirs
 from layerpeft.tuners.config import LayerLoraConfig
-from layerpeft.tuners.full import model as _full  # noqa: F401 - enters its type
-from layerpeft.tuners.galore import model as _galore  # noqa: F401 - enters its type
 
 
 def get_peft_model(

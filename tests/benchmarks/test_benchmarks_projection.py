@@ -228,4 +228,4 @@ def test_the_subspace_reaches_the_config():
         ours = steps(r=8, subspace=subspace, seed=7)
         step(ours.ready, ours.batch, 0)
         assert {state.seed for state in states(ours.ready)} == {7}
-        assert ours.ready.model.peft_config["default"]._layerpeft_projection.subspace == subspace  # type: ignore[index]
+        assert ours.ready.model.peft_config["default"]._layerpeft.asked.subspace == subspace  # type: ignore[index]

@@ -34,12 +34,12 @@ def wrapped(method="lora", model=None, **select):
 
 
 def switcher_of(model):
-    return followers_of(model)[0].switcher
+    return followers_of(model)[0].schedule.switcher
 
 
 def pool_tensors(model):
     """Target -> tensors of the pool, as the follower knows them."""
-    return followers_of(model)[0].tensors()
+    return followers_of(model)[0].holdings.tensors()
 
 
 def trainer_of(model, folder, steps=12, kind=Trainer, **options):

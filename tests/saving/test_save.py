@@ -17,7 +17,7 @@ from layerpeft.saving.manifest import has_weights, read_manifest, selection_of, 
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Selection
 from layerpeft.training import pictures, report
-from layerpeft.training.record import LiveRecord
+from layerpeft.training.record import Record
 from layerpeft.tuners.load import load_verified
 from tests.helpers.processes import in_a_process, without_the_package
 
@@ -57,7 +57,7 @@ def wrapped(base_dir, adapter_name="default"):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     live = model.peft_config[adapter_name]
-    live._layerpeft = LiveRecord({"r": 2}, "lora", selection, {0: 5, 2: 5}, new_tensors=("score.weight",))
+    live._layerpeft = Record({"r": 2}, "lora", selection, {0: 5, 2: 5}, new_tensors=("score.weight",))
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from layerpeft.model.layers import layer_map
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Selection
 from layerpeft.training import pictures, report
-from layerpeft.training.record import LiveRecord
+from layerpeft.training.record import Record
 from layerpeft.training.report import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +186,7 @@ def recorded(by="gradient_norm", scores=True):
         (0, 2), targets, 3, names, found.stack, found.fingerprint, "the 2 largest of 3", kept, {"by": by, "keep": 2}
     )
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
-    model.peft_config["default"]._layerpeft = LiveRecord({}, "lora", selection, {0: 7, 2: 6})
+    model.peft_config["default"]._layerpeft = Record({}, "lora", selection, {0: 7, 2: 6})
     return train(model)
 
 

@@ -80,7 +80,7 @@ def run(case, folder, checkpoint=None):
     trainer.train(resume_from_checkpoint=checkpoint)
     follower = followers_of(model)[0]
     weights = {n: t.clone() for n, t in model.state_dict().items()}
-    masters = dict(follower.masters.copies) if follower.masters is not None else {}
+    masters = dict(follower.method.masters.copies) if follower.method.masters is not None else {}
     told = {
         "losses": killing.losses(trainer),
         "standing": switcher_of(model).plain(),

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft.errors import ConfigError, LayerMapError, Problems
+from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import DUMMY_TARGET_MODULES, LayerPeftType
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.config import LayerQuantConfig
-from layerpeft.saving import manifest
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import check, checked
-from layerpeft.text import note, size_text
-from layerpeft.training import backward
-from layerpeft.training.record import LiveRecord
+from layerpeft.training.method import Method
+from layerpeft.training.record import Record
 from layerpeft.tuners.config import LayerLoraConfig, options_given
-from layerpeft.tuners.full.layer import open_all, place, saved_modules, wrappers
+from layerpeft.tuners.full.layer import Whole, adopt
+from layerpeft.tuners.full.method import FullMethod
 from layerpeft.tuners.full.targets import Wanted, always_modules, whole_targets, wholes_of
 from layerpeft.tuners.stock import RecordedLoraConfig, plain_config
 
@@ -50,6 +49,7 @@ class LayerFullConfig(LayerLoraConfig):
     master_weights: bool = checked(False, "A float32 copy of 16-bit weights to update.")
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_FULL
     method: ClassVar[str] = "full"
+    works_by: ClassVar[type[Method]] = FullMethod
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerFullConfig")
@@ -96,6 +96,14 @@ class LayerFullConfig(LayerLoraConfig):
         """Never: with all layers it is the weights themselves still."""
         return False
 
+    @classmethod
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
+        """PEFT's copies of the modules are those that train from now on."""
+        selection = live._layerpeft.selection
+        if selection is not None:
+            adopt(model, adapter, selection.layer_names, live._layerpeft.config.get("biases", True))
+        return FullMethod(model, adapter, live)
+
     def wanted(self, base: nn.Module) -> Wanted:
         """What is asked for, new heads among the modules that are always on."""
         born = new_modules(base) if self.train_new else ()
@@ -108,13 +116,13 @@ class LayerFullConfig(LayerLoraConfig):
         base = base_of(model)
         return whole_targets(base, layers, self.wanted(base))
 
-    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> FullLoraConfig:
+    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> RecordedLoraConfig:
         """LoRA without a target, and the modules as PEFT's modules_to_save; with the record. Raises: ConfigError."""
         base = base_of(model)
         wanted, chosen = self.wanted(base), set(selection.targets)
         wholes = wholes_of(base, examined.layers, wanted, [t for t in examined.targets if t.name in chosen])
         shared = {n: copy.deepcopy(getattr(self, n)) for n in ("task_type", "base_model_name_or_path", "revision")}
-        stock = FullLoraConfig(
+        stock = RecordedLoraConfig(
             target_modules=DUMMY_TARGET_MODULES,
             modules_to_save=[w.name for w in wholes],
             inference_mode=self.inference_mode,
@@ -122,54 +130,20 @@ class LayerFullConfig(LayerLoraConfig):
         )
         always = always_modules(base, wanted)
         born = new_modules(base) if self.train_new else ()
-        record = LiveRecord(
-            config=plain_config(self),
-            method=self.method,
-            selection=selection,
-            new_tensors=tuple(n for n in born if n in always),
+        return stock.recorded(
+            FullRecord(
+                config=plain_config(self),
+                method=self.method,
+                selection=selection,
+                new_tensors=tuple(n for n in born if n in always),
+                asked=self.bare(),
+                wholes=wholes,
+            )
         )
-        stock._layerpeft = record  # type: ignore[attr-defined]
-        stock._layerpeft_full = copy.copy(self)  # type: ignore[attr-defined]
-        stock._layerpeft_wholes = wholes  # type: ignore[attr-defined]
-        return stock
 
 
 @dataclass
-class FullLoraConfig(RecordedLoraConfig):
-    """What PEFT sees of weights that train themselves: no LoRA, and whole modules; its folder holds those that were ever active."""
+class FullRecord(Record):
+    """With what is to be wrapped."""
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's file, which names the modules whose weights are there, and the record."""
-        model = getattr(self, "_layerpeft_model", lambda: None)()
-        if model is None or not manifest.has_weights(save_directory):
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        names = saved_modules(model, getattr(self, "_layerpeft_adapter", "default"))
-        twin = self.with_record(modules_to_save=names)
-        RecordedLoraConfig.save_pretrained(twin, save_directory, **kwargs)
-
-
-def place_all(model: nn.Module, live: Any, adapter: str) -> None:
-    """Puts the wrappers into a model that PEFT is about to wrap by this config."""
-    place(base_of(model), live._layerpeft_wholes, adapter)
-
-
-def opened(model: nn.Module, live: Any, adapter: str) -> None:
-    """After PEFT has frozen everything: lets gradients into what is to train, and says what always-on modules cost."""
-    open_all(model, adapter)
-    always = [w for w in live._layerpeft_wholes if w.layer is None and w.owner is None]
-    asked = {w.name for w in always} - set(live._layerpeft.new_tensors)
-    if not asked:
-        return
-    trained = [p for w in wrappers(model, adapter) if w._layerpeft_full.whole.name in asked for p in w.parameters()]
-    count = sum(p.numel() for p in trained)
-    held = sum(p.numel() * p.element_size() for p in trained)
-    try:
-        stop = backward.where(model, live._layerpeft.selection.stack if live._layerpeft.selection else None)
-        below = f"; the backward pass runs to the bottom ({stop.why})" if stop.bottom else ""
-    except LayerMapError:
-        below = ""
-    note(
-        f"trained besides, whatever is chosen: {', '.join(w.name for w in always if w.name in asked)}: {count:,} weights, "
-        f"{size_text(held)} of gradients, {size_text(2 * held)} of AdamW's states, {size_text(held)} of originals on the CPU{below}"
-    )
+    wholes: tuple[Whole, ...] = field(default=(), compare=False, repr=False)

@@ -71,12 +71,12 @@ class Full:
 class FullWrapper(ModulesToSaveWrapper):
     """A module of PEFT's `modules_to_save` that trains in place."""
 
-    _layerpeft_full: Full
+    _layerpeft: Full
     modules_to_save: Any
     original_module: Any
 
     def __init__(self, module: nn.Module, state: Full) -> None:
-        self.__dict__["_layerpeft_full"] = state
+        self.__dict__["_layerpeft"] = state
         super().__init__(module, state.adapter)
         self._modules["original_module"] = self._modules.pop(
             "original_module"
@@ -84,7 +84,7 @@ class FullWrapper(ModulesToSaveWrapper):
 
     def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Takes its adapter. Raises: ConfigError for another one."""
-        state = self._layerpeft_full
+        state = self._layerpeft
         if adapter_name != state.adapter:
             raise ConfigError(ONE_ONLY.format(name=adapter_name, module=state.whole.name))
         self._adapters.add(adapter_name)
@@ -104,7 +104,7 @@ class FullWrapper(ModulesToSaveWrapper):
         if names and names[0] not in self._adapters:
             raise ValueError(f"Adapter {names[0]} not found in {self._adapters}")
         self._active_adapter = names[0] if names else []
-        self._layerpeft_full.inference = inference_mode
+        self._layerpeft.inference = inference_mode
         self._settle()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
@@ -118,7 +118,7 @@ class FullWrapper(ModulesToSaveWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without its wrapper: as it was trained, or as it was."""
-        state = self._layerpeft_full
+        state = self._layerpeft
         show(self, trained=merge and state.adapter in (adapter_names or self.active_adapters))
         if not merge:
             self.original_module.requires_grad_(False)
@@ -129,7 +129,7 @@ class FullWrapper(ModulesToSaveWrapper):
         if adapter_name not in self._adapters or not _is_saved(self):
             return {}
         found = {k: state_dict[f"modules_to_save.{adapter_name}.{k}"] for k in self.original_module.state_dict()}
-        state = self._layerpeft_full
+        state = self._layerpeft
         if state.shows_original and state.cut:
             raise SaveError(f"{state.whole.name}: {SAVE_WHILE_ON}")
         return found | dict(state.aside or {}) if state.shows_original else found
@@ -140,7 +140,7 @@ class FullWrapper(ModulesToSaveWrapper):
 
     def trained_change(self) -> tuple[float, float]:
         """(‖ΔW‖², ‖W‖²) of what was trained against the original weights."""
-        state = self._layerpeft_full
+        state = self._layerpeft
         change = weight = 0.0
         for name, tensor in _tensors(self).items():
             if not tensor.is_floating_point() or tensor.device.type == "meta":
@@ -160,7 +160,7 @@ class FullWrapper(ModulesToSaveWrapper):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Reads what a folder holds as well, where names go without the adapter's, and keeps what the weights were before."""
-        state = self._layerpeft_full
+        state = self._layerpeft
         if state.adapter not in self.modules_to_save:  # its adapter was deleted
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
@@ -179,7 +179,7 @@ class FullWrapper(ModulesToSaveWrapper):
 
     def _settle(self) -> None:
         """Brings weights and gradients into line with what is switched on. Layers that sleep go on sleeping."""
-        state = self._layerpeft_full
+        state = self._layerpeft
         on = not self._disable_adapters and state.adapter in self.active_adapters
         show(self, trained=on)
         opened = on and not state.inference
@@ -209,7 +209,7 @@ def place(base: nn.Module, wholes: Iterable[Whole], adapter: str) -> None:
 def open_all(model: nn.Module, adapter: str) -> None:
     """Lets gradients into the wrappers of an adapter, just after PEFT has frozen the whole model."""
     for wrapper in wrappers(model, adapter):
-        wrapper._layerpeft_full.opened, wrapper._layerpeft_full.asleep = False, set()
+        wrapper._layerpeft.opened, wrapper._layerpeft.asleep = False, set()
         wrapper.original_module.requires_grad_(False)
     for wrapper in wrappers(model, adapter):
         wrapper._settle()
@@ -235,9 +235,14 @@ def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bo
         for other, parameter in held.items():
             parameter.requires_grad_(state.opened and other in trains)
         module.__class__ = FullWrapper
-        module.__dict__["_layerpeft_full"] = state
+        module.__dict__["_layerpeft"] = state
         del module._modules["original_module"]
         module._modules["original_module"] = inner
+
+
+def state_of(wrapper: FullWrapper) -> Full:
+    """The running state of a wrapped module."""
+    return wrapper._layerpeft
 
 
 def wrappers(model: nn.Module, adapter: str) -> Iterator[FullWrapper]:
@@ -249,13 +254,13 @@ def wrappers(model: nn.Module, adapter: str) -> Iterator[FullWrapper]:
 
 def full_layers(model: nn.Module, adapter: str) -> dict[str, FullWrapper]:
     """The wrapped modules of layers, by their name in the unwrapped model; always-on modules are not among them."""
-    found = ((w._layerpeft_full.whole, w) for w in wrappers(model, adapter))
+    found = ((w._layerpeft.whole, w) for w in wrappers(model, adapter))
     return {whole.name: w for whole, w in found if whole.layer is not None and whole.owner is None}
 
 
 def full_parameters(wrapper: FullWrapper) -> dict[str, nn.Parameter]:
     """The parameters of a wrapped module that may train, by their name in it; none where another place of them has them."""
-    whole = wrapper._layerpeft_full.whole
+    whole = wrapper._layerpeft.whole
     if whole.owner is not None:
         return {}
     held = dict(wrapper.original_module.named_parameters())
@@ -266,7 +271,7 @@ def keep_originals(model: nn.Module, adapter: str, names: Iterable[str] | None =
     """Copies these modules (None: all of them), and always-on ones, to the CPU as they are, unless that was done before."""
     wanted = None if names is None else set(names)
     for wrapper in wrappers(model, adapter):
-        whole = wrapper._layerpeft_full.whole
+        whole = wrapper._layerpeft.whole
         if always if whole.layer is None else wanted is None or (whole.owner or whole.name) in wanted:
             _keep(wrapper)
 
@@ -275,7 +280,7 @@ def originals_of(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """Parameters as they were, by their full name in the unwrapped model, of all modules that were ever active."""
     found: dict[str, torch.Tensor] = {}
     for wrapper in wrappers(model, adapter):
-        state = wrapper._layerpeft_full
+        state = wrapper._layerpeft
         shown = {n: local(t) for n, t in _tensors(wrapper).items()} if state.shows_original else state.aside
         found |= {f"{state.whole.name}.{n}": t for n, t in (shown or {}).items()}
     return found
@@ -283,7 +288,7 @@ def originals_of(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 def saved_modules(model: nn.Module, adapter: str) -> list[str]:
     """Names of the modules that a saved folder holds, in the order of the model."""
-    return [w._layerpeft_full.whole.name for w in wrappers(model, adapter) if _is_saved(w)]
+    return [w._layerpeft.whole.name for w in wrappers(model, adapter) if _is_saved(w)]
 
 
 def loaded_modules(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str) -> set[str]:
@@ -298,7 +303,7 @@ def loaded_modules(model: nn.Module, adapter: str, state: Mapping[str, Any], pre
 def put_back(model: nn.Module, adapter: str, but: Iterable[str]) -> None:
     """Lets the modules of layers other than these be what they were before they trained, as if they never had."""
     for name, wrapper in full_layers(model, adapter).items():
-        state = wrapper._layerpeft_full
+        state = wrapper._layerpeft
         if name in but or state.aside is None:
             continue
         if not state.shows_original:
@@ -314,10 +319,10 @@ def unwrap(model: nn.Module, name: str, adapter: str) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, FullWrapper) or adapter not in module._adapters:
             continue
-        whole = module._layerpeft_full.whole
+        whole = module._layerpeft.whole
         if name in (whole.name, whole.owner):
             show(module, trained=False)
-            module._layerpeft_full.kept.names.discard(whole.name)
+            module._layerpeft.kept.names.discard(whole.name)
             module.original_module.requires_grad_(False)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.original_module)
@@ -326,7 +331,7 @@ def unwrap(model: nn.Module, name: str, adapter: str) -> None:
 @torch.no_grad()
 def show(wrapper: FullWrapper, trained: bool) -> None:
     """Exchanges the weights with what lies aside, where the other ones are wanted. Nothing is rounded, no Parameter is new."""
-    state = wrapper._layerpeft_full
+    state = wrapper._layerpeft
     if state.shows_original == (not trained):
         return
     state.shows_original = not trained
@@ -354,7 +359,7 @@ def is_bias(name: str) -> bool:
 
 
 def _keep(wrapper: FullWrapper) -> None:
-    state = wrapper._layerpeft_full
+    state = wrapper._layerpeft
     state.kept.names.add(state.whole.name)
     if state.aside is None:
         tensors = _tensors(wrapper)
@@ -364,7 +369,7 @@ def _keep(wrapper: FullWrapper) -> None:
 
 
 def _is_saved(wrapper: FullWrapper) -> bool:
-    state = wrapper._layerpeft_full
+    state = wrapper._layerpeft
     return not state.kept.names or state.whole.name in state.kept.names or state.whole.layer is None
 
 
@@ -384,7 +389,7 @@ def _brings_other(wrapper: FullWrapper, incoming: Mapping[str, torch.Tensor]) ->
 
 def _tensors(wrapper: FullWrapper) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers, the objects themselves, by name; none where another place of them has them."""
-    if wrapper._layerpeft_full.whole.owner is not None:
+    if wrapper._layerpeft.whole.owner is not None:
         return {}
     module = wrapper.original_module
     saved: Sequence[str] = list(module.state_dict())  # first, because it lets FSDP2 give up what it has gathered

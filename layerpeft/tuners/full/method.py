@@ -1,9 +1,10 @@
-"""What a method that trains the weights themselves tells those who follow it: float32 masters behind 16-bit weights."""
+"""What a method that trains the weights themselves tells those who follow it; float32 masters behind 16-bit weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, MutableMapping
+import weakref
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,166 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from layerpeft.errors import LayerMapError
 from layerpeft.integrations.files import replacing
-from layerpeft.training.method import FILE, Tensors
-from layerpeft.tuners.full.layer import full_parameters, wrappers
+from layerpeft.model.layers import Target, base_of
+from layerpeft.text import size_text
+from layerpeft.training import backward
+from layerpeft.training.method import Method, Step, Tensors
+from layerpeft.training.record import record_of
+from layerpeft.tuners.full.layer import (
+    full_layers,
+    full_parameters,
+    keep_originals,
+    loaded_modules,
+    open_all,
+    place,
+    put_back,
+    saved_modules,
+    state_of,
+    unwrap,
+    wrappers,
+)
 from layerpeft.tuners.full.masters import Masters
 
+FILE = "layerpeft_masters.safetensors"
 
-class Mastered:
-    """The part of a follower that keeps float32 masters of 16-bit weights, where its config asks for them."""
 
-    adapter: str
-    model: nn.Module
-    masters: Masters | None = None
-    _held: MutableMapping[Optimizer, Any]
-    _real: bool
-    _saved: dict[str, torch.Tensor] | None = None
-    tensors: Callable[[], Tensors]
+class FullMethod(Method):
+    """Trains weights in place. State is real here: masters, where they are asked for, and the optimizers that step on them."""
 
-    def lend(self, optimizer: Optimizer) -> None:
-        """Just before a real step: the optimizer sees float32 masters in the place of 16-bit weights."""
-        if self.masters is None or not self._real:
+    partial = True
+    in_place = True
+
+    def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
+        super().__init__(model, adapter, config)
+        record = record_of(config)
+        asked = record.asked if record is not None else None
+        self.masters = Masters() if asked is not None and asked.master_weights else None
+        self._steppers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()  # the last one last
+        self._saved: dict[str, torch.Tensor] | None = None
+
+    def tensors(self) -> Tensors:
+        """Target -> the weights in it that train."""
+        found = {name: full_parameters(wrapper) for name, wrapper in full_layers(self.model, self.adapter).items()}
+        return {name: held for name, held in found.items() if held}
+
+    def wrapped(self) -> set[str]:
+        """The modules of layers; always-on ones are none of the choice."""
+        return set(full_layers(self.model, self.adapter))
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Their wrappers."""
+        return full_layers(self.model, self.adapter)
+
+    def place(self) -> None:
+        """Puts the wrappers where PEFT will look for modules to copy."""
+        place(base_of(self.model), self.config._layerpeft.wholes, self.adapter)
+
+    def wrap(self, targets: Iterable[Target]) -> None:
+        """Lets gradients into what is to train, of which PEFT has frozen all."""
+        open_all(self.model, self.adapter)
+
+    def told(self) -> list[str]:
+        """What always-on modules cost."""
+        record = self.config._layerpeft
+        always = [w for w in record.wholes if w.layer is None and w.owner is None]
+        asked = {w.name for w in always} - set(record.new_tensors)
+        if not asked:
+            return []
+        mine = [w for w in wrappers(self.model, self.adapter) if state_of(w).whole.name in asked]
+        trained = [p for w in mine for p in w.parameters()]
+        count, held = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+        try:
+            stop = backward.where(self.model, record.selection.stack if record.selection else None)
+            below = f"; the backward pass runs to the bottom ({stop.why})" if stop.bottom else ""
+        except LayerMapError:
+            below = ""
+        return [
+            f"trained besides, whatever is chosen: {', '.join(w.name for w in always if w.name in asked)}: {count:,} weights, "
+            f"{size_text(held)} of gradients, {size_text(2 * held)} of AdamW's states, {size_text(held)} of originals on the "
+            f"CPU{below}"
+        ]
+
+    def assumed(self) -> list[str]:
+        """Where the originals are."""
+        held = {id(t): t.nbytes for w in wrappers(self.model, self.adapter) for t in [*w.parameters(), *w.buffers()]}
+        return [
+            f"the original weights of what was ever trained are kept on the CPU (up to {size_text(sum(held.values()))})"
+        ]
+
+    def moved(self) -> set[str]:
+        """Targets that have moved, by less than shows in 16 bits."""
+        return {n.partition("|")[0] for n in self.masters.ahead(self._named())} if self.masters is not None else set()
+
+    def keep_only(self, targets: Set[str]) -> None:
+        """The modules are as they were, and frozen."""
+        for name in full_layers(self.model, self.adapter).keys() - targets:
+            unwrap(self.model, name, self.adapter)
+
+    def keep(self, targets: Set[str], always: bool = True) -> None:
+        """Their originals, on the CPU."""
+        keep_originals(self.model, self.adapter, targets, always)
+
+    def lend(self, step: Step) -> None:
+        """The optimizer sees float32 masters in the place of 16-bit weights."""
+        if self.masters is None:
             return
+        self._steppers.pop(step.optimizer, None)
+        self._steppers[step.optimizer] = None
         named = self._named()
         if self._saved is not None:
-            self.masters.restore(self._saved, named, [optimizer])
+            self.masters.restore(self._saved, named, [step.optimizer])
             self._saved = None
         self.masters.before_step({n: p for n, p in named.items() if p.requires_grad})
 
     def take_back(self) -> None:
-        """Just after it: the weights are what the masters round to."""
+        """The weights are what the masters round to."""
         if self.masters is not None:
             self.masters.after_step()
 
-    def ahead(self) -> set[str]:
-        """Targets that have moved, by less than shows in 16 bits."""
-        return {n.partition("|")[0] for n in self.masters.ahead(self._named())} if self.masters is not None else set()
+    def switched(self, training: Set[str] | None, policy: str) -> None:
+        """Masters of what rests go where its optimizer's states go."""
+        if self.masters is None or training is None:
+            return
+        for target, group in self.tensors().items():
+            if target not in training:
+                self.masters.rest([f"{target}|{n}" for n in group], policy)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the masters beside an adapter, and the states that a plain load would round."""
-        path = Path(folder, FILE)
-        found = self.masters.tensors(self._named(), list(self._held)) if self.masters is not None else {}
-        if found:
-            with replacing(path) as file:
-                save_file({k: t.detach().cpu().contiguous() for k, t in found.items()}, file)
-        else:
-            path.unlink(missing_ok=True)
+    def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
+        """By any tensor of theirs."""
+        return loaded_modules(self.model, self.adapter, state, prefix)
 
-    def read_masters(self, folder: str | os.PathLike[str]) -> None:
-        """Takes up what `save` wrote, as soon as there is an optimizer to give its states to."""
+    def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
+        """Masters are taken up as soon as there is an optimizer to give their states to; what is not there never trained."""
+        if folder is None:
+            return
         path = os.path.join(folder, FILE)
         if self.masters is not None and os.path.isfile(path):
             self._saved = load_file(path)
+        put_back(self.model, self.adapter, found)
+
+    def as_stock(self, folder: str) -> dict[str, Any]:
+        """PEFT's file names the modules whose weights are there."""
+        return {"modules_to_save": saved_modules(self.model, self.adapter)}
+
+    def save(self, folder: str, found: Any) -> dict[str, Any]:
+        """The masters, and the states that a plain load would round."""
+        if self.masters is None:
+            return {}
+        path = Path(folder, FILE)
+        held = self.masters.tensors(self._named(), list(self._steppers))
+        if held:
+            with replacing(path) as file:
+                save_file({k: t.detach().cpu().contiguous() for k, t in held.items()}, file)
+        else:
+            path.unlink(missing_ok=True)
+        return {}
 
     def _named(self) -> dict[str, nn.Parameter]:
         inside = {f"{t}|{n}": p for t, group in self.tensors().items() for n, p in group.items()}
         known = {id(p) for p in inside.values()}
-        found: Any = wrappers(self.model, self.adapter)
-        always = ((w._layerpeft_full.whole.name, w) for w in found)
+        always = ((state_of(w).whole.name, w) for w in wrappers(self.model, self.adapter))
         return inside | {
             f"{name}|{n}": p for name, w in always for n, p in full_parameters(w).items() if id(p) not in known
         }
-
-
-def masters_for(config: Any) -> Masters | None:
-    """The masters that a live config asks for."""
-    asked = getattr(config, "_layerpeft_full", None)
-    return Masters() if asked is not None and asked.master_weights else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -12,20 +10,16 @@ from peft import LoraConfig
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
-from layerpeft.integrations.peft import LayerPeftType, lora_layers
+from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of
-from layerpeft.model.names import COMPILED, clean
-from layerpeft.saving import manifest
 from layerpeft.selection.typecheck import check, checked
+from layerpeft.text import note
+from layerpeft.training.method import Method
 from layerpeft.tuners.config import LayerLoraConfig, options_given
-from layerpeft.tuners.galore import saving
-from layerpeft.tuners.galore.experts import ProjectedExperts
-from layerpeft.tuners.galore.folds import Folds
-from layerpeft.tuners.galore.layer import project
-from layerpeft.tuners.galore.projection import Projection
-from layerpeft.tuners.galore.refresh import Refreshing
-from layerpeft.tuners.galore.subspace import SIDES, side_of
+from layerpeft.tuners.galore.method import GaloreMethod
+from layerpeft.tuners.galore.subspace import SIDES
+from layerpeft.tuners.galore.watch import Refreshing
 from layerpeft.tuners.stock import RecordedLoraConfig
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
@@ -73,6 +67,7 @@ class LayerGaloreConfig(LayerLoraConfig):
     max_rank: int | None = checked(None, "Largest rank of the saved adapter.", above=0)
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_GALORE
     method: ClassVar[str] = "galore"
+    works_by: ClassVar[type[Method]] = GaloreMethod
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
         problems = Problems("LayerGaloreConfig")
@@ -124,6 +119,16 @@ class LayerGaloreConfig(LayerLoraConfig):
             self.gap_overlap,
         )
 
+    @classmethod
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
+        """Ordinary LoRA, which it says."""
+        if trains:
+            note(
+                "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter("
+                "folder, adapter_name) on a model that LayerGaloreConfig has wrapped, as Trainer's resume_from_checkpoint does"
+            )
+        return super().loaded(model, adapter, live, trains)
+
     def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> ProjectedLoraConfig:
         """LoRA with one factor fixed: ranks no larger than the weights, and the scale in the place of alpha/r.
 
@@ -140,36 +145,7 @@ class LayerGaloreConfig(LayerLoraConfig):
         small = {t.name: min(t.shape[-2:]) for t in targets if min(t.shape[-2:]) < self.r}
         ranks = {f"^{name.replace('.', chr(92) + '.')}$": rank for name, rank in small.items()}
         given |= {"rank_pattern": ranks, "alpha_pattern": {k: self.scale * r for k, r in ranks.items()}}
-        stock = ProjectedLoraConfig(**given)
-        stock._layerpeft_projection = copy.copy(self)  # type: ignore[attr-defined]
-        return stock
-
-
-def project_all(model: nn.Module, live: Any, adapter: str, targets: Iterable[Target]) -> None:
-    """Turns the LoRA modules of an adapter into projected ones; `live` is the config that PEFT wrapped them by."""
-    config: LayerGaloreConfig = live._layerpeft_projection
-    shapes = {t.name: t.shape for t in targets}
-    for name, layer in lora_layers(model, adapter).items():
-        path = name.removeprefix(f"{COMPILED}.")
-        parameter = getattr(layer, "parameter_name", None)
-        name = f"{clean(path)}.{parameter}" if parameter else clean(path)
-        *experts, out, into = shapes[name]
-        project(
-            layer,
-            Projection(
-                name=name,
-                adapter=adapter,
-                side=side_of(config.proj_type, out, into),
-                scale=config.scale,
-                fold=config.fold,
-                seed=config.seed,
-                folds=Folds(out, into, experts=sum(experts)),
-                gap=config.update_proj_gap,
-                experts=sum(experts),
-                path=path,
-            ),
-            ProjectedExperts if experts else None,
-        )
+        return ProjectedLoraConfig(**given)
 
 
 @dataclass
@@ -177,21 +153,3 @@ class ProjectedLoraConfig(RecordedLoraConfig):
     """What PEFT sees of a projection while it trains; its folder is a stock LoRA adapter, with the state to go on from."""
 
     projects: ClassVar[bool] = True
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """The sum of all that was trained as factors, the state, PEFT's file under which the factors are read, and the record.
-
-        Raises: SaveError.
-        """
-        model = getattr(self, "_layerpeft_model", lambda: None)()
-        record = getattr(self, "_layerpeft", None)
-        if model is None or record is None or record.selection is None or not manifest.has_weights(save_directory):
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        asked: LayerGaloreConfig = self._layerpeft_projection  # type: ignore[attr-defined]
-        adapter = getattr(self, "_layerpeft_adapter", "default")
-        found = saving.write(os.fspath(save_directory), model, adapter, asked.identity, asked.max_rank)
-        if found["errors"]:
-            record.checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
-        twin = self.with_record(**saving.ranks(found, asked.r))
-        RecordedLoraConfig.save_pretrained(twin, save_directory, **kwargs)

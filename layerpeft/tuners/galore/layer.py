@@ -35,7 +35,7 @@ ONE_ONLY = (
 class Projected:
     """What a projected module does otherwise than a LoRA module: the base comes back bit for bit when it is asked for."""
 
-    _layerpeft_projection: Projection
+    _layerpeft: Projection
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Takes another adapter. Raises: ConfigError for a second projection."""
@@ -46,7 +46,7 @@ class Projected:
 
     def enable_adapters(self: Any, enabled: bool) -> None:
         """Shows the working weight or the original one."""
-        state = self._layerpeft_projection
+        state = self._layerpeft
         if not enabled and state.fold == "base" and state.original is not None and self.training:
             raise ConfigError(
                 "fold='base' keeps the original weights on the CPU, and disable_adapter() during training wants them at every "
@@ -60,20 +60,20 @@ class Projected:
     def set_adapter(self: Any, adapter_names: Any, inference_mode: bool = False) -> None:
         """The folds belong to one adapter: another one finds the original weight."""
         super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
-        state = getattr(self, "_layerpeft_projection", None)
+        state = getattr(self, "_layerpeft", None)
         if state is not None:
             show(self, working=state.adapter in self.active_adapters and not self.disable_adapters)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Takes the running period into the weight; what the weight was is kept, so that it comes back bit for bit."""
-        state = self._layerpeft_projection
+        state = self._layerpeft
         if state.adapter in (adapter_names or self.active_adapters) and not self.merged:
             keep_original(self)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def unmerge(self: Any) -> None:
         """Forms the weight anew; nothing is taken off it, which would leave rounding."""
-        if self.merged_adapters == [self._layerpeft_projection.adapter]:
+        if self.merged_adapters == [self._layerpeft.adapter]:
             self.merged_adapters.clear()
             restart(self)
         else:
@@ -84,7 +84,7 @@ class Projected:
     ) -> nn.Module:
         """The module without its wrapper: with all folds and the running period, or as it was in the beginning."""
         if merge:
-            show(self, working=self._layerpeft_projection.adapter in (adapter_names or self.active_adapters))
+            show(self, working=self._layerpeft.adapter in (adapter_names or self.active_adapters))
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
         else:
             if self.merged:
@@ -95,7 +95,7 @@ class Projected:
     def get_delta_weight(self: Any, adapter: str) -> torch.Tensor:
         """What a merge adds to the weight: the running period, and the folds that a quantized weight has beside it."""
         delta = super().get_delta_weight(adapter)  # type: ignore[misc]
-        state = self._layerpeft_projection
+        state = self._layerpeft
         if adapter == state.adapter and state.beside:
             left, right = state.beside[0]
             delta = delta + (left @ right).to(delta)
@@ -104,7 +104,7 @@ class Projected:
     @torch.no_grad()
     def trained_change(self: Any) -> tuple[float, float]:
         """(‖ΔW‖², ‖W‖²) of all that was trained, folds included, against the original weight."""
-        state = self._layerpeft_projection
+        state = self._layerpeft
         left, right = held(self)
         before = state.original
         if before is None:
@@ -116,7 +116,7 @@ class Projected:
         """The module's output; over a quantized weight the folds are a second branch."""
         if not torch.compiler.is_compiling():
             unscale(self)
-        state = self._layerpeft_projection
+        state = self._layerpeft
         if _in_one(self, x, args, kwargs):
             y = self.base_layer(x)
             z = self.lora_A[state.adapter](x)
@@ -136,13 +136,13 @@ class Projected:
 
 def _in_one(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the branch can be added by the very product that makes it, which saves two passes over the output."""
-    weight = layer.lora_B[layer._layerpeft_projection.adapter].weight if not layer.merged else None
+    weight = layer.lora_B[layer._layerpeft.adapter].weight if not layer.merged else None
     return (
         weight is not None
         and not args
         and not kwargs
         and not layer.disable_adapters
-        and layer.active_adapters == [layer._layerpeft_projection.adapter]
+        and layer.active_adapters == [layer._layerpeft.adapter]
         and x.dim() > 1
         and x.dtype == weight.dtype == getattr(getattr(layer.base_layer, "weight", None), "dtype", None)
         and not torch.is_autocast_enabled(x.device.type)
@@ -166,7 +166,7 @@ def project(layer: Any, state: Projection, becomes: type | None = None) -> None:
         layer.__class__ = becomes
     elif not issubclass(kind, Projected):
         layer.__class__ = _CLASSES.setdefault(kind, type(f"Projected{kind.__name__}", (Projected, kind), {}))
-    layer._layerpeft_projection = state
+    layer._layerpeft = state
     frozen = "lora_A" if state.side == "right" else "lora_B"
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, state.adapter: (frozen,)}
     fixed, trained = fixed_of(layer), trained_of(layer)

@@ -86,13 +86,13 @@ class _Unscale:
 
 def state_of(layer: Any) -> Projection:
     """The state of a projected module."""
-    return layer._layerpeft_projection
+    return layer._layerpeft
 
 
 def projections(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The projected modules of an adapter, by their name in the unwrapped model."""
     for layer in lora_layers(model, adapter).values():
-        state = getattr(layer, "_layerpeft_projection", None)
+        state = getattr(layer, "_layerpeft", None)
         if state is not None and state.adapter == adapter:
             yield state.name, layer
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from layerpeft.errors import TrainingError
-from layerpeft.integrations import distributed
-from layerpeft.selection.probe import tapped
 from layerpeft.text import note
 from layerpeft.tuners.galore import subspace
 from layerpeft.tuners.galore.optimizers import Row, check
@@ -34,55 +29,20 @@ from layerpeft.tuners.galore.projection import (
     unscale,
     wide,
 )
+from layerpeft.tuners.galore.watch import Refreshing, Watcher
 
 # optimizers that look at a tensor as one matrix, while that of experts holds as many as there are experts
 MATRIX_WISE = ("Muon", "Adafactor")
 OVERLAP_GROWS_TO = 16  # an adaptive gap becomes at most so many times the one asked for
 
 
-Rows = Sequence[tuple[Slot, Any]]  # expert, and what picks its rows out of all; None: all of them
-EVERY: Rows = ((..., None),)
-
-
-@dataclass(frozen=True)
-class Refreshing:
-    """How bases are renewed; the fields are those of `LayerGaloreConfig`."""
-
-    gap: int
-    subspace: str
-    basis: str
-    moments: str
-    stagger: bool
-    oversample: int
-    gap_overlap: float | None
-
-
-@dataclass
-class _Seen:
-    """What one module's running step has shown: `ΩᵀG` (k, in), `GΩ` (out, k), or G (out, in), of each expert; and by which Ω."""
-
-    parameter: torch.Tensor
-    handle: RemovableHandle
-    sum: torch.Tensor | None = None
-    omegas: dict[Slot, torch.Tensor] = field(default_factory=dict)
-    counted: bool = False  # some of it is in the gradient by now
-
-
 class Refresher:
-    """Renews the bases of one adapter's projected modules. State is real here: what the running step has shown of those due."""
+    """Renews the bases of one adapter's projected modules. State is real here: who watches those that are due."""
 
-    def __init__(self, how: Refreshing) -> None:
+    def __init__(self, how: Refreshing, watcher: Watcher | None = None) -> None:
         self.how = how
-        self._seen: dict[str, _Seen] = {}
-        self._anchor: torch.Tensor | None = None
+        self.watcher = watcher or Watcher(how)
         self._row: Row | None = None  # what is known of the optimizer that steps
-        self._off = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Refresher:
-        return Refresher(self.how)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nobody, ()  # a pickled model is followed by nobody
 
     def arm(self, model: nn.Module, adapter: str) -> None:
         """Watches the modules whose next step gives them a basis; called before a forward pass, and after every step."""
@@ -92,9 +52,9 @@ class Refresher:
             unscale(layer)
             state = state_of(layer)
             due = state.steps >= state.due and trained_of(layer).requires_grad
-            state.watcher, state.watched = self, self.how.subspace != "random" and due
+            state.watcher, state.watched = self.watcher, self.how.subspace != "random" and due
             if not state.watched:
-                self._forget(name)
+                self.watcher.forget(name)
 
     def switched(self, model: nn.Module, adapter: str, training: set[str]) -> None:
         """Other modules train from now on: those that did not until now get a new basis at their next step."""
@@ -104,17 +64,6 @@ class Refresher:
                 state.due = state.steps
             state.active = name in training
         self.arm(model, adapter)
-
-    def disarm(self) -> None:
-        """Stops watching, for good."""
-        self._off = True
-        for name in list(self._seen):
-            self._forget(name)
-
-    def restart(self) -> None:
-        """Forgets what a step saw that a loss scaler skipped."""
-        for name in list(self._seen):
-            self._forget(name)
 
     def before_step(
         self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int], closure: bool = False
@@ -136,7 +85,7 @@ class Refresher:
                 "begins; use subspace='sketch'"
             )
         for name, layer in self._due(model, adapter, held):
-            gradient = self._gathered(name)
+            gradient = self.watcher.take(name)
             if gradient is None:
                 continue
             grad = trained_of(layer).grad
@@ -149,7 +98,7 @@ class Refresher:
     def after_step(self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int]) -> None:
         """Sketched and random subspaces serve from the next step on."""
         for name, layer in self._due(model, adapter, held) if self.how.subspace != "svd" else ():
-            found = None if self.how.subspace == "random" else self._gathered(name)
+            found = None if self.how.subspace == "random" else self.watcher.take(name)
             if self.how.subspace == "random" or found is not None:
                 self._renew(layer, found, optimizer)
             elif state_of(layer).watched and trained_of(layer).grad is not None:
@@ -157,7 +106,7 @@ class Refresher:
         for name, layer in projections(model, adapter):
             if id(trained_of(layer)) in held:
                 state_of(layer).steps += 1
-                self._forget(name)
+                self.watcher.forget(name)
         self.arm(model, adapter)
 
     def _due(self, model: nn.Module, adapter: str, held: set[int]) -> list[tuple[str, Any]]:
@@ -216,79 +165,6 @@ class Refresher:
         """Lets the second refreshes, and so all later ones, fall on steps that are spread over the gap."""
         for number, state in enumerate(states):
             state.first_gap = number * state.gap // len(states) or state.gap if self.how.stagger else state.gap
-
-    def _gathered(self, name: str) -> torch.Tensor | None:
-        seen = self._seen.get(name)
-        found = seen.sum if seen is not None else None
-        self._forget(name)
-        if distributed.world_size() == 1:
-            return found
-        if not distributed.everywhere(found is not None):
-            return None
-        assert found is not None
-        return distributed.add_up(found).to(found.device)
-
-    def _forget(self, name: str) -> None:
-        seen = self._seen.pop(name, None)
-        if seen is not None:
-            seen.handle.remove()
-
-    @torch.compiler.disable
-    def __call__(self, layer: Any, y: torch.Tensor, x: torch.Tensor, rows: Rows = EVERY) -> torch.Tensor:
-        """A watched module's output, whose gradient will be seen. It runs outside of compiled code, where it would be lost.
-
-        `rows`: which of the flattened rows went through which expert.
-        """
-        if self._off or not y.is_floating_point():
-            return y
-        name, trained = state_of(layer).name, trained_of(layer)
-        if name not in self._seen or self._seen[name].parameter is not trained:
-            self._forget(name)
-            handle = trained.register_post_accumulate_grad_hook(partial(self._count, name))
-            self._seen[name] = _Seen(trained, handle)
-        if self._anchor is None or self._anchor.device != y.device:
-            self._anchor = torch.zeros((), device=y.device, requires_grad=True)
-        return tapped(y, x, self._anchor, partial(self._see, layer, rows))
-
-    def _count(self, name: str, _: torch.Tensor) -> None:
-        if name in self._seen:
-            self._seen[name].counted = True
-
-    def _see(self, layer: Any, rows: Rows, gy: torch.Tensor, x: torch.Tensor) -> None:
-        """Adds one call's share; what came of gradients that were dropped since (a skipped step, a batch thrown away) goes."""
-        state = state_of(layer)
-        seen = self._seen.get(state.name)
-        if seen is None:
-            return
-        grad = seen.parameter.grad
-        if seen.counted and (grad is None or not bool(grad.any())):
-            seen.sum, seen.counted = None, False
-        gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(gy.dtype)
-        for slot, some in rows:
-            part = wide(self._share(layer, seen, slot, *((gy, x) if some is None else (gy[some], x[some]))))
-            if not state.experts:
-                seen.sum = part if seen.sum is None else seen.sum + part
-                continue
-            if seen.sum is None:
-                seen.sum = part.new_zeros(state.experts, *part.shape)
-            seen.sum[slot] += part
-
-    def _share(self, layer: Any, seen: _Seen, slot: Slot, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What some rows show of one matrix's gradient."""
-        state = state_of(layer)
-        if self.how.subspace == "svd":
-            return gy.T @ x
-        if slot not in seen.omegas:
-            warm = like_trained(layer, trained_of(layer).detach())[slot]
-            key = f"{state.key}|sketch {state.refreshes}" + (f"|{slot}" if state.experts else "")
-            warm = warm if state.side == "right" else warm.T
-            seen.omegas[slot] = subspace.sketching_matrix(key, warm, self.how.oversample)
-        omega = seen.omegas[slot].to(gy.dtype)
-        return (gy @ omega).T @ x if state.side == "right" else gy.T @ (x @ omega)
-
-
-def _nobody() -> None:
-    """In the place of a refresher that was pickled."""
 
 
 def _projected(gradient: torch.Tensor, layer: Any) -> torch.Tensor:

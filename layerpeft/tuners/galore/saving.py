@@ -15,7 +15,6 @@ from torch import nn
 
 from layerpeft.errors import SaveError, differences
 from layerpeft.integrations.files import note_in, replacing
-from layerpeft.integrations.peft import loading_folder
 from layerpeft.saving import manifest
 from layerpeft.tuners.galore.folds import Factors, part, recompressed
 from layerpeft.tuners.galore.projection import fixed_of, held, projections, restore, state_of, tensors, trained_of
@@ -67,7 +66,14 @@ def _as_stock(left: torch.Tensor, right: torch.Tensor) -> Factors:
     return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
 
 
-def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: str, identity: Mapping[str, Any]) -> None:
+def on_load(
+    model: nn.Module,
+    adapter: str,
+    state: Mapping[str, Any],
+    prefix: str,
+    identity: Mapping[str, Any],
+    folder: str | None,
+) -> None:
     """An adapter is being loaded into a live projection model: takes over the state that lies beside it.
 
     Raises: SaveError where there is none, since the stock adapter alone would load as nothing; and, before anything is changed,
@@ -77,7 +83,6 @@ def on_load(model: nn.Module, adapter: str, state: Mapping[str, Any], prefix: st
     keys = [k for k in state if k.startswith(prefix) and named.search(k)]
     if not keys:
         return
-    folder = loading_folder()
     path = os.path.join(folder, STATE) if folder is not None else None
     if path is None or not os.path.isfile(path):
         raise SaveError(

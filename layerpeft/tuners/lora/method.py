@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import nn
 
 from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layers, unwrap_layer
 from layerpeft.model.names import clean
-from layerpeft.training.method import Tensors
-from layerpeft.tuners.full.layer import full_layers, full_parameters, unwrap
+from layerpeft.training.method import Method, Tensors
 
 
-def trained_tensors(model: nn.Module, adapter: str, bias: str = "none") -> Tensors:
-    """Target -> the adapter's tensors in it, with the bias that LoRA trains; the weights themselves where those train."""
-    found: Tensors = {}
-    for name, layer in lora_layers(model, adapter).items():
-        target = _target(name, layer)
-        group = adapter_parameters(layer, adapter)
-        own = getattr(layer.get_base_layer(), "bias", None) if bias == "lora_only" else None
-        found[target] = group | ({"bias": own} if isinstance(own, nn.Parameter) else {})
-    for name, wrapper in full_layers(model, adapter).items():
-        held = full_parameters(wrapper)
-        if held:
-            found[name] = held
-    return found
+class LoraMethod(Method):
+    """Trains factors beside the chosen weights."""
+
+    def tensors(self) -> Tensors:
+        """Target -> the adapter's tensors in it, with the bias that LoRA trains."""
+        found: Tensors = {}
+        for name, layer in lora_layers(self.model, self.adapter).items():
+            own = getattr(layer.get_base_layer(), "bias", None) if self.config.bias == "lora_only" else None
+            group = adapter_parameters(layer, self.adapter)
+            found[_target(name, layer)] = group | ({"bias": own} if isinstance(own, nn.Parameter) else {})
+        return found
+
+    def wrapped(self) -> set[str]:
+        """Modules, where targets can be parameters in them."""
+        return set(map(clean, lora_layers(self.model, self.adapter)))
+
+    def keep_only(self, targets: Set[str]) -> None:
+        """The modules themselves come back."""
+        for name in list(lora_layers(self.model, self.adapter)):
+            if clean(name) not in targets:
+                unwrap_layer(self.model, name, self.adapter)
+        self.config.target_modules = set(targets)
+
+    def switched(self, training: Set[str] | None, policy: str) -> None:
+        """Lets modules rest that do not train, whatever PEFT switches off and on meanwhile."""
+        for name, layer in lora_layers(self.model, self.adapter).items():
+            let_rest(layer, self.adapter, training is not None and _target(name, layer) not in training)
+
+    def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
+        """By their A; nothing where embeddings are among them, which have other names."""
+        # PEFT writes the adapter's name only into the keys of modules that it finds.
+        ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
+        if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
+            ends = ends[1:]
+        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+        if any(".lora_embedding" in k for k in keys):
+            return set()
+        return {clean(k.removesuffix(end)) for end in ends for k in keys if k.endswith(end)}
 
 
 def _target(name: str, layer: Any) -> str:
     parameter = getattr(layer, "parameter_name", None)
     return f"{clean(name)}.{parameter}" if parameter else clean(name)
-
-
-def rest_but(model: nn.Module, adapter: str, training: Set[str] | None) -> None:
-    """Lets LoRA modules rest that are not among these targets (None: none rests), whatever PEFT switches off and on meanwhile."""
-    for name, layer in lora_layers(model, adapter).items():
-        let_rest(layer, adapter, training is not None and _target(name, layer) not in training)
-
-
-def wrapped_names(model: nn.Module, adapter: str) -> set[str]:
-    """The modules that the adapter wraps, by their name in the unwrapped model."""
-    return {*map(clean, lora_layers(model, adapter)), *full_layers(model, adapter)}
-
-
-def unwrap_others(model: nn.Module, adapter: str, chosen: Set[str]) -> bool:
-    """Takes the adapter off every target that is not among these; whether it trains the weights themselves."""
-    for name in list(lora_layers(model, adapter)):
-        if clean(name) not in chosen:
-            unwrap_layer(model, name, adapter)
-    whole = full_layers(model, adapter)
-    for name in whole.keys() - chosen:
-        unwrap(model, name, adapter)
-    return bool(whole)

@@ -195,7 +195,7 @@ def test_loaded_by_layerpeft_it_is_ordinary_lora(saved, tmp_path):
     config = model.peft_config["default"]
     assert isinstance(config, peft.LoraConfig) and config.peft_type == "LORA"
     layers = lora_layers(model.base_model.model, "default")
-    assert set(layers) == set(modules(live)) and not any(hasattr(m, "_layerpeft_projection") for m in layers.values())
+    assert set(layers) == set(modules(live)) and not any(hasattr(m, "_layerpeft") for m in layers.values())
     held = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.partition(".default")[0].rpartition(".")[2] for n in held} == {"lora_A", "lora_B"}
     assert len(held) == 2 * len(layers)

@@ -1,0 +1,141 @@
+"""Whether what trains is what was chosen: asked around the first update of every target, and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from layerpeft.errors import TrainingError, raise_faults
+from layerpeft.integrations import distributed
+from layerpeft.model.targets import is_routed
+from layerpeft.text import note
+from layerpeft.training import verify
+from layerpeft.training.holdings import Holdings
+from layerpeft.training.method import Method, Step
+from layerpeft.training.optimizer_states import held_by, holders
+from layerpeft.training.record import Record
+from layerpeft.training.scheduled import Once
+from layerpeft.training.verify import Sealed
+
+NOT_HELD = (
+    "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
+    "that require a gradient"
+)
+
+
+class Checks:
+    """Those of one adapter. State is real here: what the weights were, and what has stepped since."""
+
+    def __init__(self, method: Method, record: Record, holdings: Holdings, schedule: Once) -> None:
+        self.method, self.record, self.holdings, self.schedule = method, record, holdings, schedule
+        self.sealed = Sealed(method)
+        self.asked: frozenset[str] = frozenset()  # what PEFT made trainable
+        self.seen = 0  # optimizer steps of any kind
+        self.resumed = self.merges = False
+        self._stepped: set[int] = set()
+        self._rate = 0.0
+
+    def wrapped(self, waits: bool) -> None:
+        """Writes down, just after wrapping, what the frozen weights are. `waits`: some that are wrapped will not train.
+
+        Packed weights, which the first forward pass may lay out anew, are left for the first step; so is everything where all
+        layers train, since wrapping them is to cost no more than in PEFT, and where processes may still be made alike.
+        """
+        selection = self.record.selection
+        partial = waits or selection is None or len(selection.layers) < selection.num_layers
+        self.asked = frozenset(n for n, p in self.method.model.named_parameters() if p.requires_grad)
+        if partial and distributed.world_size() == 1:
+            self.sealed.wrapped(self.method.model)
+
+    def begin(self, resumed: bool, merges: bool) -> None:
+        """A training begins; `merges`: the trainer folds the adapter into the chosen weights and out again."""
+        self.seen, self.sealed.start, self.resumed, self.merges = 0, {}, resumed, merges
+        self._stepped.clear()
+
+    def passed(self) -> None:
+        """A step that is none yet: whatever comes after it is not asked for."""
+        self._rate = 0.0
+
+    def before(self, step: Step) -> None:
+        """Before a first update. Raises: TrainingError for what would not train, or not be finite."""
+        held, optimizer = step.held, step.optimizer
+        self._rate = verify.learning_rate(optimizer, held)
+        if not self._rate or held <= self._stepped:
+            return
+        ids, training, model = self.holdings.ids(), self.schedule.training(), self.method.model
+        known = set().union(*map(held_by, holders(ids, optimizer)))
+        faults, idle = verify.before_step(training, known, set() if step.closure else held - self._stepped)
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+        faults += verify.not_asked_for(others, self.asked)
+        if not self.sealed.start:
+            faults += verify.not_held(self.holdings.tensors(), known) if self.schedule.switches else []
+            faults += self.sealed.changed_since_wrapping(model)
+        raise_faults("stopped before the first update, because it would not train what was chosen", faults)
+        self._idle(idle)
+        if not self.sealed.start:
+            self.sealed.begin(model, self.holdings.tensors(), others)
+            self.method.keep(set(training))
+
+    def after(self, held: set[int]) -> None:
+        """After an update. Raises: TrainingError when a chosen target did not move in its first one."""
+        if not self._rate:
+            return
+        training = self.schedule.training()
+        ids = verify.ids_of(training)
+        if not ids <= self._stepped:
+            fresh = [t for t, group in training.items() if not {id(p) for p in group.values()} <= self._stepped]
+            self._stepped |= held
+            if ids <= self._stepped:  # where several optimizers share the tensors, all of them have stepped by now
+                faults, idle = self._still(fresh)
+                raise_faults("the first update left chosen targets as they were", faults)
+                self._idle(idle)
+                self.record.checks["first_step"] = "every chosen target moved"
+        for layer, targets in self.holdings.by_layer(self.record.selection).items():
+            there = [t for t in targets if t in training]
+            first = next((p for t in there for p in training[t].values()), None)
+            if id(first) in held:  # one tensor stands for the layer, should several optimizers share it
+                self.record.steps_trained[layer] = self.record.steps_trained.get(layer, 0) + 1
+                self.schedule.count(there)
+
+    def end(self) -> None:
+        """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
+        if not self.sealed.start:
+            if self.seen and not self.resumed:
+                raise TrainingError(
+                    f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
+                )
+            return
+        tensors, now = self.holdings.tensors(), self.sealed.parameters(self.method.model)
+        trained = self.schedule.trained()
+        faults, idle = self._still(trained)
+        rounded = set(tensors) if self.merges else set()
+        faults += [
+            f"{n} is frozen and changed" for n in self.sealed.changed(now) if n.removesuffix(".weight") not in rounded
+        ]
+        off = {t: s for t, s in self.sealed.start.items() if t not in trained and t not in rounded}
+        faults += [f"{t} was never switched on and changed" for t, s in off.items() if verify.changed(s, tensors[t])]
+        raise_faults("what trained is not what was chosen", faults)
+        self.record.idle_experts = tuple(idle)
+        still: dict[str, Any] = self.sealed.still(now)
+        for target, names in self._unmoved(trained).items():
+            group = tensors[target]
+            still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
+        for name, parameter in still.items():
+            note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
+        self.record.checks["unmoved"] = sorted(still)
+        self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
+
+    def _idle(self, experts: Iterable[str]) -> None:
+        self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *experts}))
+
+    def _still(self, among: Iterable[str]) -> tuple[list[str], list[str]]:
+        """(faults, idle experts) among those targets of which no tensor moved."""
+        tensors, still = self.holdings.tensors(), self._unmoved(among)
+        whole = [t for t, names in still.items() if len(names) == len(tensors[t])]
+        faults = [f"{t} did not move: {verify.why_unmoved(tensors[t], self._rate)}" for t in whole if not is_routed(t)]
+        return faults, [t for t in whole if is_routed(t)]
+
+    def _unmoved(self, among: Iterable[str]) -> dict[str, list[str]]:
+        moved = self.method.moved()
+        before = {t: self.sealed.start[t] for t in among if t in self.sealed.start}
+        return {t: n for t, n in verify.unmoved(self.holdings.tensors(), before).items() if t not in moved}

@@ -1,0 +1,103 @@
+"""The choice of an adapter that waits for the first step: whom it asks, and what is done once it is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from layerpeft.model.names import clean
+from layerpeft.selection.select import Selection
+from layerpeft.text import note
+from layerpeft.training import backward, verify
+from layerpeft.training.holdings import Holdings
+from layerpeft.training.measuring import Pending
+from layerpeft.training.method import Method
+from layerpeft.training.optimizer_states import holders
+from layerpeft.training.record import Record
+from layerpeft.training.scheduled import Once, Scheduled
+
+
+class Waiting:
+    """State is real here: `pending`, until the choice is made; None where there is nothing to wait for."""
+
+    def __init__(
+        self,
+        method: Method,
+        record: Record,
+        holdings: Holdings,
+        schedule: Once,
+        tuner: Callable[[], Any],
+        on_copy: Callable[[nn.Module], None],
+    ) -> None:
+        self.method, self.record, self.holdings, self.schedule = method, record, holdings, schedule
+        self._tuner, self._on_copy = tuner, on_copy
+        self.pending: Pending | None = None
+
+    def wait(self, pending: Pending) -> None:
+        """From now on, for this."""
+        pending.tensors, pending.on_copy = self.holdings.tensors, self._on_copy
+        if isinstance(self.schedule, Scheduled):
+            pending.decider = self.schedule.first
+        self.pending = pending
+
+    def measure_anew(self) -> None:
+        """In a deep copy: puts hooks of its own in the place of those that came along."""
+        if self.pending is not None:
+            self.pending.close()
+            self.wait(Pending(self.method.model, self.pending.examined))
+            self.pending.begin(self.method.model)
+
+    def drop(self) -> None:
+        """No more."""
+        if self.pending is not None:
+            self.pending.close()
+            self.pending = None
+
+    def choose(self, optimizer: Optimizer, number: int) -> bool:
+        """Makes it, before the optimizer's `number`th step; False while more batches are wanted than that had."""
+        assert self.pending is not None
+        pending = self.pending
+        selection = pending.decided or pending.decide()
+        if selection is not None:
+            if self.schedule.switches:
+                self.drop()
+                self.schedule.start()
+            else:
+                self._settle(selection, optimizer)
+            note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
+            return True
+        pending.go_on()
+        note(f"optimizer step {number} only measures ({pending.progress()} batches); no layer changes")
+        return False
+
+    def keep(self, found: set[str]) -> bool:
+        """Makes it as the adapter that is loaded did, by its modules; False where that chose among others."""
+        kept = self.pending.keep(found) if self.pending is not None and not self.schedule.switches else None
+        if kept is not None:
+            self._settle(kept, None)
+        return kept is not None
+
+    def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
+        """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizers."""
+        self.drop()
+        chosen, tensors, model = set(selection.targets), self.holdings.tensors(), self.method.model
+        removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
+        self.method.keep_only(chosen)
+        if optimizer is not None:
+            verify.forget(holders(self.holdings.ids() | removed.keys(), optimizer), removed)
+        for parameter in removed.values():
+            parameter.requires_grad_(False).grad = None
+        tuner = self._tuner()
+        if tuner is not None and hasattr(tuner, "targeted_module_names"):
+            names = tuner.targeted_module_names
+            tuner.targeted_module_names = [n for n in names if clean(n) in chosen]
+        self.record.settle(model, selection)
+        self.holdings.forget()
+        backward.install(model, selection.stack)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not notice that hooks and wrappers are gone

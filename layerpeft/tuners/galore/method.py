@@ -1,0 +1,119 @@
+"""What gradient projection tells those who follow it: bases that are renewed around steps, and folds in the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.integrations.peft import lora_layers
+from layerpeft.integrations.tracing import is_stand_in
+from layerpeft.model.layers import Target
+from layerpeft.model.names import COMPILED, clean
+from layerpeft.text import size_text
+from layerpeft.training.method import Method, Step
+from layerpeft.tuners.galore import saving
+from layerpeft.tuners.galore.experts import ProjectedExperts
+from layerpeft.tuners.galore.folds import Folds
+from layerpeft.tuners.galore.layer import project
+from layerpeft.tuners.galore.projection import Projection, folded, originals, projections, state_of, weight_of
+from layerpeft.tuners.galore.refresh import Refresher
+from layerpeft.tuners.galore.subspace import side_of
+from layerpeft.tuners.lora.method import LoraMethod
+
+
+class GaloreMethod(LoraMethod):
+    """LoRA modules with one factor fixed. State is real here: the refresher that renews it."""
+
+    def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
+        super().__init__(model, adapter, config)
+        self.asked = config._layerpeft.asked
+        self.refresher = Refresher(self.asked.refreshing)
+
+    def wrap(self, targets: Iterable[Target]) -> None:
+        """Turns the LoRA modules into projected ones."""
+        asked = self.asked
+        shapes = {t.name: t.shape for t in targets}
+        for name, layer in lora_layers(self.model, self.adapter).items():
+            path = name.removeprefix(f"{COMPILED}.")
+            parameter = getattr(layer, "parameter_name", None)
+            name = f"{clean(path)}.{parameter}" if parameter else clean(path)
+            *experts, out, into = shapes[name]
+            state = Projection(
+                name=name,
+                adapter=self.adapter,
+                side=side_of(asked.proj_type, out, into),
+                scale=asked.scale,
+                fold=asked.fold,
+                seed=asked.seed,
+                folds=Folds(out, into, experts=sum(experts)),
+                gap=asked.update_proj_gap,
+                experts=sum(experts),
+                path=path,
+            )
+            project(layer, state, ProjectedExperts if experts else None)
+
+    def assumed(self) -> list[str]:
+        """When the step is, and what lies beside the weights then."""
+        return [f"a step without a refresh, once weights were folded (their originals take {size_text(self.beside())})"]
+
+    def beside(self) -> int:
+        """Bytes of the weights as they were, where they stay on their device; folds lie beside what is quantized."""
+        found = [layer for _, layer in projections(self.model, self.adapter) if state_of(layer).fold == "beside"]
+        return sum(weight_of(layer).nbytes for layer in found if not is_stand_in(layer.get_base_layer()))
+
+    def originals(self) -> Mapping[str, torch.Tensor]:
+        """Those that have folds in them now."""
+        return originals(self.model, self.adapter)
+
+    def moved(self) -> set[str]:
+        """What was trained may lie in the weights by now."""
+        return folded(self.model, self.adapter)
+
+    def ready(self) -> None:
+        """Watches what is due."""
+        self.refresher.arm(self.model, self.adapter)
+
+    def skipped(self) -> None:
+        """Forgets what the step has shown."""
+        self.refresher.watcher.restart()
+
+    def before_step(self, step: Step) -> None:
+        """Exact subspaces serve the step that they come from."""
+        self.refresher.before_step(self.model, self.adapter, step.optimizer, step.held, step.closure)
+
+    def after_step(self, step: Step) -> None:
+        """Others serve from the next one on."""
+        self.refresher.after_step(self.model, self.adapter, step.optimizer, step.held)
+
+    def switched(self, training: Set[str] | None, policy: str) -> None:
+        """Those that did not train until now get a new basis."""
+        super().switched(training, policy)
+        if training is not None:
+            self.refresher.switched(self.model, self.adapter, set(training))
+
+    def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
+        """Takes over what lies beside the stock adapter. Raises: SaveError where that is missing, or of another run."""
+        saving.on_load(self.model, self.adapter, state, prefix, self.asked.identity, folder)
+        self.ready()
+
+    def as_stock(self, folder: str) -> dict[str, Any]:
+        """The sum of all that was trained as factors, and the options they are read by. Raises: SaveError."""
+        asked, checks = self.asked, self.config._layerpeft.checks
+        found = saving.write(folder, self.model, self.adapter, asked.identity, asked.max_rank)
+        if found["errors"]:
+            checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
+        return saving.ranks(found, asked.r)
+
+    def twin(self, model: nn.Module, config: Any, memo: dict[int, Any]) -> Method:
+        """Whose refresher is the one that its modules know."""
+        twin = GaloreMethod(model, self.adapter, config)
+        twin.refresher = Refresher(self.asked.refreshing, copy.deepcopy(self.refresher.watcher, memo))
+        return twin
+
+    def close(self) -> None:
+        """Stops watching."""
+        self.refresher.watcher.close()

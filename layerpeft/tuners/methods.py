@@ -1,0 +1,21 @@
+"""The methods there are, by the name that recipes and manifests know them by: one row for each."""
+
+from __future__ import annotations
+
+from layerpeft.integrations.peft import register
+from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.full.config import LayerFullConfig
+from layerpeft.tuners.galore.config import LayerGaloreConfig
+from layerpeft.tuners.model import LayerLoraModel
+
+METHODS: dict[str, type[LayerLoraConfig]] = {}
+
+
+def add(config: type[LayerLoraConfig]) -> None:
+    """Enters a method, by its config class, here and in PEFT's tables."""
+    METHODS[config.method] = config
+    register(config.kind, config, LayerLoraModel, "lora_")
+
+
+for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig):
+    add(_config)
