@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,6 @@ INPUT_HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")  # PEFT'
 OWNERS = ("transformers", "peft", "trl")
 ENABLE = "enable_input_require_grads"
 _FUNCTION = "_gradient_checkpointing_func"
-_LOWERED = "_layerpeft_lowered"  # in a module's own dict: the flag of it that is turned off
 
 
 class Silent:
@@ -127,6 +127,17 @@ def silence(modules: Iterable[nn.Module], on: bool) -> None:
                     module._forward_hooks[number] = hook.hook
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """Kept on a module: the flag of it that is turned off."""
+
+    flag: str
+
+
+def _lowered(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("_layerpeft"), Lowered)
+
+
 def gradient_flags(below: Iterable[nn.Module], modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     """Flags by which a model lets a gradient in itself: T5's for its position bias in frozen blocks (`below`), wav2vec2's for
     its features."""
@@ -138,17 +149,17 @@ def gradient_flags(below: Iterable[nn.Module], modules: Iterable[nn.Module]) -> 
 def lower_flags(modules: Sequence[nn.Module], flags: Iterable[tuple[nn.Module, str]]) -> None:
     """Turns these flags off, and those on again that were turned off before and are not among them."""
     wanted = {id(module): flag for module, flag in flags}
-    lowered = [m for m in modules if _LOWERED in m.__dict__ and id(m) not in wanted]
+    lowered = [m for m in modules if _lowered(m) and id(m) not in wanted]
     checkpointing = bool(lowered) and any(
-        getattr(m, "gradient_checkpointing", False) for m in modules if _LOWERED not in m.__dict__
+        getattr(m, "gradient_checkpointing", False) for m in modules if not _lowered(m)
     )
     for module in lowered:
-        flag = module.__dict__.pop(_LOWERED)
+        flag = vars(module).pop("_layerpeft").flag
         setattr(module, flag, checkpointing if flag == "gradient_checkpointing" else True)
     for module in modules if wanted else ():
         flag = wanted.get(id(module))
         if flag is not None and getattr(module, flag):
-            module.__dict__[_LOWERED] = flag
+            vars(module)["_layerpeft"] = Lowered(flag)
             setattr(module, flag, False)
 
 

@@ -130,11 +130,10 @@ def loading_folder() -> str | None:
     return _loading.get()
 
 
+@functools.cache
 def watch_loading() -> None:
     """Lets `loading_folder` know: PEFT hands its hooks the tensors and not the folder. A second call changes nothing."""
     original = PeftModel.load_adapter
-    if getattr(original, "_layerpeft_watched", False):
-        return
 
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,6 @@ def watch_loading() -> None:
         finally:
             _loading.reset(token)
 
-    load_adapter._layerpeft_watched = True  # type: ignore[attr-defined]
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
@@ -156,21 +154,20 @@ CUT = (
 )
 
 
+@functools.cache
 def watch_saving(is_part: Callable[[Any], bool]) -> None:
     """Lets `PeftModel.save_pretrained` refuse parts of weights before it writes anything. A second call changes nothing."""
     original = PeftModel.save_pretrained
-    if getattr(original, "_layerpeft_watched", False):
-        return
 
     @functools.wraps(original)
     def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("state_dict")
+        followed = getattr(vars(self.get_base_model()).get("_layerpeft"), "tether", None) is not None
         tensors = self.parameters() if given is None else given.values()
-        if "_layerpeft" in self.get_base_model().__dict__ and any(map(is_part, tensors)):
+        if followed and any(map(is_part, tensors)):
             raise SaveError(CUT)
         return original(self, *args, **kwargs)
 
-    save_pretrained._layerpeft_watched = True  # type: ignore[attr-defined]
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
@@ -179,22 +176,31 @@ def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in _ranks(m)}
 
 
-_TRAINS_NEVER = "_layerpeft_never"  # what a variant never trains, where PEFT's own list says what rests as well
+class _Resting(tuple[str, ...]):
+    """What of a module rests, in the place of PEFT's own list of what a variant never trains (`never`)."""
+
+    never: tuple[str, ...] = ()
 
 
 def let_rest(layer: LoraLayer, adapter: str, resting: bool) -> None:
     """Freezes one adapter's tensors in one module, also when PEFT switches the adapter off and on; or lets them train again."""
-    own: Any = layer.__dict__
-    never: dict[str, Any] = own.setdefault(_TRAINS_NEVER, dict(layer.frozen_peft_weight_names))
-    names = tuple(layer.adapter_layer_names) if resting else tuple(never.get(adapter, ()))
+    names = never = _never(layer, adapter)
+    if resting:
+        names = _Resting(layer.adapter_layer_names)
+        names.never = never
     others = {n: v for n, v in layer.frozen_peft_weight_names.items() if n != adapter}
     layer.frozen_peft_weight_names = others | ({adapter: names} if names else {})
+
+
+def _never(layer: LoraLayer, adapter: str) -> tuple[str, ...]:
+    names = layer.frozen_peft_weight_names.get(adapter, ())
+    return names.never if isinstance(names, _Resting) else tuple(names)
 
 
 def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
     """The tensors of one adapter in one wrapped module, without those that its variant never trains (MiCA's B)."""
     found: dict[str, nn.Parameter] = {}
-    frozen = layer.__dict__.get(_TRAINS_NEVER, layer.frozen_peft_weight_names).get(adapter, ())
+    frozen = _never(layer, adapter)
     for group in layer.adapter_layer_names:
         held = getattr(layer, group, {})
         if adapter not in held or group in frozen:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +97,20 @@ def _fold(*_: Any, **__: Any) -> None:
 
 # ---- quantized linears without weights: the bytes they would hold, and stand-ins that can be traced
 
-_MARK = "_layerpeft_bytes"
+
+class _StandIn:
+    """In the place of a linear's forward: computes as a quantized one that takes `size` bytes."""
+
+    def __init__(self, module: Any, size: int) -> None:
+        self.module, self.size = module, size
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _forward(self.module, x)
+
+
+def _size(module: nn.Module) -> int | None:
+    stands = vars(module).get("forward")
+    return stands.size if isinstance(stands, _StandIn) else None
 
 
 def as_quantized(model: nn.Module, settings: Any, size: Callable[[int, int], int]) -> None:
@@ -120,18 +132,17 @@ def as_quantized(model: nn.Module, settings: Any, size: Callable[[int, int], int
 
 def stand_in(module: nn.Module, size: int) -> None:
     """Lets a linear on the meta device compute like a quantized one that takes `size` bytes."""
-    module.forward = partial(_forward, module)  # type: ignore[method-assign]
-    module.__dict__[_MARK] = size
+    module.forward = _StandIn(module, size)  # type: ignore[method-assign]
 
 
 def is_stand_in(module: nn.Module) -> bool:
     """Whether a linear stands for a quantized one."""
-    return _MARK in module.__dict__
+    return _size(module) is not None
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
-    packed = {id(m.weight): m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__}
+    packed = {id(m.weight): m.forward.size for m in model.modules() if isinstance(m.forward, _StandIn)}
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(packed.get(key, t.numel() * t.element_size()) for key, t in tensors.items())
 

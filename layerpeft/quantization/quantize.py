@@ -12,6 +12,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, QuantizationError
 from layerpeft.integrations.peft import LayerPeftType, register
+from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
@@ -20,16 +21,14 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.saving.manifest import MANIFEST
 from layerpeft.text import note
 
-DONE = "_layerpeft_quantized"  # in a model's own dict: what was packed last
-
 
 def applied(model: nn.Module, wanted: Quantized, *, marked: bool = True) -> Quantized:
     """Stores everything so that is not yet, keeps that on the model, and says what came of it. Raises: QuantizationError."""
-    known: Quantized | None = vars(base_of(model)).get(DONE)
+    known: Quantized | None = known_of(base_of(model)).quantized
     again = known is not None and dict(known.modules) == dict(wanted.modules)  # `load_model` has said so
     more: dict[str, Any] = {"left": wanted.left, "why": wanted.why, "choice": wanted.choice}
     done = apply.apply(model, wanted.modules, wanted.storage, marked=marked, **more)
-    vars(base_of(model))[DONE] = done
+    home_of(base_of(model)).quantized = done
     if not again:
         note(f"quantized: {done.why}\n{done.table()}")
     return done

@@ -30,11 +30,11 @@ from layerpeft.integrations.checkpointing import (
     parameters_of,
     silence,
 )
+from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of, layer_map, stacks_of
 
-# In the model's own dict: the names of the blocks of every stack, those of the default stack first. Names, so that copies and
-# pickles of the model go on by themselves.
-_STACKS = "_layerpeft_stacks"
+# Of the blocks of a stack. A model keeps those of every stack, of the default one first: names, so that copies and pickles of
+# it go on by themselves.
 _Names = tuple[str, ...]
 
 
@@ -79,8 +79,7 @@ def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names]
     Raises: LayerMapError for a model without blocks.
     """
     base = base_of(model)
-    state: dict[str, Any] = base.__dict__
-    names: tuple[_Names, ...] = tuple(dict.fromkeys([*blocks, *state.get(_STACKS, ())]))
+    names: tuple[_Names, ...] = tuple(dict.fromkeys([*blocks, *known_of(base).blocks]))
     if not names and stack is None and _all_firsts_train(base):
         return Stop(None, "the first layer trains")
     own = next((n for n in names if stack is None or n[0].rpartition(".")[0] == stack), None)
@@ -89,10 +88,10 @@ def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names]
         own = seen.layers(stack).names
         names = tuple(dict.fromkeys([*(names or seen.blocks()), own]))
     if blocks:
-        state[_STACKS] = names
+        home_of(base).blocks = names
     watched = any(hook is _before_forward for hook in base._forward_pre_hooks.values())
     if watched or _partly([_stack(base, each) for each in names]):
-        state[_STACKS] = names
+        home_of(base).blocks = names
         if not watched:
             base.register_forward_pre_hook(_before_forward)
             follow_enabling(base, _sync)
@@ -157,7 +156,7 @@ def _before_forward(model: nn.Module, *_: Any) -> None:
 
 def _sync(model: nn.Module) -> None:
     """Brings hooks and checkpointing into line with what trains now."""
-    stacks = [found for names in model.__dict__[_STACKS] if (found := _stack(model, names)).blocks]
+    stacks = [found for names in known_of(model).blocks if (found := _stack(model, names)).blocks]
     modules = list(modules_of(model))
     below = _inside(block for stack in stacks for block in stack.below)
     cut = _cut(model, stacks) if _partly(stacks) and not _awaited(modules, below) else _Cut(silent=False)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SelectionError, TrainingError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import loading_folder
+from layerpeft.model.home import home_of, known_of
 from layerpeft.model.names import clean
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
@@ -112,7 +113,7 @@ class Follower:
         self.schedule.close()
         self.method.close()
         FOLLOWERS.discard(self)
-        model.__dict__["_layerpeft"].followers.remove(self)
+        home_of(model).tether.followers.remove(self)
 
     def before_step(self, optimizer: Optimizer, closure: bool = False) -> None:
         """Just before a real optimizer step (one with a closure has no gradients yet).
@@ -262,7 +263,7 @@ def _on_copy(model: nn.Module) -> None:
 
 def before_forward(model: nn.Module, *_: Any) -> None:
     """The first forward pass of a loop of one's own, whose optimizer is there by then. Raises: TrainingError under such a DDP."""
-    tether = model.__dict__.get("_layerpeft")
+    tether = known_of(model).tether
     if tether is not None and model.training and torch.is_grad_enabled():
         for follower in tether.followers:
             if follower.schedule.switches and distributed.awaits_every_gradient():

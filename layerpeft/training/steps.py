@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.peft import watch_saving
+from layerpeft.model.home import home_of
 from layerpeft.training.follower import FOLLOWERS, Follower, Tether, alive, followers_of
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
@@ -26,11 +27,11 @@ def follow(
     """Begins to follow one adapter; the follower lives as long as the model."""
     model, follower = method.model, Follower(method, tuner, switcher)
     follower.follow(pending)
-    tether = model.__dict__.get("_layerpeft")
-    if tether is None:
-        tether = model.__dict__["_layerpeft"] = Tether()
-        model.register_load_state_dict_pre_hook(tether)
-    tether.followers.append(follower)
+    home = home_of(model)
+    if home.tether is None:
+        home.tether = Tether()
+        model.register_load_state_dict_pre_hook(home.tether)
+    home.tether.followers.append(follower)
     FOLLOWERS.add(follower)
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_before))

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems, QuantizationError
+from layerpeft.model.home import known_of
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import PRECISIONS, named
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.assign import allot, by_training, decided_early, wants_batches
-from layerpeft.quantization.quantize import DONE, applied
+from layerpeft.quantization.quantize import applied
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.tuners.config import LayerLoraConfig
@@ -36,7 +37,7 @@ def before_wrapping(
 def stored(config: LayerLoraConfig, model: nn.Module, wanted: Quantized | None) -> Quantized | None:
     """Quantizes so, and says what came of it. Raises: QuantizationError."""
     if not config.quantizes:
-        return vars(base_of(model)).get(DONE)  # by `quantize`, of which the record is to tell
+        return known_of(base_of(model)).quantized  # by `quantize`, of which the record is to tell
     if wanted is None:
         return None
     whole = config.method == "full"

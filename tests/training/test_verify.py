@@ -325,7 +325,7 @@ def test_a_model_that_was_cast_after_training_is_not_said_to_have_changed(batch)
 
 def test_a_trainer_that_merges_for_its_engine_leaves_rounding_in_the_chosen_targets_only(batch):
     model = wrap("last:1")
-    follower = model.base_model.model.__dict__["_layerpeft"].followers[0]
+    follower = model.base_model.model.__dict__["_layerpeft"].tether.followers[0]
     follower.begin(None, merges=True)
     optimizer = torch.optim.AdamW(trained(model), 1e-1)
     step(model, optimizer, batch)

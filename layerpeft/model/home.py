@@ -1,0 +1,28 @@
+"""What is kept on a model: one object in its own dict, which copies and pickles of the model take along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Home:
+    """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `tether`:
+    what ties those who follow its adapters to its life."""
+
+    blocks: tuple[tuple[str, ...], ...] = ()
+    quantized: Any = None
+    tether: Any = None
+
+
+def home_of(model: nn.Module) -> Home:
+    """That of a model, which has one from now on."""
+    return vars(model).setdefault("_layerpeft", Home())
+
+
+def known_of(model: nn.Module) -> Home:
+    """That of a model, or an empty one."""
+    return vars(model).get("_layerpeft") or Home()
