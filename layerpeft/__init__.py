@@ -75,7 +75,7 @@ else:  # hidden from type checkers, for whom it would mean that every name is he
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}", name=name)
         place = _PLACES[name]
         if place != "errors":
-            importlib.import_module("layerpeft.tuners.wrap")  # PEFT knows our config types from the first use of a name
+            importlib.import_module("layerpeft.tuners")  # PEFT knows our config types from the first use of a name
         found = globals()[name] = getattr(importlib.import_module(f"layerpeft.{place}"), name)
         return found
 

@@ -73,7 +73,6 @@ assert not hasattr(layerpeft, "nothing_like_it")
 assert not libraries & {name.split(".")[0] for name in sys.modules}
 import pickle, peft
 config = pickle.loads(pickled)
-layerpeft.layer_map
 assert all(kind in table for kind in (config.peft_type, "LAYER_GALORE", "LAYER_FULL", "LAYER_QUANT") for table in (
     peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING))
 names = {}

@@ -11,7 +11,6 @@ from layerpeft.recipe import keys
 from layerpeft.recipe.yaml import dump
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import build
-from layerpeft.tuners import wrap  # noqa: F401 - PEFT learns of the types below
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore.config import LayerGaloreConfig

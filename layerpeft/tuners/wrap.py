@@ -1,4 +1,4 @@
-"""`get_peft_model` with batches; importing this file enters every config type of ours in PEFT's tables."""
+"""`get_peft_model` with batches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import peft
 from torch import nn
 
 from layerpeft.errors import LayerMapError, LayerpeftError
-from layerpeft.quantization import quantize  # noqa: F401 - enters its type
 from layerpeft.training import backward
-from layerpeft.tuners import methods  # noqa: F401 - enters theirs
 from layerpeft.tuners.config import LayerLoraConfig
 
 

@@ -46,11 +46,12 @@ def test_lora_layers_have_what_is_read_from_them():
     assert type(model.base_model) is PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is LoraModel
 
 
-def test_transformers_marks_loaded_parameters(llama):
-    from transformers import AutoModelForSequenceClassification
+def test_transformers_marks_loaded_parameters(llama_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    llama = AutoModelForCausalLM.from_pretrained(llama_path)
     assert all(getattr(p, "_is_hf_initialized", False) for p in llama.parameters())
-    model = AutoModelForSequenceClassification.from_pretrained(llama.config.name_or_path, num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(llama_path, num_labels=3)
     assert not getattr(model.score.weight, "_is_hf_initialized", False)
 
 
