@@ -142,7 +142,11 @@ def is_stand_in(module: nn.Module) -> bool:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
-    packed = {id(m.weight): m.forward.size for m in model.modules() if isinstance(m.forward, _StandIn)}
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        size = _size(module)
+        if size is not None:
+            packed[id(module.weight)] = size
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(packed.get(key, t.numel() * t.element_size()) for key, t in tensors.items())
 
