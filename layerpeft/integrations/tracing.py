@@ -142,13 +142,9 @@ def is_stand_in(module: nn.Module) -> bool:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
-    packed: dict[int, int] = {}
-    for module in model.modules():
-        size = _size(module)
-        if size is not None:
-            packed[id(module.weight)] = size
+    packed = {id(m.weight): size for m in model.modules() if (size := _size(m)) is not None}
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(packed.get(key, t.numel() * t.element_size()) for key, t in tensors.items())
+    return sum(packed[key] if key in packed else t.numel() * t.element_size() for key, t in tensors.items())
 
 
 def operations() -> dict[Any, Callable[..., int]]:
