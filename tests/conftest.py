@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import json
 import os
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import layerpeft
+from tests.helpers.pictures import Pictures
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,29 +46,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
-
-
-class Pictures:
-    """Every save draws a picture, for longer than all else takes: where a test looks at none, the first stands for all."""
-
-    savefig = Figure.savefig
-    looked_at = False
-    first: bytes | None = None
-
-
-def _savefig(figure: Figure, path: Any, **options: Any) -> None:
-    if Pictures.looked_at:
-        return Pictures.savefig(figure, path, **options)
-    if Pictures.first is None:
-        Pictures.savefig(figure, drawn := io.BytesIO(), format="png")
-        Pictures.first = drawn.getvalue()
-    if hasattr(path, "write"):
-        path.write(Pictures.first)
-    else:
-        Path(path).write_bytes(Pictures.first)
-
-
-Figure.savefig = _savefig
 
 
 @pytest.hookimpl(tryfirst=True)
