@@ -50,8 +50,8 @@ def load(source: str, folder: Path = CASES) -> Case:
         raise ConfigError(unknown("case", source, names(folder)))
     problems = Problems(f"case {path.stem}")
     document = parse(path.read_text(encoding="utf-8"))
-    for text in document.problems:
-        problems.add(text)
+    for fault in document.faults:
+        problems.add(str(fault))
     problems.raise_if_any(ConfigError)
     found = _case(path.stem, dict(document.data), problems)
     problems.raise_if_any(ConfigError)

@@ -13,6 +13,7 @@ import layerpeft
 from benchmarks.arm import Ready, Unavailable, adamw
 from benchmarks.count import optimizer_bytes, size, tensors_in
 from benchmarks.model import LINEARS
+from layerpeft.training.follower import followers_of
 from layerpeft.tuners.galore.projection import fixed_of, projections, state_of, trained_of
 
 
@@ -73,7 +74,8 @@ def fall_due(wrapped: Any) -> None:
     states = [state_of(layer) for _, layer in projected(wrapped)]
     for state in states:
         state.due = state.steps
-    states[0].watcher.arm(wrapped.base_model.model, "default")
+    for follower in followers_of(wrapped):
+        follower.method.ready()
 
 
 def state_bytes(wrapped: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
