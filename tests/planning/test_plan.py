@@ -164,7 +164,9 @@ def test_gradient_projection_is_planned_as_such(fold, llama_path):
     assert found.kept.peak == pytest.approx(counted.peak, rel=0.15)
     assert found.flops == pytest.approx(counted.flops, rel=0.02)
     held = sum(t.nbytes for t in [*real.parameters(), *real.buffers()])
-    originals = sum(m.base_layer.weight.nbytes for m in real.modules() if hasattr(m, "base_layer"))
+    originals = sum(
+        m.base_layer.weight.nbytes for m in real.modules() if hasattr(m, "_layerpeft") and hasattr(m, "base_layer")
+    )
     assert originals > 0 and found.weights == held + (originals if fold == "beside" else 0)
 
 
