@@ -14,6 +14,7 @@ import torch
 
 import layerpeft
 from tests.helpers.pictures import Pictures
+from tests.helpers.repeating import mark_repetitions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,8 +27,10 @@ LLAMA = DATA / "llama-6m"
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs an accelerator where there is none."""
+    """Marks repetitions before tests are chosen by their markers; skips what needs an accelerator where there is none."""
+    mark_repetitions(items)
     if torch.accelerator.is_available():
         return
     for item in items:

@@ -268,6 +268,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# one of each kind: what others share with one of these, they repeat
+FAMILIES = {"llama", "phi3", "gemma2", "gpt2", "opt", "falcon", "mixtral", "qwen2_moe", "gpt_oss", "mamba", "jamba"}
+FAMILIES |= {"qwen3_next", "zamba2", "nanogpt", "llama_bare", "bert", "modernbert", "albert", "t5", "bart", "whisper"}
+FAMILIES |= {"vit", "gemma3_vlm"}
+
+
 def batch(name: str, model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     """A batch on the model's device, with labels (`llama_bare` has no loss of its own: use `loss_of`)."""
     draw = torch.Generator().manual_seed(seed)

@@ -14,11 +14,13 @@ from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_map,
 from layerpeft.errors import ConfigError, LayerMapError, ScoreError
 from layerpeft.model.layers import LayerMap, find_module
 from layerpeft.model.targets import match_targets
-from tests.helpers.models import MODELS, NanoMLP, batch, loss_of
+from tests.helpers.models import FAMILIES, MODELS, NanoMLP, batch, loss_of
+from tests.helpers.repeating import some
 
 MAPPED = sorted(set(MODELS) - {"albert"})
 OTHER_STACKS = [("t5", "encoder"), ("bart", "encoder"), ("whisper", "encoder"), ("gemma3_vlm", "vision")]
 CASES = [(name, None) for name in MAPPED] + OTHER_STACKS
+FEW = [case for case in CASES if case[0] in FAMILIES]
 HEADS = {"bert", "roberta", "distilbert", "deberta_v2", "modernbert"}  # PEFT trains the head of a SEQ_CLS task
 MOE = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "qwen3_next", "jamba")
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -69,7 +71,7 @@ def moved_since(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {n.removeprefix(PREFIX) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
 
-@pytest.mark.parametrize(("name", "stack"), CASES)
+@pytest.mark.parametrize(("name", "stack"), some(CASES, FEW))
 def test_choose_train_save_load_merge(name, stack, tmp_path):
     model = build(name)
     found = layer_map(model, stack)
@@ -124,7 +126,7 @@ def true_norms(model: nn.Module, found: LayerMap, names: list[str], batches: lis
     return [s**0.5 for s in squares]
 
 
-@pytest.mark.parametrize(("name", "stack"), [case for case in CASES if case[0] != "llama_bare"])
+@pytest.mark.parametrize(("name", "stack"), [case for case in some(CASES, FEW) if case != ("llama_bare", None)])
 def test_gradient_norms(name, stack):
     model, found = mapped(name, stack)
     batches = [batch(name, model, length=16, seed=seed) for seed in range(3)]
@@ -147,6 +149,7 @@ def test_a_model_without_a_loss_cannot_be_scored():
         score_layers(model, "gradient_norm", batches=[batch("llama_bare", model)], progress=False)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", MOE)
 def test_gradient_norms_of_experts(name, how):

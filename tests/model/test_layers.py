@@ -14,9 +14,11 @@ from torch import nn
 
 from layerpeft.model.architectures import stack_labels
 from layerpeft.model.layers import LayerMap, base_of, find_module, layer_map
-from tests.helpers.models import MODELS, batch, loss_of
+from tests.helpers.models import FAMILIES, MODELS, batch, loss_of
+from tests.helpers.repeating import some
 
 MAPPED = sorted(set(MODELS) - {"albert"})
+FEW = FAMILIES - {"albert"}
 STACKS = {  # name -> (stack, layers, targets of one layer)
     "llama": ("model.layers", 3, 7),
     "mistral": ("model.layers", 3, 7),
@@ -176,7 +178,7 @@ def test_stack_and_names(name):
     assert len(found.fingerprint) == 64 and found.fingerprint == layer_map(model).fingerprint
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", some(sorted(MODELS), FAMILIES))
 def test_models_train_a_step(name):
     model = MODELS[name]()
     loss = loss_of(name, model)
@@ -221,7 +223,7 @@ def test_nothing_is_missing_or_counted_twice(name):
     assert len([t for t in found.targets if t.kind == "experts"]) == len(stacked)
 
 
-@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("name", some(MAPPED, FEW))
 def test_meta_device_gives_the_same_map(name):
     with torch.device("meta"):
         model = MODELS[name]()
@@ -229,7 +231,7 @@ def test_meta_device_gives_the_same_map(name):
     assert layer_map(model) == plain(name)[1]
 
 
-@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("name", some(MAPPED, FEW))
 def test_lora_wrapped_gives_the_same_map(name):
     found = plain(name)[1]
     model = MODELS[name]()

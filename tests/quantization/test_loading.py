@@ -89,6 +89,7 @@ def pair(folder, kind="AutoModelForCausalLM", dtype=None, **options):
     return in_place(plain, assignment), loaded, assignment
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "t5", "opt", "gemma2", "mixtral", "qwen3_next", "phi3"])
 def test_it_is_the_model_that_is_loaded_and_then_quantized(name, dtype, tmp_path):
@@ -185,6 +186,7 @@ def test_peft_wraps_every_kind_of_linear_and_trains_it(tmp_path):
     assert len(gradients) == 4 and all(g is not None and g.abs().sum() > 0 for g in gradients)
 
 
+@pytest.mark.matrix("precision,double_quant")
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "hqq2"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,8 +20,9 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import parse_bytes
 from layerpeft.quantization.picture import COLOURS, cells, write_bits
 from layerpeft.quantization.targets import able, fused_groups, reads_weight
-from tests.helpers.models import MODELS
+from tests.helpers.models import FAMILIES, MODELS
 from tests.helpers.quanting import BATCHES, LINEARS, kinds, logits, wide
+from tests.helpers.repeating import some
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("hqq")
@@ -32,6 +33,7 @@ STORED = [p for p in PRECISIONS if p != KEPT]
 # ---- one linear -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix("precision,storage")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("storage", [Storage(), Storage(group_size=128, double_quant=True)], ids=["plain", "double"])
 @pytest.mark.parametrize("precision", STORED)
@@ -256,7 +258,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", some(sorted(MODELS), FAMILIES))
 def test_routers_heads_embeddings_and_what_is_not_a_linear_stay_in_every_architecture(name):
     model = MODELS[name]()
     try:
@@ -302,6 +304,7 @@ def test_fused_linears_have_equal_bits_unless_told_otherwise():
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("allocation", ["greedy", "paired"])
 @pytest.mark.parametrize("per", ["layer", "module"])
 def test_a_budget_of_mean_bits_is_kept_and_nearly_used_up(per, allocation):

@@ -11,8 +11,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from helpers.loops import llama, make_batches
-from helpers.models import MODELS
 
 from layerpeft import (
     LayerFullConfig,
@@ -27,6 +25,8 @@ from layerpeft import (
 )
 from layerpeft.model import layers as model_layers
 from layerpeft.training import backward
+from tests.helpers.loops import llama, make_batches
+from tests.helpers.models import MODELS
 
 KINDS: dict[str, Any] = {"lora": LayerLoraConfig, "galore": LayerGaloreConfig, "full": LayerFullConfig}
 SAVED = {"by": "scores.json", "keep": 2}
@@ -75,6 +75,7 @@ def config(kind: str, **given: Any) -> LayerLoraConfig:
     return KINDS[kind](**({} if kind == "full" else {"r": 4}), **copy.deepcopy(given))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_wrapping(kind: str, choice: str, counts: Counter[str]) -> None:
@@ -94,6 +95,7 @@ def test_wrapping_a_model_of_several_stacks(name: str, counts: Counter[str]) -> 
     assert counts == ONCE
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("select", [SAVED, BY_DATA, BY_DATA | AGAIN | {"layers": "last:3"}])
 def test_planning(kind: str, select: dict[str, Any], counts: Counter[str]) -> None:

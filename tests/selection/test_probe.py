@@ -124,6 +124,7 @@ def state_of(model):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("by", ["gradient_norm", "outliers", "random"])
 @pytest.mark.parametrize("training", [True, False])
 def test_scoring_leaves_the_model_as_it_was(llama, gsm8k_batches, by, training):

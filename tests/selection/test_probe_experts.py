@@ -13,6 +13,7 @@ from tests.helpers.expert_models import build
 from tests.helpers.models import batch
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_norms_equal_those_of_a_plain_backward(name, how):
@@ -72,6 +73,7 @@ def probed(use, call=lambda model, x: model(x)):
     return probe.sums()["up"], float(copy.up.grad.square().sum())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_use_in_another_form_is_seen(name, recomputed):

@@ -41,6 +41,7 @@ def request_of(model, **more) -> Request:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_every_kind_of_model_the_same_twice_and_nothing_touched(family, by):

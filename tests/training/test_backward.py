@@ -122,6 +122,7 @@ def test_the_switches_do_defeat_plain_peft(name):
     assert traffic(model) == (ALL, ALL, ALL if recomputed == TOP else NONE)
 
 
+@pytest.mark.matrix("dropout,autocast")
 @ALL_SWITCHES
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -276,6 +277,7 @@ def test_hooks_of_the_users_own_get_their_gradients():
 # copies, pickles, evaluation, and the end of the model
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("switch", [as_trl_does, reentrant_twice])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_go_on_by_themselves(switch, copied):

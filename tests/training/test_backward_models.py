@@ -122,6 +122,7 @@ CASES += [(name, (None,), TOP) for name in ("jamba", "qwen3_next", "mamba", "gpt
 CASES += [("hubert", ("hubert.encoder.layers",), "00", TOP), ("zamba2", (None,), "0011")]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c[0], *map(str, c[1])]))
 def test_every_stack_is_cut_at_its_own_lowest_layer_and_none_is_starved(case, kind):
@@ -137,6 +138,7 @@ def test_every_stack_is_cut_at_its_own_lowest_layer_and_none_is_starved(case, ki
         assert grad is None or torch.equal(grad, theirs[tensor]), tensor
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gemma3_vlm", "qwen2_vl"])
 def test_a_frozen_tower_in_front_of_layers_that_all_train_is_left_out(name, kind):

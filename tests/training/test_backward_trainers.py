@@ -70,6 +70,7 @@ def trained(name: str, config: peft.PeftConfig, folder: Path, **options: Any) ->
     return (seen.text("forward"), seen.text("reached"), seen.text("recomputed")), gradients
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("reentrant", [False, True], ids=["default", "reentrant"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trl_with_default_arguments(name, reentrant, tmp_path):
@@ -110,6 +111,7 @@ def quantized(bits: int) -> Any:
     return model
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("keywords", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_prepare_model_for_kbit_training(bits, keywords):

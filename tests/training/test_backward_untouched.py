@@ -63,6 +63,7 @@ def operations(model: nn.Module, step: Callable[[nn.Module], None]) -> list[tupl
     return found.seen
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("select", ["all", "0-5", "first:6", "stock"])
 def test_the_live_model_is_plain_pefts_and_makes_the_same_calls(name, select):

@@ -25,6 +25,7 @@ def filled(shape, dtype, draw):
     return torch.randint(0, 256, (count,), generator=draw, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_checksum_changes_with_every_single_bit(shape, dtype):

@@ -35,6 +35,7 @@ def batches():
     return make_batches()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
     "select", [BY_GRADIENT, {**BY_GRADIENT, "exact": True}, BY_OUTLIERS], ids=["probe", "exact", "outliers"]

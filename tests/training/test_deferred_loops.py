@@ -37,6 +37,7 @@ def batches():
     return make_batches()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("select", [BY_GRADIENT, BY_OUTLIERS], ids=["gradient_norm", "outliers"])
 def test_autocast(batches, select, dtype):

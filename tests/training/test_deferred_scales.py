@@ -44,6 +44,7 @@ WAYS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("select", [EXACT, SIGNAL], ids=["exact", "signal"])
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_are_those_of_score_layers_with_ragged_labels(ragged, way, select):

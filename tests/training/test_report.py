@@ -113,6 +113,7 @@ def test_change_is_the_same_while_the_adapter_is_merged():
     assert all(row.change is None for row in found.rows) and "unmerge first" in found.notes[0]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dora", [False, True])
 def test_change_on_a_quantized_base(bits, dora):
@@ -316,6 +317,7 @@ def pixels(image, colour):
 BLUE, GREY, RED = (0x00, 0x72, 0xB2), (0xC9, 0xCE, 0xD3), (0xD5, 0x5E, 0x00)
 
 
+@pytest.mark.matrix
 @pytest.mark.pictures
 @pytest.mark.parametrize("count", [2, 12, 80, 200])
 @pytest.mark.parametrize("scored", [True, False])

@@ -39,6 +39,7 @@ def values(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("select", [UNIFORM, BY_GRADIENT, UNIFORM | {"always": -1, "state": "clear"}], ids=str)
 def test_only_the_active_layers_train_in_every_window(method, select):
@@ -214,6 +215,7 @@ def test_a_layer_that_comes_back_gets_a_new_subspace():
         assert state_of(layer).steps == sum(2 for w in windows[:-1] if layer_number in w)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("between", [False, True], ids=["after the step", "between forward and backward"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reference_from_the_same_model_lets_nothing_else_train(method, between):
@@ -255,6 +257,7 @@ def test_an_optimizer_that_lacks_part_of_the_pool_is_refused():
         loop(model, 12, torch.optim.AdamW(some, 1e-2))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("select", [UNIFORM, BY_GRADIENT], ids=["uniform", "gradient"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("state", ["clear", "offload"])

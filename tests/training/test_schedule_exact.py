@@ -142,6 +142,7 @@ def check_bytes(told, state):
         assert any(b < most for b, most in told[1::2])  # after a switch
 
 
+@pytest.mark.matrix("state,kind")
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -238,6 +239,7 @@ def plain_lora(start):
     return model
 
 
+@pytest.mark.matrix("state,kind")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("state", STATES)
@@ -306,6 +308,7 @@ def replayed(batches, hand, model, accumulate):
     return told
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("state", STATES)
 def test_lisa_under_a_trainer_equals_a_loop_by_hand(state, accumulate, tmp_path):

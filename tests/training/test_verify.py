@@ -227,6 +227,7 @@ def test_a_target_that_got_no_gradient(batch):
         optimizer.step()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("select", ["last:2", {"by": "gradient_norm", "keep": LAYERS}], ids=["last", "deferred"])
 def test_a_gradient_that_is_not_finite(batch, value, select):
@@ -282,6 +283,7 @@ def test_a_frozen_weight_that_was_nudged(batch, part):
     assert str(error.value).count("frozen and changed") == 1
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("select", ["last:1", {"by": "gradient_norm", "keep": 1}], ids=["depth", "deferred"])
 @pytest.mark.parametrize("part", ["lm_head.weight", "layers.0.self_attn.q_proj.weight", "layers.2.mlp.up_proj.weight"])
 def test_a_frozen_weight_nudged_between_wrapping_and_the_first_step(batch, part, select):

@@ -192,6 +192,7 @@ def wrapped(base, config, kind=AutoModelForCausalLM, **options):
     return drawn(layerpeft.get_peft_model(kind.from_pretrained(base, **options), config))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("way", list(WAYS))
 def test_module_by_module_is_bit_for_bit_what_peft_merges(way, bases, tmp_path, monkeypatch):
     if way == "olora" and "bfloat16" in str(AutoModelForCausalLM.from_pretrained(bases / "llama").dtype):
@@ -212,6 +213,7 @@ def test_module_by_module_is_bit_for_bit_what_peft_merges(way, bases, tmp_path, 
     assert close
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("base", ["tied", "gpt2"])
 def test_other_bases_too(base, bases, tmp_path, monkeypatch):
     targets = {"tied": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[base]

@@ -213,6 +213,7 @@ def test_two_models_do_not_disturb_one_another(select):
     assert [layer_report(m).rows[min(layers_of(m))].steps for m in (first, second)] == [2, 3]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("select", ["last:1", PENDING])
 def test_gradient_checkpointing(select, reentrant):
@@ -231,6 +232,7 @@ def test_gradient_checkpointing(select, reentrant):
     torch.testing.assert_close(seen[0][1], seen[1][1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("road", ["peft", "transformers"])
 @pytest.mark.parametrize(("select", "steps"), [("last:1", 0), ("last:1", 1), (PENDING, 0), (PENDING, 1), (BY_DATA, 1)])
 def test_nothing_keeps_a_model_alive(select, steps, road):

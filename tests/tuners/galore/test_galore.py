@@ -151,6 +151,7 @@ def _is_view(func):
 # bases
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["sketch", "svd", "random"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_bases_are_orthonormal_and_renewed(batches, kind, side):
@@ -238,6 +239,7 @@ def test_a_module_whose_subspace_stays_waits_longer(batches):
     assert {state_of(layer).refreshes for layer in modules(fixed).values()} == {6}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("policy", ["keep", "project", "reset"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_moments_at_a_refresh(batches, policy, side):

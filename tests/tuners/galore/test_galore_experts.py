@@ -25,6 +25,7 @@ EXACT = {"subspace": "svd", "basis": "raw", "stagger": False}
 # training in the grouped matmul, the gathered one and the loop
 
 
+@pytest.mark.matrix("how,side")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", MOE)
@@ -48,6 +49,7 @@ def test_the_gradient_is_that_of_each_expert_projected(name, how, side):
         assert float((got - wanted).abs().max()) <= most * float(wanted.abs().max())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_all_implementations_compute_the_same(monkeypatch, name, rank):
@@ -133,6 +135,7 @@ def whole_shapes(model, data):
     return {tuple(p.shape) for p in weights if tuple(sorted(p.shape)) in seen.made or (p.numel(),) in seen.made}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm", "without torch's own"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_nothing_of_a_whole_weights_shape_is_made(monkeypatch, name, how):
@@ -200,6 +203,7 @@ def only_two_experts(model):
     return model
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("kind", ["sketch", "svd"])
 def test_experts_that_no_token_reached_keep_their_basis(kind, how):
@@ -235,6 +239,7 @@ def test_a_gradient_that_is_not_finite_keeps_all_bases_and_is_counted(monkeypatc
         assert torch.equal(basis_of(layer), first[name]) and state_of(layer).failed == 2
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("policy", ["keep", "project", "reset"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_moments_are_turned_expert_by_expert(policy, side):
@@ -263,6 +268,7 @@ def test_moments_are_turned_expert_by_expert(policy, side):
 # the base, and what is merged
 
 
+@pytest.mark.matrix("fold,dtype")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("fold", ["beside", "base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

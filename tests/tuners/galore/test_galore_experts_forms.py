@@ -120,6 +120,7 @@ def test_experts_of_llama4_are_refused_by_name(ask):
         ask(llama4(), config)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("ask", [layerpeft.get_peft_model, layerpeft.plan])
 @pytest.mark.parametrize("how", ["sonicmoe", "deepgemm"])
 def test_kernels_that_hide_their_products_are_refused_by_name(ask, how):

@@ -92,6 +92,7 @@ def same(one, other):
     return set(one) == set(other) and all(torch.equal(t, other[n]) for n, t in one.items())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "side"), [("sketch", "right"), ("sketch", "left"), ("svd", "right"), ("random", "left")]
 )

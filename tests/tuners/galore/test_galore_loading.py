@@ -46,6 +46,7 @@ def saved(tmp_path_factory):
 # with the state that lies beside it
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("before", [0, 5, 30])
 @pytest.mark.parametrize("fold", ["beside", "base"])
 def test_a_live_projection_takes_over_all_of_it(saved, before, fold):
@@ -59,6 +60,7 @@ def test_a_live_projection_takes_over_all_of_it(saved, before, fold):
     assert same(parameters(twin.unload()), parameters(llama()))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["sketch", "svd", "random"])
 @pytest.mark.parametrize("at", range(2, 6))
 def test_a_loop_goes_on_bit_for_bit_from_any_step(tmp_path, kind, at):

@@ -216,6 +216,7 @@ def test_an_adapter_in_bfloat16(tmp_path):
 # the base comes back
 
 
+@pytest.mark.matrix("fold,dtype")
 @pytest.mark.parametrize("fold", ["beside", "base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("proj_type", ["right", "left"])

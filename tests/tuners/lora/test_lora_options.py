@@ -159,6 +159,7 @@ def test_target_parameters(tmp_path):
         wrap("last:1", build("mixtral"), target_modules=[], target_parameters=["experts.up_proj"])
 
 
+@pytest.mark.matrix
 @row('bias="none"', 'bias="lora_only"', 'bias="all"')
 @pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
