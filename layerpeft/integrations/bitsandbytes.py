@@ -1,7 +1,5 @@
 """What layerpeft has to know of bitsandbytes; the package itself is imported only where a layer is to be quantized by it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Several processes: who chooses, and how all of them hear of it. Device names appear here and nowhere else."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

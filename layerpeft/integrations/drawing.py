@@ -1,7 +1,5 @@
 """Pictures by matplotlib, which is imported when the first one is drawn: to files alone, never to a screen."""
 
-from __future__ import annotations
-
 import functools
 import io
 import logging

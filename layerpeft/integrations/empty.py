@@ -1,7 +1,5 @@
 """A model without weights: its classes, names and shapes, and no memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Files as wholes: written beside and swapped in, forced to disk, and known by size and SHA-256."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

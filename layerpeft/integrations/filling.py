@@ -4,8 +4,6 @@
 registry. Going through it, everything else is as without: conversion of older formats, tied weights, buffers, new heads, marks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

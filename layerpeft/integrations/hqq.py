@@ -4,8 +4,6 @@ Chosen on evidence: below 4 bits and off a GPU it stores what it promises (2.5 b
 included), where torchao 0.18 keeps such weights in int8 (8.4 bits a weight); and PEFT knows its layers.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from functools import cache

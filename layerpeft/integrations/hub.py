@@ -1,7 +1,5 @@
 """Without a network, the hub is asked once and not for a minute: what is cached is used, and what is not is said at once."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

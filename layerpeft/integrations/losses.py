@@ -1,7 +1,5 @@
 """transformers' and TRL's losses: which tensor of an output is the loss, and by what it is multiplied before its backward pass."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any

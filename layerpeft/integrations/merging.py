@@ -1,7 +1,5 @@
 """What merging takes: a model without weights that a checkpoint has to fit, and PEFT's own merging, one module at a time."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Every name of PEFT that layerpeft relies on and PEFT does not promise to keep; `tests/integrations/` fails first."""
 
-from __future__ import annotations
-
 import enum
 import functools
 import os

@@ -1,7 +1,5 @@
 """Giving memory back: glibc keeps what was freed in blocks below 32 MB, which are most of a model's."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from functools import cache

@@ -1,7 +1,5 @@
 """Tensors that have a shape and no storage, for tracing what a model would do."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

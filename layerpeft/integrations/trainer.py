@@ -1,7 +1,5 @@
 """transformers' Trainer: the callback that every trainer built later gets by itself, and the moment before it clips gradients."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

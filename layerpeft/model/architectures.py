@@ -3,8 +3,6 @@
 Nothing here decides where the layers are; words only break ties between stacks and label what was found.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

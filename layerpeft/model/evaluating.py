@@ -1,7 +1,5 @@
 """Forward passes on the side: evaluation mode without gradients, and everything put back afterwards."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Iterator, Mapping

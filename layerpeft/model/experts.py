@@ -4,8 +4,6 @@ Known are: one expert in `linear` or `matmul`, gathered experts in `bmm`, all of
 error, which is found out on zeros before anything is wrapped.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What is kept on a model: one object in its own dict, which copies and pickles of the model take along."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a module is called in the user's own model, whatever adapters, compilers and sharders have put around it."""
 
-from __future__ import annotations
-
 from torch import nn
 
 # under these names a wrapper keeps the one module that it stands for

@@ -1,7 +1,5 @@
 """Tensors without pre-trained values: a classification head that was drawn at random must train, or it stays noise."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from layerpeft.model.layers import base_of

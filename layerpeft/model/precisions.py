@@ -1,7 +1,5 @@
 """The table of precisions that a linear can be stored in: one row each, and what it takes."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A linear computes the same with a rounded weight as with the packed one, so any assignment can be judged before it is made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

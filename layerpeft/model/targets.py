@@ -1,7 +1,5 @@
 """Which targets of a layer map a config means, with PEFT's own matching rules but nothing matched in part."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Reading weights a piece at a time, whatever form they are stored in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Checkpoints of a Trainer run: the newest complete one, and what keeps the others from being resumed."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

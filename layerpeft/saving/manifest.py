@@ -1,7 +1,5 @@
 """The side file `layerpeft.json`: written last, it vouches for every other file of an adapter; and loading with it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

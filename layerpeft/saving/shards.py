@@ -1,7 +1,5 @@
 """A checkpoint on disk, tensor by tensor: names, shapes and types are known before anything is read, and nothing is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

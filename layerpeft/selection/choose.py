@@ -1,7 +1,5 @@
 """Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Drawing some of several things by weight, from a generator of one's own."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import random

@@ -1,7 +1,5 @@
 """The layer grammar, and how many layers `keep` means."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

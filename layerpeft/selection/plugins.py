@@ -3,8 +3,6 @@
 What a plug-in of a group has to hold stands in the group's own `__init__`: `HOLDS`, and `Traits` for what it says of itself.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from dataclasses import MISSING, fields, is_dataclass

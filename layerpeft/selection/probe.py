@@ -5,8 +5,6 @@ takes the sketch `Ωᵀ G` of the weight gradient `G = (∂loss/∂y)ᵀ x`, sha
 estimated without bias. Nothing is a Parameter, so no optimizer, clipping norm, trainable count or file ever meets it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack

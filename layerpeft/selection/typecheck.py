@@ -4,8 +4,6 @@ Asked of TRL's, transformers' and PEFT's own dataclasses, so that no list of our
 fields are declared with `checked` (`check`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

@@ -7,8 +7,6 @@ Reentrant checkpointing needs an input that requires a gradient; it gets one at 
 detached: where something below really trains (embeddings, prompt tokens, another adapter or stack), its gradients flow on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

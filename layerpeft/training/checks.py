@@ -1,7 +1,5 @@
 """Whether what trains is what was chosen: asked around the first update of every target, and at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

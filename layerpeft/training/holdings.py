@@ -1,7 +1,5 @@
 """The tensors of one adapter, looked up once until something puts others in their place, and which optimizers hold them."""
 
-from __future__ import annotations
-
 import weakref
 
 from torch.optim.optimizer import Optimizer

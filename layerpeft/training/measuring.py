@@ -1,7 +1,5 @@
 """A choice that waits for training itself: the micro-batches of the first optimizer step are measured as they go by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What becomes of an optimizer's states of tensors that stop training for a while: kept, cleared, or taken to the CPU."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """Which layers trained when: a picture of layers over optimizer steps, and a table of all switches."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

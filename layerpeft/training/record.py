@@ -1,7 +1,5 @@
 """What hangs on a live adapter's config, and the record of it that lies beside the saved adapter."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

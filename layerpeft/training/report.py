@@ -1,7 +1,5 @@
 """What is and was trained: one row per layer, as a table, a CSV file and a picture."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What following an adapter means where its layers are chosen once, and where they are chosen again during training."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layers that are switched on and off while training: the running state of one schedule, and what a switch does."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Is what trains what was asked for: gradients, optimizer, movement, and a base that stays where it was."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The choice of an adapter that waits for the first step: whom it asks, and what is done once it is made."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

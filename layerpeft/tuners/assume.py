@@ -1,7 +1,5 @@
 """What a config will come to, as far as it can be known without weights and data: the costliest it may mean."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Loading a base model in the precisions it will be used in, where these can be known before a weight is read."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

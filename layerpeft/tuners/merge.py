@@ -1,7 +1,5 @@
 """An adapter and its base model as one full model on disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Merging an adapter into a checkpoint on disk, module by module: one file of weights and one module are in memory at a time."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The methods there are, by the name that recipes and manifests know them by: one row for each."""
 
-from __future__ import annotations
-
 from layerpeft.integrations.peft import register
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig

@@ -1,7 +1,5 @@
 """LoRA on the chosen layers: a type of our own up to the moment of injection, PEFT's own `LoraModel` ever after."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

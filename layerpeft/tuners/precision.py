@@ -1,7 +1,5 @@
 """What a training config says about precision, and when it is done: before wrapping, or once the layers are chosen."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice

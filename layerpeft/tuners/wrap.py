@@ -1,7 +1,5 @@
 """`get_peft_model` with batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any

@@ -13,8 +13,6 @@ A rule holds
 What is missing is told when the rule is loaded.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 HOLDS = (("pick(scores, keep, seed, options)", "again(turn, options)"),)  # of each, one or more

@@ -8,8 +8,6 @@ code: this one is ours. Unlike `sample` it leaves no layer without a chance, so 
 was wrong, is found out.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

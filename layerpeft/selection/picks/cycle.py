@@ -8,8 +8,6 @@ the others; the checkpoint holds neither block nor permutation, so a resumed run
 of the always-on modules, too.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import Literal

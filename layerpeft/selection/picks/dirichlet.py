@@ -8,8 +8,6 @@ ours windows (`reselect_steps: 1` makes them one). A layer never chosen keeps th
 and windows before anything is measured, do not fall to the lowest layers: where all scores are equal, p decides.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ score it had. Not kept: random numbers without a seed, and the look-up of the mi
 where an equal value outside the window wins.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

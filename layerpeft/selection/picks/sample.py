@@ -1,7 +1,5 @@
 """Successive sampling without replacement, in proportion to score (OwLore, arXiv 2405.18380)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

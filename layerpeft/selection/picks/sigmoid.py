@@ -3,8 +3,6 @@
 For scores of either sign, such as those of `by: importance`. Scores near 0 make it nearly uniform.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """How many layers to take, from the scores themselves: a two-class split (Otsu 1979), or IR-Tuning's windowed one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The `keep` highest scores; ties by index."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from layerpeft.selection.picks import NoOptions as Options

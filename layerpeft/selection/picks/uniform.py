@@ -6,8 +6,6 @@ gradients and are never updated (early LISA, ms-swift until 2026); moments of fr
 from numpy's global generator.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -15,8 +15,6 @@ A scorer holds
 `request` is a `layerpeft.Request`. What is missing is told when the scorer is loaded.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from layerpeft.selection.typecheck import checked

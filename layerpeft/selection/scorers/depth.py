@@ -1,7 +1,5 @@
 """The layer's place: higher is closer to the output. LayRA is `first:10+last:2`, Telly `last:4`, LED `first:25%`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from layerpeft.selection.scoring import Measured, Request

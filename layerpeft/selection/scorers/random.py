@@ -1,7 +1,5 @@
 """Uniform random numbers: the control arm that every other criterion has to beat."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ noise of an element, so pure noise in a wide matrix counts as all signal. Not sh
 embedding that always train, and full training where a name does not match.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

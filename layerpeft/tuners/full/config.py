@@ -1,7 +1,5 @@
 """Training the weights themselves of chosen layers: its config, and what PEFT sees of it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields

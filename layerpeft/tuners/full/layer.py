@@ -5,8 +5,6 @@ the module first becomes active, and is exchanged with what was trained where th
 stay the same all the while, so that optimizers keep them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Float32 masters of 16-bit weights: an optimizer steps on them, and the weights are what they round to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

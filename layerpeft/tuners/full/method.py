@@ -1,7 +1,5 @@
 """What a method that trains the weights themselves tells those who follow it; float32 masters behind 16-bit weights."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Set

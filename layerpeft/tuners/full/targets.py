@@ -1,7 +1,5 @@
 """Which modules of a model are trained and saved whole: those that hold the chosen parameters, the outermost ones of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What a model does with such a weight is followed while its experts module runs (
 rows of each use, so that nothing of the whole weight's shape is made, forward or backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """What projection has trained so far: the sum of low-rank pieces, kept as factors until they would be larger than the sum."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

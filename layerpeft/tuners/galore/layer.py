@@ -1,7 +1,5 @@
 """A module whose weight is trained by gradient projection: PEFT's LoRA module with one factor fixed, and the folds behind it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What gradient projection tells those who follow it: bases that are renewed around steps, and folds in the weights."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Set
 from typing import Any

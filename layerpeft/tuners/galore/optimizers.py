@@ -5,8 +5,6 @@ whose steps follow from gradients and their moments alone takes the very steps t
 `G Qᵀ` of the whole weight. One that looks at the value of what it trains, or keeps a copy of it, does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal

@@ -8,8 +8,6 @@ A weight of experts (experts, out, in) has all this once per expert, in two para
 and B (out, r·experts) with the experts innermost. `rights` and `lefts` see them as (experts, r, in) and (experts, out, r).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

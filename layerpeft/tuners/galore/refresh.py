@@ -1,7 +1,5 @@
 """When projected modules get a new basis, and from what: around the optimizer's steps, without any trainer's help."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Projection on disk: a stock LoRA adapter for everybody, and beside it the state that a resumed run goes on from."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

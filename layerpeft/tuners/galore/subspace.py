@@ -1,7 +1,5 @@
 """The subspaces that gradient projection trains in: found by SVD, from a sketch, or at random; turned, compared, rotated."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """What a method that trains LoRA factors tells those who follow it: its tensors, target by target."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from typing import Any
 
