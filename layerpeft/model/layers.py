@@ -78,7 +78,23 @@ class LayerMap:
 
     def table(self) -> str:
         """The map as text: one row per run of equal layers, one line per kind of target."""
-        return _table(self)
+        runs: list[list[Layer]] = []
+        for layer in self.layers:
+            if runs and _alike(runs[-1][0]) == _alike(layer):
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        rows = [("layer", "class", "targets (out x in)", "params")]
+        for run in runs:
+            first, last = run[0], run[-1]
+            span = str(first.index) if first is last else f"{first.index}-{last.index}"
+            lines = _target_lines(first.targets)
+            rows.append((span, first.kind, lines[0], f"{first.params:,}"))
+            rows += [("", "", line, "") for line in lines[1:]]
+        weights = sum(target.params for target in self.targets)
+        where = self.stack or "the model itself"
+        title = f"{self.model_type}: {len(self)} layers in {where}, {len(self.targets)} targets, {weights:,} weights"
+        return "\n".join([title, *grid(rows, "<<<>")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,26 +389,6 @@ def _walk(node: _Node) -> Iterator[_Node]:
     yield node
     for kid in node.kids:
         yield from _walk(kid)
-
-
-def _table(found: LayerMap) -> str:
-    runs: list[list[Layer]] = []
-    for layer in found.layers:
-        if runs and _alike(runs[-1][0]) == _alike(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    rows = [("layer", "class", "targets (out x in)", "params")]
-    for run in runs:
-        first, last = run[0], run[-1]
-        span = str(first.index) if first is last else f"{first.index}-{last.index}"
-        lines = _target_lines(first.targets)
-        rows.append((span, first.kind, lines[0], f"{first.params:,}"))
-        rows += [("", "", line, "") for line in lines[1:]]
-    weights = sum(target.params for target in found.targets)
-    where = found.stack or "the model itself"
-    title = f"{found.model_type}: {len(found)} layers in {where}, {len(found.targets)} targets, {weights:,} weights"
-    return "\n".join([title, *grid(rows, "<<<>")])
 
 
 def _alike(layer: Layer) -> tuple[Any, ...]:

@@ -14,6 +14,12 @@ def clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
+def upwards(name: str) -> list[str]:
+    """The name, and those of the modules around it, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's module behind adapters (PEFT marks them with `adapter_layer_names`) and one-module wrappers."""
     while True:

@@ -8,15 +8,13 @@ from torch import nn
 from layerpeft.errors import Problem, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import default_targets
 from layerpeft.model.layers import LayerMap, Target, base_of
+from layerpeft.model.names import upwards
 
 Names = str | Iterable[str] | None
-PARAMETERS = (
-    "experts",
-    "parameter",
-)  # kinds that are tensors of a module, not modules: PEFT calls them target_parameters
-
-
-MODULE = "module"  # kind of a target that is trained and saved whole
+# kinds of a target: tensors of a module, which PEFT calls target_parameters; what scorers measure; what is trained and saved whole
+PARAMETERS = ("experts", "parameter")
+MATRICES = ("linear", "conv1d", "experts")
+MODULE = "module"
 
 
 def is_routed(name: str) -> bool:
@@ -88,9 +86,6 @@ def find_targets(
     return match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
 
 
-MATRICES = ("linear", "conv1d", "experts")
-
-
 def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, ...]:
     """The matrices that stand for targets when they are scored: themselves, or, for modules that train whole, those inside.
 
@@ -100,15 +95,10 @@ def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, .
     if not names:
         return tuple(targets)
     able = [t for t in layers.targets if t.kind in MATRICES]  # not routers and convolutions, which no scorer measures
-    inside = [t for t in able if any(a in names for a in _upwards(t.name))]
+    inside = [t for t in able if any(a in names for a in upwards(t.name))]
     bare = {*names.values()} - {t.layer for t in inside}
     found = {t.name for t in inside} | {t.name for t in able if t.layer in bare}
     return tuple(t for t in layers.targets if t.name in found)
-
-
-def _upwards(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
 def no_match(key: str, sentence: str) -> SelectionError:

@@ -1,38 +1,15 @@
 """Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
 
-from typing import Any
-
 from torch import nn
 
 from layerpeft.errors import SelectionError
 from layerpeft.integrations import distributed
-from layerpeft.model.layers import LayerMap, Target, layer_map
-from layerpeft.model.targets import Names, find_targets
+from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection import plugins
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import Batches, score
 from layerpeft.selection.select import PICKS, Select, Selection, options_of
-
-
-def choose(
-    model: nn.Module,
-    select: Any,
-    *,
-    batches: Batches | None = None,
-    target_modules: Names = None,
-    exclude_modules: Names = None,
-    target_parameters: list[str] | None = None,
-    progress: bool = True,
-) -> Selection:
-    """The layers that `select` means in this model. In several processes the first one's choice is everybody's.
-
-    Raises: SelectionError when batches are needed and none are given, or when nothing can be chosen as asked.
-    """
-    select = Select.parse(select)
-    layers = layer_map(model, select.stack)
-    targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
-    return choose_among(model, select, layers, targets, batches, progress)
 
 
 def choose_among(
@@ -43,7 +20,10 @@ def choose_among(
     batches: Batches | None = None,
     progress: bool = True,
 ) -> Selection:
-    """The choice among targets that are known already. Raises: as `choose`."""
+    """The layers that `select` means, among these targets. In several processes the first one's choice is everybody's.
+
+    Raises: SelectionError when batches are needed and none are given, or when nothing can be chosen as asked.
+    """
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
     scores = score(model, select, layers, targets, batches, progress)

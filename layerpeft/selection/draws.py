@@ -34,6 +34,11 @@ def sigmoid(x: float) -> float:
     return math.exp(x) / (1 + math.exp(x))
 
 
+def seed_of(text: str) -> int:
+    """A seed from a text, equal in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
 def window_seed(seed: int, window: int) -> int:
     """The seed of one window, equal in every process and in a run that is resumed; window 0 has the seed itself."""
     if not window:

@@ -5,7 +5,6 @@ takes the sketch `Ωᵀ G` of the weight gradient `G = (∂loss/∂y)ᵀ x`, sha
 estimated without bias. Nothing is a Parameter, so no optimizer, clipping norm, trainable count or file ever meets it.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from layerpeft.errors import LayerpeftError, ScoreError
 from layerpeft.model.experts import Use, Uses, flat, rows_of
 from layerpeft.model.layers import Target, find_module
+from layerpeft.selection.draws import seed_of
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 Key = tuple[str, int]  # target name, expert (0 where there are none)
@@ -38,8 +38,7 @@ class Sketch:
 
     def omega(self, key: str, batch: object, out: int, like: torch.Tensor) -> torch.Tensor:
         """Ω of shape (out, k), equal on every device and in every process."""
-        digest = hashlib.sha256(f"{self.seed}|{key}|{batch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(f"{self.seed}|{key}|{batch}"))
         return torch.randn(out, self.k, generator=generator).to(device=like.device, dtype=like.dtype)
 
     def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -15,19 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft.integrations.checkpointing import (
-    checkpoints_itself,
-    follow_enabling,
-    go_straight,
-    gradient_flags,
-    is_reentrant,
-    is_replica,
-    lets_gradients_in,
-    lower_flags,
-    modules_of,
-    parameters_of,
-    silence,
-)
+from layerpeft.integrations import checkpointing
+from layerpeft.integrations.checkpointing import is_reentrant, modules_of, parameters_of
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of, layer_map, stacks_of
 
@@ -92,7 +81,7 @@ def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names]
         home_of(base).blocks = names
         if not watched:
             base.register_forward_pre_hook(_before_forward)
-            follow_enabling(base, _sync)
+            checkpointing.follow_enabling(base, _sync)
         _sync(base)
     return _where(model, base, own)
 
@@ -148,7 +137,7 @@ def _where(model: nn.Module, base: nn.Module, names: _Names) -> Stop:
 def _before_forward(model: nn.Module, *_: Any) -> None:
     # Inside a compiled graph the state of the last eager call holds, which can be stale in one harmless way: hooks are silent
     # that would have nothing to do. The same holds for the replicas of DataParallel, which share the hooks and hold no parameter.
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not is_replica(model):
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not checkpointing.is_replica(model):
         _sync(model)
 
 
@@ -158,11 +147,11 @@ def _sync(model: nn.Module) -> None:
     modules = list(modules_of(model))
     below = _inside(block for stack in stacks for block in stack.below)
     cut = _cut(model, stacks) if _partly(stacks) and not _awaited(modules, below) else _Cut(silent=False)
-    silence(modules, cut.silent)
-    lower_flags(modules, gradient_flags(below, modules) if cut.silent else ())
+    checkpointing.silence(modules, cut.silent)
+    checkpointing.lower_flags(modules, checkpointing.gradient_flags(below, modules) if cut.silent else ())
     opened, straight = ({id(block) for block in blocks} for blocks in (cut.opened, cut.straight))
     for module in modules:
-        go_straight(module, id(module) in straight)
+        checkpointing.go_straight(module, id(module) in straight)
     for block in (b for stack in stacks for b in stack.blocks):
         _set_open(block, id(block) in opened)
 
@@ -199,12 +188,13 @@ def _awaited(modules: Iterable[nn.Module], below: Iterable[nn.Module]) -> bool:
     """Whether a frozen module below has a backward hook, which the cut would leave without a call."""
     waiting = [m for m in modules if m._backward_hooks or m._backward_pre_hooks]
     under = {id(m) for m in below} if waiting else set()
-    return any(id(m) in under or lets_gradients_in(m) for m in waiting)
+    return any(id(m) in under or checkpointing.lets_gradients_in(m) for m in waiting)
 
 
 def _reentrant_around(model: nn.Module, entries: Sequence[nn.Module]) -> bool:
     """Whether a container checkpoints its blocks in the reentrant way (older modelling files do), hooks on blocks included."""
-    return not all(checkpoints_itself(block) for block in entries) and any(map(is_reentrant, modules_of(model)))
+    itself = all(map(checkpointing.checkpoints_itself, entries))
+    return not itself and any(map(is_reentrant, modules_of(model)))
 
 
 def _set_open(block: nn.Module, on: bool) -> None:

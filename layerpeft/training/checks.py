@@ -8,10 +8,8 @@ from layerpeft.integrations import distributed
 from layerpeft.model.targets import is_routed
 from layerpeft.text import note
 from layerpeft.training import verify
-from layerpeft.training.holdings import Holdings
-from layerpeft.training.method import Method, Step
+from layerpeft.training.method import Step
 from layerpeft.training.optimizer_states import held_by, holders
-from layerpeft.training.record import Record
 from layerpeft.training.scheduled import Once
 from layerpeft.training.verify import Sealed
 
@@ -24,9 +22,9 @@ NOT_HELD = (
 class Checks:
     """Those of one adapter. State is real here: what the weights were, and what has stepped since."""
 
-    def __init__(self, method: Method, record: Record, holdings: Holdings, schedule: Once) -> None:
-        self.method, self.record, self.holdings, self.schedule = method, record, holdings, schedule
-        self.sealed = Sealed(method)
+    def __init__(self, schedule: Once) -> None:
+        self.schedule, self.holdings = schedule, schedule.holdings
+        self.method, self.record, self.sealed = schedule.method, schedule.record, Sealed(schedule.method)
         self.asked: frozenset[str] = frozenset()  # what PEFT made trainable
         self.seen = 0  # optimizer steps of any kind
         self.resumed = self.merges = False
@@ -43,7 +41,7 @@ class Checks:
         partial = waits or selection is None or len(selection.layers) < selection.num_layers
         self.asked = frozenset(n for n, p in self.method.model.named_parameters() if p.requires_grad)
         if partial and distributed.world_size() == 1:
-            self.sealed.wrapped(self.method.model)
+            self.sealed.wrapped()
 
     def begin(self, resumed: bool, merges: bool) -> None:
         """A training begins; `merges`: the trainer folds the adapter into the chosen weights and out again."""
@@ -67,11 +65,11 @@ class Checks:
         faults += verify.not_asked_for(others, self.asked)
         if not self.sealed.start:
             faults += verify.not_held(self.holdings.tensors(), known) if self.schedule.switches else []
-            faults += self.sealed.changed_since_wrapping(model)
+            faults += self.sealed.changed_since_wrapping()
         raise_faults("stopped before the first update, because it would not train what was chosen", faults)
         self._idle(idle)
         if not self.sealed.start:
-            self.sealed.begin(model, self.holdings.tensors(), others)
+            self.sealed.begin(self.holdings.tensors(), others)
             self.method.keep(set(training))
 
     def after(self, held: set[int]) -> None:
@@ -103,13 +101,12 @@ class Checks:
                     f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
                 )
             return
-        tensors, now = self.holdings.tensors(), self.sealed.parameters(self.method.model)
+        tensors, now = self.holdings.tensors(), self.sealed.parameters()
         trained = self.schedule.trained()
         faults, idle = self._still(trained)
         rounded = set(tensors) if self.merges else set()
-        faults += [
-            f"{n} is frozen and changed" for n in self.sealed.changed(now) if n.removesuffix(".weight") not in rounded
-        ]
+        frozen = verify.changed(self.sealed.frozen, now)
+        faults += [f"{n} is frozen and changed" for n in frozen if n.removesuffix(".weight") not in rounded]
         off = {t: s for t, s in self.sealed.start.items() if t not in trained and t not in rounded}
         faults += [f"{t} was never switched on and changed" for t, s in off.items() if verify.changed(s, tensors[t])]
         raise_faults("what trained is not what was chosen", faults)

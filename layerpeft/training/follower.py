@@ -23,11 +23,9 @@ from layerpeft.selection.select import Selection
 from layerpeft.text import note
 from layerpeft.training import verify
 from layerpeft.training.checks import NOT_HELD, Checks
-from layerpeft.training.gradients import GradientNorms, watch_gradients
-from layerpeft.training.holdings import Holdings
+from layerpeft.training.gradients import GradientNorms
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Step
-from layerpeft.training.record import Record
 from layerpeft.training.scheduled import Once, Scheduled
 from layerpeft.training.switching import Switcher, sizes
 from layerpeft.training.waiting import Waiting
@@ -43,14 +41,10 @@ class Follower:
 
     def __init__(self, method: Method, tuner: Any, switcher: Switcher | None = None) -> None:
         self.method, self.config, self.adapter = method, method.config, method.adapter
-        self.record: Record = self.config._layerpeft
-        self.holdings = Holdings(method)
-        self.schedule = Once(method, self.record, self.holdings)
-        if switcher is not None:
-            self.schedule = Scheduled(method, self.record, self.holdings, switcher, _on_copy)
-        self.checks = Checks(method, self.record, self.holdings, self.schedule)
+        self.schedule = Once(method, _on_copy) if switcher is None else Scheduled(method, _on_copy, switcher)
+        self.record, self.holdings = self.schedule.record, self.schedule.holdings
         self._tuner = weakref.ref(tuner) if tuner is not None else lambda: None
-        self.waiting = Waiting(method, self.record, self.holdings, self.schedule, self._tuner, _on_copy)
+        self.checks, self.waiting = Checks(self.schedule), Waiting(self.schedule, self._tuner)
         self._norms: GradientNorms | None = None
         self._step: Step | None = None  # where it is a real one
 
@@ -234,7 +228,7 @@ class Follower:
         if self._norms is not None:
             self._norms.close()
         if select.get("log_gradients"):
-            self._norms = watch_gradients(self.model, select.get("stack"), self.holdings.tensors())
+            self._norms = GradientNorms(self.model, select.get("stack"), self.holdings.tensors())
 
 
 def alive() -> list[Follower]:

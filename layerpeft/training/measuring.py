@@ -27,11 +27,7 @@ class Pending:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        examined: Examined,
-        before: tuple[float | None, ...] = (),
-        turn: int = 0,
+        self, model: nn.Module, examined: Examined, before: tuple[float | None, ...] = (), turn: int = 0
     ) -> None:
         self.model, self.examined = model, examined
         self.select, self.layers, self.pool = examined.select, examined.layers, examined.targets

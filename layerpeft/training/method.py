@@ -69,14 +69,8 @@ class Method:
         """Targets that have moved, by more than their tensors show."""
         return set()
 
-    def place(self) -> None:
-        """Just before PEFT wraps the model by the live config; the model may be without storage."""
-
-    def wrap(self, targets: Iterable[Target]) -> None:
-        """Just after it has; `targets`: those that may ever train."""
-
     def told(self) -> list[str]:
-        """What is to be said then."""
+        """What is to be said once the model is wrapped."""
         return []
 
     def assumed(self) -> list[str]:
@@ -87,39 +81,9 @@ class Method:
         """Bytes of weights as they were that lie on the model's device."""
         return 0
 
-    def ready(self) -> None:
-        """All is wrapped or loaded, and a forward pass may come."""
-
-    def keep_only(self, targets: Set[str]) -> None:
-        """A choice that has waited is made: takes the adapter off every other target."""
-
-    def skipped(self) -> None:
-        """A loss scaler skips the step that was prepared."""
-
-    def before_step(self, step: Step) -> None:
-        """First of all before a real step."""
-
-    def keep(self, targets: Set[str], always: bool = True) -> None:
-        """These targets are about to train, and what always trains too (`always`), unless that has begun before."""
-
-    def lend(self, step: Step) -> None:
-        """Last of all before a real step."""
-
-    def take_back(self) -> None:
-        """First of all after any step."""
-
-    def after_step(self, step: Step) -> None:
-        """After a real step."""
-
-    def switched(self, training: Set[str] | None, policy: str) -> None:
-        """These targets train from now on (None: all may again); `policy`: what becomes of states of those that rest."""
-
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
         """The modules of which a state dict that is being loaded holds this adapter's tensors."""
         return set()
-
-    def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
-        """Such a state dict is taken: `found` says of which modules, `folder` where it lies, where that is known."""
 
     def as_stock(self, folder: str) -> dict[str, Any]:
         """Makes of the weights that PEFT has just saved what stock PEFT reads; the fields of the config it reads them by."""
@@ -133,5 +97,24 @@ class Method:
         """That of a deep copy of the model."""
         return type(self)(model, self.adapter, config)
 
-    def close(self) -> None:
-        """Its adapter is gone."""
+    # ---- what it hears, and does nothing about unless it needs to
+
+    def place(self) -> None: ...  # just before PEFT wraps the model, which may be without storage
+    def wrap(self, targets: Iterable[Target]) -> None: ...  # just after it has; `targets`: those that may ever train
+    def ready(self) -> None: ...  # all is wrapped or loaded, and a forward pass may come
+    def close(self) -> None: ...  # its adapter is gone
+
+    def before_step(self, step: Step) -> None: ...  # first of all before a real step
+    def skipped(self) -> None: ...  # a loss scaler skips the step that was prepared
+    def lend(self, step: Step) -> None: ...  # last of all before a real step
+    def take_back(self) -> None: ...  # first of all after any step
+    def after_step(self, step: Step) -> None: ...  # after a real step
+
+    # A choice that has waited is made: takes the adapter off every other target.
+    def keep_only(self, targets: Set[str]) -> None: ...
+    # These targets are about to train, and what always trains too (`always`), unless that has begun before.
+    def keep(self, targets: Set[str], always: bool = True) -> None: ...
+    # These train from now on (None: all may again); `policy`: what becomes of states of those that rest.
+    def switched(self, training: Set[str] | None, policy: str) -> None: ...
+    # A state dict as in `found` is taken: `found` says of which modules, `folder` where it lies, where that is known.
+    def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None: ...

@@ -29,19 +29,13 @@ def spans(standing: Plain) -> Iterator[tuple[int, int, list[int], list[float | N
 
 def write_switches(standing: Plain, names: Sequence[str], rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """`layers.csv` of a schedule: a row per switch and layer, and at the end one per layer with what it trained in all."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(SWITCHES)
-    lines: list[tuple[Any, ...]] = []
-    for start, _, active, scores, used in spans(standing):
-        for layer, name in enumerate(names):
-            score = scores[layer] if scores else None
-            lines.append((start, layer, name, score, str(layer in active).lower(), None, None, used))
-    for row in rows:
-        chosen = str(row.chosen).lower()
-        lines.append((standing["step"], row.layer, row.name, row.score, chosen, row.steps, row.change, None))
-    writer.writerows(["" if cell is None else cell for cell in line] for line in lines)
-    replace_file(Path(path), text.getvalue().encode())
+    lines: list[tuple[Any, ...]] = [
+        (start, layer, name, scores[layer] if scores else None, str(layer in active).lower(), None, None, used)
+        for start, _, active, scores, used in spans(standing)
+        for layer, name in enumerate(names)
+    ]
+    lines += [(standing["step"], *_cells(row), None) for row in rows]
+    _write_table(path, SWITCHES, lines)
 
 
 def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike[str], title: str) -> bool:
@@ -76,25 +70,26 @@ def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike
 
 def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
     """Write layer,name,score,chosen,steps,change with a header; unknown values stay empty. Replaces the file whole."""
+    _write_table(path, COLUMNS, map(_cells, rows))
+
+
+def _cells(row: Row) -> tuple[Any, ...]:
+    return row.layer, row.name, row.score, str(row.chosen).lower(), row.steps, row.change
+
+
+def _write_table(path: str | os.PathLike[str], columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        cells = (row.layer, row.name, row.score, str(row.chosen).lower(), row.steps, row.change)
-        writer.writerow(["" if cell is None else cell for cell in cells])
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])  # nothing in the place of None
     replace_file(Path(path), text.getvalue().encode())
 
 
 def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> bool:
     """Draw scores (or a strip of the chosen layers) and any known changes; False when nothing could be drawn."""
     rows = sorted(rows, key=lambda row: row.layer)
-    if not rows:
-        return False
-    figure = _figure(rows, title)
-    if figure is None:
-        return False
-    write_figure(figure, path)
-    return True
+    figure = _figure(rows, title) if rows else None
+    if figure is not None:
+        write_figure(figure, path)
+    return figure is not None
 
 
 def _figure(rows: Sequence[Row], title: str) -> Any:

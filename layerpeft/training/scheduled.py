@@ -26,12 +26,14 @@ PLACES = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version",
 
 
 class Once:
-    """The schedule of a choice that is made once: all of it trains, all the time."""
+    """The schedule of a choice that is made once: all of it trains, all the time, whatever it hears."""
 
     switches = False
 
-    def __init__(self, method: Method, record: Record, holdings: Holdings) -> None:
-        self.method, self.record, self.holdings = method, record, holdings
+    def __init__(self, method: Method, on_copy: Callable[[nn.Module], None]) -> None:
+        self.method, self.holdings = method, Holdings(method)
+        self.record: Record = method.config._layerpeft
+        self.on_copy = on_copy  # told of a deep copy of the model, as soon as it is used
 
     def training(self) -> Tensors:
         """Those that train now."""
@@ -45,42 +47,28 @@ class Once:
         """Targets that trained since this training began."""
         return set(self.holdings.tensors())
 
-    def count(self, targets: Iterable[str]) -> None:
-        """These have trained."""
-
-    def begin(self) -> None:
-        """A training begins."""
-
-    def skipped(self) -> None:
-        """A loss scaler skips the step."""
-
-    def start(self, inside: bool = False) -> None:
-        """Freezes what does not train yet, as soon as that can be."""
-
-    def before_step(self) -> None:
-        """Before a real step."""
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """After a real step."""
-
     def news(self) -> dict[str, float]:
-        """What trackers are told."""
+        """What trackers are told of the switches since they were last told."""
         return {}
 
-    def rest(self) -> None:
-        """A training has ended."""
+    def count(self, targets: Iterable[str]) -> None: ...  # these have trained
+    def begin(self) -> None: ...  # a training begins
+    def start(self, inside: bool = False) -> None: ...  # freezes what does not train yet, as soon as that can be
+    def skipped(self) -> None: ...  # a loss scaler skips the step
+    def before_step(self) -> None: ...  # before a real step
+    def after_step(self, optimizer: Optimizer) -> None: ...  # after a real step
+    def rest(self) -> None: ...  # a training has ended
+    def restore(self, folder: str) -> None: ...  # goes on where the run stood that saved this folder
+    def copied(
+        self, old: Any, memo: dict[int, Any]
+    ) -> None: ...  # stands where another stood, of which this is a deep copy
+    def measure_anew(self) -> None: ...  # in a deep copy: puts hooks of its own in the place of those that came along
+    def close(self) -> None: ...  # nobody follows, or measures, any more
 
-    def restore(self, folder: str) -> None:
-        """Goes on where the run stood that saved this folder."""
-
-    def copied(self, old: Any, memo: dict[int, Any]) -> None:
-        """Takes over where another stood, of which this is a deep copy."""
-
-    def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
-
-    def close(self) -> None:
-        """Nobody follows any more."""
+    def watch(self, pending: Pending) -> Pending:
+        """That which measures, told what trains."""
+        pending.tensors, pending.on_copy = self.holdings.tensors, self.on_copy
+        return pending
 
 
 class Scheduled(Once):
@@ -88,17 +76,9 @@ class Scheduled(Once):
 
     switches = True
 
-    def __init__(
-        self,
-        method: Method,
-        record: Record,
-        holdings: Holdings,
-        switcher: Switcher,
-        on_copy: Callable[[nn.Module], None],
-    ) -> None:
-        super().__init__(method, record, holdings)
-        self.switcher = record.schedule = switcher
-        self._on_copy = on_copy
+    def __init__(self, method: Method, on_copy: Callable[[nn.Module], None], switcher: Switcher) -> None:
+        super().__init__(method, on_copy)
+        self.switcher = self.record.schedule = switcher
         self._gauge: Pending | None = None  # what measures the running step for the next choice
         self._round: Sequence[Optimizer] = ()  # those that have stepped since the schedule last counted a step
         self._trained: set[str] = set()
@@ -112,23 +92,18 @@ class Scheduled(Once):
         return {t: group for t, group in tensors.items() if self.switcher.is_active(t)}
 
     def active(self, held: set[int]) -> set[int]:
-        """Those of them that train now."""
         return held & verify.ids_of(self.training())
 
     def trained(self) -> set[str]:
-        """Targets that trained since this training began."""
         return self._trained
 
     def count(self, targets: Iterable[str]) -> None:
-        """These have trained."""
         self._trained.update(targets)
 
     def begin(self) -> None:
-        """A training begins."""
         self._trained.clear()
 
     def skipped(self) -> None:
-        """A loss scaler skips the step."""
         if self._gauge is not None:
             self._gauge.restart()
 
@@ -173,7 +148,6 @@ class Scheduled(Once):
         self._measure()
 
     def news(self) -> dict[str, float]:
-        """What trackers are told of the switches since they were last told."""
         found, self._told = self.switcher.news(self._told), self.switcher.standing.step
         return found
 
@@ -217,17 +191,14 @@ class Scheduled(Once):
         return replace(self.record.selection, layers=tuple(active), targets=inside)
 
     def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
         if self._gauge is not None:
             self.close()
             self._measure(always=True)
 
     def copied(self, old: Any, memo: dict[int, Any]) -> None:
-        """Takes over where another stood, of which this is a deep copy."""
         self._gauge = copy.deepcopy(old._gauge, memo)
 
     def close(self) -> None:
-        """Nobody measures any more."""
         if self._gauge is not None:
             self._gauge.close()
             self._gauge = None
@@ -249,8 +220,7 @@ class Scheduled(Once):
         if self._gauge is not None or not (always or self.switcher.measures()):
             return
         known, turn = tuple(self.switcher.standing.known), self.switcher.standing.measured
-        self._gauge = Pending(self.method.model, self.switcher.examined, known, turn)
-        self._gauge.tensors, self._gauge.on_copy = self.holdings.tensors, self._on_copy
+        self._gauge = self.watch(Pending(self.method.model, self.switcher.examined, known, turn))
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

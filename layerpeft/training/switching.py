@@ -1,7 +1,7 @@
 """Layers that are switched on and off while training: the running state of one schedule, and what a switch does."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,19 +16,11 @@ from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import Schedule, remembered, schedule_of, scoreless, take, turn_of
 from layerpeft.selection.scoring import Measured
+from layerpeft.training import optimizer_states as states
 from layerpeft.training import pictures
-from layerpeft.training.optimizer_states import (
-    Store,
-    bring_back,
-    divided,
-    holders,
-    optimizer_bytes,
-    put_away,
-    save_store,
-)
+from layerpeft.training.method import Tensors
 from layerpeft.training.report import LayerReport
-
-Tensors = Mapping[str, Mapping[str, nn.Parameter]]  # target -> the adapter's tensors in it
+from layerpeft.training.verify import ids_of
 
 NOT_UNDER = (
     "layers cannot change while training under {backend}, which divides the optimizer among the processes for good; "
@@ -66,7 +58,7 @@ class Switcher:
         self.standing = Standing(
             known=list(known) if known is not None else [None] * len(layers), counts=[0] * len(self.schedule.among)
         )
-        self.store: Store = {}
+        self.store: states.Store = {}
         self.started = False  # the whole pool trains until an optimizer holds it
 
     @property
@@ -108,7 +100,7 @@ class Switcher:
         self.started = True
         if self.standing.active is None and not self.waits and self.schedule.begins(self.standing.step):
             self._choose(0, model)
-        return self.apply(tensors, self._optimizers(tensors), {t for t in self.layer_of if self.is_active(t)})
+        return self.apply(tensors, states.holders(ids_of(tensors)))
 
     def after_step(self, model: nn.Module, tensors: Tensors, optimizers: Sequence[Optimizer]) -> list[str] | None:
         """Counts a step and switches where a window begins: the targets that train from now on; None where nothing changes."""
@@ -116,30 +108,27 @@ class Switcher:
         standing.step += 1
         if not self.schedule.begins(standing.step):
             return None
-        before = {t for t in self.layer_of if self.is_active(t)}
         window = self.schedule.window(standing.step)
         assert window is not None
-        used = optimizer_bytes(optimizers)
+        used = states.optimizer_bytes(optimizers)
         if standing.history:
             standing.history[-1]["optimizer_bytes"] = used
         self._choose(window, model)
-        return self.apply(tensors, optimizers, before)
+        return self.apply(tensors, optimizers)
 
-    def apply(self, tensors: Tensors, optimizers: Iterable[Optimizer], before: set[str]) -> list[str]:
-        """Switches tensors on and off; `before`: targets that trained until now. Returns those that train now."""
-        optimizers = list(optimizers)
-        now = [t for t in tensors if self.is_active(t)]
+    def apply(self, tensors: Tensors, optimizers: Sequence[Optimizer]) -> list[str]:
+        """Switches tensors on and off. Returns the targets that train now."""
         for target, group in tensors.items():
             named = {f"{target}|{n}": p for n, p in group.items()}
             if self.is_active(target):
                 for parameter in group.values():
                     parameter.requires_grad_(True)
-                bring_back(optimizers, named, self.store)
+                states.bring_back(optimizers, named, self.store)
                 continue
             for parameter in group.values():
                 parameter.requires_grad_(False).grad = None
-            put_away(optimizers, named, self.schedule.state, self.store)
-        return now
+            states.put_away(optimizers, named, self.schedule.state, self.store)
+        return [t for t in tensors if self.is_active(t)]
 
     def hold(self, tensors: Tensors) -> None:
         """Keeps resting layers frozen: PEFT lets gradients into all of an adapter that is switched on again (DPO's reference)."""
@@ -157,7 +146,7 @@ class Switcher:
             for parameter in group.values():
                 parameter.requires_grad_(True)
 
-    def restore(self, standing: Mapping[str, Any], store: Store) -> None:
+    def restore(self, standing: Mapping[str, Any], store: states.Store) -> None:
         """Takes over where another run stood. Raises: SelectionError where its schedule was another one."""
         if len(standing["counts"]) != len(self.schedule.among) or len(standing["known"]) != len(self.standing.known):
             raise SelectionError("the run that is resumed chose among other layers")
@@ -165,7 +154,7 @@ class Switcher:
 
     def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
         """Its part in the record: optimizer states that are away, `layers.csv` and `layers.png`, and where it stands."""
-        save_store(folder, self.store)
+        states.save_store(folder, self.store)
         table, picture = (os.path.join(folder, name) for name in PICTURES)
         standing, names = self.plain(), [row.name for row in found.rows]
         pictures.write_switches(standing, names, found.rows, table)
@@ -204,7 +193,7 @@ class Switcher:
 
     def plain(self) -> dict[str, Any]:
         """Where it stands, as plain data; `divided`: optimizer states that are away are parts, which no folder holds."""
-        return asdict(self.standing) | ({"divided": True} if divided(self.store) else {})
+        return asdict(self.standing) | ({"divided": True} if states.divided(self.store) else {})
 
     def _choose(self, window: int, model: nn.Module | None = None) -> None:
         standing, schedule = self.standing, self.schedule
@@ -224,23 +213,14 @@ class Switcher:
 
     def _draw_scores(self, window: int, model: nn.Module | None) -> None:
         """Scores that need no batches are made anew: random ones for every window, those of weights on their own clock."""
-        if (
-            scoreless(self.select)
-            or self.schedule.measured
-            or model is None
-            or not isinstance(self.select.by, str)
-            or not window
-        ):
+        made_here = not scoreless(self.select) and not self.schedule.measured and isinstance(self.select.by, str)
+        if not made_here or model is None or not window:
             return
         kind = scoring.needs(self.select)
         clock = self.schedule.rescore
         due = clock is not None and (self.standing.step - self.schedule.warmup) % clock == 0
         if kind == "nothing" and self.select.rescore_steps != "never" or kind == "weights" and due:
             self.remember(scoring.measure(model, self.examined, window))
-
-    def _optimizers(self, tensors: Tensors) -> list[Optimizer]:
-        ids = {id(p) for group in tensors.values() for p in group.values()}
-        return holders(ids)
 
 
 def sizes(switcher: Switcher, tensors: Tensors) -> str:

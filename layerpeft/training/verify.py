@@ -245,53 +245,49 @@ class Sealed:
         self.start: dict[str, Seals] = {}  # the adapter's own tensors, by target
         self._beside: Set[str] = set()  # adapters there were when the weights were written down
 
-    def wrapped(self, model: nn.Module) -> None:
+    def wrapped(self) -> None:
         """Just after wrapping, when all that may ever train requires a gradient.
 
         Packed weights, which the first forward pass may lay out anew, are left for the first step.
         """
-        self.frozen = {n: seal(p) for n, p in self._frozen_now(model, frozenset()).items() if p.is_floating_point()}
-        self._beside = self._adapters(model)
+        self.frozen = {n: seal(p) for n, p in self._frozen_now(frozenset()).items() if p.is_floating_point()}
+        self._beside = self._adapters()
 
-    def begin(self, model: nn.Module, tensors: Parameters, others: Iterable[str]) -> None:
+    def begin(self, tensors: Parameters, others: Iterable[str]) -> None:
         """Just before the first update."""
-        now, own = self.parameters(model), ids_of(tensors)
+        now, own = self.parameters(), ids_of(tensors)
         gone = outdated(self.frozen, now)
         self.frozen = {n: s for n, s in self.frozen.items() if n not in gone}
-        self.frozen |= {n: seal(p) for n, p in self._frozen_now(model, own).items() if n not in self.frozen}
+        self.frozen |= {n: seal(p) for n, p in self._frozen_now(own).items() if n not in self.frozen}
         self.others = {clean(n): seal(now[clean(n)]) for n in others}
         self.start = {t: {n: seal(p) for n, p in group.items()} for t, group in tensors.items()}
 
-    def forget(self, names: Iterable[str] | None = None) -> None:
-        """Forgets what these frozen weights were (None: all of them), because they change for a good reason."""
-        for name in list(self.frozen if names is None else names):
+    def forget(self, names: Iterable[str]) -> None:
+        """Forgets what these frozen weights were, because they change for a good reason."""
+        for name in names:
             self.frozen.pop(name, None)
 
-    def parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         """All parameters, by names that wrapping and unwrapping does not change."""
-        return {clean(n): p for n, p in model.named_parameters()} | dict(self.method.originals())
+        return {clean(n): p for n, p in self.method.model.named_parameters()} | dict(self.method.originals())
 
-    def changed_since_wrapping(self, model: nn.Module) -> list[str]:
+    def changed_since_wrapping(self) -> list[str]:
         """Faults for frozen weights that are no more what they were."""
-        if distributed.world_size() > 1 or self._adapters(model) != self._beside:
-            self.forget()  # some ways of starting another adapter take something out of the weights
+        if distributed.world_size() > 1 or self._adapters() != self._beside:
+            self.frozen = {}  # some ways of starting another adapter take something out of the weights
         return [
             f"{n} is frozen and changed after the model was wrapped; wrap it when its weights are what they should be"
-            for n in changed(self.frozen, self.parameters(model))
+            for n in changed(self.frozen, self.parameters())
         ]
-
-    def changed(self, now: Mapping[str, torch.Tensor]) -> list[str]:
-        """Frozen weights that moved since."""
-        return changed(self.frozen, now)
 
     def still(self, now: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What trains besides the adapter and has not moved."""
         moved = {*changed(self.others, now), *outdated(self.others, now)}
         return {n: now[n] for n in self.others if n not in moved}
 
-    def _frozen_now(self, model: nn.Module, own: Set[int]) -> dict[str, torch.Tensor]:
-        found = self.parameters(model).items()
+    def _frozen_now(self, own: Set[int]) -> dict[str, torch.Tensor]:
+        found = self.parameters().items()
         return {n: p for n, p in found if not p.requires_grad and ".lora_" not in n and id(p) not in own}
 
-    def _adapters(self, model: nn.Module) -> set[str]:
-        return {self.method.adapter, *(getattr(model, "peft_config", None) or {})}
+    def _adapters(self) -> set[str]:
+        return {self.method.adapter, *(getattr(self.method.model, "peft_config", None) or {})}

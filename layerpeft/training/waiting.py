@@ -5,46 +5,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.model.names import clean
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
 from layerpeft.training import backward, verify
-from layerpeft.training.holdings import Holdings
 from layerpeft.training.measuring import Pending
-from layerpeft.training.method import Method
 from layerpeft.training.optimizer_states import holders
-from layerpeft.training.record import Record
 from layerpeft.training.scheduled import Once, Scheduled
 
 
 class Waiting:
     """State is real here: `pending`, until the choice is made; None where there is nothing to wait for."""
 
-    def __init__(
-        self,
-        method: Method,
-        record: Record,
-        holdings: Holdings,
-        schedule: Once,
-        tuner: Callable[[], Any],
-        on_copy: Callable[[nn.Module], None],
-    ) -> None:
-        self.method, self.record, self.holdings, self.schedule = method, record, holdings, schedule
-        self._tuner, self._on_copy = tuner, on_copy
+    def __init__(self, schedule: Once, tuner: Callable[[], Any]) -> None:
+        self.schedule, self.method, self.holdings = schedule, schedule.method, schedule.holdings
+        self._tuner = tuner
         self.pending: Pending | None = None
 
     def wait(self, pending: Pending) -> None:
         """From now on, for this."""
-        pending.tensors, pending.on_copy = self.holdings.tensors, self._on_copy
+        self.pending = self.schedule.watch(pending)
         if isinstance(self.schedule, Scheduled):
             pending.decider = self.schedule.first
-        self.pending = pending
 
     def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
+        """In a deep copy."""
         if self.pending is not None:
             self.pending.close()
             self.wait(Pending(self.method.model, self.pending.examined))
@@ -94,7 +81,7 @@ class Waiting:
         if tuner is not None and hasattr(tuner, "targeted_module_names"):
             names = tuner.targeted_module_names
             tuner.targeted_module_names = [n for n in names if clean(n) in chosen]
-        self.record.settle(model, selection)
+        self.schedule.record.settle(model, selection)
         self.holdings.forget()
         backward.install(model, selection.stack)
         if "torch._dynamo" in sys.modules:

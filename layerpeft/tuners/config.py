@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import MISSING, InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from peft import LoraConfig
@@ -43,26 +43,17 @@ class LayerLoraConfig(LoraConfig):
     at run time, never written, never copied deep. Raises: ConfigError naming every problem at once.
     """
 
-    select: Any = field(
-        default="all",
-        metadata={
-            "help": "Which layers: 'last:3', [3, 7], '8-15', or {by: gradient_norm, keep: 0.25, …}. Default: all of them."
-        },
+    select: Any = checked(
+        "all", "Which layers: 'last:3', [3, 7], '8-15', or {by: gradient_norm, keep: 0.25, …}. Default: all of them."
     )
     train_new: bool = checked(True, "Train tensors that have no pre-trained values, such as a new classification head.")
-    quantize_frozen: Any = field(
-        default=None,
-        metadata={
-            "help": "Precision of the linears in layers that do not train: nf4, fp4, int8, or bits. Default: as loaded."
-        },
+    quantize_frozen: Any = checked(
+        None, "Precision of the linears in layers that do not train: nf4, fp4, int8, or bits. Default: as loaded."
     )
-    quantize_trained: Any = field(
-        default=None,
-        metadata={"help": "The same for layers that train, under their adapters (QLoRA). Default: as loaded."},
+    quantize_trained: Any = checked(
+        None, "The same for layers that train, under their adapters (QLoRA). Default: as loaded."
     )
-    quant: Any = field(
-        default=None, metadata={"help": "Bits by a choice of its own: {select: …, bits: …} or {mean_bits: 4.5, …}."}
-    )
+    quant: Any = checked(None, "Bits by a choice of its own: {select: …, bits: …} or {mean_bits: 4.5, …}.")
     batches: InitVar[Iterable[Any] | None] = None
     kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
     method: ClassVar[str] = "lora"
@@ -272,11 +263,6 @@ def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:
 
 def options_given(config: LoraConfig, shared: Collection[str]) -> list[str]:
     """LoRA's own options, besides the `shared` ones, that are not left at their defaults."""
-    found = []
-    for option in fields(LoraConfig):
-        default = option.default if option.default is not MISSING else None
-        if option.default is MISSING and option.default_factory is not MISSING:
-            default = option.default_factory()
-        if option.name not in shared and getattr(config, option.name, default) != default:
-            found.append(option.name)
-    return found
+    plain = LoraConfig()
+    own = [f.name for f in fields(LoraConfig) if f.name not in shared]
+    return [name for name in own if getattr(config, name) != getattr(plain, name)]

@@ -190,16 +190,6 @@ def quantized_linears(model: nn.Module) -> bool:
     return any(hasattr(m, "in_features") and precision_of(m) != KEPT for m in model.modules())
 
 
-_AUTO_MODELS = {
-    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
-    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-    "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
-    "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
-}
-
-
 def load_verified(
     folder: str | os.PathLike[str], model: nn.Module | None = None, *, is_trainable: bool = False, **kwargs: Any
 ) -> peft.PeftModel:
@@ -231,9 +221,10 @@ def _load_with_base(folder: Path, kwargs: dict[str, Any]) -> peft.PeftModel:
         raise SaveError(f"{folder / CONFIG} does not name a base model (base_model_name_or_path is empty); {cure}")
     if not task and not config.get("auto_mapping"):
         raise SaveError(f"{folder / CONFIG} says neither task_type nor the class of the base model {base!r}; {cure}")
-    if task and task not in _AUTO_MODELS:
+    if task and task not in MODELS:
         raise SaveError(f"{folder / CONFIG} has a task_type, {task!r}, without a model class; {cure}")
-    auto = _AUTO_MODELS[task] if task else peft.AutoPeftModel
+    use = (MODELS[task].removeprefix("AutoModel") or "ForFeatureExtraction") if task else ""
+    auto = getattr(peft, f"AutoPeftModel{use}")
     try:
         return auto.from_pretrained(str(folder.absolute()), **kwargs)  # a relative one could pass for a hub name
     except (OSError, ValueError) as error:  # not found, no such class, a class from a package that peft will not import

@@ -104,12 +104,7 @@ def _merge_whole(
 
 
 def _merge_quantized(
-    source: Path,
-    where: Path | None,
-    model: Any,
-    config: Mapping[str, Any],
-    kwargs: dict[str, Any],
-    partial: Path,
+    source: Path, where: Path | None, model: Any, config: Mapping[str, Any], kwargs: dict[str, Any], partial: Path
 ) -> None:
     """Merges into quantized weights, and says what the rounding cost."""
     if model is None and where is not None:

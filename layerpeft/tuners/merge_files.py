@@ -16,6 +16,7 @@ from torch import nn
 from layerpeft.errors import SaveError
 from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
 from layerpeft.integrations.torch import give_back
+from layerpeft.model.names import upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
 
 ADAPTER = "adapter_model.safetensors"
@@ -97,7 +98,7 @@ def _tensor(plan: Plan, name: str, types: Mapping[str, torch.dtype], ready: dict
         return ready.pop(name)
     if name in plan.instead:
         return plan.adapter.read(plan.instead[name]).to(types[name])
-    module = next((m for m in _above(name) if m in plan.inside), None)
+    module = next((m for m in upwards(name)[1:] if m in plan.inside), None)
     if module is None:
         return plan.base.read(name).to(types[name])
     own = list(plan.model.get_submodule(module).state_dict())
@@ -136,13 +137,13 @@ def _sorted(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[str]]
         if name in names:
             plain[name] = key
             continue
-        module = next((m for m in _above(name) if m in modules), None)
+        module = next((m for m in upwards(name)[1:] if m in modules), None)
         if module is None or not key.startswith(PREFIX):
             raise NotPiecewise(f"{key} belongs to no module of the base")
         inside.setdefault(module, []).append(key)
     instead: dict[str, str] = {}
     for name, key in plain.items():  # the bias of a module with LoRA is PEFT's to put in
-        module = next((m for m in _above(name) if m in inside), None)
+        module = next((m for m in upwards(name)[1:] if m in inside), None)
         if module is None:
             instead[name] = key
         else:
@@ -171,9 +172,3 @@ def _check(
         buffers = {n for n, _ in model.get_submodule(module).named_buffers()}
         if buffers - set(model.get_submodule(module).state_dict()):
             raise NotPiecewise(f"{module} computes tensors by itself")
-
-
-def _above(name: str) -> list[str]:
-    """The names of the modules that hold it, the nearest first."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

@@ -23,13 +23,7 @@ from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig
-from layerpeft.tuners.precision import (
-    after_choice,
-    before_wrapping,
-    check_schedule,
-    stored,
-    with_lasting_batches,
-)
+from layerpeft.tuners.precision import after_choice, before_wrapping, check_schedule, stored, with_lasting_batches
 from layerpeft.tuners.stock import RecordedLoraConfig
 
 # initialisations that take a random or data-dependent part out of the base weights, which no later load finds again

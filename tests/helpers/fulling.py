@@ -8,6 +8,7 @@ import torch
 
 import layerpeft
 from layerpeft import LayerFullConfig
+from layerpeft.tuners.full.layer import wrappers
 from tests.helpers.loops import adamw, llama, make_batches, step
 
 BATCHES = make_batches()
@@ -72,3 +73,9 @@ def merged(model):
 
 def unloaded(model):
     return parameters(copy.deepcopy(model).unload())
+
+
+def originals_of(model, adapter):
+    """Weights as they were, by name, of all modules that were ever active; while the adapter is switched on."""
+    states = [w._layerpeft for w in wrappers(model, adapter)]
+    return {f"{s.whole.name}.{n}": t for s in states for n, t in (s.aside or {}).items()}

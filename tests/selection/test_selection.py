@@ -6,10 +6,17 @@ import pytest
 
 from layerpeft import Scores, Select, Selection, layer_map
 from layerpeft.errors import ScoreError, SelectionError
+from layerpeft.model.targets import find_targets
 from layerpeft.selection import plugins
-from layerpeft.selection.choose import choose
+from layerpeft.selection.choose import choose_among
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.picks import sample, split
+
+
+def choose(model, select, **names) -> Selection:
+    select = Select.parse(select)
+    layers = layer_map(model, select.stack)
+    return choose_among(model, select, layers, find_targets(model, layers, **names))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ shape of the tokens. Not in the paper's text: how tokens are sampled, and k-mean
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 from layerpeft.errors import ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.model.layers import find_module
+from layerpeft.selection.draws import seed_of
 from layerpeft.selection.scoring import Measured, Request, Watching
 from layerpeft.text import some
 
@@ -127,8 +127,8 @@ class Activations(Watching):
 
     def _keys(self, count: int) -> torch.Tensor:
         """The keys of a batch's tokens, from 0 to 1."""
-        words = f"layerpeft entropy {self.request.seed}|{distributed.rank()}|{self.batches}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+        seed = seed_of(f"layerpeft entropy {self.request.seed}|{distributed.rank()}|{self.batches}")
+        generator = torch.Generator().manual_seed(seed)
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
     def _smallest(self, *samples: Sample) -> Sample:

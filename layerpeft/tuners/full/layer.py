@@ -45,19 +45,13 @@ class Whole:
 
 
 @dataclass
-class Kept:
-    """What the wrappers of one adapter share: the modules that were ever active."""
-
-    names: set[str] = field(default_factory=set)
-
-
-@dataclass
 class Full:
-    """The running state of one module whose weights train. `aside`: the originals, or what was trained while those are shown."""
+    """The running state of one module whose weights train. `kept`: names of the modules of its adapter that were ever active, which
+    all of them share; `aside`: the originals, or what was trained while those are shown."""
 
     whole: Whole
     adapter: str
-    kept: Kept
+    kept: set[str]
     aside: dict[str, torch.Tensor] | None = None
     shows_original: bool = False
     opened: bool = False  # gradients are let in, as far as they are not switched off one by one
@@ -196,7 +190,7 @@ class FullWrapper(ModulesToSaveWrapper):
 
 def place(base: nn.Module, wholes: Iterable[Whole], adapter: str) -> None:
     """Puts wrappers into the unwrapped model before PEFT looks for modules to wrap; it then takes those that are there."""
-    kept = Kept()
+    kept: set[str] = set()
     for whole in wholes:
         parent, _, child = whole.name.rpartition(".")
         module = base.get_submodule(whole.name)
@@ -215,7 +209,7 @@ def open_all(model: nn.Module, adapter: str) -> None:
 
 def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bool = True) -> None:
     """Turns PEFT's own wrappers of a folder that was loaded into those that train in place; originals go to the CPU."""
-    kept = Kept()
+    kept: set[str] = set()
     for path, module in list(model.named_modules()):
         if type(module) is not ModulesToSaveWrapper or adapter not in module.modules_to_save:
             continue
@@ -227,7 +221,7 @@ def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bo
         state = Full(Whole(name, layer, trains, sum(held[n].numel() for n in trains)), adapter, kept)
         saved = module.original_module.state_dict()
         state.aside = {n: local(t).to("cpu", copy=True) for n, t in saved.items() if t.device.type != "meta"}
-        kept.names.add(name)
+        kept.add(name)
         state.opened = any(p.requires_grad for p in held.values())
         state.inference = not state.opened
         for other, parameter in held.items():
@@ -274,16 +268,6 @@ def keep_originals(model: nn.Module, adapter: str, names: Iterable[str] | None =
             _keep(wrapper)
 
 
-def originals_of(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """Parameters as they were, by their full name in the unwrapped model, of all modules that were ever active."""
-    found: dict[str, torch.Tensor] = {}
-    for wrapper in wrappers(model, adapter):
-        state = wrapper._layerpeft
-        shown = {n: local(t) for n, t in _tensors(wrapper).items()} if state.shows_original else state.aside
-        found |= {f"{state.whole.name}.{n}": t for n, t in (shown or {}).items()}
-    return found
-
-
 def saved_modules(model: nn.Module, adapter: str) -> list[str]:
     """Names of the modules that a saved folder holds, in the order of the model."""
     return [w._layerpeft.whole.name for w in wrappers(model, adapter) if _is_saved(w)]
@@ -309,7 +293,7 @@ def put_back(model: nn.Module, adapter: str, but: Iterable[str]) -> None:
             for part, original in state.aside.items():
                 local(tensors[part]).copy_(original)
         state.aside = None
-        state.kept.names.discard(name)
+        state.kept.discard(name)
 
 
 def unwrap(model: nn.Module, name: str, adapter: str) -> None:
@@ -320,7 +304,7 @@ def unwrap(model: nn.Module, name: str, adapter: str) -> None:
         whole = module._layerpeft.whole
         if name in (whole.name, whole.owner):
             show(module, trained=False)
-            module._layerpeft.kept.names.discard(whole.name)
+            module._layerpeft.kept.discard(whole.name)
             module.original_module.requires_grad_(False)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.original_module)
@@ -358,7 +342,7 @@ def is_bias(name: str) -> bool:
 
 def _keep(wrapper: FullWrapper) -> None:
     state = wrapper._layerpeft
-    state.kept.names.add(state.whole.name)
+    state.kept.add(state.whole.name)
     if state.aside is None:
         tensors = _tensors(wrapper)
         state.cut = any(map(is_cut, tensors.values()))
@@ -368,7 +352,7 @@ def _keep(wrapper: FullWrapper) -> None:
 
 def _is_saved(wrapper: FullWrapper) -> bool:
     state = wrapper._layerpeft
-    return not state.kept.names or state.whole.name in state.kept.names or state.whole.layer is None
+    return not state.kept or state.whole.name in state.kept or state.whole.layer is None
 
 
 def _brings_other(wrapper: FullWrapper, incoming: Mapping[str, torch.Tensor]) -> bool:

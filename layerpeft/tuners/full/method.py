@@ -18,19 +18,8 @@ from layerpeft.text import size_text
 from layerpeft.training import backward
 from layerpeft.training.method import Method, Step, Tensors
 from layerpeft.training.record import record_of
-from layerpeft.tuners.full.layer import (
-    full_layers,
-    full_parameters,
-    keep_originals,
-    loaded_modules,
-    open_all,
-    place,
-    put_back,
-    saved_modules,
-    state_of,
-    unwrap,
-    wrappers,
-)
+from layerpeft.tuners.full import layer
+from layerpeft.tuners.full.layer import full_layers, full_parameters, state_of, wrappers
 from layerpeft.tuners.full.masters import Masters
 
 FILE = "layerpeft_masters.safetensors"
@@ -65,11 +54,11 @@ class FullMethod(Method):
 
     def place(self) -> None:
         """Puts the wrappers where PEFT will look for modules to copy."""
-        place(base_of(self.model), self.config._layerpeft.wholes, self.adapter)
+        layer.place(base_of(self.model), self.config._layerpeft.wholes, self.adapter)
 
     def wrap(self, targets: Iterable[Target]) -> None:
         """Lets gradients into what is to train, of which PEFT has frozen all."""
-        open_all(self.model, self.adapter)
+        layer.open_all(self.model, self.adapter)
 
     def told(self) -> list[str]:
         """What always-on modules cost."""
@@ -106,11 +95,11 @@ class FullMethod(Method):
     def keep_only(self, targets: Set[str]) -> None:
         """The modules are as they were, and frozen."""
         for name in full_layers(self.model, self.adapter).keys() - targets:
-            unwrap(self.model, name, self.adapter)
+            layer.unwrap(self.model, name, self.adapter)
 
     def keep(self, targets: Set[str], always: bool = True) -> None:
         """Their originals, on the CPU."""
-        keep_originals(self.model, self.adapter, targets, always)
+        layer.keep_originals(self.model, self.adapter, targets, always)
 
     def lend(self, step: Step) -> None:
         """The optimizer sees float32 masters in the place of 16-bit weights."""
@@ -139,7 +128,7 @@ class FullMethod(Method):
 
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
         """By any tensor of theirs."""
-        return loaded_modules(self.model, self.adapter, state, prefix)
+        return layer.loaded_modules(self.model, self.adapter, state, prefix)
 
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
         """Masters are taken up as soon as there is an optimizer to give their states to; what is not there never trained."""
@@ -148,11 +137,11 @@ class FullMethod(Method):
         path = os.path.join(folder, FILE)
         if self.masters is not None and os.path.isfile(path):
             self._saved = load_file(path)
-        put_back(self.model, self.adapter, found)
+        layer.put_back(self.model, self.adapter, found)
 
     def as_stock(self, folder: str) -> dict[str, Any]:
         """PEFT's file names the modules whose weights are there."""
-        return {"modules_to_save": saved_modules(self.model, self.adapter)}
+        return {"modules_to_save": layer.saved_modules(self.model, self.adapter)}
 
     def save(self, folder: str, found: Any) -> dict[str, Any]:
         """The masters, and the states that a plain load would round."""

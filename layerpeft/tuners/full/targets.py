@@ -9,6 +9,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Target
+from layerpeft.model.names import upwards
 from layerpeft.model.targets import MODULE, PARAMETERS, no_match
 from layerpeft.tuners.full.layer import Whole, is_bias
 
@@ -144,8 +145,7 @@ def _matching(key: str, names: Names, places: Mapping[str, int], layers: LayerMa
 
 def _around(path: str, layer: str) -> list[str]:
     """A parameter's name and those of the modules around it, up to but without its layer."""
-    parts = path.removeprefix(f"{layer}.").split(".")
-    return [f"{layer}.{'.'.join(parts[:i])}" for i in range(len(parts), 0, -1)]
+    return [name for name in upwards(path) if name.startswith(f"{layer}.")]
 
 
 def _offer(name: str, places: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
@@ -109,15 +109,7 @@ class LayerGaloreConfig(LayerLoraConfig):
     @property
     def refreshing(self) -> Refreshing:
         """How bases are renewed."""
-        return Refreshing(
-            self.update_proj_gap,
-            self.subspace,
-            self.basis,
-            self.moments,
-            self.stagger,
-            self.oversample,
-            self.gap_overlap,
-        )
+        return Refreshing(**{f.name: getattr(self, f.name) for f in fields(Refreshing)})
 
     @classmethod
     def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:

@@ -17,19 +17,20 @@ from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.experts import ProjectedExperts
 from layerpeft.tuners.galore.folds import Folds
 from layerpeft.tuners.galore.layer import project
-from layerpeft.tuners.galore.projection import Projection, folded, originals, projections, state_of, weight_of
+from layerpeft.tuners.galore.projection import Projection, folded, originals, state_of, weight_of
 from layerpeft.tuners.galore.refresh import Refresher
 from layerpeft.tuners.galore.subspace import side_of
+from layerpeft.tuners.galore.watch import Watcher
 from layerpeft.tuners.lora.method import LoraMethod
 
 
 class GaloreMethod(LoraMethod):
     """LoRA modules with one factor fixed. State is real here: the refresher that renews it."""
 
-    def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
+    def __init__(self, model: nn.Module, adapter: str, config: Any, watcher: Watcher | None = None) -> None:
         super().__init__(model, adapter, config)
         self.asked = config._layerpeft.asked
-        self.refresher = Refresher(self.asked.refreshing)
+        self.refresher = Refresher(self, self.asked.refreshing, watcher)
 
     def wrap(self, targets: Iterable[Target]) -> None:
         """Turns the LoRA modules into projected ones."""
@@ -60,7 +61,7 @@ class GaloreMethod(LoraMethod):
 
     def beside(self) -> int:
         """Bytes of the weights as they were, where they stay on their device; folds lie beside what is quantized."""
-        found = [layer for _, layer in projections(self.model, self.adapter) if state_of(layer).fold == "beside"]
+        found = [layer for _, layer in self.refresher.layers() if state_of(layer).fold == "beside"]
         return sum(weight_of(layer).nbytes for layer in found if not is_stand_in(layer.get_base_layer()))
 
     def originals(self) -> Mapping[str, torch.Tensor]:
@@ -73,7 +74,7 @@ class GaloreMethod(LoraMethod):
 
     def ready(self) -> None:
         """Watches what is due."""
-        self.refresher.arm(self.model, self.adapter)
+        self.refresher.arm()
 
     def skipped(self) -> None:
         """Forgets what the step has shown."""
@@ -81,17 +82,17 @@ class GaloreMethod(LoraMethod):
 
     def before_step(self, step: Step) -> None:
         """Exact subspaces serve the step that they come from."""
-        self.refresher.before_step(self.model, self.adapter, step.optimizer, step.held, step.closure)
+        self.refresher.before_step(step)
 
     def after_step(self, step: Step) -> None:
         """Others serve from the next one on."""
-        self.refresher.after_step(self.model, self.adapter, step.optimizer, step.held)
+        self.refresher.after_step(step)
 
     def switched(self, training: Set[str] | None, policy: str) -> None:
         """Those that did not train until now get a new basis."""
         super().switched(training, policy)
         if training is not None:
-            self.refresher.switched(self.model, self.adapter, set(training))
+            self.refresher.switched(training)
 
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
         """Takes over what lies beside the stock adapter. Raises: SaveError where that is missing, or of another run."""
@@ -101,16 +102,14 @@ class GaloreMethod(LoraMethod):
     def as_stock(self, folder: str) -> dict[str, Any]:
         """The sum of all that was trained as factors, and the options they are read by. Raises: SaveError."""
         asked, checks = self.asked, self.config._layerpeft.checks
-        found = saving.write(folder, self.model, self.adapter, asked.identity, asked.max_rank)
-        if found["errors"]:
-            checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(found["errors"].values())}
-        return saving.ranks(found, asked.r)
+        ranks, errors = saving.write(folder, self.model, self.adapter, asked.identity, asked.max_rank)
+        if errors:
+            checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(errors)}
+        return saving.options(ranks, asked.r)
 
     def twin(self, model: nn.Module, config: Any, memo: dict[int, Any]) -> Method:
-        """Whose refresher is the one that its modules know."""
-        twin = GaloreMethod(model, self.adapter, config)
-        twin.refresher = Refresher(self.asked.refreshing, copy.deepcopy(self.refresher.watcher, memo))
-        return twin
+        """Whose watcher is the one that its modules know."""
+        return GaloreMethod(model, self.adapter, config, copy.deepcopy(self.refresher.watcher, memo))
 
     def close(self) -> None:
         """Stops watching."""

@@ -54,14 +54,7 @@ TABLE = (
     Row("Lion8bit", "equal", _IN_8_BIT, 1e-3),
     Row("SGD", "equal", f"{_BY_MOMENTS}, with momentum and without", 1e-9, means=("momentum_buffer", "state1")),
     Row("Lion", "equal", _BY_MOMENTS, 1e-9, means=("exp_avg", "state1")),
-    Row(
-        "RMSprop",
-        "equal",
-        _BY_MOMENTS,
-        1e-9,
-        means=("momentum_buffer", "grad_avg"),
-        squares=("square_avg", "state1"),
-    ),
+    Row("RMSprop", "equal", _BY_MOMENTS, 1e-9, means=("momentum_buffer", "grad_avg"), squares=("square_avg", "state1")),
     Row("Adagrad", "equal", _BY_MOMENTS, 1e-9, squares=("sum", "state1")),
     Row(
         "Adafactor",
@@ -99,26 +92,18 @@ TABLE = (
 DECAY = "weight decay shrinks what a period has trained so far and not the weight, so it does almost nothing; give weight_decay=0"
 DECAY_FIGURE = 1e-2  # AdamW's own 0.01 at a learning rate of 1e-2; in proportion to both and to the steps
 # states that are copies of what is trained, by the names that optimizers outside the table give them
-COPIES = {
-    "z": "a second copy of what it trains",
-    "ax": "an average of what it trains",
-    "ema": "an average of what it trains",
-    "param_ema": "an average of what it trains",
-    "slow_param": "a slow copy of what it trains",
-    "slow_buffer": "a slow copy of what it trains",
-    "master_param": "a master copy of what it trains",
-    "master_params": "a master copy of what it trains",
-    "fp32_param": "a master copy of what it trains",
-}
+COPIES = {"z": "a second copy of what it trains"}
+COPIES |= dict.fromkeys(("ax", "ema", "param_ema"), "an average of what it trains")
+COPIES |= dict.fromkeys(("slow_param", "slow_buffer"), "a slow copy of what it trains")
+COPIES |= dict.fromkeys(("master_param", "master_params", "fp32_param"), "a master copy of what it trains")
 _told: WeakSet[Optimizer] = WeakSet()
 
 
 def verdict(optimizer: Any) -> Row | None:
     """The row of an optimizer, by its class or the nearest known one that it is built on; None where nothing is known."""
     optimizer = _inner(optimizer)
-    found = next(
-        (row for name in _names(optimizer) for row in TABLE if row.name == name and _applies(row, optimizer)), None
-    )
+    known = (row for name in _names(optimizer) for row in TABLE if row.name == name and _applies(row, optimizer))
+    found = next(known, None)
     if found is not None and type(optimizer).__name__.endswith("8bit"):
         found = replace(found, means=(), squares=())
     copies = {COPIES[k] for state in optimizer.state.values() for k in state if k in COPIES}

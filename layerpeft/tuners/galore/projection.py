@@ -8,7 +8,6 @@ A weight of experts (experts, out, in) has all this once per expert, in two para
 and B (out, r·experts) with the experts innermost. `rights` and `lefts` see them as (experts, r, in) and (experts, out, r).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -21,6 +20,7 @@ from layerpeft.errors import TrainingError
 from layerpeft.integrations import bitsandbytes, hqq
 from layerpeft.integrations.peft import LoraLayer, lora_layers, stores_out_first
 from layerpeft.integrations.torch import has_hook
+from layerpeft.selection.draws import seed_of
 from layerpeft.tuners.galore.folds import Factors, Folds, exactly, part, stacked, stochastically
 from layerpeft.tuners.galore.subspace import rotation
 
@@ -209,7 +209,7 @@ def refold(layer: Any) -> None:
         whole = whole + as_stored(layer, state.folds.sum(slot).to(whole))
         if weight.dtype in LOW:
             key = f"{state.key}|{state.folds.count}" + (f"|{slot}" if state.experts else "")
-            whole = stochastically(whole, weight.dtype, torch.Generator().manual_seed(hash_of(key)))
+            whole = stochastically(whole, weight.dtype, torch.Generator().manual_seed(seed_of(key)))
         working[slot].copy_(whole)
 
 
@@ -245,11 +245,6 @@ def restart(layer: Any) -> None:
     elif state.original is not None:
         show(layer, working=True)
         weight_of(layer).data.copy_(state.original)
-
-
-def hash_of(text: str) -> int:
-    """A seed from a text, equal in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
 """When projected modules get a new basis, and from what: around the optimizer's steps, without any trainer's help."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import TrainingError
 from layerpeft.text import note
+from layerpeft.training.method import Method, Step
 from layerpeft.tuners.galore import subspace
 from layerpeft.tuners.galore.optimizers import Row, check
 from layerpeft.tuners.galore.projection import (
@@ -37,14 +37,17 @@ OVERLAP_GROWS_TO = 16  # an adaptive gap becomes at most so many times the one a
 class Refresher:
     """Renews the bases of one adapter's projected modules. State is real here: who watches those that are due."""
 
-    def __init__(self, how: Refreshing, watcher: Watcher | None = None) -> None:
-        self.how = how
-        self.watcher = watcher or Watcher(how)
+    def __init__(self, method: Method, how: Refreshing, watcher: Watcher | None = None) -> None:
+        self.method, self.how, self.watcher = method, how, watcher or Watcher(how)
         self._row: Row | None = None  # what is known of the optimizer that steps
 
-    def arm(self, model: nn.Module, adapter: str) -> None:
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """The projected modules, by name."""
+        return projections(self.method.model, self.method.adapter)
+
+    def arm(self) -> None:
         """Watches the modules whose next step gives them a basis; called before a forward pass, and after every step."""
-        layers = dict(projections(model, adapter))
+        layers = dict(self.layers())
         self._spread([state_of(layer) for layer in layers.values()])
         for name, layer in layers.items():
             unscale(layer)
@@ -54,65 +57,57 @@ class Refresher:
             if not state.watched:
                 self.watcher.forget(name)
 
-    def switched(self, model: nn.Module, adapter: str, training: set[str]) -> None:
+    def switched(self, training: Set[str]) -> None:
         """Other modules train from now on: those that did not until now get a new basis at their next step."""
-        for name, layer in projections(model, adapter):
+        for name, layer in self.layers():
             state = state_of(layer)
             if name in training and not state.active:
                 state.due = state.steps
             state.active = name in training
-        self.arm(model, adapter)
+        self.arm()
 
-    def before_step(
-        self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int], closure: bool = False
-    ) -> None:
+    def before_step(self, step: Step) -> None:
         """Exact subspaces serve the very step whose gradient they come from, as in the reference.
 
         Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
         """
-        for _, layer in projections(model, adapter) if self._row is None else ():
+        for _, layer in self.layers() if self._row is None else ():
             refuse_part(layer)
-        self._row = check(optimizer, self.how.moments)
+        self._row = check(step.optimizer, self.how.moments)
         if self._row is not None and self._row.name in MATRIX_WISE:
-            _refuse_experts(self._row.name, model, adapter)
+            self._refuse_experts(self._row.name)
         if self.how.subspace != "svd":
             return
-        if closure:
+        if step.closure:
             raise TrainingError(
                 "subspace='svd' gives a step the basis of its own gradient, which a step with a closure does not have before it "
                 "begins; use subspace='sketch'"
             )
-        for name, layer in self._due(model, adapter, held):
-            gradient = self.watcher.take(name)
-            if gradient is None:
-                continue
-            grad = trained_of(layer).grad
-            if grad is None:
+        for name, layer in self._due(step.held):
+            gradient, grad = self.watcher.take(name), trained_of(layer).grad
+            if gradient is None or grad is None:
                 continue
             clipped = _factor(grad, _projected(gradient, layer))
-            if self._renew(layer, gradient, optimizer):
+            if self._renew(layer, gradient, step.optimizer):
                 grad.copy_((clipped * _projected(gradient, layer)).to(grad.dtype))
 
-    def after_step(self, model: nn.Module, adapter: str, optimizer: Optimizer, held: set[int]) -> None:
+    def after_step(self, step: Step) -> None:
         """Sketched and random subspaces serve from the next step on."""
-        for name, layer in self._due(model, adapter, held) if self.how.subspace != "svd" else ():
+        for name, layer in self._due(step.held) if self.how.subspace != "svd" else ():
             found = None if self.how.subspace == "random" else self.watcher.take(name)
             if self.how.subspace == "random" or found is not None:
-                self._renew(layer, found, optimizer)
+                self._renew(layer, found, step.optimizer)
             elif state_of(layer).watched and trained_of(layer).grad is not None:
                 self._failed(state_of(layer), "its gradient could not be watched (torch.compile hides it)")
-        for name, layer in projections(model, adapter):
-            if id(trained_of(layer)) in held:
+        for name, layer in self.layers():
+            if id(trained_of(layer)) in step.held:
                 state_of(layer).steps += 1
                 self.watcher.forget(name)
-        self.arm(model, adapter)
+        self.arm()
 
-    def _due(self, model: nn.Module, adapter: str, held: set[int]) -> list[tuple[str, Any]]:
-        return [
-            (n, layer)
-            for n, layer in projections(model, adapter)
-            if id(trained_of(layer)) in held and state_of(layer).steps >= state_of(layer).due
-        ]
+    def _due(self, held: set[int]) -> list[tuple[str, Any]]:
+        mine = [(n, layer) for n, layer in self.layers() if id(trained_of(layer)) in held]
+        return [(n, layer) for n, layer in mine if state_of(layer).steps >= state_of(layer).due]
 
     def _renew(self, layer: Any, seen: torch.Tensor | None, optimizer: Optimizer) -> bool:
         """A new basis, the old period folded away; False where nothing usable was found, and the old basis stays.
@@ -156,8 +151,18 @@ class Refresher:
     def _adapt(self, state: Projection) -> None:
         """Doubles the gap of a module whose subspace stays where it is (the idea of Q-GaLore, arXiv 2407.08296)."""
         if self.how.gap_overlap is not None and state.refreshes and state.overlap is not None:
-            most = OVERLAP_GROWS_TO * self.how.gap
-            state.gap = min(2 * state.gap, most) if state.overlap >= self.how.gap_overlap else self.how.gap
+            most = OVERLAP_GROWS_TO * self.how.update_proj_gap
+            stays = state.overlap >= self.how.gap_overlap
+            state.gap = min(2 * state.gap, most) if stays else self.how.update_proj_gap
+
+    def _refuse_experts(self, name: str) -> None:
+        """Raises: TrainingError for an optimizer that takes the factors of all experts for one matrix."""
+        held = [n for n, layer in self.layers() if state_of(layer).experts]
+        if held:
+            raise TrainingError(
+                f"{name} looks at what it trains as one matrix, and the factors of all experts of {held[0]} lie in one tensor; "
+                "train experts with AdamW or another optimizer that goes by elements"
+            )
 
     def _spread(self, states: list[Projection]) -> None:
         """Lets the second refreshes, and so all later ones, fall on steps that are spread over the gap."""
@@ -187,16 +192,6 @@ def _bases(layer: Any, old: torch.Tensor, seen: torch.Tensor | None) -> dict[Slo
                 return None
             found[slot] = new
     return found
-
-
-def _refuse_experts(name: str, model: nn.Module, adapter: str) -> None:
-    """Raises: TrainingError for an optimizer that takes the factors of all experts for one matrix."""
-    held = [n for n, layer in projections(model, adapter) if state_of(layer).experts]
-    if held:
-        raise TrainingError(
-            f"{name} looks at what it trains as one matrix, and the factors of all experts of {held[0]} lie in one tensor; train "
-            "experts with AdamW or another optimizer that goes by elements"
-        )
 
 
 def _factor(grad: torch.Tensor, unclipped: torch.Tensor) -> float:

@@ -23,10 +23,10 @@ KEYS = ("lora_A.weight", "lora_B.weight")
 
 def write(
     folder: str | os.PathLike[str], model: nn.Module, adapter: str, identity: Mapping[str, Any], max_rank: int | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, int], list[float]]:
     """Puts the sum of all that was trained, as stock LoRA factors, into the weights that PEFT has just saved, and writes the state.
 
-    `identity`: the options that a run which goes on from there must share. Returns the ranks by module, and the relative error
+    `identity`: the options that a run which goes on from there must share. Returns the ranks by module, and the relative errors
     of those that `max_rank` cut. Raises: SaveError for a module that is not among the saved weights.
     """
     found = {n: (layer, *_cut(held(layer), max_rank)) for n, layer in projections(model, adapter)}
@@ -46,10 +46,8 @@ def write(
     state = {f"{n}|{k}": t.contiguous() for n, (layer, *_) in found.items() for k, t in tensors(layer).items()}
     with replacing(Path(folder, STATE)) as file:
         save_file(state, file, {"projection": json.dumps(dict(identity))})
-    return {
-        "ranks": {n: pair[0].shape[-1] for n, (_, pair, _) in found.items()},
-        "errors": {n: error for n, (*_, error) in found.items() if error},
-    }
+    ranks = {n: pair[0].shape[-1] for n, (_, pair, _) in found.items()}
+    return ranks, [error for *_, error in found.values() if error]
 
 
 def _cut(pair: Factors, max_rank: int | None) -> tuple[Factors, float]:
@@ -118,11 +116,10 @@ def _same(path: str, layers: Mapping[str, Any], saved: Mapping[str, Any], identi
                 raise SaveError(f"{path}: {name} was projected with a factor {was}, and here it has {now}")
 
 
-def ranks(found: Mapping[str, Any], scale_to_one: int) -> dict[str, Any]:
-    """The LoRA options under which the saved factors are read as they are: scaling 1 everywhere."""
-    by_name = dict(found["ranks"])
-    most = max(by_name.values(), default=scale_to_one)
-    pattern = {f"^{re.escape(n)}$": r for n, r in by_name.items() if r != most}
+def options(ranks: Mapping[str, int], default: int) -> dict[str, Any]:
+    """The LoRA options under which saved factors of these ranks are read as they are: scaling 1 everywhere."""
+    most = max(ranks.values(), default=default)
+    pattern = {f"^{re.escape(n)}$": r for n, r in ranks.items() if r != most}
     return {"r": most, "lora_alpha": most, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
 
 

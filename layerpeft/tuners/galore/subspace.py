@@ -1,8 +1,8 @@
 """The subspaces that gradient projection trains in: found by SVD, from a sketch, or at random; turned, compared, rotated."""
 
-import hashlib
-
 import torch
+
+from layerpeft.selection.draws import seed_of
 
 SIDES = ("right", "left", "std", "reverse_std")
 
@@ -17,8 +17,7 @@ def side_of(proj_type: str, out: int, into: int) -> str:
 
 def random_matrix(key: str, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """Gaussian numbers (rows, columns), equal on every device and in every process for the same key."""
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(seed_of(key))
     return torch.randn(rows, columns, generator=generator).to(device=like.device, dtype=like.dtype)
 
 

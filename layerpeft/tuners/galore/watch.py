@@ -23,7 +23,7 @@ EVERY: Rows = ((..., None),)
 class Refreshing:
     """How bases are renewed; the fields are those of `LayerGaloreConfig`."""
 
-    gap: int
+    update_proj_gap: int
     subspace: str
     basis: str
     moments: str

@@ -18,9 +18,22 @@ from transformers import (
 
 import layerpeft
 from layerpeft.saving.manifest import read_manifest
-from layerpeft.tuners.full.layer import FullWrapper, full_layers, keep_originals, loaded_modules, originals_of
+from layerpeft.tuners.full.layer import FullWrapper, full_layers, keep_originals, loaded_modules
 from layerpeft.tuners.merge import merge
-from tests.helpers.fulling import BATCHES, IDS, by_hand, clean, logits, parameters, same, train, trains, unloaded, wrap
+from tests.helpers.fulling import (
+    BATCHES,
+    IDS,
+    by_hand,
+    clean,
+    logits,
+    originals_of,
+    parameters,
+    same,
+    train,
+    trains,
+    unloaded,
+    wrap,
+)
 from tests.helpers.loops import llama
 from tests.helpers.models import MODELS, batch
 from tests.helpers.processes import without_the_package
