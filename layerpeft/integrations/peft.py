@@ -27,17 +27,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from layerpeft.errors import SaveError
 
-__all__ = [
-    "DUMMY_TARGET_MODULES",
-    "AuxiliaryTrainingWrapper",
-    "BaseTuner",
-    "BaseTunerLayer",
-    "LayerPeftType",
-    "LoraLayer",
-    "LoraLinear",
-    "ModulesToSaveWrapper",
-    "PeftModel",
-]
+__all__ = ["DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "ModulesToSaveWrapper"]
 
 HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save, whether it is there or not
 
@@ -171,7 +161,7 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
     """Wrapped modules of an adapter by their name in the model (without `base_model.model.`)."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in _ranks(m)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.r}
 
 
 class _Resting(tuple[str, ...]):
@@ -215,22 +205,18 @@ def unwrap_layer(model: nn.Module, name: str, adapter: str) -> None:
     """Takes one adapter off one module; the module itself comes back where no other adapter is left."""
     layer = model.get_submodule(name)
     assert isinstance(layer, LoraLayer)
-    if set(_ranks(layer)) == {adapter}:
+    if set(layer.r) == {adapter}:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
         return
     others = [n for n in layer.active_adapters if n != adapter]
-    kept = [p for n in _ranks(layer) if n != adapter for p in adapter_parameters(layer, n).values()]
+    kept = [p for n in layer.r if n != adapter for p in adapter_parameters(layer, n).values()]
     flags = [(p, p.requires_grad) for p in kept]
     layer.delete_adapter(adapter)
     # PEFT activates another adapter in the place of the one that goes; what was inactive stays so
     layer._active_adapter = others
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-
-
-def _ranks(layer: LoraLayer) -> dict[str, int]:
-    return layer.r
 
 
 # ---- PEFT's wrapper of a parameter, and what has no values; `tests/integrations/test_canary_experts.py` fails first

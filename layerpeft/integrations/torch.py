@@ -30,6 +30,16 @@ def has_hook(tensor: torch.Tensor, kind: type) -> bool:
     return any(isinstance(hook, kind) for hook in (tensor._backward_hooks or {}).values())
 
 
+def eager(function: Any) -> Any:
+    """The function, kept out of compiled graphs: what a hook writes down would be lost there."""
+    return torch.compiler.disable(function)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The type that sums are taken in there: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors by name, and facts that JSON takes
 
 

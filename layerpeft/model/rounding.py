@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from layerpeft.errors import ConfigError, Problems, ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.losses import DIVIDING, IGNORED
+from layerpeft.integrations.torch import widest
 from layerpeft.model.evaluating import evaluating, to_model
 from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, precision_of, rounded
@@ -180,7 +181,7 @@ def _nudged(weight: torch.Tensor) -> torch.Tensor:
 
 def _kl(before: torch.Tensor, after: torch.Tensor) -> float:
     """Σ over rows of Σ p · (log p - log q), p and q the softmax of (rows, classes) logits."""
-    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    wide = widest(before.device)
     total = torch.zeros((), dtype=wide, device=before.device)
     for start in range(0, before.shape[0], ROWS):
         p = torch.log_softmax(before[start : start + ROWS].to(wide), -1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from layerpeft.integrations.peft import dequantized
+from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target, find_module
 
 PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
@@ -45,7 +46,7 @@ def change_of(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
     if before.numel() and before.stride() != after.stride():
         before, after = before.contiguous(), after.contiguous()
     where = after.device if before.device.type == "cpu" else before.device
-    kind = torch.float32 if where.type == "mps" else torch.float64
+    kind = widest(where)
     for a, b in zip(before.detach().reshape(-1).split(PIECE), after.detach().reshape(-1).split(PIECE), strict=True):
         was = a.to(where, kind)
         weight += float(was.square().sum())

@@ -1,5 +1,8 @@
 """Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from layerpeft.errors import SelectionError
@@ -61,16 +64,25 @@ def make_selection(select: Select, layers: LayerMap, targets: tuple[Target, ...]
         rule = plugins.get(PICKS, select.rule)
         picked = rule.pick([scores.values[i] for i in among], keep, select.seed, options_of(select, PICKS))
         chosen = sorted(among[i] for i in picked)
+    held = [t for t in targets if t.layer in set(chosen)]
+    asked = select.to_dict() | {"by": scores.by if scores else "depth"}
+    return selection_of(layers, held, _why(select, scores, len(chosen), len(layers)), asked, scores)
+
+
+def selection_of(
+    layers: LayerMap, held: Sequence[Target], why: str, select: Mapping[str, Any], scores: Scores | None = None
+) -> Selection:
+    """The choice of these targets."""
     return Selection(
-        layers=tuple(chosen),
-        targets=tuple(t.name for t in targets if t.layer in set(chosen)),
+        layers=tuple(sorted({t.layer for t in held})),
+        targets=tuple(t.name for t in held),
         num_layers=len(layers),
         layer_names=layers.names,
         stack=layers.stack,
         fingerprint=layers.fingerprint,
-        why=_why(select, scores, len(chosen), len(layers)),
+        why=why,
         scores=scores,
-        select={k: v for k, v in select.to_dict().items() if k != "by"} | {"by": scores.by if scores else "depth"},
+        select=select,
     )
 
 

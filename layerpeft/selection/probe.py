@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from layerpeft.errors import LayerpeftError, ScoreError
+from layerpeft.integrations.torch import eager, widest
 from layerpeft.model.experts import Use, Uses, flat, rows_of
 from layerpeft.model.layers import Target, find_module
 from layerpeft.selection.draws import seed_of
@@ -193,7 +194,7 @@ def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
 
 
 def _square(t: torch.Tensor) -> torch.Tensor:
-    return t.square().sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)
+    return t.square().sum(dtype=widest(t.device))
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,7 @@ def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
     ) -> Any:
         return tap(y, args[0] if args else kwargs["input"], {(name, 0): None})
 
-    return _eager(hook)
+    return eager(hook)
 
 
 def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> list[RemovableHandle]:
@@ -294,11 +295,6 @@ def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> lis
         running.pop().close()
 
     return [
-        owner.register_forward_pre_hook(_eager(enter)),
-        owner.register_forward_hook(_eager(leave), always_call=True),
+        owner.register_forward_pre_hook(eager(enter)),
+        owner.register_forward_hook(eager(leave), always_call=True),
     ]
-
-
-def _eager(function: Any) -> Any:
-    """The function, kept out of compiled graphs: what it writes down would be lost there."""
-    return torch.compiler.disable(function)

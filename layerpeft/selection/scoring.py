@@ -18,6 +18,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import version_of
 from layerpeft.integrations.losses import loss_of
+from layerpeft.integrations.torch import eager
 from layerpeft.model.evaluating import nothing_trains, to_model
 from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
 from layerpeft.model.targets import Names, find_targets, measured_for
@@ -241,8 +242,14 @@ class Watching:
     def __init__(self, request: Request, options: Any) -> None:
         self.request, self.options = request, options
         self.batches = 0
+        self._running = False  # something of the batch came through
         self._model = request.outer or request.model
         self._handles: list[Any] = []
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Counts the batch, if anything came through."""
+        self.batches += self._running
+        self._running = False
 
     def detach(self) -> None:
         """Takes every hook off."""
@@ -257,8 +264,7 @@ class WatchingCalls(Watching):
 
     def attach(self) -> None:
         """Puts the hook on: before all others, since one of those may take it off again."""
-        see: Any = torch.compiler.disable(self._see)  # what hooks write down would be lost in compiled graphs
-        self._handles.append(self._model.register_forward_hook(see, with_kwargs=True, prepend=True))
+        self._handles.append(self._model.register_forward_hook(eager(self._see), with_kwargs=True, prepend=True))
 
     def _see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         kind = next((p.device.type for p in self._model.parameters()), "cpu")

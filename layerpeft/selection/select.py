@@ -165,10 +165,8 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
 
 def _plain(value: Any) -> Any:
     """Sequences of other libraries and ranges as lists of plain numbers, so that the choice can be written down."""
-    if isinstance(value, range | tuple | set | frozenset):
-        return [_plain(v) for v in sorted(value)] if isinstance(value, set | frozenset) else [_plain(v) for v in value]
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
+    if isinstance(value, range | tuple | list | set | frozenset):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if hasattr(value, "tolist") and not isinstance(value, str | Scores):
         return value.tolist()
     return value

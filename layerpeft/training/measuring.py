@@ -9,6 +9,7 @@ from torch import nn
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.losses import watch_scale
+from layerpeft.integrations.torch import eager
 from layerpeft.selection import choose, scoring
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
@@ -42,7 +43,6 @@ class Pending:
         self._forwards = 0  # since the last backward pass
         self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
-        eager: Any = torch.compiler.disable  # what hooks write down would be lost in compiled graphs
         self._handles = [
             model.register_forward_pre_hook(eager(self.begin)),
             model.register_forward_hook(eager(self._finish), with_kwargs=True, always_call=True),
@@ -107,16 +107,8 @@ class Pending:
         held = [t for t in self.pool if t.name in targets]
         if len(held) < len(targets):
             return None
-        return Selection(
-            layers=tuple(sorted({t.layer for t in held})),
-            targets=tuple(t.name for t in held),
-            num_layers=len(self.layers),
-            layer_names=self.layers.names,
-            stack=self.layers.stack,
-            fingerprint=self.layers.fingerprint,
-            why="kept from the adapter that was loaded",
-            select=self.select.to_dict(),
-        )
+        why = "kept from the adapter that was loaded"
+        return choose.selection_of(self.layers, held, why, self.select.to_dict())
 
     def begin(self, model: nn.Module, *_: Any) -> None:
         """Before every forward pass."""

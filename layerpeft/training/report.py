@@ -128,10 +128,9 @@ def _by_layer(layer_names: Sequence[str], wrapped: Sequence[_Wrapped]) -> dict[i
     """Targets by the layer whose name they start with; what lies outside every layer is left out."""
     groups: dict[int, list[_Wrapped]] = {}
     for target in wrapped:
-        for index, name in enumerate(layer_names):
-            if target.name == name or target.name.startswith(name + "."):
-                groups.setdefault(index, []).append(target)
-                break
+        index = next((i for i, name in enumerate(layer_names) if f"{target.name}.".startswith(f"{name}.")), None)
+        if index is not None:
+            groups.setdefault(index, []).append(target)
     return groups
 
 

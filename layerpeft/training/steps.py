@@ -15,7 +15,6 @@ from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
 from layerpeft.training.switching import NOT_UNDER, Switcher
 
-__all__ = ["Pending", "Switcher", "check_trained", "follow", "followers_of"]
 _installed: list[Any] = []
 
 
@@ -32,8 +31,7 @@ def follow(
     home.tether.followers.append(follower)
     FOLLOWERS.add(follower)
     if not _installed:
-        _installed.append(register_optimizer_step_pre_hook(_before))
-        _installed.append(register_optimizer_step_post_hook(_after))
+        _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     watch_saving(distributed.is_cut)
     trainer.install(_train_begin, _train_end, _state, _news)
     return follower
@@ -59,10 +57,7 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _news(model: nn.Module | None) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for follower in followers_of(model):
-        found |= follower.news()
-    return found
+    return {key: value for follower in followers_of(model) for key, value in follower.news().items()}
 
 
 def _train_begin(

@@ -14,9 +14,7 @@ from layerpeft.model.names import clean
 from layerpeft.quantization.apply import Quantized
 from layerpeft.selection import choose, schedule, scoring
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
@@ -134,14 +132,14 @@ def scheduled_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) ->
     problems = Problems("layers that change while training, and these options, do not go together")
     if config.bias == "all":
         problems.add("bias='all' means biases outside of what is switched; use bias='lora_only'")
-    if config.target_parameters and needs_batches(config.choosing):
+    if config.target_parameters and scoring.needs_batches(config.choosing):
         problems.add(
             "target_parameters: experts are not measured once they are wrapped; choose by something other than "
             f"{config.choosing.by}"
         )
     problems.raise_if_any(ConfigError)
     found = config.examine(model, stacks)
-    allowed = schedule_of(found.select, found.layers, found.targets).pool
+    allowed = schedule.schedule_of(found.select, found.layers, found.targets).pool
     check_schedule(config, found.layers, allowed)
     return found.among(allowed)
 
@@ -163,7 +161,7 @@ def first_scores(config: LayerLoraConfig, model: nn.Module, examined: Examined) 
     if isinstance(select.by, Scores):
         select.by.check(layers)
         return list(select.by.values)
-    if not needs_batches(select):
+    if not scoring.needs_batches(select):
         return [0.0 if v is None else v for v in scoring.measure(model, examined).values]
     if config._batches is None or scoring.live_only(select):
         return None

@@ -88,15 +88,7 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
         "exclude_modules": _namesakes(model, modules) or None,
     }
     stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
-    return stock.recorded(
-        Record(
-            config=plain_config(config),
-            method=config.method,
-            selection=selection,
-            new_tensors=born,
-            asked=config.bare(),
-        )
-    )
+    return stock.recorded(Record(plain_config(config), config.method, selection, new_tensors=born, asked=config.bare()))
 
 
 def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:
@@ -145,8 +137,5 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:
-    return {
-        f.name: copy.deepcopy(getattr(config, f.name))
-        for f in fields(LoraConfig)
-        if f.init and f.name not in ("peft_type",)
-    }
+    names = [f.name for f in fields(LoraConfig) if f.init and f.name != "peft_type"]
+    return {name: copy.deepcopy(getattr(config, name)) for name in names}

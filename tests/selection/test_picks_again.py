@@ -13,23 +13,30 @@ from layerpeft.model.layers import layer_map
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.picks import adaptive, cycle, dirichlet, ir_tuning, sample, sigmoid, split, uniform
-from layerpeft.selection.schedule import Turn, schedule_of, take, turn_of
+from layerpeft.selection.schedule import Taken, Turn, schedule_of, take, turn_of
 from layerpeft.selection.select import Select
 
 RULES = {n: plugins.get("layerpeft.picks", n) for n in plugins.names("layerpeft.picks")}
 TRAITS = {n: plugins.traits("layerpeft.picks", n) for n in RULES}
-AGAIN = sorted(n for n, rule in RULES.items() if hasattr(rule, "again"))
+AGAIN = sorted({"adaptive", "uniform"} | {n for n, rule in RULES.items() if hasattr(rule, "again")})
 
 
 def turn(window: int = 0, keep: int | None = 2, scores=(3.0, 1.0, 2.0, 0.5, 0.1), seed: int = 0, **more) -> Turn:
     return Turn(window, window_seed(seed, window), keep, tuple(scores), base_seed=seed, **more)
 
 
+def again(rule, t: Turn, options) -> Taken:
+    """As a schedule asks: a rule without a form of its own for windows picks, by the window's seed."""
+    if hasattr(rule, "again"):
+        return rule.again(t, options)
+    return Taken(tuple(rule.pick(t.scores, t.keep, t.seed, options)), t.state)
+
+
 def shares(rule, options, windows: int = 4000, **more) -> list[float]:
     """How often each layer is in a window, over many windows."""
     counts = [0] * 5
     for window in range(windows):
-        for i in rule.again(turn(window, **more), options).positions:
+        for i in again(rule, turn(window, **more), options).positions:
             counts[i] += 1
     return [c / windows for c in counts]
 
@@ -43,10 +50,10 @@ def test_a_choice_depends_on_the_turn_alone(name):
     keep = None if TRAITS[name].decides else 2
     turns = [turn(w, keep, seed=3, counts=(1, 2, 3, 4, 5)) for w in range(30)]
     random.seed(1)
-    first = [rule.again(t, rule.Options()) for t in turns]
+    first = [again(rule, t, rule.Options()) for t in turns]
     random.seed(2)
     state = random.getstate()
-    assert [rule.again(t, rule.Options()) for t in reversed(turns)] == first[::-1]
+    assert [again(rule, t, rule.Options()) for t in reversed(turns)] == first[::-1]
     assert random.getstate() == state
     for taken in first:
         assert len(set(taken.positions)) == len(taken.positions) and set(taken.positions) <= set(range(5))
@@ -55,7 +62,7 @@ def test_a_choice_depends_on_the_turn_alone(name):
 @pytest.mark.parametrize("name", ["uniform", "cycle", "adaptive", "dirichlet"])
 def test_another_seed_and_another_window_draw_otherwise(name):
     rule, options = RULES[name], RULES[name].Options()
-    runs = [tuple(rule.again(turn(w, seed=s), options).positions for w in range(40)) for s in range(8)]
+    runs = [tuple(again(rule, turn(w, seed=s), options).positions for w in range(40)) for s in range(8)]
     assert len(set(runs)) == 8
     assert all(len(set(run)) > 3 for run in runs)
 
@@ -68,9 +75,14 @@ def test_rules_say_what_they_need():
 
 
 @pytest.mark.parametrize("name", ["uniform", "adaptive"])
-def test_where_both_forms_exist_they_agree(name):
-    rule, t = RULES[name], turn(5, seed=9)
-    assert list(rule.again(t, rule.Options()).positions) == rule.pick(t.scores, t.keep, t.seed, rule.Options())
+def test_a_rule_that_only_picks_picks_anew_in_every_window(name, llama):
+    rule, select = RULES[name], Select.parse({"by": "depth", "pick": name, "keep": 2, "reselect_steps": 10, "seed": 9})
+    layers = layer_map(llama)
+    schedule = schedule_of(select, layers, layers.targets)
+    for window in (0, 5):
+        t = turn_of(select, schedule, window, [float(i) for i in range(12)], (), (), {})
+        assert list(take(select, schedule, t).positions) == sorted(rule.pick(t.scores, 2, t.seed, rule.Options()))
+        assert t.seed == window_seed(9, window)
 
 
 def test_a_schedule_tells_the_seed_of_its_own(llama):
@@ -100,7 +112,7 @@ def test_windows_to_cover_32_layers():
             seen: set[int] = set()
             window = 0
             while len(seen) < 32:
-                seen |= set(uniform.again(turn(window, keep, [0.0] * 32, seed), uniform.Options()).positions)
+                seen |= set(again(uniform, turn(window, keep, [0.0] * 32, seed), uniform.Options()).positions)
                 window += 1
             total += window
         assert total / 150 == pytest.approx(want, rel=0.08)

@@ -30,4 +30,4 @@ class Traits:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a rule that has no keys of its own."""
+    """Of a rule or a scorer that has no keys of its own."""

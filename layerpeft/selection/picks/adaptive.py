@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from layerpeft.errors import SelectionError
 from layerpeft.selection.draws import successive
-from layerpeft.selection.schedule import Taken, Turn
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,3 @@ def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options)
     """`keep` positions (None: all), in the order in which they were drawn. Raises: SelectionError."""
     count = len(scores) if keep is None else keep
     return successive(probabilities(scores, options), count, random.Random(f"layerpeft adaptive {seed}"))
-
-
-def again(turn: Turn, options: Options) -> Taken:
-    """The window's own draw by the scores as they are known by now."""
-    return Taken(tuple(pick(turn.scores, turn.keep, turn.seed, options)))

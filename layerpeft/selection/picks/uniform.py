@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.picks import Traits
-from layerpeft.selection.schedule import Taken, Turn
 
 TRAITS = Traits(scoreless=True)
 
@@ -20,8 +19,3 @@ def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options)
     """`keep` positions (None: all) from a generator of their own; the scores only say how many there are."""
     count = len(scores) if keep is None else keep
     return random.Random(f"layerpeft uniform {seed}").sample(range(len(scores)), count)
-
-
-def again(turn: Turn, options: Options) -> Taken:
-    """The window's own draw, whatever came before."""
-    return Taken(tuple(pick(turn.scores, turn.keep, turn.seed, options)))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from layerpeft.errors import ScoreError
+from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import find_module
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, Watching
@@ -37,11 +38,6 @@ def needs(options: Options) -> str:
     return "backward"
 
 
-def start(request: Request, options: Options) -> AdapterGradients:
-    """Begins a measurement."""
-    return AdapterGradients(request, options)
-
-
 class AdapterGradients(Watching):
     """The running measurement: a hook on every tensor that trains in a layer that holds targets."""
 
@@ -58,8 +54,7 @@ class AdapterGradients(Watching):
     def attach(self) -> None:
         """Puts the hooks on. Tensors that begin to train later on get theirs at the next forward pass."""
         self._hooked.clear()
-        watch: Any = torch.compiler.disable(self._watch)  # what hooks write down would be lost in compiled graphs
-        self._handles.append(self._model.register_forward_pre_hook(watch))
+        self._handles.append(self._model.register_forward_pre_hook(eager(self._watch)))
         self._watch()
 
     def next_batch(self, scale: float | None = None) -> None:
@@ -115,3 +110,6 @@ class AdapterGradients(Watching):
             self._fresh.append((layer, torch.linalg.vector_norm(gradient.detach(), dtype=wide)))
 
         return hear
+
+
+start = AdapterGradients

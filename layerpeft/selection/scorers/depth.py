@@ -1,13 +1,7 @@
 """The layer's place: higher is closer to the output. LayRA is `first:10+last:2`, Telly `last:4`, LED `first:25%`."""
 
-from dataclasses import dataclass
-
+from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.scoring import Measured, Request
-
-
-@dataclass(frozen=True)
-class Options:
-    """No options; the layer grammar (`layers`, `exclude`) says it all."""
 
 
 def needs(options: Options) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 
 from layerpeft.errors import ScoreError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import find_module
 from layerpeft.selection.draws import seed_of
 from layerpeft.selection.scoring import Measured, Request, Watching
@@ -39,11 +40,6 @@ class Options:
 def needs(options: Options) -> str:
     """Forward passes over batches."""
     return "forward"
-
-
-def start(request: Request, options: Options) -> Activations:
-    """Begins a measurement."""
-    return Activations(request, options)
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,7 @@ class Activations(Watching):
 
     def attach(self) -> None:
         """Puts the hooks on."""
-        begin: Any = torch.compiler.disable(self._begin)  # what hooks write down would be lost in compiled graphs
-        self._handles.append(self._model.register_forward_pre_hook(begin, with_kwargs=True))
+        self._handles.append(self._model.register_forward_pre_hook(eager(self._begin), with_kwargs=True))
         for layer in self._layers:
             block = find_module(self.request.model, self.request.layers.layers[layer].name)
             self._handles.append(block.register_forward_hook(self._hear(layer)))
@@ -123,7 +118,7 @@ class Activations(Watching):
                 order = order[keys[order] < known.keys[-1]]
             self._fresh[layer] = Sample(keys[order], rows[order.to(rows.device)].detach().cpu())
 
-        return torch.compiler.disable(hear)
+        return eager(hear)
 
     def _keys(self, count: int) -> torch.Tensor:
         """The keys of a batch's tokens, from 0 to 1."""
@@ -154,6 +149,9 @@ class Activations(Watching):
         if mine is not None:
             rows[own] = mine.rows[chosen[own] % limit].float()
         return {layer: Sample(keys.flatten()[chosen], add(rows))}
+
+
+start = Activations
 
 
 def cluster_sizes(rows: torch.Tensor, clusters: int, seed: int = 0) -> list[int]:

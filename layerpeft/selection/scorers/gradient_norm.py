@@ -35,11 +35,6 @@ def needs(options: Options) -> str:
     return "backward"
 
 
-def start(request: Request, options: Options) -> GradientNorm:
-    """Begins a measurement."""
-    return GradientNorm(request, options)
-
-
 class GradientNorm:
     """The running measurement: a probe on every target."""
 
@@ -102,3 +97,6 @@ class GradientNorm:
             weights = per_layer(layers, targets, {t.name: squared_norm(self.request.model, t) for t in targets})
             squares = [s / w if w else 0.0 for s, w in zip(squares, weights, strict=True)]
         return Measured(tuple(s**0.5 for s in squares), {n: v**0.5 for n, v in sums.items()})
+
+
+start = GradientNorm

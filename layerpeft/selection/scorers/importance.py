@@ -53,11 +53,6 @@ def needs(options: Options) -> str:
     return "forward"
 
 
-def start(request: Request, options: Options) -> Suppression:
-    """Begins a measurement."""
-    return Suppression(request, options)
-
-
 def subsets(importance: Mapping[int, float], rollouts: int, seed: int) -> list[tuple[int, ...]]:
     """Distinct subsets of half of the layers (at least one), drawn with weights sigmoid(I); fewer where there are not so many."""
     layers = sorted(importance)
@@ -99,13 +94,7 @@ class Suppression(WatchingCalls):
         before = request.before or (None,) * len(request.layers)
         self.importance = {i: -(before[i] or 0.0) for i in held}
         self.damped = subsets(self.importance, options.rollouts, request.seed)
-        self._losses: list[float] | None = None
-        self._running = False
-
-    def next_batch(self, scale: float | None = None) -> None:
-        """Counts the batch, if one came through; its loss is run anew, so its scale does not matter."""
-        self.batches += self._running
-        self._running = False
+        self._losses: list[float] | None = None  # run anew, so that scales do not matter
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The mean of every process's losses; every process damps the same layers, each on its own micro-batch."""
@@ -146,6 +135,9 @@ class Suppression(WatchingCalls):
                     raise ScoreError("importance: the model returned no loss; it needs the labels in its inputs")
                 found.append(float(loss.mean()))
         return found
+
+
+start = Suppression
 
 
 @contextmanager

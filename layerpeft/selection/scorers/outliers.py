@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import ScoreError
+from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target
 from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import weight_slices
@@ -38,27 +39,16 @@ def score(request: Request, options: Options) -> Measured:
     return _ratios(request, options, None)
 
 
-def start(request: Request, options: Options) -> InputNorms:
-    """Begins the measurement of `‖X_j‖₂`, the norms of the input features of every target."""
-    return InputNorms(request, options)
-
-
 class InputNorms(Watching):
     """Running sums of squares of each target's input features, one vector (in,) per target (and expert)."""
 
     def __init__(self, request: Request, options: Any) -> None:
         super().__init__(request, options)
         self.squares: dict[Key, torch.Tensor] = {}
-        self._running = False
 
     def attach(self) -> None:
         """Puts the hooks on."""
         self._handles = attach_taps(self.request.model, self.request.targets, self._tap)
-
-    def next_batch(self, scale: float | None = None) -> None:
-        """Counts the batch, if anything came through."""
-        self.batches += self._running
-        self._running = False
 
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums the squares over processes, in the order of the targets."""
@@ -90,9 +80,12 @@ class InputNorms(Watching):
         with torch.no_grad():
             flat = x.detach().reshape(-1, x.shape[-1])
             for key, rows in keys.items():
-                part = (flat if rows is None else flat[rows]).float().square().sum(0, dtype=_wide(x))
+                part = (flat if rows is None else flat[rows]).float().square().sum(0, dtype=widest(x.device))
                 self.squares[key] = self.squares[key] + part if key in self.squares else part
         return y
+
+
+start = InputNorms
 
 
 def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tensor] | None) -> Measured:
@@ -105,7 +98,7 @@ def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tens
             continue
         total, count = 0.0, 0
         for _, block in _blocks(request, targets, squares):
-            total += float(block.sum(dtype=_wide(block)))
+            total += float(block.sum(dtype=widest(block.device)))
             count += block.numel()
         mean = total / count
         above: dict[str, int] = {t.name: 0 for t in targets}
@@ -135,7 +128,3 @@ def _blocks(
                 norms = torch.zeros(rows.shape[-1]) if square is None else square.sqrt()
                 block = block * norms.to(device=block.device, dtype=block.dtype)
             yield target.name, block
-
-
-def _wide(t: torch.Tensor) -> torch.dtype:
-    return torch.float32 if t.device.type == "mps" else torch.float64

@@ -28,13 +28,11 @@ def needs(options: Options) -> str:
     return "forward"
 
 
-def start(request: Request, options: Options) -> Divergence:
-    """Begins a measurement. Raises: ScoreError for experts in 3-D tensors; ConfigError for what else cannot be rounded."""
-    return Divergence(request, options)
-
-
 class Divergence(WatchingCalls):
-    """The running measurement: remembers a batch's inputs, and runs it again with each layer rounded once it is complete."""
+    """The running measurement: remembers a batch's inputs, and runs it again with each layer rounded once it is complete.
+
+    Raises: ScoreError for experts in 3-D tensors; ConfigError for what else cannot be rounded.
+    """
 
     def __init__(self, request: Request, options: Options) -> None:
         unfit = [t.name for t in request.targets if t.kind not in ("linear", "conv1d")]
@@ -80,3 +78,6 @@ class Divergence(WatchingCalls):
         if not any(found.values()):
             raise ScoreError("rounding any one layer changes nothing in the output; choose by another scorer")
         return Measured(tuple(found.get(i, 0.0) for i in range(len(self.request.layers))))
+
+
+start = Divergence

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ScoreError
+from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded
 from layerpeft.model.targets import MATRICES
@@ -112,7 +113,7 @@ def _target_error(
     lost = whole = 0.0
     for expert, weight in matrices(model, target):
         after = rounded(weight.contiguous(), str(options.precision), options.storage)
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        wide = widest(weight.device)
         columns = (weight.float() - after.float()).square().sum(0, dtype=wide)
         own = weight.float().square().sum(0, dtype=wide)
         if squares is not None:

@@ -1,14 +1,9 @@
 """Uniform random numbers: the control arm that every other criterion has to beat."""
 
 import random
-from dataclasses import dataclass
 
+from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.scoring import Measured, Request
-
-
-@dataclass(frozen=True)
-class Options:
-    """No options; `seed` makes another draw."""
 
 
 def needs(options: Options) -> str:

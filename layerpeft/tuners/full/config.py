@@ -127,17 +127,11 @@ class LayerFullConfig(LayerLoraConfig):
             **shared,
         )
         always = always_modules(base, wanted)
-        born = new_modules(base) if self.train_new else ()
-        return stock.recorded(
-            FullRecord(
-                config=plain_config(self),
-                method=self.method,
-                selection=selection,
-                new_tensors=tuple(n for n in born if n in always),
-                asked=self.bare(),
-                wholes=wholes,
-            )
+        born = tuple(n for n in (new_modules(base) if self.train_new else ()) if n in always)
+        found = FullRecord(
+            plain_config(self), self.method, selection, new_tensors=born, asked=self.bare(), wholes=wholes
         )
+        return stock.recorded(found)
 
 
 @dataclass

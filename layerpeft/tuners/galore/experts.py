@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import is_traced, stores_out_first
+from layerpeft.integrations.torch import eager
 from layerpeft.model.experts import UNSEEN, Use, Uses, flat, joined, rows_of
 from layerpeft.tuners.galore.layer import Projected
 from layerpeft.tuners.galore.projection import lefts, rights, state_of, unscale
@@ -78,7 +79,7 @@ class ProjectedExperts(Projected, ParamWrapper):
             return ParamWrapper.forward(self, x, *args, **kwargs)
         if others:
             raise ConfigError(f"{state.name} is trained by projection and takes no second active adapter ({others[0]})")
-        return _eagerly(self, x, *args, **kwargs)
+        return _with_branch(self, x, *args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -91,6 +92,7 @@ class ProjectedExperts(Projected, ParamWrapper):
         return self.get_base_layer()
 
 
+@eager
 def _with_branch(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     unscale(layer)
     uses = _Branch(layer)
@@ -99,9 +101,6 @@ def _with_branch(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if not uses.count and x.numel():
         raise uses.unknown(UNSEEN)
     return y
-
-
-_eagerly: Any = torch.compiler.disable(_with_branch)
 
 
 def _fits_grouped(x: torch.Tensor, rank: int) -> bool:

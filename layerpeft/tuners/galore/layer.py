@@ -8,19 +8,8 @@ from torch.nn.functional import linear
 
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import LoraLinear, dequantized
-from layerpeft.tuners.galore.projection import (
-    Projection,
-    basis_of,
-    fixed_of,
-    held,
-    keep_original,
-    restart,
-    set_basis,
-    show,
-    trained_of,
-    unscale,
-    weight_of,
-)
+from layerpeft.tuners.galore import projection
+from layerpeft.tuners.galore.projection import Projection, show
 from layerpeft.tuners.galore.subspace import random_basis
 
 ONE_ONLY = (
@@ -66,14 +55,14 @@ class Projected:
         """Takes the running period into the weight; what the weight was is kept, so that it comes back bit for bit."""
         state = self._layerpeft
         if state.adapter in (adapter_names or self.active_adapters) and not self.merged:
-            keep_original(self)
+            projection.keep_original(self)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def unmerge(self: Any) -> None:
         """Forms the weight anew; nothing is taken off it, which would leave rounding."""
         if self.merged_adapters == [self._layerpeft.adapter]:
             self.merged_adapters.clear()
-            restart(self)
+            projection.restart(self)
         else:
             super().unmerge()  # type: ignore[misc]
 
@@ -103,17 +92,17 @@ class Projected:
     def trained_change(self: Any) -> tuple[float, float]:
         """(‖ΔW‖², ‖W‖²) of all that was trained, folds included, against the original weight."""
         state = self._layerpeft
-        left, right = held(self)
+        left, right = projection.held(self)
         before = state.original
         if before is None:
-            before = weight_of(self) if state.experts else dequantized(self.get_base_layer())
+            before = projection.weight_of(self) if state.experts else dequantized(self.get_base_layer())
         change = sum(float((left[s].double() @ right[s].double()).square().sum()) for s in state.slots)
         return change, sum(float(before[s].double().square().sum()) for s in state.slots)
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output; over a quantized weight the folds are a second branch."""
         if not torch.compiler.is_compiling():
-            unscale(self)
+            projection.unscale(self)
         state = self._layerpeft
         if _in_one(self, x, args, kwargs):
             y = self.base_layer(x)
@@ -167,13 +156,13 @@ def project(layer: Any, state: Projection, becomes: type | None = None) -> None:
     layer._layerpeft = state
     frozen = "lora_A" if state.side == "right" else "lora_B"
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, state.adapter: (frozen,)}
-    fixed, trained = fixed_of(layer), trained_of(layer)
+    fixed, trained = projection.fixed_of(layer), projection.trained_of(layer)
     fixed.requires_grad_(False)
     if fixed.device.type != "meta":
-        rank, size = basis_of(layer).shape[-2:]
+        rank, size = projection.basis_of(layer).shape[-2:]
         with torch.no_grad():
             trained.zero_()
         for slot in state.slots:
             key = f"{state.key}|first" + (f"|{slot}" if state.experts else "")
-            set_basis(layer, random_basis(key, rank, size, fixed), slot)
-    unscale(layer)
+            projection.set_basis(layer, random_basis(key, rank, size, fixed), slot)
+    projection.unscale(layer)

@@ -17,7 +17,7 @@ from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.experts import ProjectedExperts
 from layerpeft.tuners.galore.folds import Folds
 from layerpeft.tuners.galore.layer import project
-from layerpeft.tuners.galore.projection import Projection, folded, originals, state_of, weight_of
+from layerpeft.tuners.galore.projection import Projection, state_of, weight_of
 from layerpeft.tuners.galore.refresh import Refresher
 from layerpeft.tuners.galore.subspace import side_of
 from layerpeft.tuners.galore.watch import Watcher
@@ -66,11 +66,12 @@ class GaloreMethod(LoraMethod):
 
     def originals(self) -> Mapping[str, torch.Tensor]:
         """Those that have folds in them now."""
-        return originals(self.model, self.adapter)
+        found = ((n, state_of(layer)) for n, layer in self.refresher.layers())
+        return {n if s.experts else f"{n}.weight": s.original for n, s in found if s.original is not None}
 
     def moved(self) -> set[str]:
         """What was trained may lie in the weights by now."""
-        return folded(self.model, self.adapter)
+        return {n for n, layer in self.refresher.layers() if state_of(layer).folds.count}
 
     def ready(self) -> None:
         """Watches what is due."""

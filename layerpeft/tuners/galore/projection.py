@@ -95,17 +95,6 @@ def projections(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
             yield state.name, layer
 
 
-def originals(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The weights as they were, by parameter name, of the modules whose working weight has folds in it."""
-    found = ((n, state_of(layer)) for n, layer in projections(model, adapter))
-    return {n if s.experts else f"{n}.weight": s.original for n, s in found if s.original is not None}
-
-
-def folded(model: nn.Module, adapter: str) -> set[str]:
-    """The modules that have folds."""
-    return {n for n, layer in projections(model, adapter) if state_of(layer).folds.count}
-
-
 def fixed_of(layer: LoraLayer) -> nn.Parameter:
     """The factor that is fixed within a period: Q (r, in), or P (out, r)."""
     state = state_of(layer)

@@ -9,24 +9,9 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import TrainingError
 from layerpeft.text import note
 from layerpeft.training.method import Method, Step
-from layerpeft.tuners.galore import subspace
+from layerpeft.tuners.galore import projection, subspace
 from layerpeft.tuners.galore.optimizers import Row, check
-from layerpeft.tuners.galore.projection import (
-    Projection,
-    Slot,
-    at,
-    basis_of,
-    fold,
-    like_trained,
-    projections,
-    refuse_part,
-    rotate,
-    set_basis,
-    state_of,
-    trained_of,
-    unscale,
-    wide,
-)
+from layerpeft.tuners.galore.projection import Projection, Slot, at, basis_of, like_trained, state_of, trained_of
 from layerpeft.tuners.galore.watch import Refreshing, Watcher
 
 # optimizers that look at a tensor as one matrix, while that of experts holds as many as there are experts
@@ -43,14 +28,14 @@ class Refresher:
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """The projected modules, by name."""
-        return projections(self.method.model, self.method.adapter)
+        return projection.projections(self.method.model, self.method.adapter)
 
     def arm(self) -> None:
         """Watches the modules whose next step gives them a basis; called before a forward pass, and after every step."""
         layers = dict(self.layers())
         self._spread([state_of(layer) for layer in layers.values()])
         for name, layer in layers.items():
-            unscale(layer)
+            projection.unscale(layer)
             state = state_of(layer)
             due = state.steps >= state.due and trained_of(layer).requires_grad
             state.watcher, state.watched = self.watcher, self.how.subspace != "random" and due
@@ -72,7 +57,7 @@ class Refresher:
         Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
         """
         for _, layer in self.layers() if self._row is None else ():
-            refuse_part(layer)
+            projection.refuse_part(layer)
         self._row = check(step.optimizer, self.how.moments)
         if self._row is not None and self._row.name in MATRIX_WISE:
             self._refuse_experts(self._row.name)
@@ -114,7 +99,7 @@ class Refresher:
 
         An expert that no token reached keeps its own.
         """
-        state, old = state_of(layer), wide(basis_of(layer)).clone()
+        state, old = state_of(layer), projection.wide(basis_of(layer)).clone()
         found = _bases(layer, old, seen)
         if found is None:
             self._failed(state, "no new subspace was found")
@@ -123,14 +108,14 @@ class Refresher:
         found = {slot: new.to(old) for slot, new in found.items()}
         state.overlap = sum(subspace.overlap(new, old[slot]) for slot, new in found.items()) / len(found)
         self._adapt(state)
-        fold(layer)
+        projection.fold(layer)
         means, squares = self._moments(optimizer.state.get(trained_of(layer), {}))
         for slot, new in found.items():
             if self.how.basis == "aligned" and state.refreshes:
                 new = subspace.aligned(new, old[slot])
             m, s = ([at(like_trained(layer, t), slot) for t in some] for some in (means, squares))
-            rotate(old[slot], new, m, s, state.side, self.how.moments)
-            set_basis(layer, new, slot)
+            projection.rotate(old[slot], new, m, s, state.side, self.how.moments)
+            projection.set_basis(layer, new, slot)
         state.refreshes += 1
         state.due = state.steps + (state.gap if state.refreshes > 1 else state.first_gap)
         return True
