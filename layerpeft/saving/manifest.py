@@ -1,7 +1,6 @@
 """The side file `layerpeft.json`: written last, it vouches for every other file of an adapter; and loading with it."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from enum import Enum
@@ -11,8 +10,6 @@ from typing import Any
 from layerpeft.errors import Problems, SaveError
 from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of
 from layerpeft.selection.select import Selection
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "layerpeft.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -92,15 +92,13 @@ def start(
 
 def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batches: int) -> Scores:
     """The measured numbers with all that says where they came from."""
-    options = options_of(select, SCORERS)
-    plain = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
     versions = {package: version_of(package) for package in ("layerpeft", "torch", "transformers")}
     return Scores(
         tuple(math.nan if v is None else v for v in measured.values),  # a layer that was not seen is an error here
         by=str(select.by),
         fingerprint=layers.fingerprint,
         stack=layers.stack,
-        options=plain,
+        options=asdict(options_of(select, SCORERS)),
         targets=dict(measured.targets),
         origin={"model_type": layers.model_type, **versions, "seed": select.seed, "num_batches": num_batches},
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import replace_file
-from layerpeft.training.report import _CHANGE, _CHOSEN, _INK, _OTHER, COLUMNS, Row
+from layerpeft.training.report import COLUMNS, Row
 
 SWITCHES = ("step", *COLUMNS, "optimizer_bytes")
+_CHOSEN, _OTHER, _CHANGE, _INK = "#0072B2", "#C9CED3", "#D55E00", "#222222"  # Okabe-Ito, told apart in grey too
 Plain = Mapping[str, Any]  # of a `Standing`
 
 

@@ -1,6 +1,5 @@
 """What is and was trained: one row per layer, as a table, a CSV file and a picture."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.names import clean
 from layerpeft.model.weights import PIECE
 from layerpeft.text import grid, some
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = ("layer", "name", "score", "chosen", "steps", "change")
 
@@ -300,6 +297,3 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _three(names: Sequence[str]) -> str:
     return some(names, 3, " and {} more")
-
-
-_CHOSEN, _OTHER, _CHANGE, _INK = "#0072B2", "#C9CED3", "#D55E00", "#222222"  # Okabe-Ito, told apart in grey too
