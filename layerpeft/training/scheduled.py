@@ -26,7 +26,7 @@ PLACES = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version",
 
 
 class Once:
-    """The schedule of a choice that is made once: all of it trains, all the time, whatever it hears."""
+    """The schedule of a choice that is made once: all of it trains, all the time."""
 
     switches = False
 
@@ -51,6 +51,8 @@ class Once:
         """What trackers are told of the switches since they were last told."""
         return {}
 
+    # ---- what it hears, and does nothing about
+
     def count(self, targets: Iterable[str]) -> None: ...  # these have trained
     def begin(self) -> None: ...  # a training begins
     def start(self, inside: bool = False) -> None: ...  # freezes what does not train yet, as soon as that can be
@@ -59,9 +61,7 @@ class Once:
     def after_step(self, optimizer: Optimizer) -> None: ...  # after a real step
     def rest(self) -> None: ...  # a training has ended
     def restore(self, folder: str) -> None: ...  # goes on where the run stood that saved this folder
-    def copied(
-        self, old: Any, memo: dict[int, Any]
-    ) -> None: ...  # stands where another stood, of which this is a deep copy
+    def copied(self, old: Any, memo: dict[int, Any]) -> None: ...  # in a deep copy of `old`: goes on where that stood
     def measure_anew(self) -> None: ...  # in a deep copy: puts hooks of its own in the place of those that came along
     def close(self) -> None: ...  # nobody follows, or measures, any more
 

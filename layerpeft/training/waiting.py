@@ -31,7 +31,7 @@ class Waiting:
             pending.decider = self.schedule.first
 
     def measure_anew(self) -> None:
-        """In a deep copy."""
+        """In a deep copy: puts hooks of its own in the place of those that came along."""
         if self.pending is not None:
             self.pending.close()
             self.wait(Pending(self.method.model, self.pending.examined))
