@@ -9,8 +9,6 @@ that are not finite counting as 1000 (such a batch is left out), and the losses'
 the score.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

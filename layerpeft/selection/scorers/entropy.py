@@ -9,8 +9,6 @@ type of the activations: layers · tokens · width numbers. Padding does not cou
 shape of the tokens. Not in the paper's text: how tokens are sampled, and k-means++ as the start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

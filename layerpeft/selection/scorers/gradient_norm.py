@@ -1,7 +1,5 @@
 """Norm of the gradient of the base weights, by layer: `sqrt(mean over batches of Σ over the layer's targets ‖G_b‖²)`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -13,8 +13,6 @@ the signal is: losses .01 apart move I by .009, and while the adapters still giv
 nothing, so the choice is close to uniform for a long time.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 `D_l = 100 · count(A > M · mean(A)) / numel`, in percent, over all weights of the layer's targets, with `A_ij = ‖X_j‖₂ · |W_ij|`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ back each time. A measured loss, where the other scorers' are guesses, but it st
 rounded layers do together is not in it. In a 16-bit model every value also holds some 1e-4 nats that any change makes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
