@@ -15,6 +15,7 @@ import torch
 import layerpeft
 from tests.helpers.pictures import Pictures
 from tests.helpers.repeating import mark_repetitions
+from tests.helpers.tracing import keep_traces
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,6 +60,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_traces():
+    with pytest.MonkeyPatch.context() as patch:
+        keep_traces(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,18 +44,18 @@ def test_the_public_list():
         assert getattr(layerpeft, name).__doc__, name
 
 
-def modules_after(statement: str) -> set[str]:
-    code = f"{statement}; import sys, json; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+def modules_after(*statements: str) -> list[set[str]]:
+    told = "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    code = "\n".join(["import sys, json", *(f"{statement}\n{told}" for statement in statements)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return [set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
 def test_import_brings_in_nothing_that_peft_does_not():
-    extra = modules_after("import layerpeft") - modules_after("import peft")
     standard = set(sys.stdlib_module_names)
-    assert extra - standard == {"layerpeft"}
-    every = modules_after("from layerpeft import *") - modules_after("import peft")
-    assert every - standard == {"layerpeft"}
+    theirs, every = modules_after("import peft", "from layerpeft import *")
+    (alone,) = modules_after("import layerpeft")
+    assert alone - theirs - standard == every - theirs - standard == {"layerpeft"}
 
 
 def test_the_version_is_the_packages():

@@ -1,4 +1,4 @@
-"""Short runs of TRL's SFTTrainer on the small Llama, and what they did."""
+"""Short runs of TRL's SFTTrainer on the first layers of the small Llama, and what they did."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import layerpeft
-from tests.conftest import DATA, LLAMA
+from tests.conftest import DATA
+from tests.helpers.short import short_llama
 
 BY_GRADIENT = {"by": "gradient_norm", "keep": 3}
 
@@ -47,7 +48,7 @@ def sft(rows, folder, config, model=None, **options):
 
     options = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48, "use_cpu": True, **options}
     args = SFTConfig(str(folder), report_to=[], logging_steps=1, disable_tqdm=True, **options)
-    return SFTTrainer(str(LLAMA) if model is None else model, args=args, train_dataset=rows, peft_config=config)
+    return SFTTrainer(str(short_llama()) if model is None else model, args=args, train_dataset=rows, peft_config=config)
 
 
 def plain(name):

@@ -9,6 +9,7 @@ import torch
 
 from layerpeft import LayerLoraConfig
 from layerpeft.errors import SelectionError
+from tests.helpers.short import LAYERS
 from tests.helpers.training import BY_GRADIENT, chosen, gsm8k_rows, record, sft
 
 
@@ -51,7 +52,7 @@ def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(unbroken, rows, tmp_pa
 
 def test_resume_refuses_another_choice(unbroken, rows, tmp_path):
     whole, folder = unbroken
-    others = [i for i in range(12) if i not in chosen(whole)][:3]
+    others = [i for i in range(LAYERS) if i not in chosen(whole)][:3]
     trainer = resumable(rows, tmp_path, select=others)
     with pytest.raises(SelectionError, match="trains other targets than this model") as error:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))

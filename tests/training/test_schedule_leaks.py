@@ -1,4 +1,4 @@
-"""A thousand steps with a switch every five: what lives after two hundred switches is what lived after ten."""
+"""A switch every five steps: what lives after forty switches, or two hundred, is what lived after ten."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, check_trained, get_peft_model
 from layerpeft.tuners.galore.projection import projections, state_of
 from tests.helpers.loops import hooks
+from tests.helpers.repeating import repeated
 from tests.helpers.scheduling import switcher_of
 
-WIDTH, LAYERS, EVERY, EARLY, LATE = 8, 4, 5, 10, 200
+WIDTH, LAYERS, EVERY, EARLY = 8, 4, 5, 10
 UNIFORM = {"pick": "uniform", "keep": 2, "reselect_steps": EVERY}
-LOOKED = {*range(1, 13), 100, *range(LATE - 7, LATE + 1)}
+LATE = pytest.mark.parametrize("late", [40, repeated(200)])  # a thousand steps
 BY_GRADIENT = {"by": "gradient_norm", "pick": "sample", "keep": 2, "reselect_steps": EVERY}
 METHODS = {
     "lora": lambda select: LayerLoraConfig(select=select, r=2, target_modules=["up", "down"]),
@@ -95,7 +96,7 @@ class Story:
 
     def complete(self):
         """The first switch before which every layer has trained."""
-        return next(s for s in range(1, LATE) if len(set().union(*self.windows[:s])) == LAYERS)
+        return next(s for s in range(1, len(self.windows)) if len(set().union(*self.windows[:s])) == LAYERS)
 
 
 @pytest.fixture
@@ -107,8 +108,9 @@ def nothing_else():
     gc.unfreeze()
 
 
-def trained(method, state, select=UNIFORM):
-    """A thousand steps; what lived at some switches."""
+def trained(method, state, late, select=UNIFORM):
+    """What lived at some switches of so many."""
+    looked = {*range(1, 13), late // 2, *range(late - 7, late + 1)}
     torch.manual_seed(0)
     model = Tiny().to(torch.bfloat16 if method == "masters" else torch.float32)
     model = get_peft_model(model, METHODS[method](select | {"state": state}))
@@ -118,20 +120,20 @@ def trained(method, state, select=UNIFORM):
 
     def before_switch(*_):  # this hook runs before the one that switches
         switch, rest = divmod(steps + 1, EVERY)
-        if not rest and switch in LOOKED:
+        if not rest and switch in looked:
             story.before[switch] = alive(model, optimizer)
 
     optimizer.register_step_post_hook(before_switch)
-    while steps < EVERY * LATE:
+    while steps < EVERY * late:
         model(data[steps % 16]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-        if not steps % EVERY and steps // EVERY in LOOKED:
+        if not steps % EVERY and steps // EVERY in looked:
             story.after[steps // EVERY] = alive(model, optimizer)
     story.windows += [set(h["layers"]) for h in switcher_of(model).plain()["history"]]
     check_trained(model)
-    assert len(story.windows) == LATE + 1 and len({frozenset(w) for w in story.windows}) > 3
+    assert len(story.windows) == late + 1 and len({frozenset(w) for w in story.windows}) > 3
     assert all(t.numel() <= WIDTH * WIDTH for t in folded(model)) and bool(folded(model)) == ("galore" in method)
     return story
 
@@ -140,11 +142,12 @@ CASES = [(m, s, UNIFORM) for m in METHODS for s in ("clear", "offload") if (m, s
 CASES += [("lora", "offload", BY_GRADIENT), ("full", "clear", BY_GRADIENT)]
 
 
+@LATE
 @pytest.mark.parametrize(
     ("method", "state", "select"), CASES, ids=lambda v: v.get("by", "uniform") if isinstance(v, dict) else v
 )
-def test_nothing_grows_under(method, state, select, nothing_else):
-    story = trained(method, state, select)
+def test_nothing_grows_under(method, state, select, late, nothing_else):
+    story = trained(method, state, late, select)
     assert story.complete() <= EARLY
     assert story.before[EARLY].states == story.pool * 2 / LAYERS  # of the two layers that train
     for switch in sorted(s for s in story.before if s >= EARLY):
@@ -157,15 +160,16 @@ def test_nothing_grows_under(method, state, select, nothing_else):
     assert len(firsts) < len(story.after) / 2
 
 
+@LATE
 @pytest.mark.parametrize("method", ["lora", "galore", "full"])
-def test_kept_states_stop_growing_once_every_layer_was_active(method, nothing_else):
-    story = trained(method, "keep")
+def test_kept_states_stop_growing_once_every_layer_was_active(method, late, nothing_else):
+    story = trained(method, "keep", late)
     full = story.complete()
     assert story.before[full].states == story.pool
     assert 1 < full <= EARLY and story.before[1].nbytes < story.before[full].nbytes
-    late = {s: a for s, a in story.before.items() if s >= full}
-    assert LATE in late
-    assert all(found == story.before[full] for found in late.values()), grown(story.before[full], late[LATE])
+    later = {s: a for s, a in story.before.items() if s >= full}
+    assert late in later
+    assert all(found == story.before[full] for found in later.values()), grown(story.before[full], later[late])
 
 
 def grown(early, late):

@@ -22,7 +22,7 @@ from transformers import (
 import layerpeft
 from layerpeft import LayerLoraConfig
 from layerpeft.errors import ScoreError, TrainingError
-from tests.conftest import LLAMA
+from tests.helpers.short import LAYERS, short_llama
 from tests.helpers.training import (
     BY_GRADIENT,
     At,
@@ -67,20 +67,21 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
     assert {layer_of(plain(n)) for n in wrapped} == set(layers)
     held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in trainer.model.parameters() if p.requires_grad}
-    base = load_file(LLAMA / "model.safetensors")
+    base = load_file(short_llama() / "model.safetensors")
     assert all(torch.equal(p.to(base[n].dtype), base[n]) for n, p in snapshot(trainer.model).items() if n in base)
     if isinstance(select, dict):
-        fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=trainer.model.dtype)
+        fresh = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=trainer.model.dtype)
         scores = scored(fresh, seen.batches[:1])
         assert layers == sorted(scores.ranked()[:3])
         assert record(trainer).selection.scores.values == pytest.approx(scores.values, rel=5e-3)
     else:
-        assert layers == [9, 10, 11]
+        assert layers == [2, 3, 4]
     assert record(trainer).checks["end"] and record(trainer).steps_trained == dict.fromkeys(layers, 2)
     saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     assert {layer_of(n) for n in saved} == set(layers) and len(saved) == 2 * len(wrapped)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("lengths", ["equal", "ragged"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["default", "reentrant"])
 def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_step(rows, tmp_path, reentrant, lengths):
@@ -94,7 +95,7 @@ def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_st
     seen = Seen().watch(trainer)
     trainer.train()
     assert len(seen.batches) == 4
-    fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=trainer.model.dtype)
+    fresh = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=trainer.model.dtype)
     scores = scored(fresh, seen.batches)
     found = record(trainer).selection
     assert found.layers == tuple(sorted(scores.ranked()[:3]))
@@ -106,7 +107,7 @@ def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_st
 def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_path, accumulate):
     limit = 1e-3
     options = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 2, "save_strategy": "no"}
-    trainer = sft(rows, tmp_path, LayerLoraConfig(select=BY_GRADIENT), max_grad_norm=limit, **options)
+    trainer = sft(rows, tmp_path, LayerLoraConfig(select={**BY_GRADIENT, "keep": 1}), max_grad_norm=limit, **options)
     seen, pool, sums = Seen().watch(trainer), {}, []
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -114,7 +115,7 @@ def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_p
     trainer.add_callback(At("on_pre_optimizer_step", lambda: sums.append(dict(pool))))
     trainer.train()
     layers = set(chosen(trainer))
-    assert {layer_of(plain(n)) for n in sums[0]} == set(range(12))  # all of the pool got gradients, but
+    assert {layer_of(plain(n)) for n in sums[0]} == set(range(LAYERS))  # all of the pool got gradients, but
     assert {layer_of(plain(n)) for n in seen.steps_with_gradient[0]} == layers  # what was clipped is the chosen layers'
     of_chosen = torch.stack([g.norm() for n, g in sums[0].items() if layer_of(plain(n)) in layers]).norm()
     of_pool = torch.stack([g.norm() for g in sums[0].values()]).norm()
@@ -128,16 +129,16 @@ def test_where_the_engine_has_no_callback_the_optimizer_hook_chooses(rows, tmp_p
     trainer = sft(rows, tmp_path, LayerLoraConfig(select=BY_GRADIENT), max_steps=1, save_strategy="no")
     seen = Seen().watch(trainer)
     trainer.train()
-    assert {layer_of(plain(n)) for n in seen.steps_with_gradient[0]} == set(range(12))
+    assert {layer_of(plain(n)) for n in seen.steps_with_gradient[0]} == set(range(LAYERS))
     assert len(chosen(trainer)) == 3 and record(trainer).checks["end"]
 
 
 def test_batches_on_the_config_choose_as_get_peft_model_does(rows, tmp_path, gsm8k_batches):
-    model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
     config = LayerLoraConfig(select=BY_GRADIENT, batches=iter(gsm8k_batches[:3]), task_type="CAUSAL_LM")
     trainer = sft(rows, tmp_path, config, model, max_steps=1, save_strategy="no")
     trainer.train()
-    other = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
     wrapped = layerpeft.get_peft_model(other, LayerLoraConfig(select=BY_GRADIENT), batches=gsm8k_batches[:3])
     there = wrapped.peft_config["default"]._layerpeft.selection
     assert record(trainer).selection == there and record(trainer).selection.scores.origin["num_batches"] == 3
@@ -149,7 +150,7 @@ def test_outliers_are_measured_on_the_first_step_too(rows, tmp_path):
     trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), save_strategy="no", **options)
     seen = Seen().watch(trainer)
     trainer.train()
-    fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=trainer.model.dtype)
+    fresh = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=trainer.model.dtype)
     scores = scored(fresh, seen.batches, by="outliers", M=5)
     assert record(trainer).selection.scores.values == pytest.approx(scores.values, rel=1e-3)
     assert chosen(trainer) == sorted(scores.ranked()[:2])
@@ -184,7 +185,7 @@ def test_a_choice_that_cannot_be_made_stops_training_with_its_own_error(rows, tm
 
 
 def test_a_loop_with_accelerate(rows, tmp_path, gsm8k_batches):
-    model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
     model = layerpeft.get_peft_model(model, LayerLoraConfig(select=BY_GRADIENT, task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     AcceleratorState._reset_state(True)
@@ -201,7 +202,7 @@ def test_a_loop_with_accelerate(rows, tmp_path, gsm8k_batches):
     finally:
         AcceleratorState._reset_state(True)
     layerpeft.check_trained(model)
-    fresh = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    fresh = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
     scores = layerpeft.score_layers(fresh, batches=gsm8k_batches[:2], num_batches=2, progress=False)
     found = model.peft_config["default"]._layerpeft
     assert found.selection.layers == tuple(sorted(scores.ranked()[:3]))
@@ -240,6 +241,7 @@ def classify(folder, out, config, **options):
     return Trainer(wrapped, args=args, train_dataset=data, eval_dataset=data[:8])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("steps", [1, 3], ids=["", "accumulated"])
 @pytest.mark.parametrize("select", [{"by": "gradient_norm", "keep": 2}, "last:1"], ids=["gradient_norm", "last"])
 def test_trainer_on_a_classifier_trains_its_head_and_the_chosen_layers(bert, tmp_path, select, steps):
@@ -310,7 +312,7 @@ def test_dpo(rows, tmp_path, select):
     )
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 48, "use_cpu": True}
     args = DPOConfig(str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options)
-    trainer = DPOTrainer(str(LLAMA), args=args, train_dataset=pairs, peft_config=LayerLoraConfig(select=select))
+    trainer = DPOTrainer(str(short_llama()), args=args, train_dataset=pairs, peft_config=LayerLoraConfig(select=select))
     before = snapshot(trainer.model)
     trainer.train()
     changed = moved(trainer.model, before)
@@ -331,7 +333,7 @@ def test_reward(rows, tmp_path):
         str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options
     )
     config = LayerLoraConfig(select=BY_GRADIENT, task_type="SEQ_CLS")
-    trainer = RewardTrainer(str(LLAMA), args=args, train_dataset=pairs, peft_config=config)
+    trainer = RewardTrainer(str(short_llama()), args=args, train_dataset=pairs, peft_config=config)
     before = snapshot(trainer.model)
     trainer.train()
     changed = moved(trainer.model, before)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import layerpeft
 from layerpeft import LayerLoraConfig, check_trained, layer_report
 from tests.helpers.models import MODELS, batch, loss_of
+from tests.helpers.repeating import repeated
 
 CHOICES: dict[str, Any] = {"place": "last:1", "data": {"by": "gradient_norm", "keep": 1, "num_batches": 1}}
 
@@ -287,7 +288,7 @@ def test_hot_swap(tmp_path):
     assert torch.equal(logits(model), wanted)
 
 
-@pytest.mark.parametrize(("choice", "backend"), [("place", "aot_eager"), ("data", "eager")])
+@pytest.mark.parametrize(("choice", "backend"), [("place", "aot_eager"), repeated(("data", "eager"))])
 def test_compiled_models_train_alike(choice, backend):
     seen = []
     for compiled in (False, True):

@@ -200,8 +200,8 @@ def test_autocast_and_factors_in_16_bit(how):
 def test_compiled_models_run_their_experts_as_they_are():
     plain, model = wrap(update_proj_gap=2), wrap(update_proj_gap=2)
     compiled, optimizer = torch.compile(model, backend="eager"), adamw(model)
-    run(compiled, 5, optimizer)
-    run(plain, 5)
+    run(compiled, 4, optimizer)
+    run(plain, 4)
     for one, other in zip(modules(model).values(), modules(plain).values(), strict=True):
         torch.testing.assert_close(trained_of(one), trained_of(other), atol=1e-5, rtol=1e-4)
         assert state_of(one).refreshes == state_of(other).refreshes >= 2 and state_of(one).failed == 0

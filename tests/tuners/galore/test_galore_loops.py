@@ -25,6 +25,7 @@ from tests.helpers.projecting import (
     weights,
     wrap,
 )
+from tests.helpers.repeating import some
 
 KINDS = ["sketch", "svd", "random"]
 EXACT = ["sketch", "svd"]
@@ -70,6 +71,7 @@ def accumulated(parts, dtype, kind, steps=24, tokens=96):
     return weights(model), start
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, None), (torch.float32, 1e-2)])
 def test_four_micro_batches_equal_one_of_four_times_the_size(kind, dtype, most):
@@ -84,6 +86,7 @@ def test_four_micro_batches_equal_one_of_four_times_the_size(kind, dtype, most):
 # what stands between forward and step
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(plain, kind, reentrant):
@@ -95,14 +98,15 @@ def test_gradient_checkpointing(plain, kind, reentrant):
     assert same(snapshot(model), snapshot(plain[kind]))
 
 
-@pytest.mark.parametrize("kind", EXACT)
-def test_compiled(plain, kind):
+@pytest.mark.parametrize("kind", some(EXACT, 1))
+def test_compiled(kind):
     torch.compiler.reset()
-    model = wrap(subspace=kind)
+    model, twin = (wrap(llama(num_hidden_layers=2), (1,), subspace=kind) for _ in range(2))
     compiled = torch.compile(model, backend="eager")
-    train(compiled, optimizer=adamw(model))
-    assert refreshes(model) == refreshes(plain[kind])
-    assert apart(weights(model), weights(plain[kind])) < 1e-6
+    train(compiled, 5, optimizer=adamw(model))
+    train(twin, 5)
+    assert refreshes(model) == refreshes(twin) and min(r for r, _, _ in refreshes(model)) >= 2
+    assert apart(weights(model), weights(twin)) < 1e-6
     torch.compiler.reset()
 
 
@@ -114,13 +118,13 @@ def test_compiling_has_an_end():
         made.append(1)
         return graph.forward
 
-    model = wrap(update_proj_gap=8)
+    model = wrap(llama(num_hidden_layers=2), (0, 1), update_proj_gap=3, target_modules=["q_proj"])
     compiled, optimizer, counts = torch.compile(model, backend=backend), adamw(model), []
-    for number in range(40):
+    for number in range(12):
         train(compiled, 1, optimizer=optimizer, start=number)
         counts.append(len(made))
     torch.compiler.reset()
-    assert counts[-1] == counts[16]  # all places of the period have been seen twice
+    assert counts[-1] == counts[6] > 1  # all places of the period have been seen twice
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +146,7 @@ def test_autocast(plain, kind):
         assert float((a - b).norm()) < 0.2 * float(b.norm()) or kind != "random"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_loss_scaler_changes_nothing(plain, kind, fused):
@@ -161,6 +166,7 @@ def test_a_loss_scaler_changes_nothing(plain, kind, fused):
     assert apart(weights(model), weights(plain[kind])) < 1e-6
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", EXACT)
 def test_steps_that_a_loss_scaler_skips_leave_no_trace(plain, kind, fused):
@@ -180,6 +186,7 @@ def test_steps_that_a_loss_scaler_skips_leave_no_trace(plain, kind, fused):
     assert apart(weights(model), weights(plain[kind])) < 1e-6
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_that_are_dropped_leave_no_trace(plain, kind, to_none):
@@ -193,6 +200,7 @@ def test_gradients_that_are_dropped_leave_no_trace(plain, kind, to_none):
     assert same(snapshot(run(body, kind)), snapshot(plain[kind]))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["zeros", "the model's"])
 def test_ways_to_zero_gradients(plain, kind, how):
@@ -242,6 +250,7 @@ def test_closures(plain, kind):
     assert same(snapshot(model), snapshot(plain[kind]))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("stagger", [True, False])
 def test_two_optimizers_equal_one(kind, stagger):

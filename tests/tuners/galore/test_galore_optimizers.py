@@ -17,6 +17,7 @@ from layerpeft.errors import TrainingError
 from layerpeft.tuners.galore.optimizers import COPIES, TABLE, check, verdict
 from layerpeft.tuners.galore.projection import basis_of, projections, state_of
 from tests.helpers.loops import llama, make_batches
+from tests.helpers.repeating import some
 
 bnb = pytest.importorskip("bitsandbytes").optim
 TARGETS, RANK, GAP, STEPS, SCALE = ["q_proj", "v_proj", "up_proj", "down_proj"], 4, 6, 24, 0.25
@@ -229,7 +230,11 @@ def test_every_row_is_in_the_docs():
         assert any(f"`{row.name}`" in line and f"| {row.verdict}" in line for line in lines), row.name
 
 
-@pytest.mark.parametrize("name", EQUAL)
+# one of each kind of state; what a fold does to the others is asked below
+KINDS = ["AdamW", "AdamW8bit", "SGD", "Lion", "RMSprop", "Adafactor", "Muon"]
+
+
+@pytest.mark.parametrize("name", some(EQUAL, KINDS))
 def test_steps_are_those_on_the_projected_full_gradient(name):
     make, dtype, rate = EQUAL[name]
     found, bases = ours(make, dtype, rate)

@@ -9,6 +9,7 @@ import layerpeft
 from layerpeft import LayerGaloreConfig
 from layerpeft.tuners.galore import subspace
 from tests.helpers.loops import llama, make_batches
+from tests.helpers.repeating import some
 
 galore_torch = pytest.importorskip("galore_torch")
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -62,7 +63,7 @@ def apart(one, other):
     return difference, max(float((other[n] - first[n]).abs().max()) for n in first)
 
 
-@pytest.mark.parametrize("proj_type", ["right", "left", "std", "reverse_std"])
+@pytest.mark.parametrize("proj_type", some(["right", "left", "std", "reverse_std"], 2))
 def test_fifty_steps_and_five_refreshes_are_those_of_the_reference(proj_type):
     difference, movement = apart(ours(proj_type), reference(proj_type))
     assert movement > 0.02

@@ -31,6 +31,7 @@ from tests.helpers.lora_options import (
     wrap,
 )
 from tests.helpers.models import batch
+from tests.helpers.repeating import some
 from tests.tuners.lora import test_lora_starts
 
 # ---- the table itself ------------------------------------------------------------------------------------------------
@@ -63,7 +64,10 @@ def test_while_the_choice_waits(option):
     assert [r.steps for r in rows if r.chosen] == [2]
 
 
-@pytest.mark.parametrize("option", sorted(o for o in OPTIONS if not table()[o][1].startswith("error")))
+WAIT = sorted(o for o in OPTIONS if not table()[o][1].startswith("error"))
+
+
+@pytest.mark.parametrize("option", some(WAIT, WAIT[::3]))
 def test_a_waiting_choice_ends_like_one_with_batches(option):
     early = wrap(PENDING, **OPTIONS[option], batches=[batch("qwen2", build())])
     late = wrap(PENDING, **OPTIONS[option])

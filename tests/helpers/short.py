@@ -1,0 +1,35 @@
+"""The shipped Llama with its first five layers of twelve: what a test costs that trains real text goes with the depth."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import LLAMA
+
+LAYERS = 5
+
+
+@cache
+def short_llama() -> Path:
+    """Its folder, with the tokenizer; it goes with the process."""
+    held = tempfile.mkdtemp(prefix="short-llama-")
+    atexit.register(shutil.rmtree, held, ignore_errors=True)
+    return shorten(Path(held) / "llama")
+
+
+def shorten(folder: Path) -> Path:
+    """Writes it to a folder that is not there."""
+    shutil.copytree(LLAMA, folder)
+    config = json.loads((LLAMA / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}), encoding="utf-8")
+    tensors = load_file(LLAMA / "model.safetensors")
+    below = {n: t for n, t in tensors.items() if ".layers." not in n or int(n.split(".")[2]) < LAYERS}
+    save_file(below, folder / "model.safetensors", {"format": "pt"})
+    return folder
