@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import layerpeft
+from tests.helpers.processes import in_a_process
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -78,7 +77,7 @@ def test_the_scorer_of_another_package_scores(tmp_path):
     (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
     ((_, module),) = points.items()
     (tmp_path / f"{module}.py").write_text(block("python"), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", SCORES, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = in_a_process(SCORES, tmp_path, cwd=tmp_path)
     assert done.returncode == 0 and "scored" in done.stdout, done.stderr
 
 

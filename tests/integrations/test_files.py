@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from layerpeft.integrations.files import digest_of, fingerprint, header_of, note
 from layerpeft.selection.scores import Scores
 from layerpeft.training import optimizer_states
 from layerpeft.training.optimizer_states import load_store, save_store
+from tests.helpers.processes import in_a_process
 
 SCORES = Scores((1.0, 2.0), "random", "f" * 64, "layers")
 
@@ -39,6 +38,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from layerpeft.integrations.files import replacing
+from tests.helpers.processes import in_a_process
 with replacing(Path(sys.argv[1])) as beside:
     beside.write_bytes(b"half")
     os._exit(9)
@@ -49,7 +49,7 @@ def test_a_killed_process_leaves_the_old_file_and_the_next_write_clears_up(tmp_p
     path, other = tmp_path / "a[1].bin", tmp_path / ".a1.bin.0123.tmp"
     path.write_bytes(b"old")
     other.write_bytes(b"somebody else's")
-    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == 9
+    assert in_a_process(KILLED, path).returncode == 9
     assert path.read_bytes() == b"old" and len(names(tmp_path)) == 3
     replace_file(path, b"shared")  # another process may be at it: what lies there is not touched
     assert path.read_bytes() == b"shared" and len(names(tmp_path)) == 3

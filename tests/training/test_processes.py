@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import layerpeft
 from layerpeft import LayerLoraConfig, check_trained, score_layers
-from tests.conftest import LLAMA
 from tests.helpers.processes import in_two_ranks
+from tests.helpers.short import short_llama, shorten
 
 BY_GRADIENT = {"by": "gradient_norm", "keep": 3}
 SMALL = {"by": "gradient_norm", "keep": 2}
@@ -86,7 +86,7 @@ def sft(rank, folder):
 
     draw = torch.Generator().manual_seed(3)
     rows = Dataset.from_dict({"input_ids": torch.randint(5, 4000, (32, 24), generator=draw).tolist()})
-    seen, found = [], {}
+    seen, found, base = [], {}, shorten(folder / f"base {rank}")
     for name in ("whole", "resumed"):
         torch.manual_seed(0)
         shared = {
@@ -98,7 +98,7 @@ def sft(rank, folder):
         }
         args = SFTConfig(str(folder / "sft"), disable_tqdm=True, use_cpu=True, ddp_backend="gloo", **shared)
         config = LayerLoraConfig(select=BY_GRADIENT)
-        trainer = SFTTrainer(str(LLAMA), args=args, train_dataset=rows, peft_config=config)
+        trainer = SFTTrainer(str(base), args=args, train_dataset=rows, peft_config=config)
         trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].clone()), with_kwargs=True)
         clipped = Clipped()
         trainer.add_callback(clipped)
@@ -192,7 +192,7 @@ def test_sft_trainer_in_two_processes(ranks):
     assert all(torch.equal(p, theirs["adapter"][n]) for n, p in whole["adapter"].items())
     values = []
     for ids in (r["sft"]["first"] for r in ranks):
-        model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             values.append(alone(BY_GRADIENT, 0, 1, model, [{"input_ids": ids, "labels": ids}]))
     expected = pooled(*values)

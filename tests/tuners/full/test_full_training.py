@@ -10,9 +10,9 @@ import layerpeft
 from layerpeft import LayerFullConfig
 from layerpeft.errors import SelectionError, TrainingError
 from layerpeft.tuners.full.layer import full_layers, saved_modules
-from tests.conftest import LLAMA
 from tests.helpers.fulling import BATCHES, by_hand, clean, differ, parameters, same, train, trains, unloaded, wrap
 from tests.helpers.loops import BY_GRADIENT, BY_OUTLIERS, adamw, llama, step
+from tests.helpers.short import LAYERS, short_llama
 from tests.helpers.training import BY_GRADIENT as THREE
 from tests.helpers.training import chosen, gsm8k_rows, record, sft
 
@@ -23,7 +23,7 @@ def rows():
 
 
 def base():
-    return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
 
 
 def plain_sft(rows, folder, layers, **options):
@@ -34,25 +34,25 @@ def plain_sft(rows, folder, layers, **options):
     return sft(rows, folder, None, model=model, **options)
 
 
-OPTIONS = {"max_steps": 4, "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+OPTIONS = {"max_steps": 3, "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
 def test_sft_on_named_layers_is_plain_sft_with_the_others_frozen(rows, tmp_path):
-    ours = sft(rows, tmp_path / "a", LayerFullConfig(select=[3, 11]), model=base(), **OPTIONS)
+    ours = sft(rows, tmp_path / "a", LayerFullConfig(select=[1, 3]), model=base(), **OPTIONS)
     ours.train()
-    theirs = plain_sft(rows, tmp_path / "b", [3, 11], **OPTIONS)
+    theirs = plain_sft(rows, tmp_path / "b", [1, 3], **OPTIONS)
     theirs.train()
     assert same(parameters(ours.model), parameters(theirs.model))
     assert differ(parameters(base()), parameters(ours.model)) == trains(ours.model) != set()
     losses = [[(e["loss"], e["grad_norm"]) for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
     assert losses[0] == losses[1]
     assert record(ours).checks["end"].startswith("every chosen target moved")
-    assert record(ours).steps_trained == {3: 4, 11: 4}
+    assert record(ours).steps_trained == {1: 3, 3: 3}
 
 
 def test_a_choice_that_waits_for_the_first_step_trains_as_if_it_had_been_known(rows, tmp_path):
     ours = sft(rows, tmp_path / "a", LayerFullConfig(select=THREE), model=base(), **OPTIONS)
-    assert len(trains(ours.model)) == 12 * 9
+    assert len(trains(ours.model)) == LAYERS * 9
     ours.train()
     layers = chosen(ours)
     assert len(layers) == 3 and {int(n.split(".")[2]) for n in trains(ours.model)} == set(layers)
@@ -81,24 +81,24 @@ def record_of(model):
 
 
 def resumable(rows, folder, select, **options):
-    options = {**OPTIONS, "max_steps": 6, "save_steps": 3, **options}
+    options = {**OPTIONS, "max_steps": 4, "save_steps": 2, **options}
     return sft(rows, folder, LayerFullConfig(select=select), model=base(), **options)
 
 
-@pytest.mark.parametrize("select", [[2, 9], THREE], ids=["by place", "by gradients"])
+@pytest.mark.parametrize("select", [[1, 4], THREE], ids=["by place", "by gradients"])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(select, rows, tmp_path):
     whole = resumable(rows, tmp_path / "a", select)
     whole.train()
     torch.manual_seed(5)
     again = resumable(rows, tmp_path / "b", select)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert same(parameters(again.model), parameters(whole.model))
     assert record(again).selection == record(whole).selection
     assert record(again).steps_trained == record(whole).steps_trained
     assert same(unloaded(again.model), parameters(base()))
     other = resumable(rows, tmp_path / "c", [0, 1])
     with pytest.raises(SelectionError, match="other targets|another way"):
-        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("maker", ["adamw", "sgd"])
@@ -162,13 +162,13 @@ def test_dpo_without_a_reference_model_takes_the_base_and_trains_as_with_one(tmp
         model = base()
         if with_reference:
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(".layers.11." in name)
+                parameter.requires_grad_(f".layers.{LAYERS - 1}." in name)
         trainer = DPOTrainer(
             model,
             ref_model=base() if with_reference else None,
             args=args,
             train_dataset=rows,
-            processing_class=AutoTokenizer.from_pretrained(LLAMA),
+            processing_class=AutoTokenizer.from_pretrained(short_llama()),
             peft_config=None if with_reference else LayerFullConfig(select="last:1"),
         )
         trainer.train()
@@ -176,4 +176,4 @@ def test_dpo_without_a_reference_model_takes_the_base_and_trains_as_with_one(tmp
         losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
         assert len(losses) == 3 and losses[-1] < losses[0]
     assert same(*found)
-    assert differ(parameters(base()), found[0]) == {n for n in found[0] if ".layers.11." in n}
+    assert differ(parameters(base()), found[0]) == {n for n in found[0] if f".layers.{LAYERS - 1}." in n}
