@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import layerpeft
+from layerpeft.tuners.methods import METHODS
 
 ROOT = Path(layerpeft.__file__).parent
 # What stands at the root, from the ground up: each knows only what stands before it.
@@ -90,6 +91,45 @@ def test_a_stranger_finds_his_room():
     names = {path.name for path in ROOT.iterdir()} - {"py.typed", "__pycache__"}
     assert len(names) <= 15
     assert {name.removesuffix(".py") for name in names} <= set(FLOORS)
+
+
+# Where a method may be named besides its own folder: the public names, PEFT's types, and what other tools call things.
+NAMING = {"__init__", "integrations.peft", "recipe.foreign", "planning.optimizer_bytes"}
+
+
+def names_a_method(source: str, known: set[str]) -> list[str]:
+    """What names one: a string, something that `method` is compared with, an import from its folder."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        named = isinstance(node, ast.Constant) and node.value in known
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asked = any(isinstance(s, ast.Attribute | ast.Name) and "method" in ast.unparse(s) for s in sides)
+            texts = [c for s in sides for c in ast.walk(s) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            named = asked and bool(texts)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = any(n.startswith("tuners.") and n.split(".")[1] in known for n in imports(node))
+        found += [ast.unparse(node)] * named
+    return found
+
+
+def test_a_method_is_named_in_its_folder_alone():
+    known = {n for m, kind in METHODS.items() for n in (m, kind.kind.value)}
+    assert known >= {path.name for path in (ROOT / "tuners").iterdir() if (path / "method.py").is_file()}
+    for name, path in MODULES.items():
+        if unit(name) != "tuners" and name not in NAMING:
+            assert not names_a_method(path.read_text(encoding="utf-8"), known), name
+    for planted in (
+        'if method == "galore": pass',
+        'whole = config.method in ("full", "lora")',
+        'match method:\n    case "full": pass',
+        'slow = {"galore": 2}[recipe.method]',
+        'recipe.method != "another"',
+        "from layerpeft.tuners.galore import refresh",
+        "import layerpeft.tuners.full.layer",
+        "from layerpeft.tuners.full.layer import wrappers",
+    ):
+        assert names_a_method(planted, known), planted
 
 
 def test_private_names_of_other_libraries_stay_in_integrations():

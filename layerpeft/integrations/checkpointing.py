@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -127,17 +126,6 @@ def silence(modules: Iterable[nn.Module], on: bool) -> None:
                     module._forward_hooks[number] = hook.hook
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """Kept on a module: the flag of it that is turned off."""
-
-    flag: str
-
-
-def _lowered(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("_layerpeft"), Lowered)
-
-
 def gradient_flags(below: Iterable[nn.Module], modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     """Flags by which a model lets a gradient in itself: T5's for its position bias in frozen blocks (`below`), wav2vec2's for
     its features."""
@@ -146,20 +134,20 @@ def gradient_flags(below: Iterable[nn.Module], modules: Iterable[nn.Module]) -> 
     return found + [(m, "_requires_grad") for m in extractors if not any(p.requires_grad for p in parameters_of(m))]
 
 
-def lower_flags(modules: Sequence[nn.Module], flags: Iterable[tuple[nn.Module, str]]) -> None:
-    """Turns these flags off, and those on again that were turned off before and are not among them."""
-    wanted = {id(module): flag for module, flag in flags}
-    lowered = [m for m in modules if _lowered(m) and id(m) not in wanted]
-    checkpointing = bool(lowered) and any(
-        getattr(m, "gradient_checkpointing", False) for m in modules if not _lowered(m)
-    )
-    for module in lowered:
-        flag = vars(module).pop("_layerpeft").flag
+def lower_flags(
+    modules: Iterable[nn.Module], flags: Iterable[tuple[nn.Module, str]], lowered: dict[nn.Module, str]
+) -> None:
+    """Turns these flags off, and those on again that were turned off before (`lowered`, kept up) and are not among them."""
+    wanted = dict(flags)
+    raised = [m for m in lowered if m not in wanted]
+    others = (m for m in modules if m not in lowered) if raised else ()
+    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in others)
+    for module in raised:
+        flag = lowered.pop(module)
         setattr(module, flag, checkpointing if flag == "gradient_checkpointing" else True)
-    for module in modules if wanted else ():
-        flag = wanted.get(id(module))
-        if flag is not None and getattr(module, flag):
-            vars(module)["_layerpeft"] = Lowered(flag)
+    for module, flag in wanted.items():
+        if getattr(module, flag):
+            lowered[module] = flag
             setattr(module, flag, False)
 
 

@@ -49,8 +49,8 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
         return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
 
 
-def register(kind: LayerPeftType, config: type, tuner: type, prefix: str) -> None:
-    """Enters a method in PEFT's four tables; a second call changes nothing."""
+def register(kind: enum.Enum, config: type, tuner: type, prefix: str) -> None:
+    """Enters a method in PEFT's four tables; a second call changes nothing. `kind`: a member of a `str` enum."""
     PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, config)  # type: ignore[arg-type]
     PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, tuner)  # type: ignore[arg-type]
     PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, prefix)  # type: ignore[arg-type]
@@ -91,7 +91,14 @@ def dequantized(module: nn.Module) -> torch.Tensor:
             weight.SCB = kept  # type: ignore[union-attr]
 
 
-def become_stock(tuner: BaseTuner, stock: type[BaseTuner]) -> None:
+def stock_of(config: type) -> tuple[PeftType, type[BaseTuner]]:
+    """The type that PEFT has for a config class of its own, or for what is built on one, and the tuner of that."""
+    names = {kind: name for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = next(names[base] for base in config.__mro__ if base in names)
+    return name, PEFT_TYPE_TO_TUNER_MAPPING[name]
+
+
+def become_stock(tuner: BaseTuner, kind: PeftType, stock: type[BaseTuner]) -> None:
     """Turns a tuner of ours into PEFT's own, and tells the PeftModel that is about to hold it.
 
     The registration hook is the one public moment at which the PeftModel and its tuner meet; it removes itself, also when
@@ -104,7 +111,7 @@ def become_stock(tuner: BaseTuner, stock: type[BaseTuner]) -> None:
         if child is not None and child is reference():
             handle.remove()
             if isinstance(parent, PeftModel):
-                parent.peft_type = PeftType.LORA
+                parent.peft_type = kind
 
     handle = register_module_module_registration_hook(on_register)  # type: ignore[arg-type]
     weakref.finalize(tuner, handle.remove)

@@ -1,6 +1,6 @@
 """What is kept on a model: one object in its own dict, which copies and pickles of the model take along."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -9,11 +9,12 @@ from torch import nn
 @dataclass
 class Home:
     """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `tether`:
-    what ties those who follow its adapters to its life."""
+    what ties those who follow its adapters to its life; `lowered`: modules with a flag that is turned off, and which."""
 
     blocks: tuple[tuple[str, ...], ...] = ()
     quantized: Any = None
     tether: Any = None
+    lowered: dict[nn.Module, str] = field(default_factory=dict)
 
 
 def home_of(model: nn.Module) -> Home:

@@ -46,7 +46,8 @@ def match_targets(
         chosen -= _matching("exclude_modules", exclude_modules, [t.name for t in layers.targets], problems, layers)
     problems.raise_if_any(SelectionError)
     if not chosen:
-        raise SelectionError(f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}")
+        sentence = f"target_modules={target_modules!r} leaves no target in the layers of {layers.stack!r}"
+        raise SelectionError(Problem(("exclude_modules" if exclude_modules else "target_modules",), sentence))
     return tuple(t for t in layers.targets if t.name in chosen)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import nn
 from layerpeft.errors import ConfigError
 from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
 from layerpeft.planning.trace import Step
-from layerpeft.selection.select import PICKS, Select, options_of
+from layerpeft.selection.select import PICKS, options_of
 from layerpeft.text import size_of, size_text
 from layerpeft.tuners.config import LayerLoraConfig
-
-LOWEST_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,11 @@ def fit(
     layers, can_recompute, weights = layers_that_train(model, config, step)
     chosen += layers
     recompute = checkpointing or can_recompute
-    ranks = [config.r] if config.method == "full" else _ranks(config.r)
-    found = _largest(asked, chosen, recompute, ranks, lambda trial: size(trial) <= room)
+    ranks = config.works_by.ranks(config.r)
+    found = _largest(asked, chosen, recompute, ranks or (config.r,), lambda trial: size(trial) <= room)
     if found is None:
-        least = replace(asked, layers=1, rank=ranks[-1], rows=1, checkpointing=recompute)
-        rank = f" at rank {least.rank}" if config.method != "full" else ""
+        least = replace(asked, layers=1, rank=(config.r, *ranks)[-1], rows=1, checkpointing=recompute)
+        rank = f" at rank {least.rank}" if ranks else ""
         raise ConfigError(
             f"nothing fits into {size_text(room)}: one layer{rank}, one row at a time"
             f"{', with checkpointing' if recompute else ''}, takes {size_text(size(least))}, {size_text(weights)} of it weights. "
@@ -119,41 +116,17 @@ def _largest(
     return kept if kept != least and fits(kept) else least
 
 
-def _ranks(asked: int) -> list[int]:
-    found = [asked]
-    while found[-1] // 2 >= LOWEST_RANK:
-        found.append(found[-1] // 2)
-    return found
-
-
 def _config(config: LayerLoraConfig, trial: _Trial, chosen: Sequence[int]) -> LayerLoraConfig:
-    """The config at a lower rank, with the same scale where whole numbers allow it, and on fewer layers."""
-    if trial.rank == config.r and trial.layers is None:
-        return config
-    taken = [f.name for f in fields(config) if f.init and f.name != "peft_type"]
-    given = {name: copy.deepcopy(getattr(config, name)) for name in taken}
-    if trial.rank != config.r:
-        given["r"] = trial.rank
-        given["rank_pattern"] = {k: max(1, v * trial.rank // config.r) for k, v in (config.rank_pattern or {}).items()}
-        if not config.use_rslora:  # whose scale is meant to follow the rank
-            given["lora_alpha"] = _scaled(config.lora_alpha, trial.rank, config.r)
-            pattern = (config.alpha_pattern or {}).items()
-            given["alpha_pattern"] = {k: _scaled(v, trial.rank, config.r) for k, v in pattern}
+    """The config at a lower rank, and on fewer layers."""
+    changes = config.at_rank(trial.rank) if trial.rank != config.r else {}
     if trial.layers is not None:
-        given["select"] = _fewer(config, chosen, trial.layers)
-    if type(config) is not LayerLoraConfig:
-        del given["lora_alpha"]  # gradient projection has a scale of its own, which makes it
-    batches = getattr(config, "batches", None)  # an InitVar, which type checkers take for no attribute
-    return type(config)(**given, batches=batches)
-
-
-def _scaled(alpha: int, rank: int, asked: int) -> int:
-    return alpha * rank // asked if alpha * rank % asked == 0 else alpha
+        changes |= {"select": _fewer(config, chosen, trial.layers)}
+    return config.changed(**changes) if changes else config
 
 
 def _fewer(config: LayerLoraConfig, chosen: Sequence[int], count: int) -> Any:
     """The same choice with `count` layers: the score's best, or those nearest to the output."""
-    select = Select.parse(config.select)
+    select = config.choosing
     if select.keep is None:
         return {"layers": list(chosen[-count:])} | ({"stack": select.stack} if select.stack else {})
     plain = dict(config.select) if isinstance(config.select, Mapping) else select.to_dict()
@@ -174,12 +147,10 @@ def _said(
         keeps = isinstance(config.select, Mapping) and dict(config.select) | {"keep": found.layers} == final.select
         settings |= {"layerpeft.select.keep": found.layers} if keeps else {"layerpeft.select": _short(final.select)}
     if found.rank != asked.rank:
-        own = ("lora_alpha", "rank_pattern", "alpha_pattern") if type(config) is LayerLoraConfig else ()
-        settings |= {
-            f"layerpeft.{n}": getattr(final, n) for n in ("r", *own) if getattr(final, n) != getattr(config, n)
-        }
+        said = config.at_rank(found.rank)
+        settings |= {f"layerpeft.{name}": value for name, value in said.items() if value != getattr(config, name)}
         same = final.lora_alpha * asked.rank == config.lora_alpha * found.rank
-        alpha = f"with lora_alpha {final.lora_alpha} " if own else ""
+        alpha = f"with lora_alpha {final.lora_alpha} " if "lora_alpha" in said else ""
         scale = f"{alpha}the scale stays" if same else "the scale of the update changes"
         words.append(f"rank {found.rank} instead of {asked.rank} ({scale})")
     if found.rows != asked.rows:

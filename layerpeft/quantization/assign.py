@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -32,7 +33,6 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.targets import Able, able, split_groups
 from layerpeft.selection.choose import candidates, choose_among
 from layerpeft.selection.grammar import layer_numbers
-from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs, needs_batches, score
 from layerpeft.selection.select import DEFAULT_BATCHES, Select
 from layerpeft.text import note
@@ -101,13 +101,13 @@ def by_training(
 
 def _blind(config: LayerQuantConfig) -> LayerQuantConfig:
     """The same, with a choice that needs neither weights nor data."""
-    twin = copy.deepcopy(config)
-    plain = {k: v for k, v in config.choosing.to_dict().items() if k in ("layers", "exclude", "stack", "seed")}
+    twin, asked = copy.deepcopy(config), config.choosing
+    plain = {k: getattr(asked, k) for k in ("layers", "exclude", "stack", "seed")}
     if config.has_budget and not decided_early(config):
-        twin._select = Select.parse(plain | {"by": "random", "keep": 1})
+        twin._select = Select(by="random", keep=1, **plain)
         twin.select, twin.objective = {"by": "random"}, "scores"
-    elif not config.has_budget and not isinstance(config.choosing.by, Scores) and needs(config.choosing) != "nothing":
-        twin._select = Select.parse(plain | {"by": "depth", "keep": config.choosing.keep, "pick": "bottom"})
+    elif not config.has_budget and needs(asked) != "nothing":
+        twin._select = Select(by="depth", keep=asked.keep, pick="bottom", **plain)
     return twin
 
 
@@ -127,8 +127,7 @@ def _scoring(config: LayerQuantConfig) -> Select:
     named = isinstance(config.select, Select) or (isinstance(config.select, Mapping) and "by" in config.select)
     if not config.has_budget or config.choosing.by != "depth" or named:
         return config.choosing
-    plain = {k: v for k, v in config.choosing.to_dict().items() if k != "by"}
-    return Select.parse(plain | {"by": DEFAULT_SCORER, "keep": 1})
+    return replace(config.choosing, by=DEFAULT_SCORER, keep=1)
 
 
 def _scope(config: LayerQuantConfig, found: Able, training: Collection[str] | None) -> set[str]:

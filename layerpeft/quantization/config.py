@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from layerpeft.errors import ConfigError, LayerpeftError, Problems, hint
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model import precisions
 from layerpeft.model.precisions import KEPT, PRECISIONS, Storage
+from layerpeft.selection.chooses import Chooses
 from layerpeft.selection.grammar import check_grammar
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
@@ -23,7 +23,7 @@ CHOICES = (2, 3, 4, 8, 16)
 
 
 @dataclass
-class LayerQuantConfig(PeftConfig):
+class LayerQuantConfig(Chooses, PeftConfig):
     """Bits by layer: picked layers in `bits`, the others in `rest`; or a budget spent over layers where scores say it matters.
 
     As the field `quant` of a training config, or alone through `layerpeft.quantize(model, config)`. A precision is a number of
@@ -157,15 +157,6 @@ class LayerQuantConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return self.plain() | {"peft_type": self.kind.value}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerQuantConfig:
-        twin = copy.copy(self)
-        for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name == "_batches" else copy.deepcopy(value, memo)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_batches"} | {"_batches": None}
 
 
 LayerQuantConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]

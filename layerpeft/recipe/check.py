@@ -14,10 +14,11 @@ from layerpeft.integrations import hub
 from layerpeft.recipe import foreign, keys, surroundings
 from layerpeft.recipe.choice import choice_problems
 from layerpeft.recipe.model import empty_model
-from layerpeft.recipe.recipe import CONFIGS, Recipe, layer_config
+from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import Setting, complaint
+from layerpeft.tuners.methods import DEFAULT, METHODS
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Check:
         for key, sentence in done.complaints:
             self.add(sentence, key)
         if not data and self.found:
-            return Recipe(source, path, "sft", {}, "lora", "all", {})
+            return Recipe(source, path, "sft", {}, DEFAULT, "all", {})
         values = done.data
         self.required(values, done)
         good = self.typed(values, known, trainer)
@@ -130,7 +131,7 @@ class Check:
         """What to say of a top-level key that does not exist."""
         if key in keys.FIXED:
             return f"{key}: {keys.FIXED[key]}"
-        if key == "select" or any(key in keys.block_settings(kind) for kind in CONFIGS.values()):
+        if key == "select" or any(key in keys.block_settings(kind) for kind in METHODS.values()):
             return f"{key}: this belongs in the block, as in `layerpeft: {{{key}: {value}}}`"
         if trainer == "classification" and key in keys.top_settings("sft"):
             return f"{key}: this is a setting of trainer: sft"
@@ -141,17 +142,17 @@ class Check:
     def block(self, block: Any, trainer: str) -> tuple[str, Any, dict[str, Any], bool]:
         """Checks the `layerpeft:` block: method, select and the config's fields; the last is whether they make a config."""
         if block is None:
-            return "lora", "all", {}, False
+            return DEFAULT, "all", {}, False
         given = dict(block)
-        method = given.pop("method", "lora")
-        if not isinstance(method, str) or method not in CONFIGS:
+        method = given.pop("method", DEFAULT)
+        if not isinstance(method, str) or method not in METHODS:
             road = foreign.METHOD_ROADS.get(method) if isinstance(method, str) else None
-            sentence = f"method {method!r} is written as {road}" if road else unknown("method", method, CONFIGS)
+            sentence = f"method {method!r} is written as {road}" if road else unknown("method", method, METHODS)
             self.add(sentence, "layerpeft", "method")
-            method = "lora"
+            method = DEFAULT
         select = given.pop("select", None)
         sound = self.select(select)
-        known = keys.block_settings(CONFIGS[method])
+        known = keys.block_settings(METHODS[method])
         fields = {}
         for key, value in given.items():
             if key not in known or key in foreign.BLOCK_HINTS:
@@ -183,10 +184,10 @@ class Check:
             return f"unknown key {key!r} in the layerpeft block. Did you mean {meant!r}?"
         if key in keys.top_settings("sft"):
             return f"{key}: this belongs at the top level, not in the layerpeft block"
-        other = next((m for m, kind in CONFIGS.items() if m != method and key in keys.block_settings(kind)), None)
+        other = next((m for m, kind in METHODS.items() if m != method and key in keys.block_settings(kind)), None)
         if other:
             return f"{key}: this belongs to method: {other}, and the method here is {method}"
-        allowed = f"method, select, r, target_modules, … and every other field of {CONFIGS[method].__name__}"
+        allowed = f"method, select, r, target_modules, … and every other field of {METHODS[method].__name__}"
         return (
             f"unknown key in the layerpeft block {key!r}.{hint(key, ['method', 'select', *known])} Allowed: {allowed}."
         )

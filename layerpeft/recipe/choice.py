@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -12,14 +12,13 @@ from torch import nn
 
 from layerpeft.errors import LayerpeftError, Problem, hint, mentions, told
 from layerpeft.model.layers import LayerMap, base_of, layer_map
-from layerpeft.model.targets import exclusions, match_targets
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.selection.choose import candidates
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
 from layerpeft.tuners.assume import fixed
-from layerpeft.tuners.config import target_names
+from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.precision import asked
 
 BLOCK = "layerpeft"
@@ -32,7 +31,7 @@ def choice_problems(recipe: Recipe, model: nn.Module) -> list[Problem]:
     The model is wrapped on the way.
     """
     select = Select.parse(recipe.select)
-    plain = select.is_all and recipe.method != "full"
+    plain = select.is_all and not METHODS[recipe.method].works_by.in_place
     found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
     return found or _dry_run(recipe, model)
 
@@ -63,33 +62,6 @@ def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
 
 def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
     """The targets that are meant (all there are, where that is wrong), and what is wrong with how they are named."""
-    if recipe.method == "full":
-        return _whole_modules(recipe, model, layers)
-    block: Mapping[str, Any] = recipe.block
-    modules, parameters = block.get("target_modules"), block.get("target_parameters")
-    found: list[Problem] = []
-    if modules is not None or not parameters:
-        try:
-            modules = target_names(layer_config(recipe), layers)
-        except LayerpeftError as error:
-            found += _of_names(error, "target_modules")
-            modules = "all-linear"
-        found += _tried(lambda: match_targets(layers, modules), "target_modules", said=_of_names)
-    if parameters:
-        found += _tried(lambda: match_targets(layers, None, None, parameters), "target_parameters", said=_of_names)
-    exclude = exclusions(block.get("exclude_modules"), model, layers)
-    try:
-        if not found:
-            return match_targets(layers, modules, exclude, parameters), []
-        match_targets(layers, "all-linear", exclude)  # for what it says of the exclusions alone
-    except LayerpeftError as error:
-        excluded = any(problem.path for problem in error.problems)
-        found += _of_names(error, "exclude_modules") if excluded or not found else []
-    return layers.targets, found
-
-
-def _whole_modules(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
-    """The same for weights that train themselves."""
     try:
         return layer_config(recipe).targets_in(model, layers), []
     except LayerpeftError as error:
@@ -132,7 +104,7 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
         return [Problem((BLOCK, *named[:1]), f"{(*named, BLOCK)[0]}: {told(error, 400)}")]
     except Exception:
         return []  # something that cannot be done without weights; whether it is wrong shows with them
-    if recipe.method == "full":  # a head trains in place there, and whoever reads its weight reads what was trained
+    if config.works_by.in_place:  # a head trains in place there, and whoever reads its weight reads what was trained
         return []
     head = base_of(wrapped).get_output_embeddings() if recipe.trainer == "sft" else None  # type: ignore[operator]
     if head is not None and hasattr(type(head), "adapter_layer_names"):
@@ -143,11 +115,11 @@ def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
     return []
 
 
-def _tried(call: Callable[[], Any], *path: str, said: Callable[..., list[Problem]] | None = None) -> list[Problem]:
+def _tried(call: Callable[[], Any], *path: str) -> list[Problem]:
     try:
         call()
     except LayerpeftError as error:
-        return (said or _at)(error, *path)
+        return _at(error, *path)
     return []
 
 

@@ -12,14 +12,8 @@ from layerpeft.recipe.yaml import dump
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
-from layerpeft.tuners.full.config import LayerFullConfig
-from layerpeft.tuners.galore.config import LayerGaloreConfig
+from layerpeft.tuners.methods import METHODS
 
-CONFIGS: dict[str, type[LayerLoraConfig]] = {
-    "lora": LayerLoraConfig,
-    "galore": LayerGaloreConfig,
-    "full": LayerFullConfig,
-}
 TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
@@ -64,7 +58,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
 
 def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> LayerLoraConfig:
     """The PEFT config of a recipe, with another choice of layers when `select` is given. Raises: LayerpeftError."""
-    kind = CONFIGS[recipe.method]
+    kind = METHODS[recipe.method]
     known = keys.block_settings(kind)
     fields = {name: build(known[name].hint, value) for name, value in recipe.block.items()}
     chosen = recipe.select if select is None else select

@@ -15,7 +15,6 @@ from torch import nn
 
 from layerpeft.errors import Problem, RecipeError
 from layerpeft.model.layers import LayerMap, Target, base_of
-from layerpeft.model.targets import find_targets
 from layerpeft.quantization.apply import MARKS, Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -137,10 +136,7 @@ def wrap(
 
 def all_targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
     """The targets of a recipe in every layer. Raises: SelectionError, ConfigError."""
-    if recipe.method == "full":
-        return layer_config(recipe).targets_in(model, layers)
-    names = ("target_modules", "exclude_modules", "target_parameters")
-    return find_targets(model, layers, *(recipe.block.get(name) for name in names))
+    return layer_config(recipe).targets_in(model, layers)
 
 
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:

@@ -148,7 +148,8 @@ def _sync(model: nn.Module) -> None:
     below = _inside(block for stack in stacks for block in stack.below)
     cut = _cut(model, stacks) if _partly(stacks) and not _awaited(modules, below) else _Cut(silent=False)
     checkpointing.silence(modules, cut.silent)
-    checkpointing.lower_flags(modules, checkpointing.gradient_flags(below, modules) if cut.silent else ())
+    flags = checkpointing.gradient_flags(below, modules) if cut.silent else ()
+    checkpointing.lower_flags(modules, flags, home_of(model).lowered)
     opened, straight = ({id(block) for block in blocks} for blocks in (cut.opened, cut.straight))
     for module in modules:
         checkpointing.go_straight(module, id(module) in straight)

@@ -49,6 +49,11 @@ class Method:
         """Whether the model is still there."""
         return self._model() is not None
 
+    @classmethod
+    def ranks(cls, asked: int) -> tuple[int, ...]:
+        """The ranks that may be tried, of which the one asked for comes first; none where nothing has a rank."""
+        return ()
+
     def tensors(self) -> Tensors:
         """Target -> what trains in it."""
         return {}

@@ -41,7 +41,7 @@ class Record:
     """
 
     config: dict[str, Any]
-    method: str = "lora"
+    method: str
     selection: Selection | None = None
     steps_trained: dict[int, int] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)

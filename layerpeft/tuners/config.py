@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+import enum
+from collections.abc import Collection, Iterable
 from dataclasses import InitVar, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 from peft import LoraConfig
 from torch import nn
@@ -17,24 +18,22 @@ from layerpeft.model.targets import find_targets
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose_among
+from layerpeft.selection.chooses import Chooses
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.training.method import Method
 from layerpeft.tuners.lora.method import LoraMethod
-from layerpeft.tuners.stock import RecordedLoraConfig, _lora_fields, stock_config
+from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, _lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
 OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
-COPIED = (dict, list)  # forms of a field that may be changed where they are
-Parsed = TypeVar("Parsed")
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
 @dataclass
-class LayerLoraConfig(LoraConfig):
+class LayerLoraConfig(Chooses, LoraConfig):
     """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
 
     `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
@@ -55,12 +54,14 @@ class LayerLoraConfig(LoraConfig):
     )
     quant: Any = checked(None, "Bits by a choice of its own: {select: …, bits: …} or {mean_bits: 4.5, …}.")
     batches: InitVar[Iterable[Any] | None] = None
-    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_LORA
+    kind: ClassVar[enum.Enum] = LayerPeftType.LAYER_LORA
     method: ClassVar[str] = "lora"
     works_by: ClassVar[type[Method]] = LoraMethod
+    seen_as: ClassVar[type[Recorded]] = RecordedLoraConfig  # by PEFT, in a folder too
+    derived: ClassVar[tuple[str, ...]] = ("peft_type",)  # fields that follow from others
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
-        problems = Problems("LayerLoraConfig")
+        problems = Problems(type(self).__name__)
         select = Select()
         try:
             select = self.choosing
@@ -74,6 +75,7 @@ class LayerLoraConfig(LoraConfig):
                         name,
                     )
         check(type(self), vars(self), problems)
+        self.refuse(problems)
         _check_quant(self, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
@@ -81,15 +83,8 @@ class LayerLoraConfig(LoraConfig):
         if not self.is_plain:
             self.peft_type = self.kind  # type: ignore[assignment]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoraConfig:
-        twin = copy.copy(self)
-        for name, value in self.__dict__.items():
-            shared = name == "_batches" or name.startswith("_parsed_") or isinstance(value, Select | Scores)
-            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_batches"} | {"_batches": None}
+    def refuse(self, problems: Problems) -> None:
+        """Adds what else is wrong with a config of this kind."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; PEFT's own keys alone where nothing is chosen."""
@@ -100,23 +95,9 @@ class LayerLoraConfig(LoraConfig):
         return plain if self.quantizing is None else plain | {"quant": self.quantizing.plain()}
 
     @property
-    def choosing(self) -> Select:
-        """`select`, parsed. Raises: SelectionError."""
-        return self._parsed("select", Select.parse)
-
-    @property
     def quantizing(self) -> LayerQuantConfig | None:
         """`quant`, parsed. Raises: ConfigError."""
         return self._parsed("quant", LayerQuantConfig.parse) if self.quant is not None else None
-
-    def _parsed(self, name: str, parse: Callable[[Any], Parsed]) -> Parsed:
-        """What a field means: parsed once, and anew where something else stands there by now."""
-        value, kept = getattr(self, name), self.__dict__.get(f"_parsed_{name}")
-        if kept is not None and (kept[0] is value or (type(kept[0]) is type(value) in COPIED and kept[0] == value)):
-            return kept[1]
-        found = parse(value)
-        self.__dict__[f"_parsed_{name}"] = (copy.copy(value) if type(value) in COPIED else value, found)
-        return found
 
     @property
     def stored(self) -> Quantized | None:
@@ -129,17 +110,24 @@ class LayerLoraConfig(LoraConfig):
         twin.__dict__["_stored"] = found
         return twin
 
-    def bare(self) -> LayerLoraConfig:
+    def bare(self) -> Self:
         """A copy without batches, which shares all else."""
-        twin = copy.copy(self)
-        twin._batches = None
-        return twin
+        return copy.copy(self)
 
-    def with_batches(self, batches: Iterable[Any] | None) -> LayerLoraConfig:
-        """A copy that carries these batches."""
-        twin = copy.deepcopy(self)
-        twin._batches = batches
-        return twin
+    def changed(self, **changes: Any) -> Self:
+        """A copy, made anew, of which these fields say something else. Raises: ConfigError."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in self.derived}
+        return type(self)(**given | changes, batches=self._batches)
+
+    def at_rank(self, rank: int) -> dict[str, Any]:
+        """The fields that say this rank, as a recipe writes them; the scale stays where whole numbers allow it."""
+
+        def scaled(alpha: int) -> int:  # that of rsLoRA is meant to follow the rank
+            return alpha if self.use_rslora or alpha * rank % self.r else alpha * rank // self.r
+
+        ranks = {k: max(1, v * rank // self.r) for k, v in (self.rank_pattern or {}).items()}
+        alphas = {k: scaled(v) for k, v in (self.alpha_pattern or {}).items()}
+        return {"r": rank, "lora_alpha": scaled(self.lora_alpha), "rank_pattern": ranks, "alpha_pattern": alphas}
 
     def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
         """The stock LoRA config this means on that model, with full target names; for `add_adapter` on a live model.
@@ -160,7 +148,7 @@ class LayerLoraConfig(LoraConfig):
         *,
         examined: Examined | None = None,
         progress: bool = True,
-    ) -> LoraConfig:
+    ) -> Any:
         """What PEFT will be given to wrap that model by. `examined`: what `examine` has found, or another choice in its place.
 
         Raises: as `resolve`.
@@ -192,28 +180,28 @@ class LayerLoraConfig(LoraConfig):
         names = target_names(self, layers)
         return find_targets(model, layers, names, self.exclude_modules, self.target_parameters)
 
-    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> RecordedLoraConfig:
+    def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> Recorded:
         """The config that PEFT sees for a choice, with its record. Raises: ConfigError."""
         return stock_config(self, model, selection, examined.targets)
 
     @property
     def is_plain(self) -> bool:
         """True where this is a stock LoRA config: all layers, nothing to record."""
-        return self.choosing.is_all and not self.quantizes
+        return self.kind is LayerLoraConfig.kind and self.choosing.is_all and not self.quantizes
 
     @property
     def quantizes(self) -> bool:
         """True where some of the model is to be stored in fewer bits."""
         return any(getattr(self, name) is not None for name in QUANT_FIELDS)
 
-    def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> RecordedLoraConfig:
+    def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> Recorded:
         """The config that PEFT sees, from LoRA's own options; `targets` are the chosen ones."""
-        return RecordedLoraConfig(**given)
+        return self.seen_as(**given)
 
     @classmethod
     def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
         """The method of an adapter that PEFT has read from a folder; `trains`: it is to be trained further."""
-        return LoraMethod(model, adapter, live)
+        return cls.works_by(model, adapter, live)
 
     @property
     def is_scheduled(self) -> bool:

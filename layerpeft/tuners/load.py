@@ -32,7 +32,6 @@ from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.precision import asked, decides_early
-from layerpeft.tuners.stock import RecordedLoraConfig
 
 MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -268,10 +267,11 @@ def load(
     loaded = load_verified(folder, model, is_trainable=is_trainable, **kwargs)
     adapter = kwargs.get("adapter_name", "default")
     live: Any = loaded.peft_config[adapter]
-    live.__class__ = RecordedLoraConfig
     tuner: Any = loaded.base_model
     record: Record = live._layerpeft
-    method = record.bound = METHODS.get(record.method, LayerLoraConfig).loaded(tuner.model, adapter, live, is_trainable)
+    kind = METHODS.get(record.method, LayerLoraConfig)
+    live.__class__ = kind.seen_as
+    method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable)
     if is_trainable:
         steps.follow(method, tuner)
         backward.install(tuner.model, record.selection.stack if record.selection is not None else None)

@@ -4,15 +4,17 @@ from layerpeft.integrations.peft import register
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore.config import LayerGaloreConfig
-from layerpeft.tuners.model import LayerLoraModel
+from layerpeft.tuners.model import tuner_for
 
 METHODS: dict[str, type[LayerLoraConfig]] = {}
+DEFAULT = LayerLoraConfig.method
 
 
 def add(config: type[LayerLoraConfig]) -> None:
     """Enters a method, by its config class, here and in PEFT's tables."""
     METHODS[config.method] = config
-    register(config.kind, config, LayerLoraModel, "lora_")
+    tuner = tuner_for(config.seen_as)
+    register(config.kind, config, tuner, tuner.prefix)
 
 
 for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig):

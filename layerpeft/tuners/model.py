@@ -1,14 +1,14 @@
-"""LoRA on the chosen layers: a type of our own up to the moment of injection, PEFT's own `LoraModel` ever after."""
+"""An adapter on the chosen layers: a type of our own up to the moment of injection, PEFT's own tuner ever after."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from peft import LoraModel
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.peft import become_stock, watch_loading
+from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of, watch_loading
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean
 from layerpeft.quantization.apply import Quantized
@@ -22,7 +22,7 @@ from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig
 from layerpeft.tuners.precision import after_choice, before_wrapping, check_schedule, stored, with_lasting_batches
-from layerpeft.tuners.stock import RecordedLoraConfig
+from layerpeft.tuners.stock import Recorded
 
 # initialisations that take a random or data-dependent part out of the base weights, which no later load finds again
 INIT_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
@@ -36,7 +36,7 @@ class Prepared:
     with; `wanted`: the precisions that are stored before wrapping.
     """
 
-    stock: RecordedLoraConfig
+    stock: Recorded
     examined: Examined
     known: list[float] | None = None
     wanted: Quantized | None = None
@@ -58,8 +58,15 @@ def prepare(config: LayerLoraConfig, model: nn.Module) -> Prepared:
     return Prepared(stock, examined, known, before_wrapping(config, model, stock._layerpeft.selection, stacks))
 
 
-class LayerLoraModel(LoraModel):
-    """Resolves the choice before PEFT injects anything, and then turns into `LoraModel`."""
+@cache
+def tuner_for(seen_as: type[Recorded]) -> type[BaseTuner]:
+    """PEFT's tuner for such configs, which makes the choice before it injects anything, and then turns into PEFT's own."""
+    stock = stock_of(seen_as)[1]
+    return type(f"Layer{stock.__name__}", (_Choosing, stock), {})
+
+
+class _Choosing(BaseTuner):
+    """Resolves the choice before PEFT injects anything, and then turns into PEFT's tuner, which stands beside it."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Around PEFT's own: what the method needs before and after, and then it is followed."""
@@ -79,21 +86,22 @@ class LayerLoraModel(LoraModel):
         method.wrap(found.examined.targets)
         watch_loading()
         _tell(method.told(), live, record)
-        if live.bias == "all" and record.selection is not None:
+        if getattr(live, "bias", None) == "all" and record.selection is not None:
             _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
         _follow(method, self, found)
-        become_stock(self, LoraModel)
+        become_stock(self, *stock_of(type(live)))
 
 
-def _tell(told: list[str], live: RecordedLoraConfig, record: Record) -> None:
+def _tell(told: list[str], live: Recorded, record: Record) -> None:
     """What the user should know of what was wrapped."""
+    start = getattr(live, "init_lora_weights", None)
     for sentence in told:
         note(sentence)
     if record.new_tensors:
         note(f"trained besides, for want of pre-trained values: {', '.join(record.new_tensors)}")
-    if str(live.init_lora_weights).startswith(INIT_NOT_REPEATABLE):
+    if str(start).startswith(INIT_NOT_REPEATABLE):
         note(
-            f"init_lora_weights={live.init_lora_weights!r} cannot be repeated when the adapter is loaded: save it now, "
+            f"init_lora_weights={start!r} cannot be repeated when the adapter is loaded: save it now, "
             "untrained, and later with path_initial_model_for_weight_conversion=<that folder>"
         )
 
@@ -144,7 +152,7 @@ def scheduled_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) ->
     return found.among(allowed)
 
 
-def pool_config(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> RecordedLoraConfig:
+def pool_config(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> Recorded:
     """What PEFT sees of a pool. Its record has a selection where that is all there is to choose: under a schedule."""
     select, layers, pool = examined.select, examined.layers, examined.targets
     whole = Select(layers=sorted({t.layer for t in pool}), stack=layers.stack)

@@ -38,7 +38,7 @@ def stored(config: LayerLoraConfig, model: nn.Module, wanted: Quantized | None) 
         return known_of(base_of(model)).quantized  # by `quantize`, of which the record is to tell
     if wanted is None:
         return None
-    whole = config.method == "full"
+    whole = config.works_by.in_place
     done = applied(model, wanted, marked=not whole)
     base = base_of(model)
     if whole and not getattr(base, "is_quantized", False):
@@ -79,7 +79,7 @@ def _refuse(config: LayerLoraConfig, wanted: Quantized, training: Collection[str
     blocks = tuple(f"{name}." for name in training)
     under = {p for n, p in wanted.assignment.items() if n.startswith(blocks)}  # packed, and to be wrapped
     by_hqq = any(PRECISIONS[p].package == "hqq" for p in under)
-    if config.method != "full" and (not isinstance(config.r, int) or config.r < 1):
+    if not config.works_by.in_place and (not isinstance(config.r, int) or config.r < 1):
         problems.add(f"r={config.r!r} is not a whole number above 0")
     starts = (True, False, "gaussian", "eva", *(() if by_hqq else ("olora",)))
     if under and config.init_lora_weights not in starts:

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
@@ -24,9 +24,8 @@ from layerpeft.training.method import Method
 from layerpeft.training.record import Record, record_of, write_record
 
 
-@dataclass
-class RecordedLoraConfig(LoraConfig):
-    """A stock LoRA config whose folder also keeps the record of what was chosen, and why."""
+class Recorded(PeftConfig):
+    """Beside a config class of PEFT's own: its folder also keeps the record of what was chosen, and why."""
 
     _layerpeft: ClassVar[Any]  # of each, where it has one
 
@@ -36,7 +35,7 @@ class RecordedLoraConfig(LoraConfig):
         record.bound = kind(model, adapter, self)
         return record.bound
 
-    def recorded(self, record: Record) -> RecordedLoraConfig:
+    def recorded(self, record: Record) -> Self:
         """Itself, with this record."""
         vars(self)["_layerpeft"] = record
         return self
@@ -50,9 +49,9 @@ class RecordedLoraConfig(LoraConfig):
         bound = record.bound if record is not None and record.bound is not None and record.bound.alive else None
         chosen = record is not None and record.selection is not None
         whole = bound is not None and chosen and manifest.has_weights(save_directory)
-        twin: RecordedLoraConfig = object.__new__(type(self))
+        twin = object.__new__(type(self))
         twin.__dict__ |= vars(self) | (bound.as_stock(os.fspath(save_directory)) if bound is not None and whole else {})
-        LoraConfig.save_pretrained(twin, save_directory, **kwargs)
+        super(Recorded, twin).save_pretrained(save_directory, **kwargs)
         if record is not None and not chosen:
             note(
                 f"{save_directory}: saved before the choice was made; it holds an adapter on every candidate, and no record"
@@ -60,7 +59,7 @@ class RecordedLoraConfig(LoraConfig):
         elif record is not None and bound is not None and whole:
             write_record(save_directory, bound.model, record, bound.adapter)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedLoraConfig:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
         for name, value in self.__dict__.items():
             twin.__dict__[name] = value if name == "_layerpeft" else copy.deepcopy(value, memo)
@@ -70,7 +69,12 @@ class RecordedLoraConfig(LoraConfig):
         return {k: v for k, v in self.__dict__.items() if k != "_layerpeft"}
 
 
-def stock_config(config: Any, model: nn.Module, selection: Selection, targets: Sequence[Target]) -> RecordedLoraConfig:
+@dataclass
+class RecordedLoraConfig(Recorded, LoraConfig):
+    """A stock LoRA config with a record."""
+
+
+def stock_config(config: Any, model: nn.Module, selection: Selection, targets: Sequence[Target]) -> Recorded:
     """The config that PEFT sees of a `LayerLoraConfig`: full names of the chosen targets, new heads to save, and a record."""
     kinds = {t.name: t.kind for t in targets}
     given = _lora_fields(config)

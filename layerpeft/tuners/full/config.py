@@ -1,6 +1,7 @@
 """Training the weights themselves of chosen layers: its config, and what PEFT sees of it."""
 
 import copy
+import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.select import Selection
-from layerpeft.selection.typecheck import check, checked
+from layerpeft.selection.typecheck import checked
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners.config import LayerLoraConfig, options_given
@@ -45,13 +46,12 @@ class LayerFullConfig(LayerLoraConfig):
 
     biases: bool = checked(True, "Train the biases of the chosen modules.")
     master_weights: bool = checked(False, "A float32 copy of 16-bit weights to update.")
-    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_FULL
+    kind: ClassVar[enum.Enum] = LayerPeftType.LAYER_FULL
     method: ClassVar[str] = "full"
     works_by: ClassVar[type[Method]] = FullMethod
 
-    def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
-        problems = Problems("LayerFullConfig")
-        check(type(self), vars(self), problems)
+    def refuse(self, problems: Problems) -> None:
+        """Adds LoRA's own options, and what cannot be done to weights that train themselves."""
         for name in options_given(self, SHARED):
             problems.add(
                 f"{name}={getattr(self, name)!r}: LoRA's own, without a meaning where the weights themselves train",
@@ -74,8 +74,6 @@ class LayerFullConfig(LayerLoraConfig):
                 "master copy (FSDP's MixedPrecision, DeepSpeed's bf16), so leave it out and load the weights in float32 for those",
                 "master_weights",
             )
-        problems.raise_if_any(ConfigError)
-        super().__post_init__(batches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without LoRA's own options."""
@@ -88,11 +86,6 @@ class LayerFullConfig(LayerLoraConfig):
             "training the weights themselves has no stock config that means the same: give the config itself to get_peft_model or "
             "to a trainer's peft_config=, on a model without other adapters"
         )
-
-    @property
-    def is_plain(self) -> bool:
-        """Never: with all layers it is the weights themselves still."""
-        return False
 
     @classmethod
     def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:

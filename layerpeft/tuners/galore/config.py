@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -13,13 +14,14 @@ from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of
-from layerpeft.selection.typecheck import check, checked
+from layerpeft.selection.typecheck import checked
 from layerpeft.text import note
 from layerpeft.training.method import Method
 from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.galore.method import GaloreMethod
 from layerpeft.tuners.galore.subspace import SIDES
 from layerpeft.tuners.galore.watch import Refreshing
+from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.stock import RecordedLoraConfig
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
@@ -65,13 +67,17 @@ class LayerGaloreConfig(LayerLoraConfig):
     fold: Literal["beside", "base"] = checked("beside", "Where the original weights stay.")
     seed: int = checked(0, "Of random bases and sketches.")
     max_rank: int | None = checked(None, "Largest rank of the saved adapter.", above=0)
-    kind: ClassVar[LayerPeftType] = LayerPeftType.LAYER_GALORE
+    kind: ClassVar[enum.Enum] = LayerPeftType.LAYER_GALORE
     method: ClassVar[str] = "galore"
     works_by: ClassVar[type[Method]] = GaloreMethod
+    derived: ClassVar[tuple[str, ...]] = ("peft_type", "lora_alpha")
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
-        problems = Problems("LayerGaloreConfig")
-        check(type(self), vars(self), problems)
+        super().__post_init__(batches)
+        self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
+
+    def refuse(self, problems: Problems) -> None:
+        """Adds LoRA's own options, and choices that watch an adapter."""
         for name in options_given(self, SHARED):
             if name == "lora_alpha" and self.lora_alpha == self.scale * self.r:
                 continue  # it was derived, in a config that this one is made from
@@ -79,9 +85,10 @@ class LayerGaloreConfig(LayerLoraConfig):
         by = self.select.get("by") if isinstance(self.select, Mapping) else getattr(self.select, "by", None)
         if by == "importance":
             problems.add(NOT_DAMPED, "select", "by")
-        problems.raise_if_any(ConfigError)
-        self.lora_alpha = self.scale * self.r  # type: ignore[assignment]
-        super().__post_init__(batches)
+
+    def at_rank(self, rank: int) -> dict[str, Any]:
+        """Its scale has no rank in it."""
+        return {"r": rank}
 
     def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
         """Never: a stock config would be ordinary LoRA. Raises: ConfigError."""
@@ -90,16 +97,11 @@ class LayerGaloreConfig(LayerLoraConfig):
             "trainer's peft_config=, on a model without other adapters"
         )
 
-    def settled(self, model: nn.Module, *args: Any, **kwargs: Any) -> LoraConfig:
+    def settled(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What PEFT will be given to wrap that model by. Raises: as `resolve`, and ConfigError for experts of a kind not known."""
         stock = super().settled(model, *args, **kwargs)
         check_experts(base_of(model), stock.target_parameters or ())
         return stock
-
-    @property
-    def is_plain(self) -> bool:
-        """Never: with all layers it is projection still."""
-        return False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class LayerGaloreConfig(LayerLoraConfig):
                 "trained further, this adapter is ordinary LoRA; a projection goes on where it stopped through load_adapter("
                 "folder, adapter_name) on a model that LayerGaloreConfig has wrapped, as Trainer's resume_from_checkpoint does"
             )
-        return super().loaded(model, adapter, live, trains)
+        return LoraMethod(model, adapter, live)
 
     def stock(self, given: dict[str, Any], targets: Iterable[Target]) -> ProjectedLoraConfig:
         """LoRA with one factor fixed: ranks no larger than the weights, and the scale in the place of alpha/r.

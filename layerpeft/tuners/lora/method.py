@@ -9,9 +9,16 @@ from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layer
 from layerpeft.model.names import clean
 from layerpeft.training.method import Method, Tensors
 
+LOWEST_RANK = 4
+
 
 class LoraMethod(Method):
     """Trains factors beside the chosen weights."""
+
+    @classmethod
+    def ranks(cls, asked: int) -> tuple[int, ...]:
+        """Halves, down to the lowest that is worth a try."""
+        return (asked, *(asked >> i for i in range(1, asked.bit_length()) if asked >> i >= LOWEST_RANK))
 
     def tensors(self) -> Tensors:
         """Target -> the adapter's tensors in it, with the bias that LoRA trains."""
