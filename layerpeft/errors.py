@@ -26,9 +26,7 @@ class Problem:
 
 class LayerpeftError(Exception):
     """Base of all errors raised on purpose; the command line prints it without a traceback (exit code 2).
-
-    It is made of sentences, problems, and errors from deeper down; its message is made of them, and never read back.
-    """
+    It is made of sentences, problems, and errors from deeper down; its message is made of them, and never read back."""
 
     def __init__(self, *items: str | Problem | LayerpeftError, title: str = "") -> None:
         self.title = title

@@ -24,9 +24,7 @@ def note(message: str) -> None:
 
 def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), gap: str = "  ") -> list[str]:
     """Rows of cells as aligned lines, `align` being "<" or ">" for each column, the last one for all that follow.
-
-    A column is as wide as its widest cell, or, where `widths` are given, as they say.
-    """
+    A column is as wide as its widest cell, or, where `widths` are given, as they say."""
     widths = widths or [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), align[-1])
     lines = ([f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in rows)

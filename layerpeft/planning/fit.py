@@ -145,7 +145,9 @@ def _said(
     if found.layers is not None:
         words.append(f"{found.layers} instead of {layers} layers")
         keeps = isinstance(config.select, Mapping) and dict(config.select) | {"keep": found.layers} == final.select
-        settings |= {"layerpeft.select.keep": found.layers} if keeps else {"layerpeft.select": _short(final.select)}
+        place = isinstance(final.select, dict) and set(final.select) == {"layers"}  # a plain list says it
+        short = final.select["layers"] if place else final.select
+        settings |= {"layerpeft.select.keep": found.layers} if keeps else {"layerpeft.select": short}
     if found.rank != asked.rank:
         said = config.at_rank(found.rank)
         settings |= {f"layerpeft.{name}": value for name, value in said.items() if value != getattr(config, name)}
@@ -160,11 +162,6 @@ def _said(
         settings["gradient_checkpointing"] = True
         words.append("time: blocks are recomputed in the backward pass (gradient_checkpointing)")
     return tuple(words), settings
-
-
-def _short(select: Any) -> Any:
-    """A choice by place alone as the plain list of its layers."""
-    return select["layers"] if isinstance(select, dict) and set(select) == {"layers"} else select
 
 
 def _bytes(limit: int | str) -> int:

@@ -21,9 +21,7 @@ CODE_BYTES = 1024  # bitsandbytes: 256 float32 for each kind of number, shared b
 
 def state_bytes(name: str, trained: Iterable[torch.Tensor], optim_args: str | None = None) -> int:
     """Bytes that the optimizer `name` keeps for these tensors, besides the tensors themselves; scalars are left out.
-
-    `optim_args` as in TrainingArguments ("momentum=0.9"). Raises: ConfigError for a name without a formula.
-    """
+    `optim_args` as in TrainingArguments ("momentum=0.9"). Raises: ConfigError for a name without a formula."""
     if sentence := problem(name):
         raise ConfigError(sentence)
     given = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]+)", optim_args or ""))
@@ -101,34 +99,16 @@ def _stable_adamw(shape: torch.Size, size: int, given: Arguments) -> int:
 
 
 STATES: Mapping[str, Formula] = {
-    "adamw_torch": partial(_like, 2),
-    "adamw_torch_fused": partial(_like, 2),
-    "adamw_torch_8bit": partial(_torchao, 8),
-    "adamw_torch_4bit": partial(_torchao, 4),
-    "adamw_bnb_8bit": partial(_eight_bit, 2),
-    "adamw_8bit": partial(_eight_bit, 2),
-    "paged_adamw_8bit": partial(_eight_bit, 2),
-    "paged_adamw_32bit": partial(_whole, 2),
-    "ademamix": partial(_whole, 3),
-    "ademamix_8bit": partial(_eight_bit, 3),
-    "paged_ademamix_32bit": partial(_whole, 3),
-    "paged_ademamix_8bit": partial(_eight_bit, 3),
-    "lion_32bit": partial(_whole, 1),
-    "lion_8bit": partial(_eight_bit, 1),
-    "paged_lion_32bit": partial(_whole, 1),
-    "paged_lion_8bit": partial(_eight_bit, 1),
-    "rmsprop_bnb": partial(_whole, 1),
-    "rmsprop_bnb_32bit": partial(_whole, 1),
-    "rmsprop_bnb_8bit": partial(_eight_bit, 1),
-    "adafactor": _adafactor,
-    "sgd": _sgd,
-    "rmsprop": _rmsprop,
-    "adagrad": partial(_like, 1),
-    "schedule_free_adamw": partial(_like, 2),
-    "schedule_free_radam": partial(_like, 2),
-    "schedule_free_sgd": partial(_like, 1),
-    "stable_adamw": _stable_adamw,
-}
+    "adamw_torch": partial(_like, 2), "adamw_torch_fused": partial(_like, 2), "adamw_torch_8bit": partial(_torchao, 8),
+    "adamw_torch_4bit": partial(_torchao, 4), "adamw_bnb_8bit": partial(_eight_bit, 2), "adamw_8bit": partial(_eight_bit, 2),
+    "paged_adamw_8bit": partial(_eight_bit, 2), "paged_adamw_32bit": partial(_whole, 2), "ademamix": partial(_whole, 3),
+    "ademamix_8bit": partial(_eight_bit, 3), "paged_ademamix_32bit": partial(_whole, 3),
+    "paged_ademamix_8bit": partial(_eight_bit, 3), "lion_32bit": partial(_whole, 1), "lion_8bit": partial(_eight_bit, 1),
+    "paged_lion_32bit": partial(_whole, 1), "paged_lion_8bit": partial(_eight_bit, 1), "rmsprop_bnb": partial(_whole, 1),
+    "rmsprop_bnb_32bit": partial(_whole, 1), "rmsprop_bnb_8bit": partial(_eight_bit, 1), "adafactor": _adafactor, "sgd": _sgd,
+    "rmsprop": _rmsprop, "adagrad": partial(_like, 1), "schedule_free_adamw": partial(_like, 2),
+    "schedule_free_radam": partial(_like, 2), "schedule_free_sgd": partial(_like, 1), "stable_adamw": _stable_adamw,
+}  # fmt: skip
 # tables of 8-bit numbers: signed for a mean, unsigned beside it for a mean of squares
 _CODES = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit"), 2),

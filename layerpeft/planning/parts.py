@@ -24,9 +24,7 @@ from layerpeft.training.method import Method
 @dataclass(frozen=True)
 class Wrapped:
     """An adapter on a model without storage: its method, its layers, what had to be assumed, where the backward pass stops.
-
-    `resting`: names of parameters of layers that sleep at the costliest moment; whether optimizers keep states of those.
-    """
+    `resting`: names of parameters of layers that sleep at the costliest moment; whether optimizers keep states of those."""
 
     model: Any
     method: Method
@@ -89,9 +87,7 @@ def half(wrapped: nn.Module) -> None:
 
 def store(empty: nn.Module, wanted: Quantized, early: bool) -> tuple[str, ...]:
     """Puts stand-ins where linears will be quantized, and says what that takes. `early`: known before weights are.
-
-    Raises: ConfigError for a missing package, or what cannot be packed so.
-    """
+    Raises: ConfigError for a missing package, or what cannot be packed so."""
     missing = precisions.missing_packages(wanted.assignment.values())
     if missing:
         raise ConfigError(f"quantization needs {' and '.join(missing)}: pip install 'layerpeft[quant]'")

@@ -15,6 +15,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
 from layerpeft.integrations.empty import empty_model
+from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
@@ -115,10 +116,8 @@ def plan(
     Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
     step = step or Step()
-    found = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
-    wrapped = found.model
-    with torch.device("meta"):
-        full = _built(model).train()
+    found, bare = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    wrapped, full = found.model, copy.deepcopy(bare).train()
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
@@ -154,7 +153,7 @@ def peak_bytes(
     step: Step,
 ) -> int:
     """`plan(...).peak_bytes` alone: one trace instead of four. Raises: as `plan`."""
-    found = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     with as_traced(found.model):
         if checkpointing:
             _recompute(found.model, step)
@@ -167,10 +166,8 @@ def layers_that_train(
     model: nn.Module | str | Path, config: peft.PeftConfig, step: Step
 ) -> tuple[list[int], bool, int]:
     """Without tracing a step: the layers, whether the model can recompute its activations, and bytes of weights.
-
-    Raises: as `plan`.
-    """
-    found = _wrapped(model, config, [], step)
+    Raises: as `plan`."""
+    found, _ = _wrapped(model, config, [], step)
     return [row.layer for row in _rows(found) if row.trains], _recompute(found.model, step), found.weights
 
 
@@ -180,19 +177,19 @@ def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
     return found + [s for s in [optimizer_bytes.problem(optimizer)] if s]
 
 
-def _wrapped(model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step) -> Wrapped:
-    """The adapter on a model without storage.
-
-    Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides.
-    """
+def _wrapped(
+    model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
+) -> tuple[Wrapped, nn.Module]:
+    """The adapter on a model without storage, and that model as it was.
+    Raises: the one LayerpeftError that there is, or ConfigError with all of them and what is `wrong` besides."""
     problems = Problems("plan")
     for sentence in wrong:
         problems.add(sentence)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers gives up
-            empty = _built(model, step.quantization)
-            found = _wrap(config, empty, step)
+            bare = _built(model)
+            found = _wrap(config, _packed(copy.deepcopy(bare), step.quantization), step)
     except LayerpeftError as error:
         if not problems.items:
             raise
@@ -202,7 +199,7 @@ def _wrapped(model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list
     problems.raise_if_any(ConfigError)
     if step.fused_head:
         add_head(base_of(found.model))
-    return found
+    return found, bare
 
 
 def _wrap(config: peft.PeftConfig, empty: nn.Module, step: Step) -> Wrapped:
@@ -229,7 +226,8 @@ def _wrap(config: peft.PeftConfig, empty: nn.Module, step: Step) -> Wrapped:
     return Wrapped(wrapped, method, layers, said, stop, resting, resolved.keeps_states)
 
 
-def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module:
+def _built(model: nn.Module | str | Path) -> nn.Module:
+    """The model without storage or adapters: itself, where it is that."""
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     if isinstance(model, str | Path):
@@ -237,15 +235,21 @@ def _built(model: nn.Module | str | Path, quantization: Any = None) -> nn.Module
             found = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model config at {model!s}: {told(error, 200)}") from error
-        built = empty_model(AutoModelForCausalLM, found)
-    elif not isinstance(model, nn.Module):
+        return empty_model(AutoModelForCausalLM, found)
+    if not isinstance(model, nn.Module):
         raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
-    else:
-        base = base_of(model)
-        config = getattr(base, "config", None)
-        if not isinstance(config, PretrainedConfig):
-            raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
-        built = type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
+    empty = all(t.is_meta for t in (*base.parameters(), *base.buffers()))
+    if empty and not any(isinstance(m, BaseTunerLayer) for m in base.modules()):
+        return base
+    return type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
+
+
+def _packed(built: nn.Module, quantization: Any) -> nn.Module:
+    """It, as a BitsAndBytesConfig stores it."""
     if quantization is not None:
         kind = "int8" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
         storage = Storage(double_quant=quantization.bnb_4bit_use_double_quant)

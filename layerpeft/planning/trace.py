@@ -64,9 +64,7 @@ class Live(TorchDispatchMode):
 
 def count(step: Callable[[], None], model: nn.Module, besides: Iterable[torch.Tensor] = ()) -> Pass:
     """Runs `step`, a forward and backward pass of `model` that starts without gradients, and counts it.
-
-    `besides`: tensors that are there before, apart from the model's own.
-    """
+    `besides`: tensors that are there before, apart from the model's own."""
     live = Live({t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *besides]})
     with _no_collection(), live:
         step()

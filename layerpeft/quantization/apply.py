@@ -43,9 +43,7 @@ class Stored:
 @dataclass(frozen=True)
 class Quantized:
     """What is stored how: full name -> precision of every linear that was looked at, and why others were left alone.
-
-    `choice`: what was asked for, as plain data; `why`: the same in a sentence.
-    """
+    `choice`: what was asked for, as plain data; `why`: the same in a sentence."""
 
     modules: Mapping[str, str]
     storage: Storage = PLAIN
@@ -104,8 +102,7 @@ class Quantized:
         """Asked and got by kind of module, measured bytes, and what was left alone."""
         return "\n".join(_lines(self))
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
 
 def apply(

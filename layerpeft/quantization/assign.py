@@ -84,9 +84,7 @@ def by_training(
     stacks: Stacks,
 ) -> Quantized:
     """What `quantize_frozen` and `quantize_trained` mean: linears in layers that train (names in `training`), and all others.
-
-    Raises: ConfigError where that leaves nothing to quantize.
-    """
+    Raises: ConfigError where that leaves nothing to quantize."""
     found = able(model, stacks.layers(stack), stacks=stacks)
     blocks = tuple(f"{name}." for name in training)
     kinds = {True: precisions.named(trained or 16), False: precisions.named(frozen or 16)}

@@ -104,10 +104,7 @@ def paired(
     judge: Callable[[Bits], float],
     tries: int | None = None,
 ) -> Bits:
-    """Of the `pairings`, the one for which `judge` gives the least loss; the fewest pairs of equals.
-
-    Raises: as `pairings`.
-    """
+    """Of the `pairings`, the one for which `judge` gives the least loss; the fewest pairs of equals. Raises: as `pairings`."""
     return min(pairings(units, base, lower, higher, budget_bytes, tries), key=judge)
 
 

@@ -31,18 +31,11 @@ class LayerQuantConfig(Chooses, PeftConfig):
     Raises: ConfigError naming every problem at once.
     """
 
-    select: Any = field(
-        default="all", metadata={"help": "Which layers get `bits`; with a budget: the scorer that spends it."}
+    select: Any = checked("all", "Which layers get `bits`; with a budget: the scorer that spends it.")
+    bits: Any = checked(
+        None, "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
     )
-    bits: Any = field(
-        default=None,
-        metadata={
-            "help": "Precision of the picked layers (default: 4); or layers and theirs: {'first:2': 8, '2-9': nf4}."
-        },
-    )
-    rest: Any = field(
-        default=None, metadata={"help": "Precision of the other layers, of other stacks too. Default: as they are."}
-    )
+    rest: Any = checked(None, "Precision of the other layers, of other stacks too. Default: as they are.")
     mean_bits: float | None = checked(
         None, "Budget: stored bits per weight over the layers, scales included (uniform nf4 is 4.5).", least=1, most=32
     )

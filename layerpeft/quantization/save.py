@@ -30,7 +30,7 @@ _PACKAGES = ("layerpeft", "transformers", "torch", "bitsandbytes", "hqq")
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> Path:
-    """Writes a model whose linears are quantized, for `load_saved`: config, weights in shards, and layerpeft_quant.json, last.
+    """Writes a model whose linears are quantized, for `layerpeft.load`: config, weights in shards, and layerpeft_quant.json, last.
 
     With one kind of bitsandbytes' layers beside kept ones it is a checkpoint of transformers, which `from_pretrained` reads
     without layerpeft; any other mixture plain transformers refuses. The folder must be new or empty, and is there whole or not
@@ -60,9 +60,7 @@ def load_saved(
     **kwargs: Any,
 ) -> nn.Module:
     """The model that `save_model` wrote, tensor for tensor; `verify`: every file is hashed first, not only measured.
-
-    `kwargs` go to `from_pretrained`. Raises: SaveError for a folder that is not whole, or a package that is missing.
-    """
+    `kwargs` go to `from_pretrained`. Raises: SaveError for a folder that is not whole, or a package that is missing."""
     folder = Path(folder)
     manifest = read_manifest(folder, verify)
     missing = missing_packages(manifest["modules"].values())

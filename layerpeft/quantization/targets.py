@@ -28,9 +28,7 @@ WHY = {
 @dataclass(frozen=True)
 class Able:
     """What may be quantized, the numbers of their layers in the stack that a choice is about, and what is left alone, and why.
-
-    `linears`: all that lie in layers, those left alone among them.
-    """
+    `linears`: all that lie in layers, those left alone among them."""
 
     targets: tuple[Target, ...]
     linears: tuple[Target, ...]
@@ -140,9 +138,7 @@ def _why_not(base: nn.Module, target: Target, shared: Mapping[str, str]) -> str 
 @cache
 def reads_weight(kind: type, leaf: str) -> bool:
     """Whether a module's own code computes with the weight of this child, or casts to its type: packed, it would go wrong.
-
-    Told from the source: `self.dt_proj.weight @ …` (Mamba), `….to(self.wo.weight.dtype)` (T5 and its kin).
-    """
+    Told from the source: `self.dt_proj.weight @ …` (Mamba), `….to(self.wo.weight.dtype)` (T5 and its kin)."""
     try:
         lines = inspect.getsource(kind).splitlines()
     except (OSError, TypeError):

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from layerpeft.errors import Problem, RecipeError, hint, unknown
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, hint, told, unknown
 from layerpeft.integrations import hub
 from layerpeft.recipe import foreign, keys, surroundings
 from layerpeft.recipe.choice import choice_problems
 from layerpeft.recipe.model import empty_model
-from layerpeft.recipe.recipe import Recipe, layer_config
+from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
-from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import Setting, complaint
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import DEFAULT, METHODS
 
 
 @dataclass
 class Check:
     """One pass over a document; `found` gathers what is wrong with its lines, `wrong` the top-level keys complained of.
-
-    `accelerator`: the recipe is to run on one, whatever is here; `model`: its model without weights, once it was built.
-    """
+    `accelerator`: the recipe is to run on one, whatever is here."""
 
     document: Document
     purpose: str
@@ -34,7 +30,6 @@ class Check:
     found: list[Fault] = field(default_factory=list)
     wrong: set[str] = field(default_factory=set)
     moved: Mapping[str, str] = field(default_factory=dict)
-    model: nn.Module | None = None
 
     def add(self, sentence: str, *path: str) -> None:
         """Notes a problem of the key at `path`; the line is that of the spelling in the file."""
@@ -71,7 +66,7 @@ class Check:
             done.notices.append(
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
-        method, select, fields, sound = self.block(good.get("layerpeft"), trainer)
+        method, select, fields, config = self.block(good.get("layerpeft"), trainer)
         self.add_all(surroundings.backend_problems(good, select))
         if trainer:
             self.add_all(surroundings.data_problems(good, trainer, self.purpose, "columns" not in self.wrong))
@@ -79,23 +74,25 @@ class Check:
         self.add_all(problems)
         self.add_all(surroundings.device_problems(good))
         lines = {key: self.document.line(self.moved.get(key, key)) for key in good}
-        recipe = Recipe(source, path, trainer, good, method, select, fields, (*done.notices, *notices), lines=lines)
+        notices = (*done.notices, *notices)
+        recipe = Recipe(source, path, trainer, good, method, select, fields, notices, lines=lines, config=config)
         if trainer:
             here = {k: v for k, v in good.items() if k not in ("bf16", "fp16")} | {"bf16": False}
             trial = replace(recipe, values=here) if self.accelerator and trainer == "sft" else recipe
             self.add_all(surroundings.argument_problems(trial, self.wrong))
-            if sound and "model_name_or_path" in good and "model_name_or_path" not in self.wrong:
+            if config is not None and "model_name_or_path" in good and "model_name_or_path" not in self.wrong:
                 with hub.settled(surroundings.on_hub(good)):
-                    self.choice(recipe)
+                    return self.choice(recipe)
         return recipe
 
-    def choice(self, recipe: Recipe) -> None:
+    def choice(self, recipe: Recipe) -> Recipe:
         """Tries the choice of layers on the architecture, which is kept."""
         try:
-            self.model = empty_model(recipe)
-            self.add_all(choice_problems(recipe, self.model))
+            recipe = replace(recipe, model=empty_model(recipe))
+            self.add_all(choice_problems(recipe))
         except RecipeError as error:
             self.add_all(error.problems)
+        return recipe
 
     def required(self, values: Mapping[str, Any], done: foreign.Translation) -> None:
         """Keys without which there is no run."""
@@ -139,10 +136,10 @@ class Check:
         allowed = "trainer, model_name_or_path, dataset_name, columns, output_dir, layerpeft, …"
         return f"unknown key {key!r}.{hint(key, known)} Allowed: {allowed} and every field of {kind}."
 
-    def block(self, block: Any, trainer: str) -> tuple[str, Any, dict[str, Any], bool]:
-        """Checks the `layerpeft:` block: method, select and the config's fields; the last is whether they make a config."""
+    def block(self, block: Any, trainer: str) -> tuple[str, Any, dict[str, Any], LayerLoraConfig | None]:
+        """Checks the `layerpeft:` block: method, select and the config's fields; the last is the config that they make."""
         if block is None:
-            return DEFAULT, "all", {}, False
+            return DEFAULT, "all", {}, None
         given = dict(block)
         method = given.pop("method", DEFAULT)
         if not isinstance(method, str) or method not in METHODS:
@@ -151,7 +148,9 @@ class Check:
             self.add(sentence, "layerpeft", "method")
             method = DEFAULT
         select = given.pop("select", None)
-        sound = self.select(select)
+        if select is None:
+            example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
+            self.add(f"select: missing; say which layers, as in {example}", "layerpeft")
         known = keys.block_settings(METHODS[method])
         fields = {}
         for key, value in given.items():
@@ -161,17 +160,22 @@ class Check:
                 self.add(f"{key}: {sentence}", "layerpeft", key)
             else:
                 fields[key] = value
-        if trainer and sound:
-            trial = Recipe("", Path(), trainer, {}, method, select, fields)
-            sound = self.construct("layerpeft: ", lambda: layer_config(trial), "layerpeft")
-        return method, select, fields, sound
+        return method, select, fields, self.config(trainer, method, select, fields) if select is not None else None
 
-    def select(self, select: Any) -> bool:
-        if select is None:
-            example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
-            self.add(f"select: missing; say which layers, as in {example}", "layerpeft")
-            return False
-        return self.construct("", lambda: Select.parse(select), "layerpeft", "select")
+    def config(self, trainer: str, method: str, select: Any, fields: Mapping[str, Any]) -> LayerLoraConfig | None:
+        """What the block means. Adds what the constructor refuses, each at the line of its own key where there is one."""
+        try:
+            return made(trainer, method, select, fields)
+        except LayerpeftError as error:
+            chosen = [i for i in error.items if isinstance(i, LayerpeftError) and i.problems[0].path[:1] == ("select",)]
+            others = [item for item in error.items if item not in chosen]
+            found = [problem for choice in chosen for problem in choice.listed()]
+            rest = LayerpeftError(*others, title=error.title).listed() if others else ()
+        except Exception as error:  # constructors of other libraries raise what they like
+            found, rest = [], [Problem((), told(error, 400))]
+        self.add_all(problem.under("layerpeft") for problem in found)
+        self.add_all(Problem(("layerpeft", *problem.path), f"layerpeft: {problem.text}") for problem in rest)
+        return None
 
     def unknown_field(self, key: str, method: str, known: Mapping[str, Setting]) -> str:
         """What to say of a key that the method's config does not have."""
@@ -191,12 +195,6 @@ class Check:
         return (
             f"unknown key in the layerpeft block {key!r}.{hint(key, ['method', 'select', *known])} Allowed: {allowed}."
         )
-
-    def construct(self, prefix: str, make: Callable[[], Any], *path: str) -> bool:
-        """Adds what a constructor refuses, each at the line of its own key where there is one."""
-        found = surroundings.construct(make)
-        self.add_all(Problem((*path, *problem.path), f"{prefix}{problem.text}") for problem in found)
-        return not found
 
 
 def _unquoted(columns: Any) -> str | None:

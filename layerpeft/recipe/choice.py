@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,34 +12,32 @@ import torch
 from torch import nn
 
 from layerpeft.errors import LayerpeftError, Problem, hint, mentions, told
-from layerpeft.model.layers import LayerMap, base_of, layer_map
+from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.selection.choose import candidates
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.select import Select
 from layerpeft.tuners.assume import fixed
-from layerpeft.tuners.methods import METHODS
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.precision import asked
 
 BLOCK = "layerpeft"
 TARGETS = (("target_modules",), ("target_parameters",), ("exclude_modules",), ("modules_to_save",))
 
 
-def choice_problems(recipe: Recipe, model: nn.Module) -> list[Problem]:
-    """What of the recipe's layers and targets does not go together on its model without weights, and the keys that say it.
-
-    The model is wrapped on the way.
-    """
-    select = Select.parse(recipe.select)
-    plain = select.is_all and not METHODS[recipe.method].works_by.in_place
-    found = _plain_targets(recipe, model) if plain else _against(recipe, select, model)
-    return found or _dry_run(recipe, model)
+def choice_problems(recipe: Recipe) -> list[Problem]:
+    """What of the recipe's layers and targets does not go together on its model without weights, and the keys that say it."""
+    config, model = layer_config(recipe), recipe.model
+    stacks = stacks_of(model)
+    plain = config.choosing.is_all and not config.works_by.in_place
+    found = _plain_targets(recipe, model) if plain else _against(config, model, stacks)
+    return found or _dry_run(recipe, config, model, stacks)
 
 
-def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
+def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[Problem]:
+    select = config.choosing
     try:
-        layers = layer_map(model, select.stack)
+        layers = stacks.layers(select.stack)
     except LayerpeftError as error:
         return _at(error, "select", *(("stack",) if select.stack else ()))
     found: list[Problem] = []
@@ -49,7 +48,12 @@ def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
     if isinstance(select.by, Scores):
         scores = select.by
         found += _tried(lambda: scores.check(layers), "select", "by")
-    targets, wrong = _targets(recipe, model, layers)
+    targets, wrong = _named(config, model, layers)
+    if (
+        wrong and config.target_modules is None and not config.works_by.in_place
+    ):  # PEFT may have no default; what else is wrong?
+        more = _named(config.changed(target_modules="all-linear"), model, layers)[1]
+        wrong += [problem for problem in more if problem not in wrong]
     found += wrong
     certain = not any(problem.path[-1] in ("layers", "exclude") for problem in found)
     found += _tried(
@@ -60,10 +64,10 @@ def _against(recipe: Recipe, select: Select, model: nn.Module) -> list[Problem]:
     return found
 
 
-def _targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
+def _named(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> tuple[Any, list[Problem]]:
     """The targets that are meant (all there are, where that is wrong), and what is wrong with how they are named."""
     try:
-        return layer_config(recipe).targets_in(model, layers), []
+        return config.targets_in(model, layers), []
     except LayerpeftError as error:
         return layers.targets, _of_names(error, "target_modules")
 
@@ -84,16 +88,15 @@ def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
     return found
 
 
-def _dry_run(recipe: Recipe, model: nn.Module) -> list[Problem]:
-    """Wraps the empty model: what PEFT and TRL refuse comes out here."""
+def _dry_run(recipe: Recipe, config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[Problem]:
+    """Wraps a copy of the empty model: what PEFT and TRL refuse comes out here."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real run says it again
-            config = layer_config(recipe)
-            resolved = fixed(config, model)
+            resolved = fixed(config, model, stacks)
             if config.quantizes:
-                asked(config, model, resolved.layers, known=False)
-            wrapped: Any = peft.get_peft_model(model, resolved.config)  # type: ignore[arg-type]
+                asked(config, model, resolved.layers, known=False, stacks=stacks)
+            wrapped: Any = peft.get_peft_model(copy.deepcopy(model), resolved.config)  # type: ignore[arg-type]
     except LayerpeftError as error:
         if any(p.path in TARGETS for p in error.problems):
             return _of_names(error, BLOCK)

@@ -39,7 +39,8 @@ def plan(args: argparse.Namespace) -> None:
     with _aside(args.json):
         found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
         _settle(args, found.recipe)
-        measured = measure(args.recipe, [*args.settings, *found.changes]) if args.measure else None
+        recipe = args.recipe if found.changes else found.recipe
+        measured = measure(recipe, [*args.settings, *found.changes]) if args.measure else None
     if args.json:
         if is_first():
             print(json.dumps(found.to_dict() | ({"measured": measured.to_dict()} if measured else {})))
@@ -71,7 +72,7 @@ def merge(args: argparse.Namespace) -> None:
     with _aside():
         target = merge_adapter(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
     plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
-    _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load_saved loads'}")
+    _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load loads'}")
 
 
 def env(args: argparse.Namespace) -> None:

@@ -17,11 +17,9 @@ from typing import Any
 
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.integrations.drawing import new_figure, write_figure
-from layerpeft.model.layers import layer_map
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.trainer import (
     Setup,
-    all_targets,
     batches_for,
     held_out_numbers,
     load_model,
@@ -31,6 +29,7 @@ from layerpeft.recipe.trainer import (
     wrap,
 )
 from layerpeft.selection.choose import choose_among
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
@@ -43,6 +42,7 @@ NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
+Choose = Callable[..., Selection]  # of a way to choose, and batches
 Plan = tuple[str, tuple[int, ...], Mapping[str, Any]]  # name of a run, its layers, and what its `select` says
 
 
@@ -120,17 +120,18 @@ def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
 
 def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison:
     """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
-
-    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose.
-    """
-    select = Select.parse(recipe.select)
+    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose."""
+    select = recipe.config.choosing
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(recipe)
         if setup.held_out is None:
             raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
         model = load_model(setup)
-        batches, setup = batches_for(setup, model, select)
-        plans, num_layers = (_scheduled if select.is_scheduled else _plan)(recipe, model, select, batches, arms)
+        batches, setup = batches_for(setup, model, recipe.select)
+        examined = recipe.config.examine(model)
+        choose = partial(_choice, model, examined)
+        plans = (_scheduled if select.is_scheduled else _plan)(recipe, choose, examined, batches, arms)
+        num_layers = len(examined.layers)
         del model
     name = NAMES[setup.measure]
     say(f"{len(plans)} runs, each from the same weights over the same rows in the same order")
@@ -204,9 +205,9 @@ def table(found: Comparison) -> str:
     return "\n".join(grid(rows, "<<>", (16, 22, 11, 14, 8), " "))
 
 
-def _plan(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
-    """Every run, the recipe's first, and the number of layers. Raises: RecipeError when there is nothing to choose."""
-    choose = partial(_choice, recipe, model)
+def _plan(recipe: Recipe, choose: Choose, examined: Examined, batches: Any, arms: Sequence[Arm]) -> list[Plan]:
+    """Every run, the recipe's first. Raises: RecipeError when there is nothing to choose."""
+    select = examined.select
     among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
     ours = choose(select, batches)
     by_place = select.by == "depth" and select.keep is None
@@ -228,25 +229,22 @@ def _plan(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequen
         else:
             pick = "top" if arm.kind == "last" else "bottom"
             plans.append((arm.kind, choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers))
-    return [(arm, layers, {"layers": list(layers), "stack": select.stack}) for arm, layers in plans], ours.num_layers
+    return [(arm, layers, {"layers": list(layers), "stack": select.stack}) for arm, layers in plans]
 
 
-def _scheduled(recipe: Recipe, model: Any, select: Select, batches: Any, arms: Sequence[Arm]) -> tuple[list[Plan], int]:
+def _scheduled(_: Recipe, choose: Choose, examined: Examined, batches: Any, arms: Sequence[Arm]) -> list[Plan]:
     """As `_plan`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
-
-    Raises: RecipeError where the number of layers at a time is left to the scores.
-    """
+    Raises: RecipeError where the number of layers at a time is left to the scores."""
+    select = examined.select
     if select.keep in (None, "auto"):
         raise RecipeError(
             f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
             "compare with keep: N"
         )
-    found = layer_map(model, select.stack)
-    schedule = schedule_of(select, found, all_targets(recipe, model, found))
+    schedule = schedule_of(select, examined.layers, examined.targets)
     keep = how_many(select.keep, len(schedule.among)) or 0
     own = ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
     clock = {k: v for k, v in select.to_dict().items() if k not in own}
-    choose = partial(_choice, recipe, model)
     among = {k: clock[k] for k in ("layers", "exclude", "stack") if k in clock}
     plans: list[Plan] = [(f"{select.rule} every {select.reselect_steps}", schedule.pool, select.to_dict())]
     for arm in arms:
@@ -260,19 +258,16 @@ def _scheduled(recipe: Recipe, model: Any, select: Select, batches: Any, arms: S
             pick = "top" if arm.kind == "last" else "bottom"
             layers = choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers
             plans.append((arm.kind, layers, {"layers": list(layers), "stack": select.stack}))
-    return plans, len(found)
+    return plans
 
 
-def _choice(recipe: Recipe, model: Any, select: Any, batches: Any = None) -> Selection:
+def _choice(model: Any, examined: Examined, select: Select | Mapping[str, Any], batches: Any = None) -> Selection:
     """What a way to choose means among the recipe's targets."""
-    parsed = Select.parse(select)
-    layers = layer_map(model, parsed.stack)
-    return choose_among(model, parsed, layers, all_targets(recipe, model, layers), batches)
+    parsed = select if isinstance(select, Select) else Select.parse(select)
+    return choose_among(model, parsed, examined.layers, examined.targets, batches)
 
 
-def _draws(
-    choose: Callable[[Any], Selection], select: Mapping[str, Any], number: int
-) -> list[tuple[str, tuple[int, ...]]]:
+def _draws(choose: Choose, select: Mapping[str, Any], number: int) -> list[tuple[str, tuple[int, ...]]]:
     """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
     found: dict[tuple[int, ...], str] = {}
     for seed in range(100 * number):
@@ -289,7 +284,8 @@ def _unpacked(setup: Setup, layers: Sequence[int], num_layers: int) -> Setup:
         return setup
     note("quantize_frozen: with all layers trained none is left to pack; that arm stays in 16 bit")
     kept = {k: v for k, v in block.items() if k != "quantize_frozen"}
-    return replace(setup, recipe=replace(setup.recipe, block=kept))
+    config = setup.recipe.config.changed(quantize_frozen=None)
+    return replace(setup, recipe=replace(setup.recipe, block=kept, config=config))
 
 
 def _trainer(setup: Setup, select: Mapping[str, Any], batches: Any) -> tuple[Any, Any]:

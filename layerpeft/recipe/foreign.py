@@ -22,43 +22,23 @@ METHOD_ROADS = {
 
 RENAMED = {
     # transformers and TRL, older versions
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
-    "torch_dtype": "dtype",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-    "use_liger": "use_liger_kernel",
-    "train_file": "dataset_name",
-    "data_files": "dataset_name",
-    "validation_file": "eval_dataset",
+    "evaluation_strategy": "eval_strategy", "max_seq_length": "max_length", "torch_dtype": "dtype", "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id", "push_to_hub_token": "hub_token", "use_liger": "use_liger_kernel",
+    "train_file": "dataset_name", "data_files": "dataset_name", "validation_file": "eval_dataset",
     # axolotl, LLaMA-Factory, torchtune, mlx-lm, ms-swift
-    "base_model": "model_name_or_path",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "sample_packing": "packing",
-    "eval_sample_packing": "eval_packing",
-    "grad_accumulation_steps": "gradient_accumulation_steps",
-    "adapter_path": "output_dir",
-    "max_samples": "max_train_samples",
-}
+    "base_model": "model_name_or_path", "sequence_len": "max_length", "cutoff_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs", "epochs": "num_train_epochs", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim", "sample_packing": "packing", "eval_sample_packing": "eval_packing",
+    "grad_accumulation_steps": "gradient_accumulation_steps", "adapter_path": "output_dir", "max_samples": "max_train_samples",
+}  # fmt: skip
 
 
 @dataclass
 class Translation:
     """A recipe in this version's words: data, what was mapped, and what could not be (path and sentence).
-
-    `last`: keys of the command line, which overrule the recipe's under any spelling.
-    """
+    `last`: keys of the command line, which overrule the recipe's under any spelling."""
 
     data: dict[str, Any]
     last: frozenset[str] = frozenset()
@@ -66,12 +46,14 @@ class Translation:
     notices: list[str] = field(default_factory=list)
     complaints: list[tuple[str, str]] = field(default_factory=list)
 
+    def refuse(self, key: str, sentence: str) -> None:
+        """Notes what is wrong with a key."""
+        self.complaints.append((key, f"{key}: {sentence}"))
+
 
 def translate(data: Mapping[str, Any], known: Mapping[str, Setting], last: frozenset[str] = frozenset()) -> Translation:
     """Maps the spellings of other versions and tools where they mean the same, and says what to write where they do not.
-
-    `last`: the keys that come from the command line.
-    """
+    `last`: the keys that come from the command line."""
     out = Translation({}, last)
     for key, value in data.items():
         if key in known:
@@ -81,7 +63,7 @@ def translate(data: Mapping[str, Any], known: Mapping[str, Setting], last: froze
         elif key in _CONVERTED:
             _CONVERTED[key](out, data, key, value)
         elif sentence := other_road(key, value):
-            out.complaints.append((key, f"{key}: {sentence}"))
+            out.refuse(key, sentence)
         else:
             out.data[key] = value  # unknown: reported with the nearest name where the rest is checked
     return out
@@ -92,7 +74,7 @@ def _move(out: Translation, data: Mapping[str, Any], old: str, new: str, value: 
         return
     overrules = old in out.last and new not in out.last and new not in out.moved
     if (new in data or new in out.data) and not overrules:
-        out.complaints.append((old, f"{old}: this is {new}, which the recipe sets as well; keep {new}"))
+        out.refuse(old, f"this is {new}, which the recipe sets as well; keep {new}")
         return
     out.data[new] = value
     out.moved[new] = old
@@ -104,10 +86,13 @@ def _warmup_ratio(out: Translation, data: Mapping[str, Any], key: str, value: An
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
         _move(out, data, key, "warmup_steps", value)
     else:
-        out.complaints.append((key, f"{key}: this is warmup_steps now, where a share is below 1; got {value!r}"))
+        out.refuse(key, f"this is warmup_steps now, where a share is below 1; got {value!r}")
 
 
-def _flag(new: str, setting: Any) -> Callable[[Translation, Mapping[str, Any], str, Any], None]:
+Converter = Callable[[Translation, Mapping[str, Any], str, Any], None]
+
+
+def _flag(new: str, setting: Any) -> Converter:
     """A switch of old that is a value of another key today; false is the default and goes without a word."""
 
     def convert(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
@@ -116,9 +101,7 @@ def _flag(new: str, setting: Any) -> Callable[[Translation, Mapping[str, Any], s
         elif value is False:
             out.notices.append(f"{key}: false is the default and was taken out")
         else:
-            out.complaints.append(
-                (key, f"{key}: expected true or false, got {value!r}; today it is `{new}: {setting}`")
-            )
+            out.refuse(key, f"expected true or false, got {value!r}; today it is `{new}: {setting}`")
 
     return convert
 
@@ -127,21 +110,17 @@ def _stage(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> N
     if value == "sft":
         _move(out, data, key, "trainer", value)
     else:
-        out.complaints.append(
-            (key, f"{key}: {value!r} is not a trainer of this version; write `trainer:` {' or '.join(TRAINERS)}")
-        )
+        out.refuse(key, f"{value!r} is not a trainer of this version; write `trainer:` {' or '.join(TRAINERS)}")
 
 
 def _always(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
     if value is True:
         out.notices.append(f"{key}: true is what always happens now, and was taken out")
     else:
-        out.complaints.append(
-            (key, f"{key}: {value!r} is not offered any more; weights are always saved as safetensors")
-        )
+        out.refuse(key, f"{value!r} is not offered any more; weights are always saved as safetensors")
 
 
-_CONVERTED: dict[str, Callable[[Translation, Mapping[str, Any], str, Any], None]] = {
+_CONVERTED: dict[str, Converter] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": _flag("train_sampling_strategy", "group_by_length"),
     "adafactor": _flag("optim", "adafactor"),

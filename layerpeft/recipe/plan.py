@@ -84,21 +84,21 @@ def forecast(
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
         setup, problems = _prepared(examined)
         recipe = examined.sound(problems)
-        model = empty(setup, examined.model)
+        model = empty(setup)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
-    config = layer_config(recipe, recipe.select, None)
+    config = layer_config(recipe)
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
     return Forecast(recipe, found, command_of(recipe, changed))
 
 
-def empty(setup: Setup, examined: nn.Module | None = None) -> nn.Module:
+def empty(setup: Setup) -> nn.Module:
     """The recipe's model without weights and with its kind of attention; fast ones as torch's own, which keeps as much.
-
-    `examined`: the one that the recipe was tried on, if only its config is read. A head for classes is known with the rows alone.
-    """
-    model: Any = empty_model(setup.recipe, *setup.head) if examined is None or setup.labels else examined
+    How many classes a head has is known with the rows alone."""
+    model: Any = setup.recipe.model
+    if setup.labels and len(setup.labels) != model.config.num_labels:
+        model = empty_model(setup.recipe, *setup.head)
     with contextlib.suppress(ValueError, AttributeError):
         model.set_attn_implementation("eager" if setup.recipe["attn_implementation"] == "eager" else "sdpa")
     return model

@@ -5,28 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from layerpeft.errors import Problem, Problems, RecipeError
 from layerpeft.recipe.check import Check
-from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml, training_arguments
+from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.shipped import find_recipe
 from layerpeft.recipe.yaml import COMMAND, Fault, override, parse
-
-__all__ = ["Examined", "Recipe", "examine", "layer_config", "load_recipe", "to_yaml", "training_arguments"]
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with.
-
-    `model`: its model without weights, as far as the recipe names one; it has been wrapped.
-    """
+    """A recipe as far as it could be read, what is wrong with it, and the top-level keys that something is wrong with."""
 
     recipe: Recipe
     problems: tuple[Fault, ...]
     wrong: frozenset[str]
-    model: nn.Module | None = None
 
     def sound(self, also: Sequence[Fault] = ()) -> Recipe:
         """The recipe. Raises: RecipeError with every problem, and with those that were found `also`."""
@@ -48,9 +40,7 @@ def load_recipe(source: str, settings: Sequence[str] = (), purpose: str = "train
 
 def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", accelerator: bool = False) -> Examined:
     """A recipe and everything wrong with it; `accelerator`: it is to run on one, whatever is here.
-
-    Raises: RecipeError when there is no such file.
-    """
+    Raises: RecipeError when there is no such file."""
     path = find_recipe(source)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -58,7 +48,7 @@ def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", a
         raise RecipeError(f"{source}: not a readable text file ({error})") from error
     check = Check(override(parse(text), settings), purpose, accelerator)
     recipe = replace(check.run(source, path), settings=tuple(settings))
-    return Examined(recipe, tuple(check.found), frozenset(check.wrong), check.model)
+    return Examined(recipe, tuple(check.found), frozenset(check.wrong))
 
 
 def _order(fault: Fault) -> tuple[int, int]:

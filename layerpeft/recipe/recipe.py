@@ -9,7 +9,6 @@ from typing import Any
 
 from layerpeft.recipe import keys
 from layerpeft.recipe.yaml import dump
-from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
@@ -20,7 +19,8 @@ TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: mappings;
-    `lines`: where each top-level key was written."""
+    `lines`: where each top-level key was written; `config`: what method, `select` and block come to; `model`: its model without
+    weights, once it was built."""
 
     source: str
     path: Path
@@ -32,6 +32,8 @@ class Recipe:
     notices: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     lines: Mapping[str, int | None] = field(default_factory=dict)
+    config: Any = field(default=None, compare=False, repr=False)
+    model: Any = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Any:
         """The value of a top-level key, or its default."""
@@ -44,9 +46,7 @@ class Recipe:
 
 def training_arguments(recipe: Recipe, **changes: Any) -> Any:
     """The trl.SFTConfig or transformers.TrainingArguments of a recipe.
-
-    The order of the rows hangs on `data_seed` alone, so that arms of a comparison see the same batches.
-    """
+    The order of the rows hangs on `data_seed` alone, so that arms of a comparison see the same batches."""
     given = {k: v for k, v in recipe.values.items() if k in keys.argument_settings(recipe.trainer)}
     if isinstance(given.get("resume_from_checkpoint"), bool):
         del given["resume_from_checkpoint"]
@@ -58,11 +58,17 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
 
 def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> LayerLoraConfig:
     """The PEFT config of a recipe, with another choice of layers when `select` is given. Raises: LayerpeftError."""
-    kind = METHODS[recipe.method]
+    other = select is not None and select is not recipe.select
+    config: LayerLoraConfig = recipe.config.changed(select=select) if other else recipe.config
+    return config.with_batches(batches)
+
+
+def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> LayerLoraConfig:
+    """The config that a block means. Raises: LayerpeftError."""
+    kind = METHODS[method]
     known = keys.block_settings(kind)
-    fields = {name: build(known[name].hint, value) for name, value in recipe.block.items()}
-    chosen = recipe.select if select is None else select
-    return kind(select=chosen, task_type=TASKS[recipe.trainer], batches=batches, **fields)
+    fields = {name: build(known[name].hint, value) for name, value in block.items()}
+    return kind(select=select, task_type=TASKS.get(trainer), **fields)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -71,7 +77,7 @@ def to_yaml(recipe: Recipe) -> str:
     left = ("layerpeft", "hub_token", "overwrite_output_dir")
     order = [key for key in (*keys.own_keys(), *recipe.values) if key in recipe.values and key not in left]
     top = {key: recipe.values[key] for key in order}
-    select = recipe.select if isinstance(recipe.select, str | int | list) else Select.parse(recipe.select).to_dict()
+    select = recipe.select if isinstance(recipe.select, str | int | list) else recipe.config.choosing.to_dict()
     if isinstance(select, dict) and isinstance(recipe.select, Mapping):
         select["by"] = recipe.select.get("by", "depth")  # a path stays a path
     return dump(top | {"layerpeft": {"method": recipe.method, "select": select, **recipe.block}})

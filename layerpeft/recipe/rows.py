@@ -26,9 +26,7 @@ READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before traini
 
 def local_files(name: str | list[str]) -> list[Path] | None:
     """The files that a data set name means, or None for a folder or a hub id. A list always means files; `*` is expanded.
-
-    Raises: RecipeError naming what is missing, or of a kind that cannot be read.
-    """
+    Raises: RecipeError naming what is missing, or of a kind that cannot be read."""
     problems = Problems("data")
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
@@ -50,10 +48,7 @@ def local_files(name: str | list[str]) -> list[Path] | None:
 
 
 def columns_of(path: Path) -> list[str]:
-    """The columns of a local file, from its first row.
-
-    Raises: RecipeError for a file that is empty or not of its kind.
-    """
+    """The columns of a local file, from its first row. Raises: RecipeError for a file that is empty or not of its kind."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -71,9 +66,7 @@ def columns_of(path: Path) -> list[str]:
 
 def broken_lines(path: Path, most: int | None = READ_AHEAD) -> list[str]:
     """What cannot be read in a file of JSON lines, by line (three at most); empty for other kinds of file.
-
-    `most`: bytes to look through, None for all.
-    """
+    `most`: bytes to look through, None for all."""
     found: list[str] = []
     if path.suffix != ".jsonl":
         return found
@@ -122,10 +115,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a template such as "Question: {question}" names.
-
-    Raises: ValueError with a readable sentence.
-    """
+    """The columns that a template such as "Question: {question}" names. Raises: ValueError with a readable sentence."""
     return [name for _, name, _, _ in _pieces(template) if name is not None]
 
 
@@ -190,9 +180,7 @@ def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | 
 
 def load(name: str | list[str], *, config: str | None, split: str, optional: bool = False) -> Any | None:
     """The rows as a `datasets.Dataset`. With `optional`, None where there is no such split.
-
-    Raises: RecipeError in one sentence for whatever the loader could not do.
-    """
+    Raises: RecipeError in one sentence for whatever the loader could not do."""
     import datasets
 
     files = local_files(name)
@@ -214,10 +202,7 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
 
 
 def shape(rows: Any, trainer: str, columns: Mapping[str, str] | None, text_field: str = "text") -> Any:
-    """The rows with the columns that the trainer reads.
-
-    Raises: RecipeError when a column is missing.
-    """
+    """The rows with the columns that the trainer reads. Raises: RecipeError when a column is missing."""
     have = list(rows.column_names)
     problems = Problems("data")
     for name, sentence in column_problems(trainer, have, columns, text_field):

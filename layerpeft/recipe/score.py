@@ -6,15 +6,12 @@ import contextlib
 import shlex
 import sys
 
-from torch import nn
-
 from layerpeft.errors import RecipeError
-from layerpeft.model.layers import layer_map
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.train import Say, is_first
-from layerpeft.recipe.trainer import all_targets, batches_for, load_model, prepare
+from layerpeft.recipe.trainer import batches_for, load_model, prepare
 from layerpeft.selection.choose import choose_among
-from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.select import Selection
 from layerpeft.text import grid
 from layerpeft.training.pictures import write_csv, write_png
 from layerpeft.training.report import Row
@@ -22,31 +19,28 @@ from layerpeft.training.report import Row
 
 def score(recipe: Recipe, say: Say = print) -> Selection:
     """Scores the layers of a recipe's model as training would; writes scores.json, scores.csv and scores.png.
-
-    Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores.
-    """
-    select = Select.parse(recipe.select)
+    Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores."""
+    select = recipe.config.choosing
     if select.by == "depth" and select.keep is None:
         example = f"layerpeft score {recipe.source} layerpeft.select='{{by: gradient_norm, keep: 25%}}'"
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(recipe)
         model = load_model(setup)
-        batches, _ = batches_for(setup, model, select)
-        layers = layer_map(model, select.stack)
-        selection = choose_among(model, select, layers, all_targets(recipe, model, layers), batches)
+        batches, _ = batches_for(setup, model, recipe.select)
+        found = recipe.config.examine(model)
+        selection = choose_among(model, select, found.layers, found.targets, batches)
     if is_first():
-        _write_scores(recipe, selection, model, say)
+        _write_scores(recipe, selection, say)
     return selection
 
 
-def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: Say) -> None:
+def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
     scores = selection.scores
     assert scores is not None
     folder = recipe.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = set(selection.layers)
-    names = [layer.name for layer in layer_map(model, selection.stack).layers]
+    chosen, names = set(selection.layers), selection.layer_names
     table = [Row(i, names[i], value, i in chosen, None, None) for i, value in enumerate(scores.values)]
     scores.save(folder / "scores.json")
     write_csv(table, folder / "scores.csv")
@@ -56,7 +50,7 @@ def _write_scores(recipe: Recipe, selection: Selection, model: nn.Module, say: S
         say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
-    keep = Select.parse(recipe.select).keep
+    keep = recipe.config.choosing.keep
     say("\nnext:")
     words = shlex.join([recipe.source, *recipe.settings])
     say(

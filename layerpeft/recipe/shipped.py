@@ -11,10 +11,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def resolve(address: str) -> str:
-    """The path of a `layerpeft://` address; any other text as it is.
-
-    Raises: RecipeError that lists what ships.
-    """
+    """The path of a `layerpeft://` address; any other text as it is. Raises: RecipeError that lists what ships."""
     if not address.startswith(SCHEME):
         return address
     name = address.removeprefix(SCHEME).strip("/")
@@ -40,9 +37,7 @@ def recipes() -> dict[str, Path]:
 
 def find_recipe(source: str) -> Path:
     """The file behind a path or the name of a shipped recipe; a file of that name wins.
-
-    Raises: RecipeError that names the recipes there are.
-    """
+    Raises: RecipeError that names the recipes there are."""
     path = Path(source).expanduser()
     if path.is_file():
         return path

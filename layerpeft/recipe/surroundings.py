@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,16 +93,10 @@ def folder_problems(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem
     """What is wrong with the model's folder and the output folder, and what is only worth a word before training."""
     model, lacking = _model(good)
     output, full = _output(good, purpose)
-    notices = []
-    if lacking and purpose == "plan":
-        notices.append(f"{lacking}; a plan needs none, training does")
-    elif lacking:
-        model.append(_of("model_name_or_path", lacking))
-    if full and purpose == "plan":
-        notices.append(full)
-    elif full:
-        output.append(Problem(("output_dir",), full))
-    return model + output, notices
+    if purpose == "plan":
+        return model + output, [f"{lacking}; a plan needs none, training does"] * bool(lacking) + [full] * bool(full)
+    model += [_of("model_name_or_path", lacking)] if lacking else []
+    return model + output + ([Problem(("output_dir",), full)] if full else []), []
 
 
 def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
@@ -244,14 +238,3 @@ def has_bf16() -> bool:
     from transformers.utils import is_torch_bf16_gpu_available
 
     return is_torch_bf16_gpu_available()
-
-
-def construct(make: Callable[[], Any]) -> tuple[Problem, ...]:
-    """Runs a constructor whose own checks know combinations that types do not show; what it raises, as problems."""
-    try:
-        make()
-    except LayerpeftError as error:
-        return error.listed()
-    except Exception as error:  # as above
-        return (Problem((), told(error, 400)),)
-    return ()

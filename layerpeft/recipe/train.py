@@ -33,7 +33,7 @@ from layerpeft.recipe.trainer import (
 )
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
-from layerpeft.selection.select import Select, Selection
+from layerpeft.selection.select import Selection
 from layerpeft.text import note, size_text
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.precision import wish
@@ -47,9 +47,7 @@ NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_
 @dataclass(frozen=True)
 class Result:
     """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
-
-    `weight_bytes`: measured bytes of all weights, adapter and scales included.
-    """
+    `weight_bytes`: measured bytes of all weights, adapter and scales included."""
 
     output_dir: Path
     before: Mapping[str, float]
@@ -62,15 +60,14 @@ class Result:
 
 def run(recipe: Recipe, say: Say = print) -> Result:
     """Trains a recipe and writes adapter, record, curves and the resolved recipe to its output_dir.
-
-    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then.
-    """
+    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then."""
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
         setup = prepare(recipe)
         checkpoint = _checkpoint(recipe)
-        kept = _kept(recipe, checkpoint)
+        recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
+        kept = _kept(recipe, recorded) if recorded else None
         _clear(recipe)
-        stored = _stored(recipe, checkpoint)
+        stored = _stored(recipe, recorded) if recorded else None
         choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
@@ -108,12 +105,10 @@ def _checkpoint(recipe: Recipe) -> str | None:
     return str(Path(asked).expanduser()) if isinstance(asked, str) else None
 
 
-def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
-    """The choice of the run that is resumed, None where there is none. Raises: RecipeError when the recipe asks for another."""
-    if checkpoint is None or not (Path(checkpoint) / MANIFEST).is_file():
-        return None
+def _kept(recipe: Recipe, checkpoint: str) -> Selection:
+    """The choice of the run that is resumed. Raises: RecipeError when the recipe asks for another."""
     chosen = selection_of(checkpoint)
-    asked, had = Select.parse(recipe.select).to_dict(), dict(chosen.select)
+    asked, had = recipe.config.choosing.to_dict(), dict(chosen.select)
     changed = [k for k in sorted({*asked, *had} - {"by"}) if asked.get(k) != had.get(k)]
     if isinstance(asked["by"], str) and asked["by"] != had.get("by"):
         changed.insert(0, "by")
@@ -125,13 +120,9 @@ def _kept(recipe: Recipe, checkpoint: str | None) -> Selection | None:
     return chosen
 
 
-def _stored(recipe: Recipe, checkpoint: str | None) -> Quantized | None:
+def _stored(recipe: Recipe, checkpoint: str) -> Quantized | None:
     """The precisions of the run that is resumed, None where its base was not quantized by layer.
-
-    Raises: RecipeError when the recipe asks for others.
-    """
-    if checkpoint is None or not (Path(checkpoint) / MANIFEST).is_file():
-        return None
+    Raises: RecipeError when the recipe asks for others."""
     found = read_manifest(checkpoint).get("quant")
     stored = None if found is None else Quantized.from_dict(found)
     then, now = stored.choice if stored is not None else {}, json.loads(json.dumps(wish(layer_config(recipe))))
@@ -145,7 +136,7 @@ def _wrapped(
     recipe: Recipe, setup: Setup, model: nn.Module, kept: Selection | None, stored: Quantized | None
 ) -> tuple[Any, Setup]:
     """The model with its adapter: on the layers of the run that is resumed, or on those that the recipe chooses now."""
-    if kept is not None and Select.parse(recipe.select).is_scheduled:
+    if kept is not None and recipe.config.choosing.is_scheduled:
         # the schedule goes on when the checkpoint is loaded
         return wrap(setup, model, recipe.select, None, stored), setup
     if kept is None:
@@ -154,7 +145,7 @@ def _wrapped(
     wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None, stored)
     record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
     record.selection = kept
-    record.config["select"] = Select.parse(recipe.select).to_dict()
+    record.config["select"] = recipe.config.choosing.to_dict()
     return wrapped, setup
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,16 +13,16 @@ import peft
 from torch import nn
 
 from layerpeft.errors import Problem, RecipeError
-from layerpeft.model.layers import LayerMap, Target, base_of
+from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import MARKS, Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows
-from layerpeft.recipe.model import auto_class, code, empty_model, from_hub, model_config, model_path
+from layerpeft.recipe.model import auto_class, code, from_hub, model_config, model_path
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
-from layerpeft.selection.select import DEFAULT_BATCHES, Select
+from layerpeft.selection.select import DEFAULT_BATCHES
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
 
@@ -31,9 +30,7 @@ from layerpeft.tuners.precision import batches_wanted
 @dataclass(frozen=True)
 class Setup:
     """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
-
-    `ready` says that the rows went through a trainer's preparation once (truncated, packed) and must not again.
-    """
+    `ready` says that the rows went through a trainer's preparation once (truncated, packed) and must not again."""
 
     recipe: Recipe
     tokenizer: Any
@@ -58,14 +55,11 @@ def prepare(recipe: Recipe) -> Setup:
     """Tokenizer and rows of a recipe. No weight is loaded. Raises: RecipeError."""
     tokenizer = _tokenizer(recipe)
     train, held_out = _rows(recipe)
-    labels: tuple[str, ...] = ()
-    if recipe.trainer == "classification":
-        labels = _labels(train)
+    labels = _labels(train) if recipe.trainer == "classification" else ()
     setup = Setup(recipe, tokenizer, train, held_out, held_out, labels)
-    if labels:
-        ready = {"train": _classified(setup, train), "held_out": held_out and _classified(setup, held_out)}
-        return dataclasses.replace(setup, **ready)
-    return setup
+    if not labels:
+        return setup
+    return replace(setup, train=_classified(setup, train), held_out=held_out and _classified(setup, held_out))
 
 
 def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None) -> nn.Module:
@@ -79,17 +73,13 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
     recipe = setup.recipe
     set_seed(training_arguments(recipe).seed)
     options = {"dtype": recipe["dtype"], "attn_implementation": recipe["attn_implementation"], **code(recipe)}
-    options |= {
-        "revision": recipe["model_revision"],
-        "config": model_config(recipe, *setup.head),
-        **(recipe["model_init_kwargs"] or {}),
-    }
-    wanted = None
+    options |= {"revision": recipe["model_revision"], "config": model_config(recipe, *setup.head)}
+    options |= recipe["model_init_kwargs"] or {}
     if is_saved(model_path(recipe)):
         attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
         return from_hub(recipe, load_saved, model_path(recipe), **attention)
-    if select is not None:
-        wanted = early(layer_config(recipe, select).with_stored(stored), lambda: empty_model(recipe, *setup.head))
+    config = layer_config(recipe, select).with_stored(stored)
+    wanted = early(config, lambda: recipe.model) if select is not None else None
     if wanted is None:
         return from_hub(recipe, auto_class(recipe).from_pretrained, model_path(recipe), **options)
     device = training_arguments(recipe).device
@@ -105,7 +95,7 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
         model = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules="all-linear"))
     trainer = make_trainer(setup, model, report_to="none", push_to_hub=False)
     batches = list(islice(iter(trainer.get_train_dataloader()), count))
-    setup = dataclasses.replace(setup, train=trainer.train_dataset, held_out=trainer.eval_dataset, ready=True)
+    setup = replace(setup, train=trainer.train_dataset, held_out=trainer.eval_dataset, ready=True)
     if quantized:
         model.unload()  # type: ignore[operator]
     return batches, setup
@@ -113,10 +103,10 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
 
 def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] | None, Setup]:
     """Batches for a choice that is measured on data, None for any other."""
-    parsed = Select.parse(select)
-    most = batches_wanted(layer_config(setup.recipe, select))
-    if needs_batches(parsed) and not live_only(parsed) and not (parsed.is_scheduled and scoreless(parsed)):
-        most = max(most, parsed.num_batches or DEFAULT_BATCHES)
+    config = layer_config(setup.recipe, select)
+    most, choice = batches_wanted(config), config.choosing
+    if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
+        most = max(most, choice.num_batches or DEFAULT_BATCHES)
     return first_batches(setup, model, most) if most else (None, setup)
 
 
@@ -124,19 +114,12 @@ def wrap(
     setup: Setup, model: nn.Module, select: Any, batches: Sequence[Any] | None, stored: Quantized | None = None
 ) -> peft.PeftModel:
     """The model with the recipe's adapter on the layers that `select` means, drawn from the recipe's seed.
-
-    `stored`: precisions of the run that this one goes on with.
-    """
+    `stored`: precisions of the run that this one goes on with."""
     from transformers import set_seed
 
     set_seed(training_arguments(setup.recipe).seed)
     config = layer_config(setup.recipe, select, batches).with_stored(stored)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type,return-value]
-
-
-def all_targets(recipe: Recipe, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
-    """The targets of a recipe in every layer. Raises: SelectionError, ConfigError."""
-    return layer_config(recipe).targets_in(model, layers)
 
 
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
@@ -174,9 +157,7 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 def train(trainer: Any, checkpoint: str | None = None) -> float:
     """Trains, and returns the seconds it took. The seed is set here, so that what was measured before changes nothing.
-
-    Raises: RecipeError when a tracker refuses.
-    """
+    Raises: RecipeError when a tracker refuses."""
     from transformers import set_seed
 
     set_seed(trainer.args.seed)

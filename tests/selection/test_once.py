@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from layerpeft import (
     LayerFullConfig,
@@ -21,9 +22,14 @@ from layerpeft import (
     get_peft_model,
     layer_map,
     plan,
+    quantize,
     score_layers,
 )
 from layerpeft.model import layers as model_layers
+from layerpeft.recipe.plan import forecast
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.score import score
+from layerpeft.recipe.trainer import batches_for, load_model, prepare, wrap
 from layerpeft.training import backward
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS
@@ -144,3 +150,63 @@ def test_the_cut_moves_without_another_walk(counts: Counter[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".layers.2." in name)
     assert backward.install(model, "model.layers").layer == 2 and not counts["walked"]
+
+
+# ---- recipes, and bits ----------------------------------------------------------------------------------------------
+
+FEW = ["output_dir=out", "max_train_samples=8", "max_eval_samples=2", "layerpeft.select.num_batches=1"]
+
+
+@pytest.fixture
+def built(counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts models that are built, too: without weights, and with them."""
+    make = LlamaForCausalLM.__init__
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        counts["built"] += 1
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", counted)
+    counts.clear()
+    return counts
+
+
+def test_a_recipe_is_checked_trained_and_scored(built: Counter[str]) -> None:
+    """Each model is looked at once: the empty one by the check, the one with weights where it is wrapped, or scored."""
+    recipe = load_recipe("quickstart", FEW)
+    assert +built == {"parsed": 1, "walked": 1, "built": 1}
+    setup = prepare(recipe)
+    model = load_model(setup, recipe.select)
+    batches, setup = batches_for(setup, model, recipe.select)
+    wrap(setup, model, recipe.select, batches)
+    assert +built == {"parsed": 1, "walked": 2, "built": 2}
+    score(recipe, lambda _: None)
+    assert +built == {"parsed": 1, "walked": 3, "built": 3}
+
+
+def test_a_recipe_with_bits_is_loaded(built: Counter[str]) -> None:
+    """The bits are found on the model that the recipe was tried on."""
+    pytest.importorskip("bitsandbytes")
+    recipe = load_recipe("quickstart", [*FEW[:3], "layerpeft.select=last:2", "layerpeft.quantize_frozen=int8"])
+    load_model(prepare(recipe), recipe.select)
+    assert +built == {"parsed": 1, "walked": 2, "built": 2}
+
+
+def test_a_recipe_is_planned(built: Counter[str]) -> None:
+    assert forecast("quickstart", [*FEW, "max_length=8", "per_device_train_batch_size=1"]).plan.trainable
+    assert +built == {"parsed": 1, "walked": 2, "built": 1}
+
+
+@pytest.mark.parametrize(
+    "quant", [{"select": "first:2", "bits": "int8"}, {"mean_bits": 9, "choices": [8, 16]}], ids=str
+)
+def test_bits(quant: dict[str, Any], counts: Counter[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantize(llama(), quant, progress=False)
+    assert counts == ONCE
+    counts.clear()
+    get_peft_model(llama(), config("lora", select=[3], quant=quant))
+    assert +counts == {"parsed": 2, "walked": 1}  # `select`, and that of `quant`
+    counts.clear()
+    plan(llama(), config("lora", select=[3], quant=quant), batch_size=1, length=8)
+    assert +counts == {"parsed": 2, "walked": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import ExitStack
 from functools import partial
@@ -203,6 +204,13 @@ def test_flags_that_let_gradients_in_are_given_back():
         parameter.requires_grad_(False)
     loss_of("t5", model)
     assert not attention.gradient_checkpointing
+    twin = copy.deepcopy(model)  # whose flags are its own
+    inner = twin.get_base_model()
+    for layer in (inner.decoder.block[0].layer[2], inner.encoder.block[0].layer[0]):
+        layer.layer_norm.weight.requires_grad_(True)
+    loss_of("t5", twin)
+    given_back = inner.decoder.block[0].layer[1].EncDecAttention.gradient_checkpointing
+    assert given_back and not attention.gradient_checkpointing
     model.gradient_checkpointing_disable()
     first.requires_grad_(True), norm.requires_grad_(True)
     loss_of("t5", model)

@@ -335,7 +335,7 @@ def test_a_quantized_base_takes_an_adapter_when_asked_and_says_what_it_lost(kind
     packed = len([k for k in kinds if k != "16bit"])
     assert f"merged into {packed} quantized linears" in said.err and "% of the change" in said.err
     plain = len(set(kinds) - {"16bit"}) == 1
-    assert ("which transformers loads by itself" if plain else "load_saved loads") in said.out
+    assert ("which transformers loads by itself" if plain else "layerpeft.load loads") in said.out
     merged = load_saved(tmp_path / "out")
     assert tuple(precision_of(merged.get_submodule(n)) for n in names) == kinds
     assert all(torch.equal(merged.get_submodule(n).bias, model.get_submodule(n).bias) for n in names)
