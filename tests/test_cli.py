@@ -20,9 +20,11 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
+from tests.helpers.repeating import some
 
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
+BRIEF = ['columns={text: "{answer}"}', "max_length=48"]  # rows of a third of their length
 FEWER = {  # classes, or passes in which the layers are measured
     "ir_tuning": ['columns={text: "{after}", label: "{coarse}"}'],
     "mean_bits": ["layerpeft.quant.select.num_batches=1", "per_device_train_batch_size=1"],
@@ -179,15 +181,20 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     assert torch.equal(merged.score.weight, trained)
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped.recipes()) - {"quickstart", "revision"}))
+OTHERS = sorted(set(shipped.recipes()) - {"quickstart", "revision"})
+# one for every method, kind of trainer, scorer of a recipe and kind of schedule; precisions are those of test_quant_recipes
+EACH = ["badam", "galore", "ir_tuning", "ist", "lisa", "outliers"]
+
+
+@pytest.mark.parametrize("name", some(OTHERS, EACH))
 def test_every_other_shipped_recipe_runs(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *tiny(name, *FEWER.get(name, []))]) == 0
+    assert main(["train", *tiny(name, *FEWER.get(name, BRIEF))]) == 0
     assert (place / f"out-{name}" / "layerpeft.json").is_file()
     assert "held-out loss" in capsys.readouterr().out
 
 
 def test_all_layers_is_plain_lora(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *tiny("quickstart", "layerpeft.select=all")]) == 0
+    assert main(["train", *tiny("quickstart", "layerpeft.select=all", *BRIEF)]) == 0
     text = capsys.readouterr().out
     assert not (place / "out-quickstart" / "layerpeft.json").exists()
     assert "are fewer layers enough?" in text and "layerpeft.load" not in text
@@ -210,7 +217,7 @@ def test_chat_rows_packed(place: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_resume_goes_on_with_the_same_choice(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = tiny("quickstart", "max_steps=4", "save_strategy=steps", "save_steps=2")
+    whole = tiny("quickstart", *BRIEF, "max_steps=4", "save_strategy=steps", "save_steps=2")
     assert main(["train", *whole]) == 0
     weights = (place / "out-quickstart" / "adapter_model.safetensors").read_bytes()
     half = place / "out-quickstart" / "checkpoint-4"
@@ -247,7 +254,7 @@ def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.Mon
     logged: dict[str, object] = {}
     log = wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, data, *a, **k: (logged.update(data), log(run, data, *a, **k)))
-    assert main(["train", *tiny("last_layers", "report_to=wandb", "run_name=test")]) == 0
+    assert main(["train", *tiny("last_layers", *BRIEF, "report_to=wandb", "run_name=test")]) == 0
     wandb.finish()
     assert {"layers/table", "layers/picture"} <= set(logged)
     assert list(place.glob("wandb/offline-run-*"))
@@ -257,7 +264,10 @@ def test_the_finished_adapter_is_pushed_where_asked(place: Path, monkeypatch: py
     calls: list[str] = []
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: calls.append("repository"))
     monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **k: calls.append(f"push {self.args.hub_model_id}"))
-    assert main(["train", *tiny("quickstart", "push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret")]) == 0
+    assert (
+        main(["train", *tiny("quickstart", *BRIEF, "push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret")])
+        == 0
+    )
     assert calls == ["repository", "push me/mine"]
     assert "secret" not in (place / "out-quickstart" / "recipe.yaml").read_text()
 
@@ -265,7 +275,7 @@ def test_the_finished_adapter_is_pushed_where_asked(place: Path, monkeypatch: py
 def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     four = "model_init_kwargs={quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4}}"
-    assert main(["train", *tiny("quickstart", four)]) == 0
+    assert main(["train", *tiny("quickstart", four, *BRIEF)]) == 0
     rows = layerpeft.layer_report(layerpeft.load(place / "out-quickstart")).rows
     assert sum(row.chosen for row in rows) == 3 and all(row.score for row in rows)
 
@@ -275,7 +285,7 @@ def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.Ca
 
 @pytest.mark.pictures
 def test_score_is_reused_by_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", *tiny("quickstart"), "--json"]) == 0
+    assert main(["score", *tiny("quickstart", *BRIEF), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     folder = place / "out-quickstart"
     assert {p.name for p in folder.iterdir()} == {"scores.json", "scores.csv", "scores.png"}
@@ -283,13 +293,13 @@ def test_score_is_reused_by_train(place: Path, capsys: pytest.CaptureFixture[str
     assert list(scores.values) == found["scores"]["values"]
     assert found["layers"] == sorted(scores.ranked()[:3])
     by = "layerpeft.select={by: out-quickstart/scores.json, keep: 2}"
-    assert main(["train", *tiny("quickstart", by)]) == 0
+    assert main(["train", *tiny("quickstart", by, *BRIEF)]) == 0
     rows = layerpeft.layer_report(layerpeft.load(folder)).rows
     assert [row.layer for row in rows if row.chosen] == sorted(scores.ranked()[:2])
 
 
 def test_score_prints_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", *tiny("outliers")]) == 0
+    assert main(["score", *tiny("outliers", *BRIEF)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["layer", "name", "outliers", "chosen"]
     assert sum(line.endswith("yes") for line in lines) == 3
@@ -300,7 +310,7 @@ def test_score_prints_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.pictures
 def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *tiny("quickstart"), "--arms", "random:2,last,all", "--json"]) == 0
+    assert main(["compare", *tiny("quickstart", *BRIEF), "--arms", "random:2,last,all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     arms = {item["arm"]: item for item in found["runs"]}
     assert list(arms)[0] == "gradient_norm" and len(arms) == 5
@@ -316,13 +326,15 @@ def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = json.loads((folder / "compare.json").read_text())
     assert written["runs"] == found["runs"] and "gradient_norm" in written["recipe"]
     assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.png"}
-    alone = run(load_recipe(*_split(tiny("quickstart"))), say=lambda text: None)  # beside what compare has written
+    alone = run(
+        load_recipe(*_split(tiny("quickstart", *BRIEF))), say=lambda text: None
+    )  # beside what compare has written
     assert alone.after["eval_loss"] == found["runs"][0]["value"] and alone.before["eval_loss"] == found["before"]
 
 
 def test_arms_share_start_and_order_of_rows(place: Path) -> None:
     """Two arms of a comparison see the same batches, and start from the same loss."""
-    recipe = load_recipe(*_split(tiny("quickstart")), "compare")
+    recipe = load_recipe(*_split(tiny("quickstart", *BRIEF)), "compare")
     setup = prepare(recipe)
     seen = []
     for layers in ([0], [3, 4]):
