@@ -19,12 +19,13 @@ from layerpeft.recipe.read import load_recipe
 from tests.conftest import LLAMA
 from tests.helpers.fulling import wrap
 from tests.helpers.models import MODELS
-from tests.helpers.tracing import keep_traces
+from tests.helpers.repeating import some
+from tests.helpers.short import LAYERS, short_llama
 
 NAMES = ["llama", "gpt2", "qwen3", "gemma2", "phi3", "mixtral", "gpt_oss"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, ["llama", "gpt2", "mixtral", "gpt_oss"]))
 def test_the_plan_predicts_what_is_measured(name):
     model = MODELS[name]()
     config = LayerFullConfig(select="last:1")
@@ -71,35 +72,35 @@ TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 5}
 
 
 @pytest.mark.parametrize("kind", [LayerFullConfig, LayerLoraConfig, LayerGaloreConfig])
-def test_a_schedule_is_planned_with_what_trains_at_a_time(kind, llama_path, monkeypatch):
-    keep_traces(monkeypatch)
+def test_a_schedule_is_planned_with_what_trains_at_a_time(kind):
     options = {} if kind is LayerFullConfig else {"r": 4}
-    turn = plan(llama_path, kind(select=TURNS, **options), batch_size=1, length=16)
-    two = plan(llama_path, kind(select="first:2", **options), batch_size=1, length=16)
-    all_ = plan(llama_path, kind(select="0-11", **options), batch_size=1, length=16)
-    keep = plan(llama_path, kind(select={**TURNS, "state": "keep"}, **options), batch_size=1, length=16)
-    warm = plan(llama_path, kind(select={**TURNS, "warmup_steps": 3}, **options), batch_size=1, length=16)
+    turn = plan(short_llama(), kind(select=TURNS, **options), batch_size=1, length=16)
+    two = plan(short_llama(), kind(select="first:2", **options), batch_size=1, length=16)
+    all_ = plan(short_llama(), kind(select=f"0-{LAYERS - 1}", **options), batch_size=1, length=16)
+    keep = plan(short_llama(), kind(select={**TURNS, "state": "keep"}, **options), batch_size=1, length=16)
+    warm = plan(short_llama(), kind(select={**TURNS, "warmup_steps": 3}, **options), batch_size=1, length=16)
     assert turn.trainable == two.trainable and turn.gradients == two.gradients and turn.states == two.states
     assert keep.states == all_.states and keep.gradients == two.gradients
     assert warm.gradients == all_.gradients and warm.states == all_.states
     assert turn.flops == pytest.approx(two.flops, rel=0.02)
-    assert "2 of 12 layers train at a time" in str(turn) and "taken to the CPU" in str(turn)
+    assert f"2 of {LAYERS} layers train at a time" in str(turn) and "taken to the CPU" in str(turn)
     assert sum(r.trains for r in turn.rows) == 2
 
 
-def test_always_on_modules_run_the_backward_pass_to_the_bottom(llama_path):
+def test_always_on_modules_run_the_backward_pass_to_the_bottom():
     found = plan(
-        llama_path, LayerFullConfig(select="last:1", modules_to_save=["embed_tokens"]), batch_size=1, length=16
+        short_llama(), LayerFullConfig(select="last:1", modules_to_save=["embed_tokens"]), batch_size=1, length=16
     )
-    plain = plan(llama_path, LayerFullConfig(select="last:1"), batch_size=1, length=16)
+    plain = plan(short_llama(), LayerFullConfig(select="last:1"), batch_size=1, length=16)
     assert found.stop.layer is None and "below the layers" in found.stop.why
     assert found.trainable > plain.trainable and found.weights == plain.weights and found.flops > plain.flops
 
 
-def test_fewer_layers_are_given_up_to_fit(llama_path):
-    whole = plan(llama_path, LayerFullConfig(select="last:12"), batch_size=2, length=64, checkpointing=True).peak_bytes
+def test_fewer_layers_are_given_up_to_fit():
+    config = LayerFullConfig(select=f"last:{LAYERS}")
+    whole = plan(short_llama(), config, batch_size=2, length=64, checkpointing=True).peak_bytes
     options = {"batch_size": 2, "length": 64, "optimizer": "adamw_torch", "checkpointing": True, "step": Step()}
-    found = fit(llama_path, LayerFullConfig(select="last:12"), f"{whole * 0.6 / 2**20:.1f}MB", **options)
+    found = fit(short_llama(), config, f"{whole * 0.75 / 2**20:.1f}MB", **options)
     assert found.plan.peak_bytes < whole and found.gave_up
 
 
