@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerpeft import __version__
-from layerpeft.errors import LayerpeftError, RecipeError, UsageError, nearest, unknown
+from layerpeft.errors import LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
 from layerpeft.recipe.shipped import find_recipe, recipes
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
@@ -46,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"layerpeft: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"layerpeft: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"layerpeft: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not mentions(error, "os error 28", word=False):  # how safetensors says that the disk is full
+            raise
+        print(f"layerpeft: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("layerpeft: interrupted", file=sys.stderr)

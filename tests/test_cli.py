@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, pipeline
 
 import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
+from layerpeft.integrations.files import digest_of
 from layerpeft.recipe import shipped
 from layerpeft.recipe.compare import Arm, Run, judge, parse_arms
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
+from tests.helpers.processes import without_the_package
 from tests.helpers.repeating import some
 
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
@@ -179,6 +182,31 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     assert main(["merge", "out-revision", "out-revision-merged"]) == 0
     merged = AutoModelForSequenceClassification.from_pretrained(place / "out-revision-merged")
     assert torch.equal(merged.score.weight, trained)
+    names = {0: "content", 1: "surface"}
+    plain = layerpeft.load(place / "out-revision")
+    assert plain.config.id2label == merged.config.id2label == names and plain.config.label2id["surface"] == 1
+    given = AutoModelForSequenceClassification.from_pretrained(shipped.resolve("layerpeft://llama-6m"), num_labels=2)
+    assert layerpeft.load(place / "out-revision", given).config.id2label == names
+    guess = pipeline("text-classification", model=str(place / "out-revision-merged"))
+    assert {found["label"] for found in guess(["A word.", "Another one, and longer."], batch_size=2)} <= {
+        "content",
+        "surface",
+    }
+    (place / "old").mkdir()
+    for path in (place / "out-revision").glob("*.*"):  # as folders were written before the record knew of classes
+        shutil.copy(path, place / "old")
+    manifest = json.loads((place / "old" / "layerpeft.json").read_text())
+    del manifest["head"]
+    manifest["sha256"] = digest_of(manifest)
+    (place / "old" / "layerpeft.json").write_text(json.dumps(manifest))
+    assert layerpeft.load(place / "old").config.id2label == names
+    code = (
+        "import sys; sys.modules['layerpeft'] = None; import peft, transformers; folder, base = sys.argv[1:]\n"
+        "base = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)\n"
+        "print(peft.PeftModel.from_pretrained(base, folder).base_model.model.score.modules_to_save['default'].weight.sum().item())"
+    )
+    there = without_the_package(code, place / "out-revision", shipped.resolve("layerpeft://llama-6m"))
+    assert there.returncode == 0 and float(there.stdout) == pytest.approx(trained.sum().item(), abs=1e-4), there.stderr
 
 
 OTHERS = sorted(set(shipped.recipes()) - {"quickstart", "revision"})

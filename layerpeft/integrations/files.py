@@ -1,6 +1,7 @@
 """Files as wholes: written beside and swapped in, forced to disk, and known by size and SHA-256."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from layerpeft.errors import mentions
 
 
 @contextmanager
@@ -67,6 +70,23 @@ def replace_file(path: Path, data: bytes) -> None:
     """Swaps a file for one with this content, from any number of processes."""
     with replacing(path, shared=True) as beside:
         beside.write_bytes(data)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = 2**16  # bytes: with less than that left, whatever could not be written was too large
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether writing into the folder failed for want of room; writers of tensors raise errors of their own for it."""
+    chain: list[BaseException] = []
+    while error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__ or error
+    if any(isinstance(e, OSError) and e.errno in FULL or mentions(e, "os error 28", word=False) for e in chain):
+        return True
+    there = next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), None)
+    writes = isinstance(chain[0], RuntimeError | OSError | SafetensorError)
+    return writes and there is not None and shutil.disk_usage(there).free < ROOM
 
 
 def version_of(package: str) -> str | None:

@@ -25,6 +25,7 @@ from layerpeft.recipe.trainer import (
     load_model,
     make_trainer,
     prepare,
+    tokenized,
     train,
     wrap,
 )
@@ -126,6 +127,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
         setup = prepare(recipe)
         if setup.held_out is None:
             raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
+        setup = tokenized(setup)
         model = load_model(setup)
         batches, setup = batches_for(setup, model, recipe.select)
         examined = recipe.config.examine(model)

@@ -17,7 +17,7 @@ from layerpeft.planning.trace import Pass, count, gradient_bytes
 from layerpeft.recipe.plan import empty, options_of
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
-from layerpeft.recipe.trainer import batches_for, load_model, make_trainer, prepare, wrap
+from layerpeft.recipe.trainer import batches_for, load_model, make_trainer, prepare, tokenized, wrap
 from layerpeft.text import grid, size_text
 
 # nothing is saved, evaluated, sent anywhere or repeated for the sake of one step
@@ -101,7 +101,7 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
         recipe = load_recipe(recipe, settings, "plan")
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         recipe = replace(recipe, values={**recipe.values, "output_dir": folder})  # trainers make theirs at once
-        setup = prepare(recipe)
+        setup = tokenized(prepare(recipe))
         bare = empty(setup)
         model = load_model(setup, recipe.select)
         batches, setup = batches_for(setup, model, recipe.select)

@@ -46,6 +46,7 @@ def model_config(recipe: Recipe, labels: Sequence[str] = (), padding: int | None
     extra: dict[str, Any] = {}
     if labels:
         extra = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        extra["problem_type"] = "single_label_classification"  # whatever the checkpoint's own head was for
     load = transformers.AutoConfig.from_pretrained
     config = from_hub(recipe, load, model_path(recipe), revision=recipe["model_revision"], **code(recipe), **extra)
     if labels and getattr(config, "pad_token_id", None) is None:
@@ -57,3 +58,17 @@ def empty_model(recipe: Recipe, labels: Sequence[str] = (), padding: int | None 
     """It without weights. Raises: RecipeError."""
     config = model_config(recipe, labels, padding)
     return from_hub(recipe, empty.empty_model, auto_class(recipe), config, recipe["dtype"], **code(recipe))
+
+
+def check_head(recipe: Recipe, labels: Sequence[str]) -> None:
+    """Raises: RecipeError where the checkpoint has a head of another size than the classes, and says so."""
+    config = model_config(recipe)
+    heads = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or ())
+    drawn = (recipe["model_init_kwargs"] or {}).get("ignore_mismatched_sizes")
+    if heads and not drawn and config.num_labels != len(labels):
+        classes = "1 class" if config.num_labels == 1 else f"{config.num_labels} classes"
+        text = (
+            f"the checkpoint has a head for {classes}, the rows have {len(labels)}; "
+            "model_init_kwargs: {ignore_mismatched_sizes: true} draws a new one"
+        )
+        raise RecipeError(Problem(("model_name_or_path",), f"model_name_or_path: {text}"))

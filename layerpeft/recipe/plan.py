@@ -23,11 +23,12 @@ from layerpeft.recipe.model import empty_model
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.recipe.surroundings import on_hub
-from layerpeft.recipe.trainer import Setup, prepare
+from layerpeft.recipe.trainer import Setup, prepare, tokenized
 from layerpeft.recipe.yaml import Fault, flow
 
 ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
 DEFAULT_LENGTH = 1024
+TRIED = 64  # rows that a plan turns into tokens
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,10 @@ def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
             if "model_name_or_path" in wrong or "model_name_or_path" not in values:
                 rows.load(values["dataset_name"], config=recipe["dataset_config"], split=recipe["dataset_train_split"])
                 return None, problems
-            return prepare(recipe), problems
+            setup = prepare(recipe)
+            if not examined.problems:
+                tokenized(setup, TRIED)
+            return setup, problems
         except LayerpeftError as error:
             keyless = (Problem(("dataset_name",), f"dataset_name: {p.text}") for p in error.listed() if not p.path)
             return None, problems + [located(recipe, p) for p in [*(q for q in error.listed() if q.path), *keyless]]

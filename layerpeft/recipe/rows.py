@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import re
 import string
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerpeft.errors import Problems, RecipeError, first_line, hint
+from layerpeft.integrations.files import version_of
+from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
 from layerpeft.recipe.shipped import resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -22,6 +25,90 @@ FORMS = {
 }
 HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # what an address on the hub looks like
 READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
+SMALL = 16 * 2**20  # bytes of rows that are kept in memory; more than that goes to the cache of `datasets`
+FIRST = 1000  # rows that are looked at for the names of columns
+SHOWN = 3  # problems of rows that are named one by one
+# words in the names of files that say to which split they belong
+SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
+
+
+class Place(NamedTuple):
+    """Where a row stands: file and line, and its number among the rows there, from 1."""
+
+    where: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows in order, each with its place: of files, or of a data set of the hub. `held`: them, where they are few.
+
+    `name` and `split` as they were asked for; `declared`: the types that the data set says its columns have.
+    """
+
+    name: Any
+    split: str = "train"
+    files: tuple[Path, ...] = ()
+    delimiter: str | None = None
+    data: Any = None
+    declared: Any = None
+    held: tuple[tuple[Place, Mapping[str, Any]], ...] | None = field(default=None, compare=False, repr=False)
+
+    def __iter__(self) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+        """Raises: RecipeError naming the first rows that cannot be read."""
+        if self.held is not None:
+            yield from self.held
+        elif self.data is not None:
+            for number, row in enumerate(self.data, 1):
+                yield Place(f"{self.name} (split {self.split!r}), row {number}", number), row
+        else:
+            yield from self._read()
+
+    def _read(self) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+        problems = Problems(f"cannot load the data {self.name!r} (split {self.split!r})")
+        for path in self.files:
+            for number, (line, row) in enumerate(read(path, self.delimiter), 1):
+                where = _where(path, line)
+                if isinstance(row, Broken):
+                    problems.add(f"{where}: {row.text}")
+                elif not problems.items:
+                    yield Place(where, number), row
+                if len(problems.items) == SHOWN:
+                    break
+        problems.raise_if_any(RecipeError)
+
+    def __len__(self) -> int:
+        known = self.held if self.held is not None else self.data
+        return sum(1 for _ in self) if known is None else len(known)
+
+    @property
+    def columns(self) -> list[str]:
+        if self.data is not None:
+            return list(self.data.column_names)
+        return list(dict.fromkeys(name for path in self.files for name in columns_of(path, self.delimiter)))
+
+    def classes(self, column: str) -> tuple[str, ...]:
+        """The names that the column's type declares for its numbers."""
+        found = self.declared or (self.data.features if self.data is not None else {})
+        if self.files and self.files[0].suffix == ".parquet":
+            import datasets
+            import pyarrow.parquet
+
+            found = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(self.files[0]))
+        return tuple(getattr(found.get(column), "names", None) or ())
+
+    def place(self, index: int) -> Place:
+        return next(islice(self, index, None))[0]
+
+    @property
+    def small(self) -> bool:
+        if self.data is not None:
+            return self.data.data.nbytes <= SMALL
+        return sum(path.stat().st_size for path in self.files) <= SMALL
+
+
+def _where(path: Path, line: int) -> str:
+    return f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {line}"
 
 
 def local_files(name: str | list[str]) -> list[Path] | None:
@@ -34,10 +121,12 @@ def local_files(name: str | list[str]) -> list[Path] | None:
         hub = re.fullmatch(HUB, item) and not path.exists()
         if path.suffix not in READERS and (path.is_dir() or (hub and not isinstance(name, list))):
             return None
-        matches = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else [path]
+        matches = _matches(path)
         for match in matches or [path]:
             if match.suffix not in READERS:
                 problems.add(f"{item!r} is not of a kind that can be read ({', '.join(READERS)})")
+            elif match.is_dir():
+                problems.add(f"{item!r} is a folder (of a folder, name the files in it: {match}/*.jsonl)")
             elif not match.is_file():
                 problems.add(f"no file {item!r} (looked for {match.absolute()})")
         found += matches
@@ -47,75 +136,36 @@ def local_files(name: str | list[str]) -> list[Path] | None:
     return found
 
 
-def columns_of(path: Path) -> list[str]:
-    """The columns of a local file, from its first row. Raises: RecipeError for a file that is empty or not of its kind."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+def _matches(path: Path) -> list[Path]:
+    """What a pattern means. Brackets and the like in folders that are there as they are spelled are no pattern."""
+    there = path
+    while not there.exists():
+        there = there.parent
+    rest = str(path.relative_to(there))
+    if there == path or not glob.has_magic(rest):
+        return [path]
+    return sorted(there / found for found in glob.glob(rest, root_dir=there))
 
-            return list(pyarrow.parquet.read_schema(path).names)
-        if path.suffix in (".csv", ".tsv"):
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-        return _json_columns(path)
-    except StopIteration:
-        raise RecipeError(f"{path} is empty") from None
-    except (OSError, ValueError) as error:  # UnicodeDecodeError, JSONDecodeError and pyarrow's errors are ValueErrors
-        raise RecipeError(f"{path} is no readable {path.suffix} file: {error}") from error
+
+def columns_of(path: Path, delimiter: str | None = None) -> list[str]:
+    """The columns of a local file, from its first rows. Raises: RecipeError for a file that is empty or not of its kind."""
+    found = list(islice(read(path, delimiter), FIRST))
+    if not found:
+        raise RecipeError(f"{path} is empty")
+    return list(dict.fromkeys(name for _, row in found if not isinstance(row, Broken) for name in row))
 
 
 def broken_lines(path: Path, most: int | None = READ_AHEAD) -> list[str]:
-    """What cannot be read in a file of JSON lines, by line (three at most); empty for other kinds of file.
-    `most`: bytes to look through, None for all."""
-    found: list[str] = []
-    if path.suffix != ".jsonl":
-        return found
-    seen = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            seen += len(line)
-            if (most is not None and seen > most) or len(found) == 3:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                found.append(f"{path}, line {number}: not readable as JSON ({what})")
-                continue
-            if not isinstance(row, dict):
-                found.append(f"{path}, line {number}: a row must be a mapping of columns, not {type(row).__name__}")
-    return found
-
-
-def _json_columns(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".jsonl":
-            rows = (_row(line) for line in file if line.strip())
-            first = next(rows)
-            found = first if first is not None else next((row for row in rows if row is not None), None)
-            return [] if found is None else list(found)  # broken lines are named one by one elsewhere
-        text = file.read()
-        if not text.strip():
-            raise StopIteration
-        row = json.loads(text)
-    row = row[0] if isinstance(row, list) and row else row
-    if not isinstance(row, dict):
-        raise RecipeError(f"{path}: a row must be a mapping of columns, not {type(row).__name__}")
-    return list(row)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None
+    """What cannot be read in a file, by line (three at most). `most`: bytes to look through, None for all."""
+    if path.suffix == ".parquet":
+        return []  # rows of a table with a schema are whole
+    broken = (f"{_where(path, line)}: {row.text}" for line, row in read(path, most=most) if isinstance(row, Broken))
+    return list(islice(broken, SHOWN))
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a template such as "Question: {question}" names. Raises: ValueError with a readable sentence."""
+    """The columns that a template such as "Question: {question}" names.
+    Raises: ValueError with a readable sentence."""
     return [name for _, name, _, _ in _pieces(template) if name is not None]
 
 
@@ -131,9 +181,9 @@ def _pieces(template: str) -> list[tuple[str, str | None, str | None, str | None
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's values in place of `{column}`; an empty cell (None) is empty text."""
+    """The template with the row's values, as they were written, in place of `{column}`; an empty cell (None) is empty text."""
     cells = [(text, None if name is None else row[name]) for text, name, _, _ in _pieces(template)]
-    return "".join(text + ("" if cell is None else str(cell)) for text, cell in cells)
+    return "".join(text + ("" if cell is None else text_of(cell)) for text, cell in cells)
 
 
 def column_problems(
@@ -156,6 +206,14 @@ def column_problems(
         forms = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"}]
         wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
         example = 'columns: {prompt: "{question}", completion: "{answer}"}'
+    if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
+        example = 'columns: {prompt: "{question}", completion: "{answer}"}'
+        return [
+            (
+                "",
+                f"images are not trained on ({pictures.pop()}); for the words alone say which they are, as in {example}",
+            )
+        ]
     if any(form <= set(have) for form in forms):
         return []
     return [("", f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}")]
@@ -178,44 +236,266 @@ def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | 
     return None
 
 
-def load(name: str | list[str], *, config: str | None, split: str, optional: bool = False) -> Any | None:
-    """The rows as a `datasets.Dataset`. With `optional`, None where there is no such split.
-    Raises: RecipeError in one sentence for whatever the loader could not do."""
+def load(name: str | list[str], *, config: str | None, split: str, optional: bool = False) -> Source | None:
+    """The rows of files, of a folder, or of a data set of the hub. With `optional`, None where there is no such split.
+    Raises: RecipeError naming lines that cannot be read, or saying what the loader could not do."""
+    files = local_files(name)
+    source: Source | None
+    if files is not None:
+        source = Source(name, split, tuple(files))
+    else:
+        assert isinstance(name, str)
+        source = _of_folder(name, split, optional) if config is None else None
+        try:
+            source = _of_hub(name, config, split, optional) if source is None else source
+        except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
+            raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {first_line(error)}") from error
+        if source is None or (optional and not source.files and source.data is None):
+            return None
+    for path in source.files:
+        columns_of(path, source.delimiter)  # an empty one is an error
+    held = tuple(source) if source.files and source.small else None
+    return replace(source, held=held)
+
+
+def _of_folder(name: str, split: str, optional: bool) -> Source | None:
+    """A local folder whose files say by their names to which split they belong; None where that is for `datasets` to say."""
+    folder = Path(name).expanduser()
+    about = folder / "README.md"
+    said = about.is_file() and about.read_bytes().startswith(b"---")
+    if not folder.is_dir() or said or re.search(r"[\[+]", split):
+        return None
+    inside = [p for p in sorted(folder.rglob("*")) if p.suffix in READERS and p.is_file()]
+    files = [p for p in inside if not any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
+    names = {split: SPLITS.get(split, re.escape(split)), **SPLITS}
+    by_split = {
+        key: [p for p in files if re.search(f"(?<![a-z])({words})(?![a-z])", p.relative_to(folder).as_posix().lower())]
+        for key, words in names.items()
+    }
+    there = {key: found for key, found in by_split.items() if found} or ({"train": files} if files else {})
+    if split in there:
+        return Source(name, split, tuple(there[split]))
+    if there and not optional:
+        raise RecipeError(
+            f"cannot load the data {name!r} (split {split!r}): there is no such split, but {', '.join(there)}"
+        )
+    return Source(name, split) if there else None
+
+
+def _of_hub(name: str, config: str | None, split: str, optional: bool) -> Source | None:
+    """What `datasets` loads. Tables and JSON are read here, as they were written."""
     import datasets
 
-    files = local_files(name)
-    try:
-        if files is not None:
-            kind = READERS[files[0].suffix]
-            extra: dict[str, Any] = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
-            paths = [str(path) for path in files]
-            return datasets.load_dataset(kind, data_files=paths, split="train", **extra)
-        assert isinstance(name, str)
-        source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-        if optional and split not in datasets.get_dataset_split_names(source, config):
-            return None
-        return datasets.load_dataset(source, config, split=split)
-    except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
-        broken = [sentence for file in files or () for sentence in broken_lines(file, None)]
-        reason = broken[0] if broken else first_line(error)
-        raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {reason}") from error
+    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if optional and split not in datasets.get_dataset_split_names(source, config):
+        return None
+    made: Any = datasets.load_dataset_builder(source, config)
+    asked = (made.config.data_files or {}).get(split)
+    if made.name in ("csv", "json") and asked and not getattr(made.config, "field", None):
+        paths = tuple(map(Path, datasets.DownloadManager().download_and_extract(list(asked))))
+        sep = made.config.sep if made.name == "csv" else None
+        return Source(name, split, paths, sep, declared=made.info.features)
+    return Source(name, split, data=datasets.load_dataset(source, config, split=split))
 
 
-def shape(rows: Any, trainer: str, columns: Mapping[str, str] | None, text_field: str = "text") -> Any:
-    """The rows with the columns that the trainer reads. Raises: RecipeError when a column is missing."""
-    have = list(rows.column_names)
+# ---- rows as a trainer reads them -----------------------------------------------------------------------------------
+
+
+class Unfit(Exception):
+    """What keeps one row from being trained on, as a sentence without its place."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What becomes of a row. `have`: all columns; `kept`: those that are read, where no templates are given; `classes`: names of
+    the numbers of labels, where the data declares them."""
+
+    trainer: str
+    columns: tuple[tuple[str, str], ...]
+    have: tuple[str, ...]
+    kept: tuple[str, ...]
+    field: str
+    classes: tuple[str, ...] = ()
+
+
+IDS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
+TURNS = ("messages", "conversations")
+BESIDE = ("tools", "chat_template_kwargs")
+
+
+def _forms(trainer: str, text_field: str) -> list[tuple[str, ...]]:
+    """Columns that are enough by themselves, in the order in which a trainer looks for them."""
+    if trainer == "classification":
+        return [("text", "label")]
+    return [("input_ids",), ("prompt", "completion"), *((name,) for name in TURNS), (text_field,)]
+
+
+def shape(
+    rows: Any, trainer: str, columns: Mapping[str, str] | None, text_field: str = "text", most: int | None = None
+) -> Any:
+    """A `datasets.Dataset` of the rows (the first `most`) with the columns that the trainer reads. `rows`: a Source, or a Dataset.
+    Raises: RecipeError when a column is missing, or rows hold what cannot be trained on, with their places."""
+    import datasets
+
+    source = rows if isinstance(rows, Source) else Source("rows", data=rows)
+    have = source.columns
     problems = Problems("data")
     for name, sentence in column_problems(trainer, have, columns, text_field):
         problems.add(f"columns.{name}: {sentence}" if name else sentence)
     problems.raise_if_any(RecipeError)
-    if not columns:
-        return rows
-    return rows.map(_shaped, fn_kwargs={"columns": dict(columns)}, remove_columns=have, desc="Filling templates")
+    form = next((form for form in _forms(trainer, text_field) if set(form) <= set(have)), ())
+    more = ("text_pair",) if trainer == "classification" else IDS if form == ("input_ids",) else BESIDE
+    kept = tuple(dict.fromkeys((*form, *(name for name in more if name in have))))
+    named = source.classes("label") if trainer == "classification" and not columns else ()
+    how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field, named)
+    first = next(iter(_shaped(source, how, 1)), None)
+    if first is None:
+        return datasets.Dataset.from_dict({name: [] for name in dict(how.columns) or kept})
+    features = datasets.Features({name: _feature(name, value) for name, value in first.items()})
+    if source.small:
+        return datasets.Dataset.from_list(list(_shaped(source, how, most)), features=features)
+    stamp = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source.files]
+    given = {"source": source, "how": how, "most": most, "stamp": (str(stamp), version_of("layerpeft"))}
+    try:
+        return datasets.Dataset.from_generator(_shaped, gen_kwargs=given, features=features)
+    except Exception as error:
+        raise (error.__cause__ if isinstance(error.__cause__, RecipeError) else error) from None
 
 
-def _shaped(row: Mapping[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    filled = {name: fill(template, row) for name, template in columns.items()}
-    if "user" not in filled:
-        return filled
-    before = [{"role": role, "content": filled[role]} for role in ("system", "user") if role in filled]
-    return {"prompt": before, "completion": [{"role": "assistant", "content": filled["assistant"]}]}
+def _feature(name: str, value: Any) -> Any:
+    """Lists of turns and the like keep the keys that each row has; Arrow's own types would give all rows those of all others."""
+    import datasets
+
+    if isinstance(value, str):
+        return datasets.Value("string")
+    return datasets.List(datasets.Value("int64")) if name in IDS else datasets.Json()
+
+
+def _shaped(source: Source, how: Shape, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
+    """Raises: RecipeError naming the first rows that do not fit."""
+    problems = Problems("")
+    kinds: dict[str, tuple[type, int]] = {}
+    for place, row in islice(source, most):
+        try:
+            made = shaped(row, how)
+            for name, value in made.items():
+                kind, number = kinds.setdefault(name, (type(value), place.number))
+                if not isinstance(value, kind):
+                    words = ["text" if k is str else "a list of turns" for k in (type(value), kind)]
+                    raise Unfit(f"has its {name} as {words[0]}, and row {number} as {words[1]}; write all rows one way")
+            if not problems.items:
+                yield made
+        except Unfit as error:
+            problems.add(f"{place.where}: row {place.number} {error}")
+            if len(problems.items) == SHOWN:
+                break
+    problems.raise_if_any(RecipeError)
+
+
+def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
+    """One row as the trainer reads it. Raises: Unfit."""
+    row = defaultdict(lambda: None, row)  # a key that this row lacks is an empty cell
+    if not how.columns:
+        made = {name: _direct(name, row[name], how) for name in how.kept}
+    else:
+        made = {name: _filled(name, template, row) for name, template in how.columns}
+    for name, value in made.items():
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise Unfit(f"has half of a character ({value[error.start]!r}) in its {name}") from None
+    if "user" not in made:
+        return made
+    before = [{"role": role, "content": made[role]} for role in ("system", "user") if role in made]
+    return {"prompt": before, "completion": [{"role": "assistant", "content": made["assistant"]}]}
+
+
+def _filled(name: str, template: str, row: Mapping[str, Any]) -> str:
+    """A template's text. Raises: Unfit where there is nothing to fill it with, or what there is is no text."""
+    pieces = _pieces(template)
+    named = [column for _, column, _, _ in pieces if column is not None]
+    literal = "".join(text for text, _, _, _ in pieces).strip()
+    if name == "label" and len(pieces) == 1 and not literal:
+        return _label(row[named[0]], (), f'label: "class {template}"')
+    if named and not literal and name not in ("system", "text_pair") and all(row[column] is None for column in named):
+        raise Unfit(f"has no {name} ({' and '.join(named)} {'is' if len(named) == 1 else 'are'} empty)")
+    try:
+        text = fill(template, row)
+    except ValueError as error:
+        raise Unfit(f"has no text for {name}: {error}") from None
+    return _label(text, (), f'label: "class {template}"') if name == "label" else text
+
+
+def _direct(name: str, value: Any, how: Shape) -> Any:
+    """A column that is read as it is. Raises: Unfit."""
+    if name == "label":
+        return _label(value, how.classes, 'columns: {text: "{text}", label: "class {label}"}')
+    if name in BESIDE:
+        return plain(value) if value is not None else {} if name == "chat_template_kwargs" else None
+    if value is None and name != "text_pair":
+        raise Unfit(f"has no {name}")
+    if name in IDS:
+        found = plain(value)
+        if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
+            raise Unfit(f"has {name} that are no list of whole numbers")
+        return found
+    if name in TURNS or (name in ("prompt", "completion") and isinstance(value, list)):
+        return _turns(name, plain(value))
+    if isinstance(value, dict | list | tuple):
+        same = ", ".join(f'{n}: "{{{n}}}"' for n in how.kept if n not in BESIDE)
+        raise Unfit(f"has a {name} that is {_kind(value)}, not text; to train on it as JSON: columns: {{{same}}}")
+    return "" if value is None else _text(name, value)
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return text_of(value)
+    except ValueError as error:
+        raise Unfit(f"has no text for {name}: {error}") from None
+
+
+def _turns(name: str, turns: Any) -> list[dict[str, Any]]:
+    """Turns of a conversation. Raises: Unfit naming the turn."""
+    if not isinstance(turns, list) or not turns:
+        raise Unfit(f"has {name} that {'are empty' if turns == [] else f'are {_kind(turns)}, not a list of turns'}")
+    for number, turn in enumerate(turns, 1):
+        what = f"has a turn ({name}, number {number})"
+        if not isinstance(turn, dict):
+            raise Unfit(f'{what} that is {_kind(turn)}; a turn is {{"role": …, "content": …}}')
+        who, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        if not isinstance(turn.get(who), str):
+            raise Unfit(f"{what} without {who}")
+        if turn.get(said) is None and not turn.get("tool_calls"):
+            raise Unfit(f"{what} of {turn[who]!r} without {said}")
+    return turns
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", tuple: "a list"}.get(
+        type(value), "text" if isinstance(value, str) else repr(value)
+    )
+
+
+# a number that is measured, not counted: with a point or an exponent
+_MEASURED = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+
+
+def _label(value: Any, classes: tuple[str, ...], cure: str) -> str:
+    """The name of a class: the text of the cell, so that 1 and "1" are one class. Raises: Unfit, with the cure for a number."""
+    if isinstance(value, dict | list | tuple):
+        raise Unfit(f"has {_kind(value)} as label: a label is one class, not a list")
+    if value is None or value == "" or (classes and str(value) == "-1"):
+        raise Unfit("has no label")
+    text = _text("label", value)
+    if classes and text not in classes:
+        if not text.isdecimal() or int(text) >= len(classes):
+            raise Unfit(f"has the label {text}, which is not among those that the data declares: {', '.join(classes)}")
+        text = classes[int(text)]
+    number = isinstance(value, float | Written) and not text.lstrip("+-").isdecimal()
+    if number or (not classes and _MEASURED.fullmatch(text)):
+        raise Unfit(
+            f"has the label {text}, a number that is measured, and regression is not in this version (a class is text or a whole "
+            f"number; with a word it is text: {cure})"
+        )
+    return text

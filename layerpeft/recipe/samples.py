@@ -24,10 +24,10 @@ def prompt_of(row: Mapping[str, Any], text_field: str = "text") -> tuple[Any, st
     """The prompt of a row (text, or chat messages) and the text that should follow; None for rows that show neither."""
     if "prompt" in row and "completion" in row:
         wanted = row["completion"]
-        return row["prompt"], wanted if isinstance(wanted, str) else str(wanted[-1]["content"])
+        return row["prompt"], wanted if isinstance(wanted, str) else str(wanted[-1].get("content") or "")
     messages = row.get("messages") or row.get("conversations")
     if messages and messages[-1].get("role") == "assistant":
-        return messages[:-1], str(messages[-1]["content"])
+        return messages[:-1], str(messages[-1].get("content") or "")
     if isinstance(row.get(text_field), str):
         words = row[text_field].split(" ")
         half = max(1, len(words) // 2)

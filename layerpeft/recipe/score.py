@@ -9,7 +9,7 @@ import sys
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.train import Say, is_first
-from layerpeft.recipe.trainer import batches_for, load_model, prepare
+from layerpeft.recipe.trainer import batches_for, load_model, prepare, tokenized
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.select import Selection
 from layerpeft.text import grid
@@ -25,7 +25,7 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
         example = f"layerpeft score {recipe.source} layerpeft.select='{{by: gradient_norm, keep: 25%}}'"
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
     with contextlib.redirect_stdout(sys.stderr):
-        setup = prepare(recipe)
+        setup = tokenized(prepare(recipe))
         model = load_model(setup)
         batches, _ = batches_for(setup, model, recipe.select)
         found = recipe.config.examine(model)

@@ -59,16 +59,17 @@ def data_problems(good: Mapping[str, Any], trainer: str, purpose: str, judged: b
             continue
         try:
             files = rows.local_files(good[key])
-            have = rows.columns_of(files[0]) if files else None
+            have = {file: rows.columns_of(file) for file in files or ()}
             broken = [s for file in files or () for s in rows.broken_lines(file)]
         except LayerpeftError as error:
             found += [_of(key, problem.text) for problem in error.listed()]
             continue
         found += [_of(key, sentence) for sentence in broken]
-        if have is not None and judged:
-            for name, sentence in rows.column_problems(trainer, have, columns, field):
-                own = Problem(("columns", name), f"columns.{name}: {sentence} ({key})")
-                found.append(own if name else _of(key, sentence))
+        for file, names in have.items() if judged else ():
+            place = f"{file}: " if len(have) > 1 else ""
+            for name, sentence in rows.column_problems(trainer, names, columns, field):
+                own = Problem(("columns", name), f"columns.{name}: {place}{sentence} ({key})")
+                found.append(own if name else _of(key, place + sentence))
         if files and key == "dataset_name" and good.get("eval_dataset") is None:
             found += _held_out(good, purpose)
     return found
@@ -217,8 +218,8 @@ def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:
     known = keys.argument_settings(recipe.trainer)
     for _ in range(8):
         try:
-            training_arguments(recipe)
-            return found
+            made = training_arguments(recipe)
+            return found + ([] if "optim" in complained else _optimizer(made))
         except Exception as error:  # constructors of other libraries raise what they like
             text, named = told(error, 400), [k for k in known if mentions(error, k)]
             texts = {k: v for k, v in recipe.values.items() if k in known and isinstance(v, str) and len(v) > 3}
@@ -231,6 +232,21 @@ def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:
         left = {k: v for k, v in recipe.values.items() if k not in culprits}
         recipe = replace(recipe, values=left | ({"bf16": False} if "bf16" in culprits else {}))  # TRL's default is true
     return found
+
+
+def _optimizer(arguments: Any) -> list[Problem]:
+    """A package that the optimizer needs and that is not there, or options that it does not take, in transformers' own words."""
+    from transformers import Trainer
+
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    if optimizer_bytes.needs_full_weights(name):
+        return []  # said elsewhere
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except Exception as error:  # of whichever kind each of the optimizers likes
+        key = "optim_args" if arguments.optim_args and not mentions(error, "install") else "optim"
+        return [_of(key, f"optimizer {name!r}: {told(error, 300)}")]
+    return []
 
 
 def has_bf16() -> bool:

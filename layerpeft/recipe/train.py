@@ -6,17 +6,20 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import RecipeError, differences
+from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences, told
 from layerpeft.integrations.drawing import new_figure, write_figure
+from layerpeft.integrations.files import disk_is_full
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
@@ -28,6 +31,7 @@ from layerpeft.recipe.trainer import (
     load_model,
     make_trainer,
     prepare,
+    tokenized,
     train,
     wrap,
 )
@@ -35,6 +39,7 @@ from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
 from layerpeft.selection.select import Selection
 from layerpeft.text import note, size_text
+from layerpeft.training.record import record_of
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.precision import wish
 
@@ -62,7 +67,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
     """Trains a recipe and writes adapter, record, curves and the resolved recipe to its output_dir.
     Raises: LayerpeftError; before any weight is loaded for whatever can be known by then."""
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
-        setup = prepare(recipe)
+        setup = tokenized(prepare(recipe))
         checkpoint = _checkpoint(recipe)
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
@@ -71,28 +76,55 @@ def run(recipe: Recipe, say: Say = print) -> Result:
         choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
+    if (record := record_of(model.peft_config["default"])) is not None:
+        record.rows = {what: asdict(found) for what, found in setup.counts.items()}
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
     before = held_out_numbers(trainer)
     samples = _answers(setup, model, ())
-    seconds = train(trainer, checkpoint)
+    with _room(recipe):
+        seconds = train(trainer, checkpoint)
     after = held_out_numbers(trainer)
     samples = _answers(setup, model, samples)
     report = layer_report(model)
     result = Result(recipe.output_dir, before, after, samples, report, seconds, tensor_bytes(model))
     if is_first():
-        _write(recipe, setup, model, trainer, before)
+        with _room(recipe):
+            _write(recipe, setup, model, trainer, before)
         _track(trainer, result)
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
-        _tell(recipe, result, say)
+        _tell(setup, result, say)
     return result
 
 
 def is_first() -> bool:
     """True in the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _room(recipe: Recipe) -> Iterator[None]:
+    """Raises: SaveError saying what is kept, where the disk turns out to be full inside."""
+    folder, began = recipe.output_dir, time.time()
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error, folder):
+            raise
+        last = last_checkpoint(folder) if folder.is_dir() else None
+        kept = f"{last} is whole" if last else "nothing of this run is kept"
+        with contextlib.suppress(LayerpeftError, OSError):
+            if (folder / MANIFEST).stat().st_mtime >= began and read_manifest(folder):
+                last, kept = None, f"the adapter in {folder} is whole, what stands beside it is not"
+        words = shlex.join([recipe.source, *(s for s in recipe.settings if not s.startswith("overwrite_output_dir"))])
+        again = (
+            f"; with more room, layerpeft train {words} resume_from_checkpoint=true goes on from there" if last else ""
+        )
+        raise SaveError(
+            f"output_dir: no room is left on the disk of {folder} ({told(error, 200)}); {kept}{again}"
+        ) from error
 
 
 # ---- steps of a run -------------------------------------------------------------------------------------------------
@@ -235,8 +267,10 @@ def _track(trainer: Any, result: Result) -> None:
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
-def _tell(recipe: Recipe, result: Result, say: Say) -> None:
+def _tell(setup: Setup, result: Result, say: Say) -> None:
     say("")
+    for what, found in setup.counts.items():
+        say(found.told(what))
     for key, name in NAMES.items():
         if key in result.after:
             say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
@@ -251,7 +285,7 @@ def _tell(recipe: Recipe, result: Result, say: Say) -> None:
     written = [name for name in WRITTEN if (folder / name).is_file()]
     say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
     say("\nnext:")
-    for line in _next(recipe, result):
+    for line in _next(setup.recipe, result):
         say(f"  {line}")
 
 
@@ -266,9 +300,6 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     lines = lines if result.after else []  # without held-out rows there is nothing to compare
     if any(row.score is not None for row in result.report.rows):
         lines.append(f"layerpeft score {again}    # the scores alone")
-    extra = ""
-    if recipe.trainer == "classification":
-        extra = f", num_labels={len(json.loads((folder / 'labels.json').read_text(encoding='utf-8')))}"
-    call = f"layerpeft.layer_report(layerpeft.load('{folder}'{extra}))"
+    call = f"layerpeft.layer_report(layerpeft.load('{folder}'))"
     into = f"layerpeft merge {folder} {folder}-merged    # a full model, for where adapters cannot go"
     return [*lines, f'python -c "import layerpeft; print({call})"', into]

@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import peft
 from torch import nn
 
-from layerpeft.errors import Problem, RecipeError
+from layerpeft.errors import LayerpeftError, Problem, RecipeError
 from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import MARKS, Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.recipe import rows
-from layerpeft.recipe.model import auto_class, code, from_hub, model_config, model_path
+from layerpeft.recipe import rows, tokens
+from layerpeft.recipe.model import auto_class, check_head, code, from_hub, model_config, model_path
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES
+from layerpeft.text import note
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
 
@@ -30,7 +31,8 @@ from layerpeft.tuners.precision import batches_wanted
 @dataclass(frozen=True)
 class Setup:
     """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
-    `ready` says that the rows went through a trainer's preparation once (truncated, packed) and must not again."""
+    `sources`: where training and held-out rows were read; `counts`: what became of them, by `training` and `held-out`; `ready` says
+    that the rows went through a trainer's preparation once (truncated, packed) and must not again."""
 
     recipe: Recipe
     tokenizer: Any
@@ -39,6 +41,8 @@ class Setup:
     examples: Any | None
     labels: tuple[str, ...] = ()
     ready: bool = False
+    sources: tuple[rows.Source, rows.Source | None] | None = None
+    counts: Mapping[str, tokens.Tally] = field(default_factory=dict)
 
     @property
     def head(self) -> tuple[tuple[str, ...], int | None]:
@@ -52,14 +56,46 @@ class Setup:
 
 
 def prepare(recipe: Recipe) -> Setup:
-    """Tokenizer and rows of a recipe. No weight is loaded. Raises: RecipeError."""
+    """Tokenizer and rows of a recipe, those of a classifier as token ids. No weight is loaded. Raises: RecipeError."""
     tokenizer = _tokenizer(recipe)
-    train, held_out = _rows(recipe)
-    labels = _labels(train) if recipe.trainer == "classification" else ()
-    setup = Setup(recipe, tokenizer, train, held_out, held_out, labels)
-    if not labels:
+    (train, held_out), sources = _rows(recipe)
+    if recipe.trainer != "classification":
+        return Setup(recipe, tokenizer, train, held_out, held_out, sources=sources)
+    labels = _labels(recipe, train, sources[0])
+    check_head(recipe, labels)
+    setup = Setup(recipe, tokenizer, train, held_out, held_out, labels, sources=sources)
+    made = [_classified(setup, key, part, source) for key, part, source in _parts(setup)]
+    return _counted(setup, made)
+
+
+def tokenized(setup: Setup, most: int | None = None) -> Setup:
+    """The setup with its rows as token ids, those that teach nothing left out; what became of them is told.
+
+    With `most` no more rows than that are tried, and the setup stays as it is. Raises: RecipeError naming the first row that a chat
+    template or the tokenizer cannot take, or where none is left.
+    """
+    recipe = setup.recipe
+    if recipe.trainer != "sft" or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
         return setup
-    return replace(setup, train=_classified(setup, train), held_out=held_out and _classified(setup, held_out))
+    arguments = training_arguments(recipe, bf16=False, fp16=False)
+    made = [
+        tokens.tokenized(part, source, setup.tokenizer, arguments, key, most) for key, part, source in _parts(setup)
+    ]
+    return setup if most is not None else _counted(setup, made)
+
+
+def _parts(setup: Setup) -> list[tuple[str, Any, Any]]:
+    """Key, rows and source of the training rows, and of the held-out ones where there are any."""
+    parts = zip(tokens.WHAT, (setup.train, setup.held_out), setup.sources or (), strict=True)
+    return [(key, part, source) for key, part, source in parts if part is not None]
+
+
+def _counted(setup: Setup, made: Sequence[tuple[Any, tokens.Tally]]) -> Setup:
+    counts = {what: found for what, (_, found) in zip(tokens.WHAT.values(), made)}
+    for what, found in counts.items():
+        note(found.told(what))
+    parts = [part for part, _ in made]
+    return replace(setup, train=parts[0], held_out=(*parts[1:], None)[0], counts=counts)
 
 
 def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None) -> nn.Module:
@@ -130,6 +166,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     if recipe.trainer == "sft":
         from trl import SFTTrainer
 
+        if "input_ids" in setup.train.column_names:
+            arguments.assistant_only_loss = False  # the labels say it by now
         if setup.ready:
             arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
         with unmarked(model):
@@ -193,59 +231,78 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _rows(recipe: Recipe) -> tuple[Any, Any | None]:
+def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | None]]:
+    """Training and held-out rows as the trainer reads them, and where they were read. Raises: RecipeError, at their keys."""
     config, split, test = recipe["dataset_config"], recipe["dataset_train_split"], recipe["dataset_test_split"]
-    train = rows.load(recipe["dataset_name"], config=config, split=split)
-    held_out = None
-    if recipe["eval_dataset"] is not None:
-        held_out = rows.load(recipe["eval_dataset"], config=config, split=test)
-    elif rows.local_files(recipe["dataset_name"]) is None:
-        held_out = rows.load(
-            recipe["dataset_name"], config=config, split=test, optional="dataset_test_split" not in recipe.values
-        )
-    field = recipe["dataset_text_field"] if recipe.trainer == "sft" else "text"
-    shaped = [part and rows.shape(part, recipe.trainer, recipe["columns"], field) for part in (train, held_out)]
-    for index, key in enumerate(("max_train_samples", "max_eval_samples")):
-        part, most = shaped[index], recipe[key]
-        if part is not None and most is not None and most < len(part):
-            shaped[index] = part.select(range(most))
+    name, held_out = recipe["dataset_name"], recipe["eval_dataset"]
+    text = recipe["dataset_text_field"] if recipe.trainer == "sft" else "text"
+    sources: list[Any] = []
+    shaped: list[Any] = []
+    for key, most in (("dataset_name", "max_train_samples"), ("eval_dataset", "max_eval_samples")):
+        source = None
+        try:
+            if key == "dataset_name":
+                source = rows.load(name, config=config, split=split)
+            elif held_out is not None:
+                source = rows.load(held_out, config=config, split=test)
+            elif rows.local_files(name) is None:
+                source = rows.load(name, config=config, split=test, optional="dataset_test_split" not in recipe.values)
+            part = source and rows.shape(source, recipe.trainer, recipe["columns"], text, recipe[most])
+        except LayerpeftError as error:
+            found = (Problem((key,), f"{key}: {problem.text}") for problem in error.listed())
+            raise RecipeError(*found) from error
         if part is not None and not len(part):
-            name = ("dataset_name", "eval_dataset")[index]
-            raise RecipeError(Problem((name,), f"{name}: there are no rows"))
-    return shaped[0], shaped[1]
+            raise RecipeError(Problem((key,), f"{key}: there are no rows"))
+        sources.append(source)
+        shaped.append(part)
+    return shaped, (sources[0], sources[1])
 
 
-def _labels(train: Any) -> tuple[str, ...]:
-    """Class names in order: those that the data set declares, else the distinct values, numbers by size."""
-    declared = getattr(train.features["label"], "names", None)
+def _labels(recipe: Recipe, train: Any, source: rows.Source) -> tuple[str, ...]:
+    """Class names in order: that of the data's own declaration, of the checkpoint's head where it has the same names, else whole
+    numbers by size, then the rest by the alphabet."""
+    declared = source.classes("label") if not recipe["columns"] else ()
     if declared:
-        return tuple(declared)
-    values = set(train["label"])
-    if any(isinstance(v, float) or v is None or v == "" for v in values):
-        raise RecipeError(
-            "label: classes are text or whole numbers, and every row has one; regression is not in this version"
-        )
-    names = sorted(map(str, values), key=lambda v: (0, int(v), "") if v.isdecimal() else (1, 0, v))
+        return declared
+    names = set(train["label"])
     if len(names) < 2:
-        raise RecipeError(f"label: the training rows hold one class only ({names[0]!r})")
-    return tuple(names)
+        raise RecipeError(f"label: the training rows hold one class only ({next(iter(names))!r})")
+    given = (getattr(model_config(recipe), "id2label", None) or {}).values()
+    if set(given) == names:
+        return tuple(given)
+    return tuple(sorted(names, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v)))
 
 
-def _classified(setup: Setup, part: Any) -> Any:
-    """Rows as a classifier reads them: token ids and the number of the class."""
+def _classified(setup: Setup, key: str, part: Any, source: rows.Source) -> tuple[Any, tokens.Tally]:
+    """Rows as a classifier reads them, token ids and the number of the class; and what became of them."""
     numbers = {name: i for i, name in enumerate(setup.labels)}
-    declared = bool(getattr(part.features["label"], "names", None))
-    strange = set() if declared else {str(v) for v in set(part["label"])} - set(numbers)
+    strange = {name: i for i, name in reversed(list(enumerate(part["label"]))) if name not in numbers}
     if strange:
-        shown = ", ".join(sorted(strange)[:5])
-        raise RecipeError(f"label: held-out rows have classes that no training row has: {shown}")
+        shown, first = ", ".join(sorted(strange)[:5]), source.place(min(strange.values())).where
+        raise RecipeError(
+            Problem((key,), f"{key}: label: held-out rows have classes that no training row has: {shown} ({first})")
+        )
+    limit = setup.recipe["max_length"]
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
         pair = (row["text_pair"],) if "text_pair" in row else ()
-        encoded = setup.tokenizer(row["text"], *pair, truncation=True, max_length=setup.recipe["max_length"])
-        return {**encoded, "labels": row["label"] if declared else numbers[str(row["label"])]}
+        encoded = setup.tokenizer(row["text"], *pair, verbose=False)
+        fate = tokens.NO_TEXT if not encoded["input_ids"] else "" if row["text"].strip() or any(pair) else "blank"
+        if limit is not None and len(encoded["input_ids"]) > limit:
+            encoded, fate = setup.tokenizer(row["text"], *pair, truncation=True, max_length=limit), "cut"
+        return {**encoded, "labels": numbers[row["label"]], "fate": fate}
 
-    return part.map(encode, remove_columns=part.column_names, desc="Tokenizing")
+    made = part.map(encode, remove_columns=part.column_names, desc="Tokenizing")
+    fates = list(made["fate"])
+    found = tokens.tally(fates, limit, lambda i: source.place(i).where)
+    kept = [i for i, fate in enumerate(fates) if fate != tokens.NO_TEXT]
+    if not kept or found.blank == found.read:
+        text = (
+            f"0 of {found.read} {tokens.WHAT[key]} rows left: all {tokens.NO_TEXT} (the first: {source.place(0).where})"
+        )
+        raise RecipeError(Problem((key,), f"{key}: {text}"))
+    made = made.remove_columns("fate")
+    return made if len(kept) == len(made) else made.select(kept), found
 
 
 def _class_metrics(prediction: Any) -> dict[str, float]:

@@ -13,6 +13,8 @@ from layerpeft.training import pictures, report
 from layerpeft.training.method import Method
 from layerpeft.training.report import LayerReport
 
+HEAD = ("pad_token_id", "problem_type")  # of a config, besides the names of the classes
+
 
 class Part(Protocol):
     """A part of a record, which says itself what is saved of it."""
@@ -47,6 +49,7 @@ class Record:
     checks: dict[str, Any] = field(default_factory=dict)
     new_tensors: tuple[str, ...] = ()
     idle_experts: tuple[str, ...] = ()
+    rows: Mapping[str, Any] | None = None  # what became of a recipe's rows
     quantized: Any = None  # what is stored in which precision
     schedule: Any = None  # of a choice that is made again: what knows where it stands
     asked: Any = field(default=None, compare=False, repr=False)
@@ -94,8 +97,19 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
             "new_tensors": list(record.new_tensors),
             "idle_experts": list(record.idle_experts),
             "checks": record.checks,
+            "rows": record.rows,
+            "head": head_of(model),
         },
     )
+
+
+def head_of(model: nn.Module) -> dict[str, Any] | None:
+    """What the config of a classifier says of its head; None of any other model."""
+    config: Any = getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    if not names or "Classification" not in type(model).__name__:
+        return None
+    return {"id2label": {str(i): name for i, name in names.items()}} | {k: getattr(config, k, None) for k in HEAD}
 
 
 def read_record(manifest: Mapping[str, Any]) -> Record:
@@ -109,4 +123,5 @@ def read_record(manifest: Mapping[str, Any]) -> Record:
         checks=dict(manifest.get("checks") or {}),
         new_tensors=tuple(manifest.get("new_tensors") or ()),
         idle_experts=tuple(manifest.get("idle_experts") or ()),
+        rows=manifest.get("rows"),
     )

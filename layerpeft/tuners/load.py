@@ -27,7 +27,7 @@ from layerpeft.saving.manifest import CONFIG, has_weights, read_manifest
 from layerpeft.selection.scoring import needs
 from layerpeft.text import note
 from layerpeft.training import backward, steps
-from layerpeft.training.record import Record, read_record, record_of, write_record
+from layerpeft.training.record import HEAD, Record, read_record, record_of, write_record
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
@@ -46,7 +46,7 @@ Wish = LayerLoraConfig | LayerQuantConfig | Quantized | Mapping[str, Any]
 PEFT_OPTIONS = (
     "adapter_name", "config", "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping",
 )  # fmt: skip
-ARCHITECTURE = ("num_labels", "id2label", "label2id", "trust_remote_code", "code_revision", "cache_dir", "token")
+ARCHITECTURE = ("num_labels", "id2label", "label2id", *HEAD, "trust_remote_code", "code_revision", "cache_dir", "token")
 
 
 def load_model(
@@ -174,14 +174,36 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
         raise SaveError(
             f"{folder} does not say which base it was trained on, or of which class; give it: load({os.fspath(folder)!r}, model)"
         )
-    options: dict[str, Any] = {"dtype": wanted.dtype or None} | for_base
-    labels = Path(folder) / "labels.json"  # a recipe's classes
-    if labels.is_file():
-        options.setdefault("num_labels", len(json.loads(labels.read_text(encoding="utf-8"))))
+    options: dict[str, Any] = {"dtype": wanted.dtype or None} | classes_of(folder, for_base)
     try:
         return load_model(base, wanted, kind=str(kind), **options), for_peft
     except (OSError, ValueError) as error:
         raise SaveError(f"the base model {base!r} of {folder} cannot be loaded: {error}") from error
+
+
+def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, and what a config must say besides to have the head that was saved: its classes by name. What was given counts."""
+    labels = Path(folder) / "labels.json"  # a recipe's classes, of versions that wrote nothing else
+    head = dict(read_manifest(folder).get("head") or {})
+    if not head and labels.is_file():
+        head = {"id2label": json.loads(labels.read_text(encoding="utf-8"))}
+    names = {int(i): name for i, name in (head.pop("id2label", None) or {}).items()}
+    if not names or given.get("num_labels", len(names)) != len(names) or {"id2label", "config"} & set(given):
+        return dict(given)
+    rest = {k: v for k, v in given.items() if k != "num_labels"}
+    known = {k: v for k, v in head.items() if v is not None}
+    return known | {"id2label": names, "label2id": {name: i for i, name in names.items()}} | rest
+
+
+def _name_classes(model: nn.Module, said: Mapping[str, Any]) -> None:
+    """Gives a base that came from elsewhere what it lacks of these."""
+    config: Any = getattr(model, "config", None)
+    if not said or len(getattr(config, "id2label", None) or ()) != len(said["id2label"]):
+        return
+    if set(config.id2label.values()) == {f"LABEL_{i}" for i in config.id2label}:
+        config.id2label, config.label2id = dict(said["id2label"]), dict(said["label2id"])
+    if getattr(config, "pad_token_id", None) is None and "pad_token_id" in said:
+        config.pad_token_id = said["pad_token_id"]
 
 
 def quantized_linears(model: nn.Module) -> bool:
@@ -202,12 +224,13 @@ def load_verified(
     manifest = read_manifest(folder)
     kwargs["is_trainable"] = is_trainable
     if model is None:
-        loaded = _load_with_base(folder, kwargs)
+        loaded = _load_with_base(folder, classes_of(folder, kwargs))
     else:
         _check_base(folder, model, manifest)
         loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
     config = loaded.peft_config[kwargs.get("adapter_name", "default")]
     config._layerpeft = read_record(manifest)  # type: ignore[attr-defined]
+    _name_classes(base_of(loaded), classes_of(folder, {}))
     return loaded
 
 

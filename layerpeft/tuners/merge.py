@@ -19,7 +19,7 @@ from layerpeft.integrations.merging import merge_in_place
 from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.manifest import CONFIG, read_manifest
 from layerpeft.text import note
-from layerpeft.tuners.load import MODELS, load_verified
+from layerpeft.tuners.load import MODELS, classes_of, load_verified
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, write_merged
 
 TOKENIZER = (
@@ -56,9 +56,8 @@ def merge(
     where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
     if model is None and dtype is not None:
         kwargs["dtype"] = dtype
-    labels = source / "labels.json"  # a recipe's classes
-    if model is None and labels.is_file():
-        kwargs.setdefault("num_labels", len(json.loads(labels.read_text(encoding="utf-8"))))
+    if model is None:
+        kwargs = classes_of(source, kwargs)
     _check_base(where, model, into_quantized)
     if manifest.get("quant") is not None and not into_quantized:
         note(

@@ -18,10 +18,11 @@ from layerpeft.integrations.merging import bare, converts, merged_alone, tied, w
 from layerpeft.integrations.torch import give_back
 from layerpeft.model.names import upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
+from layerpeft.training.record import HEAD
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names
-ARCHITECTURE = ("num_labels", "id2label", "label2id")  # what may be asked of `from_pretrained` besides a type
+ARCHITECTURE = ("num_labels", "id2label", "label2id", *HEAD)  # what may be asked of `from_pretrained` besides a type
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraCo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from trl import SFTTrainer
 
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.integrations.torch import has_hook
@@ -137,3 +139,12 @@ def test_torch_keeps_the_hooks_of_a_tensor_where_they_are_looked_for():
     assert not has_hook(tensor, Mine)
     tensor.register_hook(Mine())
     assert has_hook(tensor, Mine) and not has_hook(copy.deepcopy(tensor), Mine)
+
+
+def test_trl_makes_tokens_without_a_trainer():
+    way = SFTTrainer._prepare_dataset
+    asked = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
+    assert list(inspect.signature(way).parameters) == asked
+    assert {"_tokenizer", "chat_template", "completion_only_loss"} == set(
+        re.findall(r"\bself\.(\w+)", inspect.getsource(way))
+    )
