@@ -11,7 +11,7 @@ from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.measure import Measured, Part, measure
 from tests.helpers.models import MODELS
-from tests.helpers.tracing import keep_traces
+from tests.helpers.short import short_llama
 
 FEW = ["max_train_samples=16", "max_eval_samples=2", "layerpeft.select=last:2"]
 FOUR_BIT = "model_init_kwargs={quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4}}"
@@ -37,7 +37,7 @@ def test_what_was_predicted_is_what_is_counted(case, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     name, settings = CASES[case]
-    found = measure(name, settings)
+    found = measure(name, [*settings, f"model_name_or_path={short_llama()}"])
     assert [part.name.split(",")[0] for part in found.parts] == [
         "weights", "gradients", "optimizer", "activations", "operations",
     ]  # fmt: skip
@@ -48,9 +48,9 @@ def test_what_was_predicted_is_what_is_counted(case, tmp_path, monkeypatch):
 
 
 def test_the_command_prints_predicted_beside_measured(capsys, tmp_path, monkeypatch):
-    keep_traces(monkeypatch)
     monkeypatch.chdir(tmp_path)
     words = ["plan", "quickstart", *FEW, "per_device_train_batch_size=2", "max_length=48"]
+    words.append(f"model_name_or_path={short_llama()}")
     assert main([*words, "--measure"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("one step on 2 rows of 48 tokens"))
