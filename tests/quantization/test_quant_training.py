@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -22,7 +20,7 @@ from layerpeft.planning.plan import plan
 from layerpeft.selection.probe import attach_taps
 from tests.conftest import LLAMA
 from tests.helpers.loops import BY_GRADIENT, adamw, record
-from tests.helpers.processes import without_the_package
+from tests.helpers.processes import in_a_process, without_the_package
 from tests.helpers.quanting import BATCHES, kinds, logits, train, wide, wrap
 from tests.helpers.traffic import watched
 from tests.helpers.training import gsm8k_rows, sft
@@ -37,6 +35,7 @@ def packed(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig, LayerFullConfig])
 @pytest.mark.parametrize("precision", ["nf4", "int8", 2, "fp4"])
 def test_layers_that_do_not_train_are_packed_and_stay_as_they_are(kind, precision):
@@ -57,6 +56,7 @@ def test_layers_that_do_not_train_are_packed_and_stay_as_they_are(kind, precisio
     assert "14" in quantized.why and tensor_bytes(base_of(model)) < 0.8 * tensor_bytes(wrap(kind=kind))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig])
 @pytest.mark.parametrize("precision", ["nf4", "int8", 3])
 def test_adapters_over_quantized_layers_train_too(kind, precision):
@@ -119,11 +119,7 @@ with torch.no_grad():
 """
 
 
-def fresh(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-
-
-def in_a_process(code, folder, tmp_path, start):
+def told_by(start, code, folder, tmp_path):
     torch.save(BATCHES[0]["input_ids"], tmp_path / "ids.pt")
     done = start(code, folder, tmp_path / "ids.pt", tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -142,9 +138,9 @@ def test_four_precisions_by_config_load_again_in_a_fresh_process_and_without_the
     saved = json.loads((tmp_path / "adapter" / "layerpeft.json").read_text())
     assert saved["quant"]["modules"]["model.layers.1.mlp.up_proj"] == "int8" and saved["quant"]["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert torch.equal(in_a_process(FRESH, tmp_path / "adapter", tmp_path, fresh), expected)
+    assert torch.equal(told_by(in_a_process, FRESH, tmp_path / "adapter", tmp_path), expected)
     # over the 16-bit base, so but for the rounding
-    plain = in_a_process(STRANGER, tmp_path / "adapter", tmp_path, without_the_package)
+    plain = told_by(without_the_package, STRANGER, tmp_path / "adapter", tmp_path)
     assert 0 < float((plain - expected).abs().max()) < 0.6 * float(expected.abs().max())
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(".lora_" in n and (".layers.2." in n or ".layers.3." in n) for n in tensors)
