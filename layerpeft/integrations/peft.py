@@ -5,6 +5,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -140,6 +141,19 @@ def watch_loading() -> None:
             _loading.reset(token)
 
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+@functools.cache
+def watch_wrapping(around: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    """Runs whatever wraps a model for an adapter, by any door, inside `around(model)`. A second call changes nothing."""
+    original = BaseTuner.inject_adapter
+
+    @functools.wraps(original)
+    def inject_adapter(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with around(model):
+            return original(self, model, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
 
 
 CUT = (

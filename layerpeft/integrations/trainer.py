@@ -15,12 +15,14 @@ def install(
     end: Callable[..., None],
     state: Callable[..., dict[str, Any]],
     news: Callable[..., dict[str, float]],
+    packed: Callable[[Any], bool],
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
     `begin(model, restored, merges)` runs when training begins: `restored` is what `state(model)` gave at the checkpoint that is
     resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
     `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
+    Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -35,6 +37,10 @@ def install(
 
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"records": state(self.model)}}
+
+        def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.n_gpu > 1 and packed(kwargs.get("model")):
+                args._n_gpu = 1
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.model = kwargs.get("model")

@@ -8,11 +8,13 @@ from torch import nn
 
 @dataclass
 class Home:
-    """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `tether`:
-    what ties those who follow its adapters to its life; `lowered`: modules with a flag that is turned off, and which."""
+    """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `marks`:
+    what PEFT is told of it while it wraps; `tether`: what ties those who follow its adapters to its life; `lowered`: modules with
+    a flag that is turned off, and which."""
 
     blocks: tuple[tuple[str, ...], ...] = ()
     quantized: Any = None
+    marks: frozenset[str] = frozenset()
     tether: Any = None
     lowered: dict[nn.Module, str] = field(default_factory=dict)
 

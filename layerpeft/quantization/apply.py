@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,9 @@ from tqdm.auto import tqdm
 
 from layerpeft.errors import Problems, QuantizationError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.peft import watch_wrapping
 from layerpeft.model import precisions
+from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.precisions import KEPT, PLAIN, Storage
 from layerpeft.quantization.picture import write_bits
@@ -24,7 +27,7 @@ from layerpeft.text import grid, size_text
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit")  # what transformers sets, and PEFT and TRL ask
+MARKS = {"nf4": "is_loaded_in_4bit", "fp4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}  # transformers' own
 ROUNDING = 4096  # bytes by which a library's own padding may exceed the formula before that is a mismatch
 
 
@@ -119,8 +122,8 @@ def apply(
     """Stores every named linear in its precision, in place, one after the other; the peak is the model plus one linear.
 
     `modules`: full name -> precision, "16bit" for those that have to stay as they are; names that are quantized so already are
-    taken as they are. `marked`: says on the model that it is quantized, as PEFT and TRL ask. Nothing is changed before everything
-    was checked. Raises: QuantizationError for linears that cannot be stored so, or are not when all is done.
+    taken as they are. `marked`: see `mark_kinds`. Nothing is changed before everything was checked.
+    Raises: QuantizationError for linears that cannot be stored so, or are not when all is done.
     """
     base = base_of(model)
     found = _checked(base, modules, storage)
@@ -139,8 +142,7 @@ def apply(
         size, before = precisions.measured_bytes(module), out * inner * itemsize.get(name, kept_as.itemsize)
         rows.append(Stored(name, modules[name], precisions.precision_of(module), out * inner, size, before))
     check(rows, storage, {n: (*shapes[n], itemsize.get(n, 0)) for n in shapes})
-    if marked:
-        mark_kinds(base, modules.values())
+    mark_kinds(base, modules.values(), marked)
     kept = str(kept_as).removeprefix("torch.")
     return Quantized(dict(modules), storage, tuple(rows), dict(left or {}), why, dict(choice or {}), kept)
 
@@ -161,13 +163,42 @@ def check(rows: Iterable[Stored], storage: Storage, shapes: Mapping[str, tuple[i
     problems.raise_if_any(QuantizationError)
 
 
-def mark_kinds(base: Any, kinds: Iterable[str]) -> None:
-    """Says on the model what PEFT asks before it wraps layers of each kind with the class that knows them."""
-    kinds = set(kinds)
-    if kinds & {"nf4", "fp4"}:
-        base.is_loaded_in_4bit = True
-    if "int8" in kinds:
-        base.is_loaded_in_8bit = True
+class Mark:
+    """Says on a model that it is packed, as `transformers` does with True, until an adapter is on it.
+
+    Trainers take the mark for QLoRA, and cast all that trains to bfloat16: factors, norms, the weights themselves. Some ask before
+    they wrap and act on the answer afterwards, so it is the answer itself that changes.
+    """
+
+    on = True
+
+    def __bool__(self) -> bool:
+        return self.on
+
+
+def mark_kinds(base: nn.Module, kinds: Iterable[str], marked: bool = True) -> None:
+    """Lets PEFT know, whenever it wraps, which classes know these kinds; and anyone until then (`marked`).
+
+    What a loader of others has marked stays so.
+    """
+    found = frozenset(name for kind in kinds if (name := MARKS.get(kind)) and vars(base).get(name) is not True)
+    home_of(base).marks |= found
+    if marked:
+        vars(base).update({name: Mark() for name in found})
+    if found:
+        watch_wrapping(_marked)
+
+
+@contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    base = base_of(model)
+    marks = known_of(base).marks
+    vars(base).update({name: Mark() for name in marks if name not in vars(base)})
+    try:
+        yield
+    finally:
+        for mark in [vars(base).pop(name) for name in marks if isinstance(vars(base).get(name), Mark)]:
+            mark.on = False
 
 
 def _checked(base: nn.Module, modules: Mapping[str, str], storage: Storage) -> dict[str, Any]:

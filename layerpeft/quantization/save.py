@@ -20,7 +20,7 @@ from layerpeft.integrations.filling import METHOD, PREFIX, Packed, quiet_bars, s
 from layerpeft.integrations.peft import BaseTunerLayer, PeftModel
 from layerpeft.model.layers import base_of
 from layerpeft.model.precisions import KEPT, PRECISIONS, joined, missing_packages, parts, precision_of
-from layerpeft.quantization.apply import mark_kinds
+from layerpeft.quantization.apply import MARKS, mark_kinds
 
 FORMAT = 1
 MANIFEST = "layerpeft_quant.json"
@@ -81,6 +81,8 @@ def load_saved(
         model: Any = kind.from_pretrained(folder, **options)
     vars(model.config).pop("transformers_weights", None)
     keep_cpu_layout(model)
+    for name in MARKS.values():
+        vars(model).pop(name, None)  # of transformers' own loader, which keeps them for good
     mark_kinds(model, manifest["modules"].values())
     return model
 

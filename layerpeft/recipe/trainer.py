@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -13,8 +12,7 @@ import peft
 from torch import nn
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError
-from layerpeft.model.layers import base_of
-from layerpeft.quantization.apply import MARKS, Quantized
+from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows, tokens
@@ -170,8 +168,7 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
             arguments.assistant_only_loss = False  # the labels say it by now
         if setup.ready:
             arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        with unmarked(model):
-            return SFTTrainer(processing_class=setup.tokenizer, **given)
+        return SFTTrainer(processing_class=setup.tokenizer, **given)
     from transformers import DataCollatorWithPadding, Trainer
 
     return Trainer(
@@ -180,17 +177,6 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
         compute_metrics=_class_metrics,
         **given,
     )
-
-
-@contextlib.contextmanager
-def unmarked(model: nn.Module) -> Iterator[None]:
-    """Inside, a base that was quantized by layer does not say so: TRL would take it for QLoRA and cast what trains to bfloat16."""
-    base = base_of(model)
-    marks = {} if getattr(base, "is_quantized", False) else {n: vars(base).pop(n) for n in MARKS if n in vars(base)}
-    try:
-        yield
-    finally:
-        vars(base).update(marks)
 
 
 def train(trainer: Any, checkpoint: str | None = None) -> float:

@@ -9,7 +9,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.peft import watch_saving
-from layerpeft.model.home import home_of
+from layerpeft.model.home import home_of, known_of
+from layerpeft.model.layers import base_of
 from layerpeft.training.follower import FOLLOWERS, Follower, Tether, alive, followers_of
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
@@ -33,7 +34,7 @@ def follow(
     if not _installed:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     watch_saving(distributed.is_cut)
-    trainer.install(_train_begin, _train_end, _state, _news)
+    trainer.install(_train_begin, _train_end, _state, _news, _packed)
     return follower
 
 
@@ -58,6 +59,10 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
 
 def _news(model: nn.Module | None) -> dict[str, float]:
     return {key: value for follower in followers_of(model) for key, value in follower.news().items()}
+
+
+def _packed(model: nn.Module | None) -> bool:
+    return model is not None and bool(known_of(base_of(model)).marks)
 
 
 def _train_begin(

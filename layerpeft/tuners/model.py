@@ -68,6 +68,12 @@ def tuner_for(seen_as: type[Recorded]) -> type[BaseTuner]:
 class _Choosing(BaseTuner):
     """Resolves the choice before PEFT injects anything, and then turns into PEFT's tuner, which stands beside it."""
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """A PeftModel hands over its dict of configs; transformers' `add_adapter` a config, and leaves 16-bit factors as they are."""
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, LayerLoraConfig):
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Around PEFT's own: what the method needs before and after, and then it is followed."""
         given: Any = self.peft_config[adapter_name]

@@ -11,7 +11,6 @@ from layerpeft.errors import ConfigError, Problems, QuantizationError
 from layerpeft.model.home import known_of
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import PRECISIONS, named
-from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.assign import allot, by_training, decided_early, wants_batches
 from layerpeft.quantization.quantize import applied
@@ -38,14 +37,7 @@ def stored(config: LayerLoraConfig, model: nn.Module, wanted: Quantized | None) 
         return known_of(base_of(model)).quantized  # by `quantize`, of which the record is to tell
     if wanted is None:
         return None
-    whole = config.works_by.in_place
-    done = applied(model, wanted, marked=not whole)
-    base = base_of(model)
-    if whole and not getattr(base, "is_quantized", False):
-        # trainers take the mark for QLoRA and cast all that trains to bfloat16, here the weights themselves
-        for name in apply.MARKS:
-            vars(base).pop(name, None)
-    return done
+    return applied(model, wanted, marked=False)
 
 
 def asked(
@@ -128,7 +120,7 @@ def after_choice(config: LayerLoraConfig) -> Callable[[nn.Module, Selection], Qu
 
     def quantize(model: nn.Module, selection: Selection) -> Quantized:
         try:
-            return applied(model, asked(config, model, selection.names))
+            return applied(model, asked(config, model, selection.names), marked=False)
         except QuantizationError as error:
             raise QuantizationError(
                 f"{error}\n(the choice of layers has waited for this step: pass batches=… with the config, and it is made, and the "

@@ -29,13 +29,12 @@ class Wanted:
 def whole_targets(base: nn.Module, layers: LayerMap, wanted: Wanted) -> tuple[Target, ...]:
     """The modules of every layer that would be trained whole, as targets of the kind "module".
 
-    Raises: SelectionError for names that match nothing; ConfigError for weights that cannot be trained, all named at once.
+    Raises: SelectionError for names that match nothing; ConfigError where another adapter is in the way.
     """
     _refuse_adapters(base)
     chosen = _chosen(base, layers, wanted)
     always = always_modules(base, wanted)
     kept = [p for p in chosen if not any(p == a or p.startswith(f"{a}.") for a in always)]
-    _refuse_unfit(base, layers, wanted, {p: chosen[p] for p in kept})
     found: dict[str, list[str]] = {}
     layer_of: dict[str, int] = {}
     for path in kept:
@@ -57,12 +56,15 @@ def whole_targets(base: nn.Module, layers: LayerMap, wanted: Wanted) -> tuple[Ta
     return targets
 
 
-def wholes_of(base: nn.Module, layers: LayerMap, wanted: Wanted, targets: Iterable[Target]) -> tuple[Whole, ...]:
+def wholes_of(base: nn.Module, layers: LayerMap, wanted: Wanted, targets: Sequence[Target]) -> tuple[Whole, ...]:
     """What is wrapped for these targets and for always-on modules, in model order, other places of their weights included.
 
-    Raises: ConfigError where PEFT, which goes by the ends of names, would take other modules for these.
+    Raises: ConfigError for weights of their layers that cannot be trained, all named at once, and where PEFT, which goes by the
+    ends of names, would take other modules for these.
     """
     chosen = _chosen(base, layers, wanted)
+    among = {t.layer for t in targets}
+    _refuse_unfit(base, layers, wanted, {p: layer for p, layer in chosen.items() if layer in among})
     found: list[tuple[str, int | None, list[str]]] = []
     for target in targets:
         paths = [p for p in chosen if p.startswith(f"{target.name}.")]
@@ -180,10 +182,11 @@ def _refuse_adapters(base: nn.Module) -> None:
 
 
 def _refuse_unfit(base: nn.Module, layers: LayerMap, wanted: Wanted, chosen: Mapping[str, int]) -> None:
-    """Raises: ConfigError naming every module whose weight is packed."""
+    """Raises: ConfigError naming every module whose weight is packed, in the layers that hold what is `chosen`."""
     unfit = {p.rpartition(".")[0] for p in chosen if not base.get_parameter(p).is_floating_point()}
-    pattern = Problems("")
-    packed = [t.name for t in layers.targets if t.kind not in PARAMETERS and _is_packed(base.get_submodule(t.name))]
+    pattern, among = Problems(""), {*chosen.values()}
+    there = [t for t in layers.targets if t.kind not in PARAMETERS and t.layer in among]
+    packed = [t.name for t in there if _is_packed(base.get_submodule(t.name))]
     places = {f"{n}.weight": next(t.layer for t in layers.targets if t.name == n) for n in packed}
     meant = (
         set(places) if wanted.modules is None else _matching("target_modules", wanted.modules, places, layers, pattern)
