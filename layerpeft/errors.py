@@ -59,6 +59,10 @@ class ScoreError(LayerpeftError):
     """A score is missing, not finite, or belongs to another architecture."""
 
 
+class NothingSeenError(ScoreError):
+    """There is nothing in these batches to learn a score from: no label, or the layers did not run."""
+
+
 class SelectionError(LayerpeftError):
     """A choice of layers that cannot be made as asked."""
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
@@ -33,13 +34,17 @@ class Silent:
 
 
 class Straight:
-    """Lies in the place of a block's checkpointing function and only calls the block; flags stay as the user set them."""
+    """Lies in the place of a block's checkpointing function, and only calls the block where no input requires a gradient.
+
+    Flags stay as the user set them.
+    """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
+        reached = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        return self.checkpoint(function, *args) if reached else function(*args)
 
 
 class After:
@@ -108,6 +113,12 @@ def go_straight(block: nn.Module, on: bool) -> None:
 def lets_gradients_in(module: nn.Module) -> bool:
     """Whether a library has hooked on the module that its output shall require a gradient, silenced hooks included."""
     return any(_is_input_hook(hook) for hook in module._forward_hooks.values())
+
+
+def any_silent(modules: Iterable[nn.Module]) -> bool:
+    """Whether some such hook is silenced now."""
+    hooks = (hook for module in modules for hook in module._forward_hooks.values())
+    return any(isinstance(hook, Silent) and hook.hook is not None for hook in hooks)
 
 
 def silence(modules: Iterable[nn.Module], on: bool) -> None:

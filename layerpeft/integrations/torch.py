@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,22 @@ def eager(function: Any) -> Any:
 def widest(device: torch.device) -> torch.dtype:
     """The type that sums are taken in there: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors in a model's output, whatever form it has."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if not isinstance(output, Mapping | list | tuple):
+        output = getattr(output, "__dict__", {})
+    values = output.values() if isinstance(output, Mapping) else output
+    return [t for v in values if isinstance(v, torch.Tensor | list | tuple) for t in tensors_of(v)]
+
+
+def running_backward() -> int | None:
+    """The number of the backward pass that is running in this thread, the innermost one; None where none is."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
 
 
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors by name, and facts that JSON takes

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from layerpeft.errors import ConfigError, Problems, ScoreError
+from layerpeft.errors import ConfigError, NothingSeenError, Problems, ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.losses import DIVIDING, IGNORED
 from layerpeft.integrations.torch import widest
@@ -133,9 +133,11 @@ def divergences(
 
 
 def per_token(sums: Sequence[float], tokens: float) -> list[float]:
-    """The means. Raises: ScoreError where no token counts."""
+    """The means. Raises: NothingSeenError where no token counts."""
     if not tokens:
-        raise ScoreError("output KL: no token counts, since all labels are ignored or all of the input is padding")
+        raise NothingSeenError(
+            "output KL: no token counts, since all labels are ignored or all of the input is padding"
+        )
     return [s / tokens for s in sums]
 
 

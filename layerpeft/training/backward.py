@@ -5,6 +5,8 @@ checkpointing works on frozen models (TRL and `prepare_model_for_kbit_training` 
 through, and recomputes, every frozen layer below. Those hooks are silenced, whoever put them there and however often.
 Reentrant checkpointing needs an input that requires a gradient; it gets one at the cut instead of at the bottom. Nothing is
 detached: where something below really trains (embeddings, prompt tokens, another adapter or stack), its gradients flow on.
+A stack need not run: a batch without images reaches nothing that trains in a vision tower. The hooks would have made its output
+require a gradient; so it does, and a backward pass that has nothing to do does nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +19,7 @@ from torch import nn
 
 from layerpeft.integrations import checkpointing
 from layerpeft.integrations.checkpointing import is_reentrant, modules_of, parameters_of
+from layerpeft.integrations.torch import tensors_of
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of, layer_map, stacks_of
 
@@ -81,6 +84,7 @@ def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names]
         home_of(base).blocks = names
         if not watched:
             base.register_forward_pre_hook(_before_forward)
+            base.register_forward_hook(_after_forward)
             checkpointing.follow_enabling(base, _sync)
         _sync(base)
     return _where(model, base, own)
@@ -141,6 +145,15 @@ def _before_forward(model: nn.Module, *_: Any) -> None:
         _sync(model)
 
 
+def _after_forward(model: nn.Module, _args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    tensors = tensors_of(output)
+    if not any(t.requires_grad for t in tensors) and checkpointing.any_silent(modules_of(model)):
+        for tensor in (t for t in tensors if t.is_floating_point() and not t.is_inference()):
+            tensor.requires_grad_(True)
+
+
 def _sync(model: nn.Module) -> None:
     """Brings hooks and checkpointing into line with what trains now."""
     stacks = [found for names in known_of(model).blocks if (found := _stack(model, names)).blocks]
@@ -161,7 +174,7 @@ def _cut(model: nn.Module, stacks: Sequence[_Stack]) -> _Cut:
     entries = [b for s in stacks for b in {s.blocks[0], s.blocks[s.lowest or 0]}]
     if _reentrant_around(model, entries):
         return _Cut(silent=False)
-    idle = _inside(b for s in stacks if any(map(is_reentrant, s.below)) and not _in_front(model, s) for b in s.below)
+    idle = _inside(block for stack in stacks for block in stack.below)
     return _Cut(True, tuple(filter(is_reentrant, entries)), tuple(filter(is_reentrant, idle)))
 
 

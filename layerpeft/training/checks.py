@@ -5,6 +5,7 @@ from typing import Any
 
 from layerpeft.errors import TrainingError, raise_faults
 from layerpeft.integrations import distributed
+from layerpeft.model.layers import layer_map
 from layerpeft.model.targets import is_routed
 from layerpeft.text import note
 from layerpeft.training import verify
@@ -13,6 +14,7 @@ from layerpeft.training.optimizer_states import held_by, holders
 from layerpeft.training.scheduled import Once
 from layerpeft.training.verify import Sealed
 
+BLANK = "no gradient but zero for anything that was chosen (batches without a label, equal rewards, a stack that did not run)"
 NOT_HELD = (
     "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
     "that require a gradient"
@@ -30,6 +32,9 @@ class Checks:
         self.resumed = self.merges = False
         self._stepped: set[int] = set()
         self._rate = 0.0
+        self._blank = False  # the running step has nothing to show
+        self._blanks = 0
+        self._unshown: set[str] = set()  # targets all of whose steps were so
 
     def wrapped(self, waits: bool) -> None:
         """Writes down, just after wrapping, what the frozen weights are. `waits`: some that are wrapped will not train.
@@ -46,7 +51,9 @@ class Checks:
     def begin(self, resumed: bool, merges: bool) -> None:
         """A training begins; `merges`: the trainer folds the adapter into the chosen weights and out again."""
         self.seen, self.sealed.start, self.resumed, self.merges = 0, {}, resumed, merges
+        self._blanks = 0
         self._stepped.clear()
+        self._unshown.clear()
 
     def passed(self) -> None:
         """A step that is none yet: whatever comes after it is not asked for."""
@@ -60,7 +67,9 @@ class Checks:
             return
         ids, training, model = self.holdings.ids(), self.schedule.training(), self.method.model
         known = set().union(*map(held_by, holders(ids, optimizer)))
-        faults, idle = verify.before_step(training, known, set() if step.closure else held - self._stepped)
+        self._blank = not step.inside and self._shows_nothing()
+        waits = step.inside or self._blank
+        faults, idle = verify.before_step(training, known, set() if waits else held - self._stepped)
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
         faults += verify.not_asked_for(others, self.asked)
         if not self.sealed.start:
@@ -72,15 +81,19 @@ class Checks:
             self.sealed.begin(self.holdings.tensors(), others)
             self.method.keep(set(training))
 
-    def after(self, held: set[int]) -> None:
-        """After an update. Raises: TrainingError when a chosen target did not move in its first one."""
+    def after(self, held: set[int], blank: bool = False) -> None:
+        """After an update; `blank`: it had nothing to show. Raises: TrainingError when a chosen target did not move in its first one."""
         if not self._rate:
             return
         training = self.schedule.training()
         ids = verify.ids_of(training)
         if not ids <= self._stepped:
             fresh = [t for t, group in training.items() if not {id(p) for p in group.values()} <= self._stepped]
-            self._stepped |= held
+            if self._blank or blank:
+                self._pass_over(fresh)
+            else:
+                self._stepped |= held
+                self._unshown.difference_update(fresh)
             if ids <= self._stepped:  # where several optimizers share the tensors, all of them have stepped by now
                 faults, idle = self._still(fresh)
                 raise_faults("the first update left chosen targets as they were", faults)
@@ -103,7 +116,10 @@ class Checks:
             return
         tensors, now = self.holdings.tensors(), self.sealed.parameters()
         trained = self.schedule.trained()
-        faults, idle = self._still(trained)
+        if trained and trained <= self._unshown and not self.resumed:
+            raise TrainingError(f"nothing was trained: all {self.seen} optimizer steps had {BLANK}")
+        may_rest = self._unshown if self.schedule.switches or self.resumed else set()
+        faults, idle = self._still(trained - may_rest)
         rounded = set(tensors) if self.merges else set()
         frozen = verify.changed(self.sealed.frozen, now)
         faults += [f"{n} is frozen and changed" for n in frozen if n.removesuffix(".weight") not in rounded]
@@ -119,6 +135,24 @@ class Checks:
             note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
         self.record.checks["unmoved"] = sorted(still)
         self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
+
+    def _shows_nothing(self) -> bool:
+        """Whether the running step has no gradient but zero for anything that trains, for a reason that other steps need not have."""
+        training = self.schedule.training()
+        found = [p.grad for group in training.values() for p in group.values() if p.grad is not None]
+        if not found:  # with a stack that need not run (a tower, and a batch without images), or a fault
+            selection = self.record.selection
+            return selection is not None and layer_map(self.method.model).stack != selection.stack
+        blank = not any(bool(distributed.local(g).any()) for g in found)
+        return distributed.everywhere(blank) if any(map(distributed.is_cut, found)) else blank
+
+    def _pass_over(self, fresh: Iterable[str]) -> None:
+        self._unshown.update(fresh)
+        self._blanks += 1
+        if self._blanks & (self._blanks - 1) == 0:  # the first, second, fourth, eighth time
+            note(
+                f"optimizer step {self.seen} shows nothing: it has {BLANK}; whether what was chosen trains is asked at the next"
+            )
 
     def _idle(self, experts: Iterable[str]) -> None:
         self.record.idle_experts = tuple(sorted({*self.record.idle_experts, *experts}))

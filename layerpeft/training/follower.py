@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SelectionError, TrainingError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import loading_folder
+from layerpeft.integrations.torch import running_backward
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.names import clean
 from layerpeft.selection.select import Selection
@@ -24,6 +25,7 @@ from layerpeft.text import note
 from layerpeft.training import verify
 from layerpeft.training.checks import NOT_HELD, Checks
 from layerpeft.training.gradients import GradientNorms
+from layerpeft.training.inside import Inside
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Step
 from layerpeft.training.scheduled import Once, Scheduled
@@ -45,6 +47,7 @@ class Follower:
         self.record, self.holdings = self.schedule.record, self.schedule.holdings
         self._tuner = weakref.ref(tuner) if tuner is not None else lambda: None
         self.checks, self.waiting = Checks(self.schedule), Waiting(self.schedule, self._tuner)
+        self.inside = Inside(self.schedule, self.checks, self.waiting)
         self._norms: GradientNorms | None = None
         self._step: Step | None = None  # where it is a real one
 
@@ -109,18 +112,28 @@ class Follower:
         FOLLOWERS.discard(self)
         home_of(model).tether.followers.remove(self)
 
-    def before_step(self, optimizer: Optimizer, closure: bool = False) -> None:
-        """Just before a real optimizer step (one with a closure has no gradients yet).
-
-        Raises: TrainingError for what would not train, or not be finite.
-        """
+    def begin_step(self) -> None:
+        """An optimizer is about to step, or to compute its gradients for that."""
         self._step = None
-        self.checks.passed()
+        if running_backward() is None:
+            self.checks.passed()
+
+    def again(self) -> None:
+        """It has computed its gradients anew, for the same step."""
+        if self._step is not None:
+            self.method.lend(self._step)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Just before a real optimizer step, with its gradients. Raises: TrainingError for what would not train, or not be finite."""
         held = self.holdings.of(optimizer)
         if not held:
             waits = self.checks.seen or self.pending is not None
             if not waits and verify.unheld(self.holdings.tensors(), self.model, optimizer):
                 raise TrainingError(f"the optimizer {NOT_HELD}")
+            return
+        number = running_backward()
+        if number is not None:
+            self._step = self.inside.before_step(optimizer, held, number)
             return
         self.checks.seen += 1
         if verify.skipped(optimizer):
@@ -134,7 +147,7 @@ class Follower:
                 return
             held = self.holdings.of(optimizer)
         self.schedule.before_step()
-        self._step = Step(optimizer, self.schedule.active(held), closure)
+        self._step = Step(optimizer, self.schedule.active(held))
         self.method.before_step(self._step)
         self.checks.before(self._step)
         self.method.lend(self._step)
@@ -142,7 +155,7 @@ class Follower:
     def after_step(self, optimizer: Optimizer) -> None:
         """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in its first one."""
         self.method.take_back()
-        if self._step is None:
+        if self._step is None or self._step.inside:
             return
         step = Step(optimizer, self.schedule.active(self.holdings.of(optimizer)))
         self.method.after_step(step)
@@ -157,7 +170,7 @@ class Follower:
     def check(self) -> None:
         """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
         if self.pending is not None and self.pending.began:
-            raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} batches came")
+            raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} came")
         self.checks.end()
 
     def begin(self, restored: dict[str, Any] | None, merges: bool = False) -> None:
@@ -173,7 +186,7 @@ class Follower:
         if self.pending is not None:
             self.pending.paced = True
         if restored:
-            self._take_over(restored)
+            _take_over(self.schedule, restored)
         self._watch_gradients()
         self.start()
 
@@ -209,19 +222,6 @@ class Follower:
             self.waiting.drop()
         self.holdings.forget()  # loading may put new tensors in the place of the old
 
-    def _take_over(self, restored: dict[str, Any]) -> None:
-        then = Selection.from_dict(restored["selection"])
-        asked, asks = restored.get("select") or {}, json.loads(json.dumps(self.record.config.get("select") or {}))
-        differ = differences(asked, asks)
-        if differ:
-            raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
-        now = self.record.selection
-        ours = set(now.targets if now is not None else self.holdings.tensors())
-        verify.same_targets("the run that is resumed", set(then.targets), ours)
-        verify.same_precisions(restored.get("quant"), self.record.precisions)
-        self.record.selection = then
-        self.record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
-
     def _watch_gradients(self) -> None:
         """Begins to watch the gradients of a training's every layer, where `select` asks for it."""
         select = self.record.config.get("select") or {}
@@ -229,6 +229,20 @@ class Follower:
             self._norms.close()
         if select.get("log_gradients"):
             self._norms = GradientNorms(self.model, select.get("stack"), self.holdings.tensors())
+
+
+def _take_over(schedule: Once, restored: dict[str, Any]) -> None:
+    record = schedule.record
+    then = Selection.from_dict(restored["selection"])
+    asked, asks = restored.get("select") or {}, json.loads(json.dumps(record.config.get("select") or {}))
+    differ = differences(asked, asks)
+    if differ:
+        raise SelectionError(f"the run that is resumed chose its layers in another way ({'; '.join(differ)})")
+    ours = set(record.selection.targets if record.selection is not None else schedule.holdings.tensors())
+    verify.same_targets("the run that is resumed", set(then.targets), ours)
+    verify.same_precisions(restored.get("quant"), record.precisions)
+    record.selection = then
+    record.steps_trained = {int(k): v for k, v in restored.get("steps_trained", {}).items()}
 
 
 def alive() -> list[Follower]:

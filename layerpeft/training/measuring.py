@@ -1,15 +1,15 @@
 """A choice that waits for training itself: the micro-batches of the first optimizer step are measured as they go by."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerpeft.errors import TrainingError
+from layerpeft.errors import NothingSeenError, TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.losses import watch_scale
-from layerpeft.integrations.torch import eager
+from layerpeft.integrations.torch import eager, tensors_of
 from layerpeft.selection import choose, scoring
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
@@ -40,6 +40,7 @@ class Pending:
         self.paced = False  # a Trainer says which micro-batch is the last of a step
         self.decided: Selection | None = None
         self.began = False  # a forward pass of training was seen
+        self.barren: NothingSeenError | None = None  # what the batches before these did not show
         self._forwards = 0  # since the last backward pass
         self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
@@ -73,7 +74,10 @@ class Pending:
         return choose.make_selection(self.select, self.layers, self.pool, scores)
 
     def measured(self) -> tuple[Measured, int] | None:
-        """What was measured, on how many batches; None while more are wanted. Every process must ask. Raises: ScoreError."""
+        """What was measured, on how many batches; None while more are wanted. Every process must ask. Raises: ScoreError.
+
+        Batches that hold nothing to learn a score from are forgotten, and `barren` says why.
+        """
         self._next_batch()
         processes = distributed.world_size()
         batches = int(distributed.add_up(torch.tensor([self.measurement.batches])))
@@ -81,21 +85,27 @@ class Pending:
             return None
         if processes > 1:
             self.measurement.combine(distributed.add_up)
-        return self.measurement.result(), batches
+        try:
+            return self.measurement.result(), batches
+        except NothingSeenError as error:
+            self.restart()
+            self.barren = error
+            return None
 
     def progress(self) -> str:
-        """How many batches were measured, of how many."""
-        return f"{self.measurement.batches} of {self.select.num_batches or 1}"
+        """How many batches were measured, of how many, and why some do not count."""
+        why = f" ({self.barren})" if self.barren is not None else ""
+        return f"{self.measurement.batches} of {self.select.num_batches or 1} batches{why}"
 
     def go_on(self) -> None:
         """Says that the optimizer steps without a choice: drops the pool's gradients, so that the step changes none of it.
 
         Raises: TrainingError where not one batch was seen, and more steps would not help.
         """
-        if not self.measurement.batches and distributed.world_size() == 1:
+        if not self.measurement.batches and self.barren is None and distributed.world_size() == 1:
             raise TrainingError(
                 f"the choice by {self.select.by} has seen no batch with a finite gradient before the first optimizer step "
-                "(a model left in evaluation mode, an optimizer that calls a closure, or a loss computed without calling "
+                "(a model left in evaluation mode, a closure without a backward pass, or a loss computed without calling "
                 "the model); pass batches=… to the config or to get_peft_model"
             )
         self._unstepped = False
@@ -132,7 +142,7 @@ class Pending:
             return
         if not self.watches_backward:
             self.measurement.detach()
-        watched = [t for t in _tensors_in(output) if t.requires_grad]
+        watched = [t for t in tensors_of(output) if t.requires_grad]
         for tensor in watched:
             tensor.register_hook(self._backward)
         if not watched:
@@ -179,12 +189,3 @@ class Pending:
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters(set()) if p.grad is not None]
-
-
-def _tensors_in(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if not isinstance(output, Mapping | list | tuple):
-        output = getattr(output, "__dict__", {})
-    values = output.values() if isinstance(output, Mapping) else output
-    return [t for v in values if isinstance(v, torch.Tensor | list | tuple) for t in _tensors_in(v)]

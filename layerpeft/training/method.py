@@ -16,11 +16,14 @@ Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors 
 
 
 class Step(NamedTuple):
-    """One optimizer's step: `held` are the identities of the adapter's tensors that it holds and that train now."""
+    """One optimizer's step: `held` are the identities of the adapter's tensors that it holds and that train now.
+
+    `inside`: of a backward pass that is not over, so that not all gradients are there.
+    """
 
     optimizer: Optimizer
     held: set[int]
-    closure: bool = False  # it computes its gradients itself
+    inside: bool = False
 
 
 class Method:

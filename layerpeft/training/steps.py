@@ -1,6 +1,7 @@
 """Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -47,9 +48,36 @@ def check_trained(model: nn.Module) -> None:
         follower.check()
 
 
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for follower in alive():
-        follower.before_step(optimizer, any(callable(a) for a in (*args, *kwargs.values())))
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    followers = alive()
+    for follower in followers:
+        follower.begin_step()
+    closure = next((a for a in (*args[1:], *kwargs.values()) if callable(a)), None)
+    if closure is not None:
+        then: Any = _evaluated(closure, optimizer, followers)
+        return tuple(then if a is closure else a for a in args), {
+            k: then if v is closure else v for k, v in kwargs.items()
+        }
+    for follower in followers:
+        follower.before_step(optimizer)
+    return None
+
+
+def _evaluated(closure: Callable[..., Any], optimizer: Optimizer, followers: list[Follower]) -> Callable[..., Any]:
+    """The closure in which some loops (Lightning's) run the backward pass; what comes before a step comes once it has run."""
+    begun = False
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        for follower in followers:
+            follower.method.take_back()
+        found = closure(*args, **kwargs)
+        for follower in followers:
+            follower.again() if begun else follower.before_step(optimizer)
+        begun = True
+        return found
+
+    return evaluate
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:

@@ -57,7 +57,7 @@ class Waiting:
             note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
             return True
         pending.go_on()
-        note(f"optimizer step {number} only measures ({pending.progress()} batches); no layer changes")
+        note(f"optimizer step {number} only measures ({pending.progress()}); no layer changes")
         return False
 
     def keep(self, found: set[str]) -> bool:

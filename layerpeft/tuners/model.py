@@ -69,7 +69,7 @@ class _Choosing(BaseTuner):
     """Resolves the choice before PEFT injects anything, and then turns into PEFT's tuner, which stands beside it."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """A PeftModel hands over its dict of configs; transformers' `add_adapter` a config, and leaves 16-bit factors as they are."""
+        """PeftModel hands over a dict of configs; transformers' `add_adapter` one config, and leaves 16-bit factors as they are."""
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if isinstance(peft_config, LayerLoraConfig):
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import NothingSeenError, ScoreError
 from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import find_module
 from layerpeft.selection.scorers import Traits
@@ -84,10 +84,12 @@ class AdapterGradients(Watching):
         """A number per layer that trains, None for the others. Raises: ScoreError when no gradient was seen at all."""
         sums = self._sums()
         if not sums:
-            raise ScoreError(
+            raise NothingSeenError(
                 "no tensor that trains in these layers got a gradient: nothing trains there, the loss does not depend on it, or "
                 "its gradients are shared out over processes before they can be seen; choose by gradient_norm"
             )
+        if not any(sums.values()):
+            raise NothingSeenError("all gradients are exactly zero: all labels are ignored, or all rewards are equal")
         count = 1 if self.options.form == "published" else self._count or self.batches
         values = ((sums[i] / count) ** 0.5 if i in sums else None for i in range(len(self.request.layers)))
         return Measured(tuple(values))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import NothingSeenError, ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import find_module
@@ -84,7 +84,8 @@ class Activations(Watching):
         """Entropies by layer, in nats; 0 for layers without targets. Raises: ScoreError when a layer was never called."""
         unseen = [self.request.layers.layers[i].name for i in self._layers if i not in self._kept]
         if unseen:
-            raise ScoreError(
+            kind = ScoreError if self._kept else NothingSeenError
+            raise kind(
                 f"{len(unseen)} layer(s) gave out nothing to cluster: {some(unseen)}. "
                 "They were never called, or all of the input is padding."
             )

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import NothingSeenError, ScoreError
 from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.probe import Exact, Probe, Sketch
@@ -74,7 +74,8 @@ class GradientNorm:
         """Norms per layer and per target. Raises: ScoreError when a target was never reached by a backward pass."""
         unreached = [t.name for t in self.request.targets if t.name not in self.probe.reached and not is_routed(t.name)]
         if unreached:
-            raise ScoreError(
+            kind = ScoreError if self.probe.reached else NothingSeenError
+            raise kind(
                 f"{len(unreached)} target(s) got no gradient: {some(unreached)}. "
                 "The model uses their weights without calling them, or the loss does not depend on them; "
                 "leave them out of target_modules."
@@ -83,7 +84,7 @@ class GradientNorm:
         count = self.probe.batches ** (2 if self.options.signal else 1)
         sums = self._sums or {n: s / count for n, s in self.probe.sums().items()}
         if not any(sums.values()):
-            raise ScoreError(
+            raise NothingSeenError(
                 "all gradients are exactly zero: the loss does not depend on these layers, or all labels are ignored"
             )
         targets, layers = self.request.targets, self.request.layers

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import NothingSeenError, ScoreError
 from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target
 from layerpeft.model.targets import is_routed
@@ -68,7 +68,8 @@ class InputNorms(Watching):
         seen = {name for name, _ in self.squares}
         unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
-            raise ScoreError(
+            kind = ScoreError if seen else NothingSeenError
+            raise kind(
                 f"{len(unseen)} target(s) were never called: {some(unseen)}. "
                 f"Leave them out of target_modules, or {how} the weights alone with activations: false."
             )

@@ -63,10 +63,10 @@ class Refresher:
             self._refuse_experts(self._row.name)
         if self.how.subspace != "svd":
             return
-        if step.closure:
+        if step.inside:
             raise TrainingError(
-                "subspace='svd' gives a step the basis of its own gradient, which a step with a closure does not have before it "
-                "begins; use subspace='sketch'"
+                f"subspace='svd' gives a step the basis of its own gradient, and {type(step.optimizer).__name__} steps inside the backward "
+                "pass, which still needs the basis before; use subspace='sketch', or an optimizer that steps after the pass"
             )
         for name, layer in self._due(step.held):
             gradient, grad = self.watcher.take(name), trained_of(layer).grad
