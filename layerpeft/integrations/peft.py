@@ -14,7 +14,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraCo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -72,6 +72,17 @@ def renamed_leaves(model: nn.Module, names: Iterable[str]) -> set[str]:
         except ValueError:  # PEFT wants the other half of a fused pair, which is the same mistake
             found.add(leaf)
         if trial.target_modules != {leaf}:
+            found.add(leaf)
+    return found
+
+
+def refused_leaves(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Last segments of module names that PEFT does not wrap on this model: what its kernels use without calling (Mamba)."""
+    found = set()
+    for leaf in {name.rpartition(".")[2] for name in names}:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, leaf)
+        except ValueError:
             found.add(leaf)
     return found
 

@@ -19,8 +19,8 @@ def install(
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
-    `begin(model, restored, merges)` runs when training begins: `restored` is what `state(model)` gave at the checkpoint that is
-    resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
+    `begin(model, restored, merges, backend, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
+    checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
     `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
     Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
     """
@@ -49,7 +49,8 @@ def install(
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), NAME: saved or self.state()}
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             merges = bool(getattr(args, "use_vllm", False))
-            begin(self.model, attributes.get("records") if state.global_step else None, merges, backend(args))
+            restored = attributes.get("records") if state.global_step else None
+            begin(self.model, restored, merges, backend(args), kwargs.get("optimizer"))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if isinstance(logs, dict) and args.report_to:

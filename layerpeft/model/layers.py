@@ -280,10 +280,7 @@ def _default_stack(found: Sequence[_Stack]) -> _Stack:
 
 def _named_stack(name: str, found: Sequence[_Stack], root: _Node) -> _Stack:
     path = name.partition("=")[2] or name
-    exact = [s for s in found if s.path == path]
-    fits = exact or [s for s in found if name in s.labels]
-    if len(fits) > 1:
-        fits = [s for s in fits if not s.labels & {"vision", "audio"}] or fits
+    fits = [s for s in found if s.path == path] or _labelled(name, found)
     if len(fits) == 1:
         return fits[0]
     listed = "; ".join(f"{text}: {len(s.blocks)} {_kinds(s)}" for text, s in zip(_display(found), found, strict=True))
@@ -294,6 +291,15 @@ def _named_stack(name: str, found: Sequence[_Stack], root: _Node) -> _Stack:
         return _Stack(node, frozenset(), _blocks(node))
     close = hint(name, [*(s.path for s in found), *(label for s in found for label in s.labels)])
     raise LayerMapError(f"unknown stack {name!r}.{close} Found: {listed or 'no stack of repeated blocks'}.")
+
+
+def _labelled(label: str, found: Sequence[_Stack]) -> list[_Stack]:
+    """The stacks of this name: text before vision and audio, layers before other rows (mergers beside a tower's blocks)."""
+    fits = [s for s in found if label in s.labels]
+    if len(fits) > 1:
+        fits = [s for s in fits if not s.labels & {"vision", "audio"}] or fits
+        fits = [s for s in fits if s.blocks[0].marked] or fits
+    return fits
 
 
 def _descend(node: _Node, path: str) -> _Node | None:
@@ -308,13 +314,13 @@ def _descend(node: _Node, path: str) -> _Node | None:
 
 def _display(found: Sequence[_Stack]) -> list[str]:
     """`name=path` for every stack, with a name that only this stack has."""
-    uses = Counter(label for s in found for label in s.labels)
+    uses = Counter(label for s in found for label in s.labels if s in _labelled(label, found))
     paired = uses["encoder"] and uses["decoder"]
     names = ("encoder", "decoder", "text", "vision", "audio") if paired else ("text", "vision", "audio", "encoder")
     order = [label for label in names if uses[label] == 1]
     texts = []
     for s in found:
-        own = next((label for label in order if label in s.labels), None)
+        own = next((label for label in order if s in _labelled(label, found)), None)
         texts.append(f"{own}={s.path}" if own else s.path)
     return texts
 

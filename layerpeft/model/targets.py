@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from layerpeft.errors import Problem, Problems, SelectionError, nearest
-from layerpeft.integrations.peft import default_targets
+from layerpeft.integrations.peft import default_targets, refused_leaves, renamed_leaves
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.names import upwards
 
@@ -85,6 +85,32 @@ def find_targets(
     if names is None and not target_parameters:
         names = default_targets(layers.model_type) or "all-linear"
     return match_targets(layers, names, exclusions(exclude_modules, model, layers), target_parameters)
+
+
+def not_wrapped(model: nn.Module, layers: LayerMap) -> dict[str, str]:
+    """The linears of a model's layers that PEFT does not wrap, or not by themselves: name -> why."""
+    base, names = base_of(model), [t.name for t in layers.targets if t.kind in ("linear", "conv1d")]
+    found = {n: "PEFT refuses it on this kind of model" for n in _ending(names, refused_leaves(base, names))}
+    renamed = _ending(names, renamed_leaves(base, names))
+    found |= {n: "PEFT takes its name for the experts of every layer" for n in renamed}
+    return found | {n: "the model uses its weight without calling it" for n in names if is_uncalled(n, names)}
+
+
+def is_uncalled(name: str, names: Sequence[str]) -> bool:
+    """Whether this is the step size of a Mamba mixer, which is multiplied by hand; Mamba 2 has none."""
+    above, _, leaf = name.rpartition(".")
+    return leaf == "dt_proj" and f"{above}.x_proj" in names
+
+
+def _ending(names: Iterable[str], leaves: set[str]) -> list[str]:
+    return [n for n in names if n.rpartition(".")[2] in leaves]
+
+
+def leave_out(idle: Sequence[str], others: Iterable[str]) -> str:
+    """What to write so that these targets are left out and the others are not."""
+    kept = {n.rpartition(".")[2] for n in others}
+    ends = sorted({leaf if (leaf := n.rpartition(".")[2]) not in kept else n for n in idle})
+    return f"exclude_modules={ends}"
 
 
 def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 from layerpeft.errors import TrainingError, raise_faults
 from layerpeft.integrations import distributed
 from layerpeft.model.layers import layer_map
-from layerpeft.model.targets import is_routed
+from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import note
 from layerpeft.training import verify
 from layerpeft.training.method import Step
@@ -82,7 +82,7 @@ class Checks:
             self.method.keep(set(training))
 
     def after(self, held: set[int], blank: bool = False) -> None:
-        """After an update; `blank`: it had nothing to show. Raises: TrainingError when a chosen target did not move in its first one."""
+        """After an update; `blank`: it had nothing to show. Raises: TrainingError when a target did not move in its first one."""
         if not self._rate:
             return
         training = self.schedule.training()
@@ -137,7 +137,7 @@ class Checks:
         self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
 
     def _shows_nothing(self) -> bool:
-        """Whether the running step has no gradient but zero for anything that trains, for a reason that other steps need not have."""
+        """Whether the step has no gradient but zero for anything that trains, for a reason that other steps need not have."""
         training = self.schedule.training()
         found = [p.grad for group in training.values() for p in group.values() if p.grad is not None]
         if not found:  # with a stack that need not run (a tower, and a batch without images), or a fault
@@ -161,7 +161,10 @@ class Checks:
         """(faults, idle experts) among those targets of which no tensor moved."""
         tensors, still = self.holdings.tensors(), self._unmoved(among)
         whole = [t for t, names in still.items() if len(names) == len(tensors[t])]
-        faults = [f"{t} did not move: {verify.why_unmoved(tensors[t], self._rate)}" for t in whole if not is_routed(t)]
+        named = [t for t in whole if not is_routed(t)]
+        faults = [f"{t} did not move: {verify.why_unmoved(tensors[t], self._rate)}" for t in named]
+        if named and len(named) < len(tensors):
+            faults[-1] += f" (without what did not move: {leave_out(named, set(tensors).difference(named))})"
         return faults, [t for t in whole if is_routed(t)]
 
     def _unmoved(self, among: Iterable[str]) -> dict[str, list[str]]:

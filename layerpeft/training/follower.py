@@ -25,7 +25,7 @@ from layerpeft.text import note
 from layerpeft.training import verify
 from layerpeft.training.checks import NOT_HELD, Checks
 from layerpeft.training.gradients import GradientNorms
-from layerpeft.training.inside import Inside
+from layerpeft.training.inside import Inside, refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Step
 from layerpeft.training.scheduled import Once, Scheduled
@@ -124,13 +124,14 @@ class Follower:
             self.method.lend(self._step)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Just before a real optimizer step, with its gradients. Raises: TrainingError for what would not train, or not be finite."""
+        """Just before a real step, with its gradients. Raises: TrainingError for what would not train, or is not finite."""
         held = self.holdings.of(optimizer)
         if not held:
             waits = self.checks.seen or self.pending is not None
             if not waits and verify.unheld(self.holdings.tensors(), self.model, optimizer):
                 raise TrainingError(f"the optimizer {NOT_HELD}")
             return
+        refuse_fused(optimizer)
         number = running_backward()
         if number is not None:
             self._step = self.inside.before_step(optimizer, held, number)

@@ -1,7 +1,7 @@
 """Optimizers that step inside the backward pass, one for each tensor, on a hook that sees its gradient (GaLore's layer-wise ones).
 
 Between two such steps the pass still needs the weights, bases and requires_grad flags as they are. So all steps of one pass are one
-step, whose refreshes, switches and checks wait until the pass is over. Reentrant checkpointing runs a pass of its own for each block.
+step, whose refreshes, switches and checks wait until it is over. Reentrant checkpointing runs a pass of its own for each block.
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +24,15 @@ class _Together:
         self.state = {p: state for o in optimizers for p, state in o.state.items()}
 
 
+def refuse_fused(optimizer: Any) -> None:
+    """Raises: TrainingError for one that runs the backward pass itself (LOMO, AdaLomo), and whose steps nobody hears of."""
+    if hasattr(optimizer, "fused_backward"):
+        raise TrainingError(
+            f"{type(optimizer).__name__} changes weights inside a backward pass of its own (fused_backward), where what trains "
+            "cannot be followed; use AdamW, or an optimizer for each tensor that steps on register_post_accumulate_grad_hook"
+        )
+
+
 @dataclass
 class _Pass:
     """What has stepped in one backward pass, and whether no gradient but zero was among what it stepped by."""
@@ -41,11 +50,11 @@ class Inside:
         self._passes: dict[int, _Pass] = {}
 
     def before_step(self, optimizer: Optimizer, held: set[int], number: int) -> Step:
-        """Just before one of the steps in that pass. Raises: TrainingError where the running pass is needed whole, and as any step does."""
+        """Just before one of the steps in that pass. Raises: TrainingError where the pass is needed whole, and as any step does."""
         if self.waiting.pending is not None:
             raise TrainingError(
-                f"{type(optimizer).__name__} steps inside the backward pass, and this choice of layers waits for the end of the first "
-                "one; pass batches=… to the config or to get_peft_model"
+                f"{type(optimizer).__name__} steps inside the backward pass, and this choice of layers waits for the end of the "
+                "first one; pass batches=… to the config or to get_peft_model"
             )
         if number not in self._passes:
             self._begin(optimizer, number)

@@ -13,6 +13,7 @@ from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.training.follower import FOLLOWERS, Follower, Tether, alive, followers_of
+from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
 from layerpeft.training.switching import NOT_UNDER, Switcher
@@ -94,11 +95,16 @@ def _packed(model: nn.Module | None) -> bool:
 
 
 def _train_begin(
-    model: nn.Module | None, restored: dict[str, Any] | None, merges: bool, backend: str | None = None
+    model: nn.Module | None,
+    restored: dict[str, Any] | None,
+    merges: bool,
+    backend: str | None = None,
+    optimizer: Any = None,
 ) -> None:
     for follower in followers_of(model):
         if follower.schedule.switches and backend is not None:
             raise TrainingError(f"select: {NOT_UNDER.format(backend=backend)}")
+        refuse_fused(getattr(optimizer, "optimizer", optimizer))
         follower.begin((restored or {}).get(follower.adapter), merges)
 
 

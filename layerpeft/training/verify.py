@@ -12,7 +12,7 @@ from layerpeft.errors import SelectionError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import local
 from layerpeft.model.names import clean
-from layerpeft.model.targets import is_routed
+from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import some
 from layerpeft.training.method import Method
 from layerpeft.training.optimizer_states import holders
@@ -98,6 +98,7 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
     """
     faults: list[str] = []
     idle: list[str] = []
+    without: list[str] = []
     finite = _finite(tensors)
     for target, group in tensors.items():
         frozen = [n for n, p in group.items() if not p.requires_grad]
@@ -113,8 +114,22 @@ def before_step(tensors: Parameters, known: Set[int], stepping: Set[int]) -> tup
             if is_routed(target):
                 idle.append(target)
             else:
-                faults.append(f"{target}: no gradient arrived")
-    return faults, idle
+                without.append(target)
+    return faults + _without_gradient(without, tensors), idle
+
+
+def _without_gradient(targets: list[str], tensors: Parameters) -> list[str]:
+    others = set(tensors).difference(targets)
+    if not targets:
+        return []
+    found = [f"{target}: no gradient arrived" for target in targets]
+    if not any(p.grad is not None for t in others for p in tensors[t].values()):
+        cure = (
+            "and no other target has one: was it dropped before the step (zero_grad), or is the loss another model's?"
+        )
+    else:
+        cure = f"where its weight is used without a call of its module, or not at all, leave it out: {leave_out(targets, others)}"
+    return [*found[:-1], f"{found[-1]}; {cure}"]
 
 
 def _finite(tensors: Parameters) -> dict[str, bool]:

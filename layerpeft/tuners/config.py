@@ -14,7 +14,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
-from layerpeft.model.targets import find_targets
+from layerpeft.model.targets import find_targets, not_wrapped
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose_among
@@ -177,8 +177,9 @@ class LayerLoraConfig(Chooses, LoraConfig):
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
         """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
-        names = target_names(self, layers)
-        return find_targets(model, layers, names, self.exclude_modules, self.target_parameters)
+        found = find_targets(model, layers, target_names(self, layers), self.exclude_modules, self.target_parameters)
+        left = left_out(self, model, layers)
+        return tuple(t for t in found if t.name not in left)
 
     def stock_for(self, model: nn.Module, selection: Selection, examined: Examined) -> Recorded:
         """The config that PEFT sees for a choice, with its record. Raises: ConfigError."""
@@ -216,6 +217,11 @@ class LayerLoraConfig(Chooses, LoraConfig):
 
 # A property of the finished class, so that `dataclasses.replace` finds the batches and hands them on.
 LayerLoraConfig.batches = property(lambda self: self._batches)  # type: ignore[assignment,misc]
+
+
+def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dict[str, str]:
+    """What "all-linear" does not mean in this model, and why."""
+    return not_wrapped(model, layers) if config.target_modules == "all-linear" and config.method != "full" else {}
 
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:

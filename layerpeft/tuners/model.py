@@ -20,7 +20,7 @@ from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
-from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig
+from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig, left_out
 from layerpeft.tuners.precision import after_choice, before_wrapping, check_schedule, stored, with_lasting_batches
 from layerpeft.tuners.stock import Recorded
 
@@ -91,11 +91,17 @@ class _Choosing(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         method.wrap(found.examined.targets)
         watch_loading()
-        _tell(method.told(), live, record)
+        _tell([*_left_out(config, model, found.examined), *method.told()], live, record)
         if getattr(live, "bias", None) == "all" and record.selection is not None:
             _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
         _follow(method, self, found)
         become_stock(self, *stock_of(type(live)))
+
+
+def _left_out(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> list[str]:
+    left = left_out(config, model, examined.layers)
+    reasons = {why: {n.rpartition(".")[2] for n, own in left.items() if own == why} for why in left.values()}
+    return [f"all-linear leaves out {', '.join(sorted(ends))}: {why}" for why, ends in reasons.items()]
 
 
 def _tell(told: list[str], live: Recorded, record: Record) -> None:

@@ -27,7 +27,7 @@ def qwen3_vl():
     text |= {"head_dim": 8, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     vision = {"depth": LAYERS, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_heads": HEADS, "patch_size": 4}
-    vision |= {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    vision |= {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
     torch.manual_seed(0)
     config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=97, vision_start_token_id=98)
     return tf.Qwen3VLForConditionalGeneration(config)
@@ -77,7 +77,7 @@ TOWERS = {
 
 
 def train(name, kind, batches, config):
-    """(trained tensors after a step on each batch, gradients of each step) under TRL's defaults, by `get_peft_model` of one package."""
+    """(trained tensors after a step on each batch, whose gradients came in each step) under TRL's defaults."""
     build, stack, with_it, without = TOWERS[name]
     base = build()
     targets = [t.name for t in layer_map(base, stack).targets if t.layer == 2 and t.kind == "linear"]

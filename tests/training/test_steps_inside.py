@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import layerpeft
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
@@ -101,6 +102,24 @@ def test_what_needs_the_whole_pass_first_is_refused_before_anything_changes():
             train(model, "inside")
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert running_backward() is None
+
+
+class Fused(torch.optim.SGD):
+    """Stands for LOMO, which runs the backward pass itself and changes weights on the way."""
+
+    fused_backward = torch.optim.SGD.step
+
+
+def test_an_optimizer_that_runs_the_backward_pass_itself_is_refused_before_training(tmp_path):
+    model = wrap("sketch")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1, disable_tqdm=True)
+    trainer = Trainer(
+        model, args, train_dataset=[{k: v[0] for k, v in BATCHES[0].items()}], optimizers=(Fused(trained, 0.1), None)
+    )
+    for run in (trainer.train, Fused(trained, 0.1).step):
+        with pytest.raises(TrainingError, match=r"Fused.*fused_backward.*use AdamW"):
+            run()
 
 
 @pytest.mark.parametrize("method", METHODS)

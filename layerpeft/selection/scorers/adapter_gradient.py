@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from layerpeft.errors import NothingSeenError, ScoreError
+from layerpeft.errors import NothingSeenError
 from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import find_module
 from layerpeft.selection.scorers import Traits

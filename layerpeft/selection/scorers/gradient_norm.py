@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from layerpeft.errors import NothingSeenError, ScoreError
-from layerpeft.model.targets import is_routed
+from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.probe import Exact, Probe, Sketch
 from layerpeft.selection.scoring import Measured, Request, per_layer
@@ -78,7 +78,7 @@ class GradientNorm:
             raise kind(
                 f"{len(unreached)} target(s) got no gradient: {some(unreached)}. "
                 "The model uses their weights without calling them, or the loss does not depend on them; "
-                "leave them out of target_modules."
+                f"leave them out of target_modules: {leave_out(unreached, self.probe.reached)}"
             )
         # of the mean gradient, the batches are divided out before the square
         count = self.probe.batches ** (2 if self.options.signal else 1)

@@ -65,8 +65,8 @@ class Refresher:
             return
         if step.inside:
             raise TrainingError(
-                f"subspace='svd' gives a step the basis of its own gradient, and {type(step.optimizer).__name__} steps inside the backward "
-                "pass, which still needs the basis before; use subspace='sketch', or an optimizer that steps after the pass"
+                f"subspace='svd' gives a step the basis of its own gradient, and {type(step.optimizer).__name__} steps inside the "
+                "backward pass, which needs the basis before; use subspace='sketch', or an optimizer that steps after it"
             )
         for name, layer in self._due(step.held):
             gradient, grad = self.watcher.take(name), trained_of(layer).grad
