@@ -152,10 +152,14 @@ class Stacks:
         return self.maps[chosen.path]
 
     def blocks(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the blocks of every stack, of the default one first; without those that share their weights."""
+        """Names of the blocks of every stack, of the default one first.
+
+        Without those that share their weights, and without rows of other modules beside blocks that are marked as such.
+        """
         first = _default_stack(self.found) if self.found else None
         names = []
-        for stack in sorted(self.found, key=lambda s: s is not first):
+        found = [s for s in self.found if s.blocks[0].marked] or self.found
+        for stack in sorted(found, key=lambda s: s is not first):
             with suppress(LayerMapError):
                 names.append(self.layers(stack.path).names)
         return tuple(names)

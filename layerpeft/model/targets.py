@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from layerpeft.errors import Problem, Problems, SelectionError, nearest
-from layerpeft.integrations.peft import default_targets, refused_leaves, renamed_leaves
+from layerpeft.integrations.peft import default_targets, refused_leaves
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.names import upwards
 
@@ -88,11 +88,10 @@ def find_targets(
 
 
 def not_wrapped(model: nn.Module, layers: LayerMap) -> dict[str, str]:
-    """The linears of a model's layers that PEFT does not wrap, or not by themselves: name -> why."""
+    """The linears of a model's layers that PEFT does not wrap, or whose wrapper would do nothing: name -> why."""
     base, names = base_of(model), [t.name for t in layers.targets if t.kind in ("linear", "conv1d")]
-    found = {n: "PEFT refuses it on this kind of model" for n in _ending(names, refused_leaves(base, names))}
-    renamed = _ending(names, renamed_leaves(base, names))
-    found |= {n: "PEFT takes its name for the experts of every layer" for n in renamed}
+    refused = refused_leaves(base, names)
+    found = {n: "PEFT refuses it on this kind of model" for n in names if n.rpartition(".")[2] in refused}
     return found | {n: "the model uses its weight without calling it" for n in names if is_uncalled(n, names)}
 
 
@@ -100,10 +99,6 @@ def is_uncalled(name: str, names: Sequence[str]) -> bool:
     """Whether this is the step size of a Mamba mixer, which is multiplied by hand; Mamba 2 has none."""
     above, _, leaf = name.rpartition(".")
     return leaf == "dt_proj" and f"{above}.x_proj" in names
-
-
-def _ending(names: Iterable[str], leaves: set[str]) -> list[str]:
-    return [n for n in names if n.rpartition(".")[2] in leaves]
 
 
 def leave_out(idle: Sequence[str], others: Iterable[str]) -> str:

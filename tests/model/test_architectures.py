@@ -241,7 +241,7 @@ def test_models_without_blocks_are_plain_lora_or_an_error(build):
 
 def test_weights_that_are_read_without_a_call_are_named():
     with pytest.raises(ValueError, match="out_proj"):
-        get_peft_model(MODELS["mamba"](), LayerLoraConfig(select="last:1", target_modules="all-linear"))
+        get_peft_model(MODELS["mamba"](), LayerLoraConfig(select="last:1", target_modules=["out_proj"]))
     model = MODELS["jamba"]()
     with pytest.raises(ScoreError, match="dt_proj.*without calling"):
         score_layers(model, batches=[batch("jamba", model)], target_modules="all-linear", progress=False)

@@ -1,7 +1,5 @@
 """Stacks and linears that PEFT, or the model itself, treats apart: mergers, Mamba's projections, weights without a call."""
 
-from __future__ import annotations
-
 import ast
 import re
 
@@ -39,14 +37,12 @@ MAMBAS = {
     "falcon_h1": lambda: tf.FalconH1ForCausalLM(tf.FalconH1Config(**_FALCON)),
     "jamba": MODELS["jamba"],
     "zamba2": MODELS["zamba2"],
-    "qwen3_next": MODELS["qwen3_next"],
 }
 LEFT = {
     "mamba": {"out_proj", "dt_proj"},
     "falcon_mamba": {"out_proj", "dt_proj"},
     "jamba": {"dt_proj"},
     "zamba2": set(),
-    "qwen3_next": {"gate_proj", "up_proj", "down_proj"},
 }
 
 

@@ -1,7 +1,5 @@
 """The cut where what trains need not run: batches without images or sound, an encoder whose output is given."""
 
-from __future__ import annotations
-
 import warnings
 
 import peft

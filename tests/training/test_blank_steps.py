@@ -1,7 +1,5 @@
 """Steps that show nothing: no label in their batches, equal rewards. They prove nothing either way; the next one is asked."""
 
-from __future__ import annotations
-
 import json
 
 import peft

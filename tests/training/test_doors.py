@@ -1,7 +1,5 @@
 """The same config, by every door, trains the same elements to the same values over a packed base."""
 
-from __future__ import annotations
-
 import copy
 import json
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Optimizers that step inside the backward pass, and loops whose backward pass is inside the optimizer's step."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
