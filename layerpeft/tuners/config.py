@@ -221,7 +221,7 @@ LayerLoraConfig.batches = property(lambda self: self._batches)  # type: ignore[a
 
 def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dict[str, str]:
     """What "all-linear" does not mean in this model, and why."""
-    return not_wrapped(model, layers) if config.target_modules == "all-linear" and config.method != "full" else {}
+    return not_wrapped(model, layers) if config.target_modules == "all-linear" and not config.works_by.in_place else {}
 
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
