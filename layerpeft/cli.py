@@ -7,24 +7,22 @@ import contextlib
 import errno
 import importlib
 import json
-import os
+import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from layerpeft import __version__
 from layerpeft.errors import LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
+from layerpeft.integrations import code, noise
 from layerpeft.recipe.shipped import find_recipe, recipes
+from layerpeft.text import is_first, left_behind
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
 RUNS = {name: f"layerpeft.recipe.commands:{name}" for name in ("train", "plan", "score", "compare", "merge", "env")}
 Command = Callable[[argparse.Namespace], None]
-
-# warnings of libraries about each other, of which somebody with a recipe can change nothing
-_NOT_FOR_USERS = (".*gradient_checkpointing.*is deprecated", ".*'pin_memory' argument is set as true")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _read(words)
-        command = _loaded(args.command) if isinstance(args.command, str) else args.command
-        with warnings.catch_warnings(), contextlib.ExitStack() as args.until_the_end:
-            for message in _NOT_FOR_USERS:
-                warnings.filterwarnings("ignore", message=message)
+        if isinstance(args.command, str) and (wrong := left_behind()):
+            raise UsageError(wrong)
+        with noise.kept_back(args.verbose), contextlib.ExitStack() as args.until_the_end:
+            args.until_the_end.callback(code.forget)
+            command = _loaded(args.command) if isinstance(args.command, str) else args.command
             command(args)
         return 0
     except LayerpeftError as error:
@@ -56,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"layerpeft: {told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("layerpeft: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nlayerpeft: interrupted: {stop or 'nothing was saved'}", file=sys.stderr)
         return 130
 
 
@@ -82,13 +81,13 @@ def _read(words: list[str]) -> argparse.Namespace:
         find_recipe(args.recipe)
     if not hasattr(args, "command"):
         parser.print_help()
-        args.command = lambda _: None
+        args.command, args.verbose = lambda _: None, False
     return args
 
 
 def _loaded(place: str) -> Command:
     """What stands at `module:function`; says that it is loading where somebody is waiting for it."""
-    if "torch" not in sys.modules and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    if "torch" not in sys.modules and is_first():
         print("layerpeft: loading libraries …", file=sys.stderr, flush=True)
     module, _, name = place.partition(":")
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
@@ -100,7 +99,9 @@ def _stray(rest: list[str], takes_settings: bool) -> str:
     if takes_settings and word.startswith("--"):
         name, _, value = word.removeprefix("--").partition("=")
         value = value or (rest[1] if len(rest) > 1 else "VALUE")
-        return f"unknown option {word!r}. Settings of the recipe are written key=value: {name}={value}"
+        return (
+            f"unknown option {word!r}. Settings of the recipe are written key=value: {shlex.quote(f'{name}={value}')}"
+        )
     return f"unknown argument {word!r} (see `layerpeft --help`)"
 
 
@@ -111,6 +112,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     def add(name: str, about: str, command: Command | None = None, recipe: bool = False) -> Any:
         sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("-v", "--verbose", action="store_true", help="show what other libraries warn of, too")
         sub.set_defaults(command=command or RUNS[name])
         if recipe:
             sub.add_argument(
@@ -132,6 +134,11 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     planning.add_argument(
         "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
+    )
+    planning.add_argument(
+        "--run-code",
+        action="store_true",
+        help="let code that comes with the recipe or its model run, which it does not here",
     )
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
@@ -182,7 +189,7 @@ def _recipes(args: argparse.Namespace) -> None:
         raise RecipeError(f"{dest} exists already; name another place") from None
     except OSError as error:
         raise RecipeError(f"cannot write {dest}: {error.strerror}") from error
-    print(f"{dest}: run it with  layerpeft train {dest}")
+    print(f"{dest}: run it with  {shlex.join(['layerpeft', 'train', str(dest)])}")
 
 
 def _list(as_json: bool) -> None:

@@ -15,10 +15,34 @@ logger = logging.getLogger("layerpeft")
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?B)?\s*", re.IGNORECASE)
 
 
+def is_first() -> bool:
+    """True in the process that prints and writes. A RANK that an earlier launcher left behind, without other processes, is none."""
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1") or os.environ.get("RANK", "0") in ("", "0")
+
+
+def left_behind() -> str | None:
+    """What of a launcher stands in the environment although this is none of its processes, as a sentence with its cure.
+
+    Training would wait for processes that never come, or end as one that is not the first, which writes nothing.
+    """
+    given = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if os.environ.get(n)}
+    numbers = {n: v for n, v in given.items() if n != "MASTER_ADDR"}
+    shown, names = " ".join(f"{n}={v}" for n, v in given.items()), " ".join(given)
+    if all(re.fullmatch(r"-?\d+", v) for v in numbers.values()):
+        world, rank = int(numbers.get("WORLD_SIZE", 1)), int(numbers.get("RANK", 0))
+        launched = world > 1 or int(numbers.get("LOCAL_RANK", -1)) >= 0
+        if not launched or len(given) - ("LOCAL_RANK" in given) == 3 and 0 <= rank < world:
+            return None
+    return (
+        f"the environment says {shown}, as in one of several processes, and does not say all that those are told (RANK below "
+        f"WORLD_SIZE, MASTER_ADDR): `unset {names}`, or start with torchrun or accelerate launch"
+    )
+
+
 def note(message: str) -> None:
     """Prints one line, and logs it at INFO. Silent in all but the first process, and with LAYERPEFT_QUIET=1."""
     logger.info(message)
-    if os.environ.get("RANK", "0") == "0" and os.environ.get("LAYERPEFT_QUIET") != "1":
+    if is_first() and os.environ.get("LAYERPEFT_QUIET") != "1":
         tqdm.write(f"[layerpeft] {message}", file=sys.stderr)
 
 

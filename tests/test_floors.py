@@ -94,7 +94,7 @@ def test_a_stranger_finds_his_room():
 
 
 # Where a method may be named besides its own folder: the public names, PEFT's types, and what other tools call things.
-NAMING = {"__init__", "integrations.peft", "recipe.foreign", "planning.optimizer_bytes"}
+NAMING = {"__init__", "integrations.peft", "recipe.cures", "planning.optimizer_bytes"}
 
 
 def names_a_method(source: str, known: set[str]) -> list[str]:

@@ -9,6 +9,7 @@ from layerpeft.errors import Problem, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import default_targets, refused_leaves
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.names import upwards
+from layerpeft.text import some
 
 Names = str | Iterable[str] | None
 # kinds of a target: tensors of a module, which PEFT calls target_parameters; what scorers measure; what is trained and saved whole
@@ -123,6 +124,17 @@ def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, .
     return tuple(t for t in layers.targets if t.name in found)
 
 
+def like(pattern: str, names: Iterable[str]) -> str:
+    """What a name or pattern that matches none of these full names may have meant, as a sentence."""
+    ends: dict[str, str] = {}
+    for name in names:
+        ends.setdefault(name.rpartition(".")[2], name)
+    last = next((part for part in reversed(re.findall(r"\w+", pattern)) if not part.isdecimal()), pattern)
+    close = ends.get(last) or nearest(last, ends)
+    listed = some(sorted(end for end in ends if not end.isdecimal()), 12)
+    return f"Did you mean {close!r}?" if close else f"There are {listed}."
+
+
 def no_match(key: str, sentence: str) -> SelectionError:
     """That a name of this key matches nothing; the title of the whole stands for `target_modules` and `target_parameters`."""
     return SelectionError(Problem((key,), sentence), title=key if key == "exclude_modules" else "")
@@ -132,14 +144,14 @@ def _matching(key: str, patterns: Names, names: list[str], problems: Problems, l
     if isinstance(patterns, str):
         found = {n for n in names if re.fullmatch(patterns, n)}
         if not found:
-            sentence = f"the regex {patterns!r} matches no target in the layers. {_offer(patterns, names, layers)}"
+            sentence = f"the regex '{patterns}' matches no target in the layers. {_offer(patterns, names, layers)}"
             problems.absorb(no_match(key, sentence))
         return found
     found: set[str] = set()
     for pattern in patterns or ():
         hits = {n for n in names if n == pattern or n.endswith(f".{pattern}")}
         if not hits:
-            sentence = f"{pattern!r} matches no target in the layers. {_offer(pattern, names, layers)}"
+            sentence = f"'{pattern}' matches no target in the layers. {_offer(pattern, names, layers)}"
             problems.absorb(no_match(key, sentence))
         found |= hits
     return found
@@ -147,7 +159,7 @@ def _matching(key: str, patterns: Names, names: list[str], problems: Problems, l
 
 def _offer(pattern: str, names: list[str], layers: LayerMap) -> str:
     ends = sorted({n.rpartition(".")[2] for n in names})
-    close = nearest(pattern.rpartition(".")[2], ends)
+    close = nearest(re.split(r"[^\w-]+", pattern.rstrip("$*)"))[-1], ends)
     experts = sorted({".".join(t.name.split(".")[-3:]) for t in layers.targets if t.kind in PARAMETERS})
     hint = f"Did you mean {close!r}? " if close else ""
     listed = f"Targets there: {', '.join(ends)}." if ends else "There are none of that kind."

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, LayerpeftError
 from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
 from layerpeft.planning.trace import Step
 from layerpeft.selection.select import PICKS, options_of
@@ -36,12 +36,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One choice: so many layers (None: as asked), rank, rows at a time, and whether blocks are recomputed."""
+    """One choice: so many layers (None: as asked), rank, rows at a time, whether frozen layers are packed and blocks recomputed."""
 
     layers: int | None
     rank: int
     rows: int
     checkpointing: bool
+    packed: bool = False
 
 
 def fit(
@@ -54,9 +55,11 @@ def fit(
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
     step: Step | None = None,
+    packing: str | None = None,
 ) -> Fit:
-    """The largest choice within `limit` bytes (or "24GB"): as many layers as fit at all, then the highest rank, then the
-    most rows at a time, and activations are recomputed only where they must be. Accumulation makes the same step of fewer rows.
+    """The largest choice within `limit` bytes (or "24GB"): as many layers as fit at all, then the highest rank, then frozen layers
+    in their own precision instead of `packing` ("nf4"; None: they stay as they are), then the most rows at a time, and activations
+    are recomputed only where they must be. Accumulation makes the same step of fewer rows.
 
     Raises: ConfigError when one layer at the lowest rank, one row at a time, is still too large; it says by how much.
     """
@@ -66,27 +69,34 @@ def fit(
     chosen: list[int] = []
 
     def size(trial: _Trial) -> int:
-        fewer = _config(config, trial, chosen)
+        fewer = _config(config, trial, chosen, packing)
         return peak_bytes(model, fewer, batch_size=trial.rows, checkpointing=trial.checkpointing, step=step, **given)
 
     if size(asked) <= room:
         whole = plan(model, config, batch_size=batch_size, checkpointing=checkpointing, step=step, **given)
         return Fit(config, whole, batch_size, step.accumulation, checkpointing, ())
-    layers, can_recompute, weights = layers_that_train(model, config, step)
+    layers, can_recompute, weights, frozen = layers_that_train(model, config, step)
     chosen += layers
     recompute = checkpointing or can_recompute
+    able = packing is not None and step.quantization is None and not (config.quantizes or config.is_scheduled)
+    try:
+        if able:  # what cannot be packed is told by the config and the model
+            layers_that_train(model, _config(config, replace(asked, layers=1, packed=True), chosen, packing), step)
+    except LayerpeftError:
+        able = False
     ranks = config.works_by.ranks(config.r)
-    found = _largest(asked, chosen, recompute, ranks or (config.r,), lambda trial: size(trial) <= room)
+    most = replace(asked, checkpointing=recompute, packed=able)
+    found = _largest(asked, most, chosen, frozen, ranks or (config.r,), lambda trial: size(trial) <= room)
     if found is None:
-        least = replace(asked, layers=1, rank=(config.r, *ranks)[-1], rows=1, checkpointing=recompute)
+        least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=1)
         rank = f" at rank {least.rank}" if ranks else ""
+        how = [rank, ", one row at a time", ", with checkpointing" * recompute, f", the others in {packing}" * able]
         raise ConfigError(
-            f"nothing fits into {size_text(room)}: one layer{rank}, one row at a time"
-            f"{', with checkpointing' if recompute else ''}, takes {size_text(size(least))}, {size_text(weights)} of it weights. "
-            "Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), or in 4 bit "
-            "(model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
+            f"nothing fits into {size_text(room)}: one layer{''.join(how)}, takes {size_text(size(least))} (the weights as they "
+            f"are loaded: {size_text(weights)}). Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), "
+            "or in 4 bit (model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
         )
-    final = _config(config, found, chosen)
+    final = _config(config, found, chosen, packing)
     passes = step.accumulation * batch_size // found.rows
     given |= {"batch_size": found.rows, "checkpointing": found.checkpointing}
     last = plan(model, final, step=replace(step, accumulation=passes), **given)
@@ -95,12 +105,20 @@ def fit(
 
 
 def _largest(
-    asked: _Trial, chosen: Sequence[int], recompute: bool, ranks: Sequence[int], fits: Callable[[_Trial], bool]
+    asked: _Trial,
+    most: _Trial,
+    chosen: Sequence[int],
+    frozen: bool,
+    ranks: Sequence[int],
+    fits: Callable[[_Trial], bool],
 ) -> _Trial | None:
-    """Layers first, with everything else at its least; then rank, rows and time are won back as far as there is room."""
+    """Layers first, with everything else at its least; then rank, precision, rows and time are won back as far as there is room.
+
+    `most`: what is asked with all that saves bytes besides; `frozen`: some layer rests even if all that were asked for train.
+    """
     rows = [n for n in range(asked.rows, 0, -1) if asked.rows % n == 0]
-    least = replace(asked, rank=ranks[-1], rows=1, checkpointing=recompute)
-    if not fits(least):
+    least = replace(most, rank=ranks[-1], rows=1)
+    if not fits(replace(least, packed=least.packed and frozen)):
         low, high = 0, len(chosen)  # low fits, high does not
         while high - low > 1:
             middle = (low + high) // 2
@@ -108,19 +126,25 @@ def _largest(
         if low == 0:
             return None
         least = replace(least, layers=low)
+    else:
+        least = replace(least, packed=least.packed and frozen)
     trials = [replace(least, rank=rank) for rank in ranks]
     least = next((t for t in trials[:-1] if fits(t)), trials[-1])
+    bare = replace(least, packed=False)
+    least = bare if bare != least and fits(bare) else least
     trials = [replace(least, rows=n) for n in rows]
     least = next((t for t in trials[:-1] if fits(t)), trials[-1])
     kept = replace(least, checkpointing=asked.checkpointing)
     return kept if kept != least and fits(kept) else least
 
 
-def _config(config: LayerLoraConfig, trial: _Trial, chosen: Sequence[int]) -> LayerLoraConfig:
-    """The config at a lower rank, and on fewer layers."""
+def _config(config: LayerLoraConfig, trial: _Trial, chosen: Sequence[int], packing: str | None) -> LayerLoraConfig:
+    """The config at a lower rank, on fewer layers, with the others packed."""
     changes = config.at_rank(trial.rank) if trial.rank != config.r else {}
     if trial.layers is not None:
         changes |= {"select": _fewer(config, chosen, trial.layers)}
+    if trial.packed:
+        changes |= {"quantize_frozen": packing}
     return config.changed(**changes) if changes else config
 
 
@@ -155,6 +179,9 @@ def _said(
         alpha = f"with lora_alpha {final.lora_alpha} " if "lora_alpha" in said else ""
         scale = f"{alpha}the scale stays" if same else "the scale of the update changes"
         words.append(f"rank {found.rank} instead of {asked.rank} ({scale})")
+    if found.packed:
+        settings["layerpeft.quantize_frozen"] = final.quantize_frozen
+        words.append(f"the precision of frozen layers: {final.quantize_frozen} (quantize_frozen)")
     if found.rows != asked.rows:
         settings |= {"per_device_train_batch_size": found.rows, "gradient_accumulation_steps": passes}
         words.append(f"{found.rows} instead of {asked.rows} rows at a time ({passes} passes make the same step)")

@@ -164,11 +164,13 @@ def peak_bytes(
 
 def layers_that_train(
     model: nn.Module | str | Path, config: peft.PeftConfig, step: Step
-) -> tuple[list[int], bool, int]:
-    """Without tracing a step: the layers, whether the model can recompute its activations, and bytes of weights.
-    Raises: as `plan`."""
+) -> tuple[list[int], bool, int, bool]:
+    """Without tracing a step: the layers, whether the model can recompute its activations, bytes of weights, and whether other
+    layers rest. Raises: as `plan`."""
     found, _ = _wrapped(model, config, [], step)
-    return [row.layer for row in _rows(found) if row.trains], _recompute(found.model, step), found.weights
+    rows = _rows(found)
+    trained = [row.layer for row in rows if row.trains]
+    return trained, _recompute(found.model, step), found.weights, len(trained) < len(rows)
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:

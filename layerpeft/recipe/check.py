@@ -7,13 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import LayerpeftError, Problem, RecipeError, hint, told, unknown
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, told, unknown
 from layerpeft.integrations import hub
-from layerpeft.recipe import foreign, keys, surroundings
-from layerpeft.recipe.choice import choice_problems
-from layerpeft.recipe.model import empty_model
+from layerpeft.integrations.code import code_beside
+from layerpeft.recipe import cures, foreign, keys, model, surroundings
+from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.recipe import Recipe, made
+from layerpeft.recipe.shipped import beside, looked_for
+from layerpeft.recipe.strange import unknown_field, unknown_key
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
+from layerpeft.selection import plugins
+from layerpeft.selection.select import SCORERS
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import DEFAULT, METHODS
@@ -59,18 +63,20 @@ class Check:
             return Recipe(source, path, "sft", {}, DEFAULT, "all", {})
         values = done.data
         self.required(values, done)
-        good = self.typed(values, known, trainer)
-        bf16_by_default = trainer == "sft" and not {"bf16", "fp16"} & set(values) and not self.accelerator
+        good = surroundings.placed(self.typed(values, known, trainer), path.parent)
+        bf16_by_default = trainer == "sft" and "bf16" not in values and values.get("fp16") in (None, False)
+        bf16_by_default = bf16_by_default and not self.accelerator
         if bf16_by_default and not surroundings.has_bf16():
             good["bf16"] = False  # TRL's default is true, and refuses to start without a device for it
             done.notices.append(
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
-        method, select, fields, config = self.block(good.get("layerpeft"), trainer)
+        method, select, fields, config = self.block(good.get("layerpeft"), trainer, path.parent)
         self.add_all(surroundings.backend_problems(good, select))
         if trainer:
-            self.add_all(surroundings.data_problems(good, trainer, self.purpose, "columns" not in self.wrong))
-        problems, notices = surroundings.folder_problems(good, self.purpose)
+            judged = "columns" not in self.wrong
+            self.add_all(surroundings.data_problems(good, trainer, self.purpose, judged, path.parent))
+        problems, notices = surroundings.folder_problems(good, self.purpose, path.parent)
         self.add_all(problems)
         self.add_all(surroundings.device_problems(good))
         lines = {key: self.document.line(self.moved.get(key, key)) for key in good}
@@ -80,7 +86,12 @@ class Check:
             here = {k: v for k, v in good.items() if k not in ("bf16", "fp16")} | {"bf16": False}
             trial = replace(recipe, values=here) if self.accelerator and trainer == "sft" else recipe
             self.add_all(surroundings.argument_problems(trial, self.wrong))
-            if config is not None and "model_name_or_path" in good and "model_name_or_path" not in self.wrong:
+            self.add_all(model.loading_problems(recipe))
+            if (
+                config is not None
+                and "model_name_or_path" in good
+                and not self.wrong & {"model_name_or_path", model.INIT}
+            ):
                 with hub.settled(surroundings.on_hub(good)):
                     return self.choice(recipe)
         return recipe
@@ -88,7 +99,7 @@ class Check:
     def choice(self, recipe: Recipe) -> Recipe:
         """Tries the choice of layers on the architecture, which is kept."""
         try:
-            recipe = replace(recipe, model=empty_model(recipe))
+            recipe = replace(recipe, model=model.empty_model(recipe))
             self.add_all(choice_problems(recipe))
         except RecipeError as error:
             self.add_all(error.problems)
@@ -96,14 +107,8 @@ class Check:
 
     def required(self, values: Mapping[str, Any], done: foreign.Translation) -> None:
         """Keys without which there is no run."""
-        replaced = {
-            "dataset_name": ("datasets", "dataset", "data"),
-            "model_name_or_path": ("model",),
-            "trainer": ("stage",),
-        }
-        complained = {key for key, _ in done.complaints}
         for key in keys.REQUIRED:
-            if key not in values and not complained & set(replaced.get(key, ())):
+            if key not in values and key not in done.cured:
                 extra = f" (one of {', '.join(keys.TRAINERS)})" if key == "trainer" else ""
                 self.add(f"{key}: missing{extra}")
         if "layerpeft" not in values:
@@ -115,28 +120,17 @@ class Check:
         good = {}
         for key, value in values.items():
             if key not in known:
-                self.add(self.unknown_key(key, value, known, trainer), key)
+                self.add(unknown_key(key, value, known, trainer), key)
             elif key == "columns" and (unquoted := _unquoted(value)):
                 self.add(f'columns.{unquoted}: put the template in quotes, as in {unquoted}: "{{name}}"', key, unquoted)
             elif sentence := complaint(known[key], value) or _too_small(key, value):
-                self.add(f"{key}: {sentence}", key)
+                better = cures.value_cure(key, value, surroundings.has_bf16, key in (*keys.REQUIRED, BLOCK))
+                self.add(f"{key}: {sentence}" + (f"; {better}" if better else ""), key)
             else:
                 good[key] = value
         return good
 
-    def unknown_key(self, key: str, value: Any, known: Mapping[str, Setting], trainer: str) -> str:
-        """What to say of a top-level key that does not exist."""
-        if key in keys.FIXED:
-            return f"{key}: {keys.FIXED[key]}"
-        if key == "select" or any(key in keys.block_settings(kind) for kind in METHODS.values()):
-            return f"{key}: this belongs in the block, as in `layerpeft: {{{key}: {value}}}`"
-        if trainer == "classification" and key in keys.top_settings("sft"):
-            return f"{key}: this is a setting of trainer: sft"
-        kind = keys.arguments_class(trainer or "sft").__name__
-        allowed = "trainer, model_name_or_path, dataset_name, columns, output_dir, layerpeft, …"
-        return f"unknown key {key!r}.{hint(key, known)} Allowed: {allowed} and every field of {kind}."
-
-    def block(self, block: Any, trainer: str) -> tuple[str, Any, dict[str, Any], LayerLoraConfig | None]:
+    def block(self, block: Any, trainer: str, home: Path) -> tuple[str, Any, dict[str, Any], LayerLoraConfig | None]:
         """Checks the `layerpeft:` block: method, select and the config's fields; the last is the config that they make."""
         if block is None:
             return DEFAULT, "all", {}, None
@@ -147,20 +141,42 @@ class Check:
             sentence = f"method {method!r} is written as {road}" if road else unknown("method", method, METHODS)
             self.add(sentence, "layerpeft", "method")
             method = DEFAULT
-        select = given.pop("select", None)
+        select, there = self.placed(given.pop("select", None), home, "select")
+        if isinstance(given.get("quant"), Mapping) and "select" in given["quant"]:
+            inner, also = self.placed(given["quant"]["select"], home, "quant")
+            given["quant"], there = given["quant"] | {"select": inner}, there and also
         if select is None:
             example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
             self.add(f"select: missing; say which layers, as in {example}", "layerpeft")
         known = keys.block_settings(METHODS[method])
         fields = {}
         for key, value in given.items():
-            if key not in known or key in foreign.BLOCK_HINTS:
-                self.add(self.unknown_field(key, method, known), "layerpeft", key)
+            if key not in known or key in (*foreign.BLOCK_HINTS, "layers_to_transform", "layers_pattern"):
+                self.add(unknown_field(key, value, method, known, block), "layerpeft", key)
             elif sentence := complaint(known[key], value) or _too_small(key, value):
-                self.add(f"{key}: {sentence}", "layerpeft", key)
+                better = cures.value_cure(key, value, surroundings.has_bf16)
+                self.add(f"{key}: {sentence}" + (f"; {better}" if better else ""), "layerpeft", key)
             else:
                 fields[key] = value
-        return method, select, fields, self.config(trainer, method, select, fields) if select is not None else None
+        sound = there and select is not None
+        return method, select, fields, self.config(trainer, method, select, fields) if sound else None
+
+    def placed(self, select: Any, home: Path, *path: str) -> tuple[Any, bool]:
+        """`select` with the place of the file that `by` names, and whether it is there; a scorer's code is loaded."""
+        by = select.get("by") if isinstance(select, Mapping) else None
+        if not isinstance(by, str) or not by.endswith((".json", ".py")) or not by.isprintable():
+            return select, True
+        if by.endswith(".py"):
+            try:
+                plugins.from_file(SCORERS, by, *code_beside(by, home, f"by: {by}"))
+            except LayerpeftError as error:
+                self.add_all(problem.under(BLOCK, *path) for problem in error.listed())
+                return select, False
+            return select, True
+        found = {**select, "by": beside(by, home)}
+        if not (there := Path(found["by"]).expanduser().is_file()):
+            self.add(f"by: no file {by!r} ({looked_for(by, home)})", BLOCK, *path, "by")
+        return found, there
 
     def config(self, trainer: str, method: str, select: Any, fields: Mapping[str, Any]) -> LayerLoraConfig | None:
         """What the block means. Adds what the constructor refuses, each at the line of its own key where there is one."""
@@ -176,25 +192,6 @@ class Check:
         self.add_all(problem.under("layerpeft") for problem in found)
         self.add_all(Problem(("layerpeft", *problem.path), f"layerpeft: {problem.text}") for problem in rest)
         return None
-
-    def unknown_field(self, key: str, method: str, known: Mapping[str, Setting]) -> str:
-        """What to say of a key that the method's config does not have."""
-        if key in keys.FIXED:
-            return f"{key}: {keys.FIXED[key]}"
-        meant = foreign.BLOCK_HINTS.get(key)
-        if meant == "select":
-            return f"{key}: layers are chosen with `select`, as in `select: {{by: gradient_norm, keep: 4}}` or `select: last:4`"
-        if meant:
-            return f"unknown key {key!r} in the layerpeft block. Did you mean {meant!r}?"
-        if key in keys.top_settings("sft"):
-            return f"{key}: this belongs at the top level, not in the layerpeft block"
-        other = next((m for m, kind in METHODS.items() if m != method and key in keys.block_settings(kind)), None)
-        if other:
-            return f"{key}: this belongs to method: {other}, and the method here is {method}"
-        allowed = f"method, select, r, target_modules, … and every other field of {METHODS[method].__name__}"
-        return (
-            f"unknown key in the layerpeft block {key!r}.{hint(key, ['method', 'select', *known])} Allowed: {allowed}."
-        )
 
 
 def _unquoted(columns: Any) -> str | None:

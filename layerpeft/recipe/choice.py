@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import LayerpeftError, Problem, hint, mentions, told
+from layerpeft.errors import ConfigError, LayerpeftError, Problem, mentions, told
+from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.targets import like
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.selection.choose import candidates
 from layerpeft.selection.grammar import how_many, layer_numbers
@@ -20,9 +23,13 @@ from layerpeft.selection.scores import Scores
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.precision import asked
+from layerpeft.tuners.stock import unmatched
 
 BLOCK = "layerpeft"
-TARGETS = (("target_modules",), ("target_parameters",), ("exclude_modules",), ("modules_to_save",))
+NAMES = (
+    "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices",
+)  # fmt: skip
 
 
 def choice_problems(recipe: Recipe) -> list[Problem]:
@@ -74,18 +81,20 @@ def _named(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> tuple
 
 def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
     """Names that match no module; PEFT itself is content when one of several matches."""
-    given = recipe.block.get("target_modules")
-    if not isinstance(given, list):
-        return []
     names = [name for name, _ in model.named_modules()]
-    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
+    parameters = [name for name, _ in model.named_parameters()]
     found: list[Problem] = []
-    for wanted in given:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            close = hint(wanted.rpartition(".")[2], ends)
-            sentence = f"target_modules: {wanted!r} matches no module of the model.{close}"
-            found.append(Problem((BLOCK, "target_modules"), sentence))
-    return found
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
+        given: Any = recipe.block.get(key)
+        among = parameters if key == "target_parameters" else names
+        what = "parameter" if key == "target_parameters" else "module"
+        regex = isinstance(given, str) and key == "exclude_modules"
+        for wanted in [given] if regex else given if isinstance(given, list) else ():
+            hits = (re.fullmatch(wanted, n) if regex else n == wanted or n.endswith(f".{wanted}") for n in among)
+            if not any(hits):
+                sentence = f"{key}: '{wanted}' matches no {what} of the model. {like(wanted, among)}"
+                found.append(Problem((BLOCK, key), sentence))
+    return found + _of_names(ConfigError(*unmatched(layer_config(recipe), model, names)), BLOCK)
 
 
 def _dry_run(recipe: Recipe, config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[Problem]:
@@ -98,7 +107,7 @@ def _dry_run(recipe: Recipe, config: LayerLoraConfig, model: nn.Module, stacks: 
                 asked(config, model, resolved.layers, known=False, stacks=stacks)
             wrapped: Any = peft.get_peft_model(copy.deepcopy(model), resolved.config)  # type: ignore[arg-type]
     except LayerpeftError as error:
-        if any(p.path in TARGETS for p in error.problems):
+        if any(p.path[:1] and p.path[0] in NAMES for p in error.problems):
             return _of_names(error, BLOCK)
         return [Problem((BLOCK, *p.path), f"{BLOCK}: {p.text}") for p in error.listed()]
     except (ValueError, TypeError) as error:
@@ -109,10 +118,16 @@ def _dry_run(recipe: Recipe, config: LayerLoraConfig, model: nn.Module, stacks: 
         return []  # something that cannot be done without weights; whether it is wrong shows with them
     if config.works_by.in_place:  # a head trains in place there, and whoever reads its weight reads what was trained
         return []
+    if config.choosing.by == "depth":  # what trains is known
+        tuner: Any = wrapped.base_model
+        trained = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+        if wrong := unmatched(config, model, trained):
+            return _of_names(ConfigError(*wrong), BLOCK)
     head = base_of(wrapped).get_output_embeddings() if recipe.trainer == "sft" else None  # type: ignore[operator]
-    if head is not None and hasattr(type(head), "adapter_layer_names"):
+    if isinstance(head, BaseTunerLayer):
         sentence = (
-            "the output embeddings (lm_head) are among the modules, and TRL's loss reads their weight past any adapter"
+            "the output embeddings (lm_head) are among the modules, and TRL's loss reads their weight past any adapter; leave "
+            "them out, or train them whole (modules_to_save)"
         )
         return [Problem((BLOCK, "target_modules"), f"target_modules: {sentence}")]
     return []

@@ -13,6 +13,7 @@ import torch
 
 from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
+from layerpeft.integrations.code import kept_out
 from layerpeft.integrations.files import version_of
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.compare import compare as compare_arms
@@ -23,12 +24,14 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
 from layerpeft.recipe.surroundings import on_hub
-from layerpeft.recipe.train import is_first, run
+from layerpeft.recipe.train import run
+from layerpeft.text import is_first
 from layerpeft.tuners.merge import merge as merge_adapter
 
 PACKAGES = (
     "layerpeft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "bitsandbytes", "hqq", "wandb",
 )  # fmt: skip
+RUN_CODE = "a plan runs none without the option --run-code; train, score and compare do"
 
 
 def train(args: argparse.Namespace) -> None:
@@ -36,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    with _aside(args.json):
+    with _aside(args.json), contextlib.nullcontext() if args.run_code else kept_out(RUN_CODE):
         found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
         _settle(args, found.recipe)
         recipe = args.recipe if found.changes else found.recipe

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from layerpeft.errors import LayerpeftError, Problem
 from layerpeft.integrations import hub
+from layerpeft.model.precisions import missing_packages
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.fit import Fit, fit
 from layerpeft.planning.plan import Plan, plan
 from layerpeft.planning.trace import Step
-from layerpeft.recipe import foreign, keys, rows
-from layerpeft.recipe.model import empty_model
+from layerpeft.recipe import keys, rows
+from layerpeft.recipe.model import empty_model, loading
 from layerpeft.recipe.read import Examined, examine, located
-from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
+from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_of, training_arguments
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
-from layerpeft.recipe.yaml import Fault, flow
+from layerpeft.recipe.yaml import Fault
 
 ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
 DEFAULT_LENGTH = 1024
@@ -89,19 +90,17 @@ def forecast(
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
     config = layer_config(recipe)
+    options |= {} if limit is None else {"packing": _packing()}
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
     return Forecast(recipe, found, command_of(recipe, changed))
 
 
 def empty(setup: Setup) -> nn.Module:
-    """The recipe's model without weights and with its kind of attention; fast ones as torch's own, which keeps as much.
-    How many classes a head has is known with the rows alone."""
+    """The recipe's model without weights. How many classes a head has is known with the rows alone."""
     model: Any = setup.recipe.model
     if setup.labels and len(setup.labels) != model.config.num_labels:
         model = empty_model(setup.recipe, *setup.head)
-    with contextlib.suppress(ValueError, AttributeError):
-        model.set_attn_implementation("eager" if setup.recipe["attn_implementation"] == "eager" else "sdpa")
     return model
 
 
@@ -116,15 +115,14 @@ def arguments_of(recipe: Recipe, elsewhere: bool = False) -> Any:
 def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, Any]:
     """What `plan` and `fit` are told of a recipe."""
     sft = recipe.trainer == "sft"
-    given = recipe["model_init_kwargs"] or {}
-    here = accelerator and not arguments.use_cpu
+    here, quantization = accelerator and not arguments.use_cpu, loading(recipe).get("quantization_config")
     step = Step(
         autocast=_precision(recipe, arguments),
         checkpointing_kwargs=arguments.gradient_checkpointing_kwargs or {},
         fused_head=sft,
         in_place=here,
         optim_args=arguments.optim_args,
-        quantization=_quantization(given.get("quantization_config")),
+        quantization=quantization if isinstance(quantization, BitsAndBytesConfig) else None,
         accumulation=arguments.gradient_accumulation_steps,
     )
     return {
@@ -139,22 +137,6 @@ def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, A
 def optimizer_of(arguments: Any) -> str:
     """transformers' name of the optimizer."""
     return str(getattr(arguments.optim, "value", arguments.optim))
-
-
-def command_of(recipe: Recipe, changed: Mapping[str, Any]) -> str:
-    """A command that trains the recipe with these settings changed, to paste into a shell."""
-    kept = []
-    for setting in recipe.settings:
-        name = setting.partition("=")[0].strip()
-        name = foreign.RENAMED.get(name, name)
-        if not any(name == new or name.startswith(f"{new}.") for new in changed):
-            kept.append(setting)
-    return shlex.join(["layerpeft", "train", recipe.source, *kept, *settings_of(changed)])
-
-
-def settings_of(changed: Mapping[str, Any]) -> list[str]:
-    """Settings as `key=value`."""
-    return [f"{key}={flow(value)}" for key, value in changed.items()]
 
 
 def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
@@ -184,17 +166,13 @@ def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
             return None, problems + [located(recipe, p) for p in [*(q for q in error.listed() if q.path), *keyless]]
 
 
+def _packing() -> str | None:
+    """The precision that frozen layers may be given to make room, where its package is there."""
+    return None if missing_packages(("nf4",)) else "nf4"
+
+
 def _precision(recipe: Recipe, arguments: Any) -> torch.dtype | None:
     if arguments.fp16 or recipe.values.get("fp16"):
         return torch.float16
     by_default = recipe.trainer == "sft" and "bf16" not in recipe.values
     return torch.bfloat16 if arguments.bf16 or recipe.values.get("bf16") or by_default else None
-
-
-def _quantization(given: Any) -> Any:
-    """The BitsAndBytesConfig that transformers will make of the recipe's mapping."""
-    if not given:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(**given) if isinstance(given, Mapping) else given

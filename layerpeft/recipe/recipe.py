@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layerpeft.recipe import keys
-from layerpeft.recipe.yaml import dump
+from layerpeft.recipe.foreign import RENAMED
+from layerpeft.recipe.yaml import dump, flow
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
@@ -81,3 +83,19 @@ def to_yaml(recipe: Recipe) -> str:
     if isinstance(select, dict) and isinstance(recipe.select, Mapping):
         select["by"] = recipe.select.get("by", "depth")  # a path stays a path
     return dump(top | {"layerpeft": {"method": recipe.method, "select": select, **recipe.block}})
+
+
+def command_of(recipe: Recipe, changed: Mapping[str, Any] | None = None, verb: str = "train") -> str:
+    """A command that runs the recipe with these settings changed, each written once, to paste into a shell."""
+    kept, changed = [], changed or {}
+    for setting in recipe.settings:
+        name = setting.partition("=")[0].strip()
+        name = RENAMED.get(name, name)
+        if not any(name == new or name.startswith(f"{new}.") for new in changed):
+            kept.append(setting)
+    return shlex.join(["layerpeft", verb, recipe.source, *kept, *settings_of(changed)])
+
+
+def settings_of(changed: Mapping[str, Any]) -> list[str]:
+    """Settings as `key=value`."""
+    return [f"{key}={flow(value)}" for key, value in changed.items()]

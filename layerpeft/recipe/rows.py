@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from layerpeft.errors import Problems, RecipeError, first_line, hint
 from layerpeft.integrations.files import version_of
 from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
-from layerpeft.recipe.shipped import resolve
+from layerpeft.recipe.shipped import looked_for, resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # what `columns` may define, by trainer: each tuple is one complete set
@@ -111,7 +111,7 @@ def _where(path: Path, line: int) -> str:
     return f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {line}"
 
 
-def local_files(name: str | list[str]) -> list[Path] | None:
+def local_files(name: str | list[str], home: Path | None = None) -> list[Path] | None:
     """The files that a data set name means, or None for a folder or a hub id. A list always means files; `*` is expanded.
     Raises: RecipeError naming what is missing, or of a kind that cannot be read."""
     problems = Problems("data")
@@ -128,7 +128,7 @@ def local_files(name: str | list[str]) -> list[Path] | None:
             elif match.is_dir():
                 problems.add(f"{item!r} is a folder (of a folder, name the files in it: {match}/*.jsonl)")
             elif not match.is_file():
-                problems.add(f"no file {item!r} (looked for {match.absolute()})")
+                problems.add(f"no file {item!r} ({looked_for(str(match), home)})")
         found += matches
     if len({READERS.get(path.suffix) for path in found}) > 1:
         problems.add("files of different kinds in one list; use one kind")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.train import Say, is_first
+from layerpeft.recipe.recipe import Recipe, command_of
+from layerpeft.recipe.train import Say
 from layerpeft.recipe.trainer import batches_for, load_model, prepare, tokenized
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.select import Selection
-from layerpeft.text import grid
+from layerpeft.text import grid, is_first, note
 from layerpeft.training.pictures import write_csv, write_png
 from layerpeft.training.report import Row
 
@@ -22,10 +21,11 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
     Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores."""
     select = recipe.config.choosing
     if select.by == "depth" and select.keep is None:
-        example = f"layerpeft score {recipe.source} layerpeft.select='{{by: gradient_norm, keep: 25%}}'"
+        example = command_of(recipe, {"layerpeft.select": {"by": "gradient_norm", "keep": "25%"}}, "score")
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
     with contextlib.redirect_stdout(sys.stderr):
         setup = tokenized(prepare(recipe))
+        note(f"loading the model {recipe['model_name_or_path']}")
         model = load_model(setup)
         batches, _ = batches_for(setup, model, recipe.select)
         found = recipe.config.examine(model)
@@ -50,10 +50,7 @@ def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
         say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
-    keep = recipe.config.choosing.keep
+    select = {"by": str(folder / "scores.json"), "keep": recipe.config.choosing.keep}
     say("\nnext:")
-    words = shlex.join([recipe.source, *recipe.settings])
-    say(
-        f"  layerpeft train {words} output_dir={folder}-by-scores layerpeft.select='{{by: {folder / 'scores.json'}, keep: {keep}}}'"
-    )
-    say(f"  layerpeft compare {words} --arms random:3,last,all")
+    say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', 'layerpeft.select': select})}")
+    say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from layerpeft.errors import RecipeError, unknown
@@ -18,6 +19,25 @@ def resolve(address: str) -> str:
     if name not in data_names():
         raise RecipeError(unknown("file of the package", name, data_names()))
     return str(_HERE / "data" / name)
+
+
+def beside(name: str, home: Path) -> str:
+    """A path as it is found from the current folder, else beside the recipe (in `home`); as it was written if it is in neither."""
+    path = Path(name).expanduser()
+    if name.startswith(SCHEME) or path.is_absolute() or _is_there(path) or not _is_there(home / path):
+        return name
+    return str(home / path)
+
+
+def looked_for(name: str, home: Path | None) -> str:
+    """Where a path was looked for, to stand in a sentence."""
+    path = Path(name).expanduser()
+    places = dict.fromkeys(str(p.absolute()) for p in ([path] if home is None else [path, home / path]))
+    return f"looked for {' and '.join(places)}"
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or glob.has_magic(str(path)) and bool(glob.glob(str(path)))
 
 
 def data_names() -> list[str]:

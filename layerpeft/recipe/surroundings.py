@@ -6,20 +6,21 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told, unknown
 from layerpeft.integrations.trainer import backend
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.recipe import Recipe, training_arguments
-from layerpeft.recipe.shipped import resolve
+from layerpeft.recipe.shipped import beside, looked_for, resolve
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.text import some
 from layerpeft.training.switching import NOT_UNDER
@@ -27,6 +28,20 @@ from layerpeft.tuners.config import QUANT_FIELDS
 
 # files that `score` and `compare` leave in output_dir: a run may start beside them
 BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.png")
+
+# what to install for a tracker whose package is called otherwise
+PIP = {"comet_ml": "comet-ml", "azure_ml": "azureml-core"}
+# what from_pretrained would be told past the keys that say which code runs
+CODE = {
+    "trust_remote_code": "write it at the top level, where it is seen: trust_remote_code: true",
+    "code_revision": "write model_revision at the top level: a model and its code are of one revision",
+    "attn_implementation": "write it at the top level, where it is seen",
+    "weights_only": "pickles are not run; take the key out",
+    "use_kernels": "fetches code; take the key out",
+    "kernel_config": "fetches code; take the key out",
+    "allow_all_kernels": "runs code of any origin; take the key out",
+    "config": "the model's own is read; take the key out",
+}
 
 
 def _of(key: str, sentence: str) -> Problem:
@@ -43,10 +58,30 @@ def on_hub(good: Mapping[str, Any]) -> bool:
     )
 
 
+PATHS = (
+    "model_name_or_path", "dataset_name", "eval_dataset", "resume_from_checkpoint", "chat_template_path", "deepspeed",
+    "fsdp_config", "accelerator_config",
+)  # fmt: skip
+
+
+def placed(good: Mapping[str, Any], home: Path) -> dict[str, Any]:
+    """The settings, with every path that lies beside the recipe alone as a path from the current folder."""
+    found = dict(good)
+    for key in PATHS:
+        value = good.get(key)
+        if isinstance(value, str):
+            found[key] = beside(value, home)
+        elif isinstance(value, list):
+            found[key] = [beside(item, home) for item in value]
+    return found
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def data_problems(good: Mapping[str, Any], trainer: str, purpose: str, judged: bool = True) -> list[Problem]:
+def data_problems(
+    good: Mapping[str, Any], trainer: str, purpose: str, judged: bool = True, home: Path | None = None
+) -> list[Problem]:
     """What is wrong with the rows and with the templates that read them; `judged`: the templates are known to be good or bad."""
     found: list[Problem] = []
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
@@ -58,7 +93,7 @@ def data_problems(good: Mapping[str, Any], trainer: str, purpose: str, judged: b
         if good.get(key) is None:
             continue
         try:
-            files = rows.local_files(good[key])
+            files = rows.local_files(good[key], home)
             have = {file: rows.columns_of(file) for file in files or ()}
             broken = [s for file in files or () for s in rows.broken_lines(file)]
         except LayerpeftError as error:
@@ -90,17 +125,17 @@ def _held_out(good: Mapping[str, Any], purpose: str) -> list[Problem]:
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def folder_problems(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], list[str]]:
+def folder_problems(good: Mapping[str, Any], purpose: str, home: Path | None = None) -> tuple[list[Problem], list[str]]:
     """What is wrong with the model's folder and the output folder, and what is only worth a word before training."""
-    model, lacking = _model(good)
-    output, full = _output(good, purpose)
+    model, lacking = _model(good, home)
+    output, full = _output(good, purpose, home)
     if purpose == "plan":
         return model + output, [f"{lacking}; a plan needs none, training does"] * bool(lacking) + [full] * bool(full)
     model += [_of("model_name_or_path", lacking)] if lacking else []
     return model + output + ([Problem(("output_dir",), full)] if full else []), []
 
 
-def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
+def _model(good: Mapping[str, Any], home: Path | None) -> tuple[list[Problem], str]:
     key = "model_name_or_path"
     name = good.get(key)
     if name is None:
@@ -120,11 +155,11 @@ def _model(good: Mapping[str, Any]) -> tuple[list[Problem], str]:
     elif path.is_file():
         sentence = f"{name!r} is a file; name the folder that holds config.json and the weights"
     elif not re.fullmatch(rows.HUB, name):
-        sentence = f"no folder {name!r} (looked for {path.absolute()})"
+        sentence = f"no folder {name!r} ({looked_for(name, home)})"
     return ([_of(key, sentence)] if sentence else []), ""
 
 
-def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
+def _output(good: Mapping[str, Any], purpose: str, home: Path | None) -> tuple[list[Problem], str]:
     if "output_dir" not in good:
         return [], ""
     found: list[Problem] = []
@@ -138,13 +173,13 @@ def _output(good: Mapping[str, Any], purpose: str) -> tuple[list[Problem], str]:
             found.append(_of(again, f"there is no complete checkpoint in {folder}"))
     elif isinstance(resume, str):
         if not Path(resume).expanduser().is_dir():
-            found.append(_of(again, f"no folder {resume!r} (`true` takes the newest)"))
+            found.append(_of(again, f"no folder {resume!r} ({looked_for(resume, home)}; `true` takes the newest)"))
     elif purpose in ("train", "plan") and not good.get("overwrite_output_dir") and folder.is_dir():
         held = sorted(p.name for p in folder.iterdir() if p.name not in BESIDE)
         if held:
             full = (
                 f"output_dir: {folder} is not empty ({some(held, 4, ', ...')}). Name another"
-                f" (output_dir={folder}-2), go on with that run (resume_from_checkpoint=true), or write over it"
+                f" ({shlex.quote(f'output_dir={folder}-2')}), go on with that run (resume_from_checkpoint=true), or write over it"
                 " (overwrite_output_dir=true)"
             )
     if resume and good.get("overwrite_output_dir"):
@@ -159,25 +194,28 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
     """Trackers, optimizers and kernels that are not there."""
     found: list[Problem] = []
     asked = good.get("report_to") or []
-    names = [name for name in ([asked] if isinstance(asked, str) else asked) if name not in ("none", "all")]
+    names = [name for name in ([asked] if isinstance(asked, str) else asked) if name not in ("none", "all", "flyte")]
     if names:
         from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-        there = [*get_available_reporting_integrations(), "none", "all"]
+        there, known = get_available_reporting_integrations(), ["none", "all", *INTEGRATION_TO_CALLBACK]
         for name in [n for n in names if n not in there]:
-            more = " (pip install wandb)" if name == "wandb" else ""
-            found.append(
-                _of("report_to", f"{name!r} is not installed or not known{more}; there is: {', '.join(there)}")
-            )
+            need = "set KUBEFLOW_TRAINER_SERVER_URL" if name == "kubeflow" else f"pip install {PIP.get(name, name)}"
+            sentence = f"{name!r} is not there ({need})" if name in known else unknown("tracker", name, known)
+            found.append(_of("report_to", sentence))
     optim = str(good.get("optim", ""))
     if optimizer_bytes.needs_full_weights(optim):
         found.append(_of("optim", str(optimizer_bytes.problem(optim))))
     attention = str(good.get("attn_implementation") or "")
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
     if package and importlib.util.find_spec(package) is None:
-        sentence = f"{attention} needs a package that is not installed ({package}); sdpa needs none"
+        sentence = f"{attention} needs a package that is not installed ({package}); write `attn_implementation: sdpa`"
         found.append(_of("attn_implementation", sentence))
     nested = good.get("model_init_kwargs")
+    found += [
+        _of("model_init_kwargs", f"{key}: {CODE[key]}") for key in CODE if isinstance(nested, dict) and key in nested
+    ]
     quantized = isinstance(nested, dict) and nested.get("quantization_config")
     if quantized and importlib.util.find_spec("bitsandbytes") is None:
         found.append(_of("model_init_kwargs", "quantization needs bitsandbytes (pip install bitsandbytes)"))

@@ -22,7 +22,7 @@ from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import disk_is_full
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
-from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
+from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.trainer import (
     Setup,
@@ -37,8 +37,9 @@ from layerpeft.recipe.trainer import (
 )
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
-from layerpeft.selection.select import Selection
-from layerpeft.text import note, size_text
+from layerpeft.selection import plugins
+from layerpeft.selection.select import SCORERS, Selection
+from layerpeft.text import is_first, note, size_text, some
 from layerpeft.training.record import record_of
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.precision import wish
@@ -65,7 +66,18 @@ class Result:
 
 def run(recipe: Recipe, say: Say = print) -> Result:
     """Trains a recipe and writes adapter, record, curves and the resolved recipe to its output_dir.
-    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then."""
+
+    Raises: LayerpeftError; before any weight is loaded for whatever can be known by then. KeyboardInterrupt says how to go on.
+    """
+    started = time.time()
+    try:
+        with _beside(recipe.output_dir):
+            return _run(recipe, say)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(recipe, started)) from None
+
+
+def _run(recipe: Recipe, say: Say) -> Result:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
         setup = tokenized(prepare(recipe))
         checkpoint = _checkpoint(recipe)
@@ -74,10 +86,14 @@ def run(recipe: Recipe, say: Say = print) -> Result:
         _clear(recipe)
         stored = _stored(recipe, recorded) if recorded else None
         choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
+        note(f"loading the model {recipe['model_name_or_path']}")
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
     if (record := record_of(model.peft_config["default"])) is not None:
         record.rows = {what: asdict(found) for what, found in setup.counts.items()}
+    chosen = record.selection if record is not None else None
+    layers = "all layers" if chosen is None else f"layers {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
+    note(f"trains {layers}")
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
@@ -99,9 +115,29 @@ def run(recipe: Recipe, say: Say = print) -> Result:
     return result
 
 
-def is_first() -> bool:
-    """True in the process that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """What trackers would write into the current folder goes into this one, unless their own variables say where."""
+    own = {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
+    own = {name: place for name, place in own.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+
+
+def _how_to_go_on(recipe: Recipe, started: float) -> str:
+    """What is left of a run that was interrupted: the command that goes on with it, where it has saved a checkpoint."""
+    folder = recipe.output_dir
+    last = last_checkpoint(folder) if folder.is_dir() else None
+    if last is None or (Path(last).stat().st_mtime < started and not recipe["resume_from_checkpoint"]):
+        return "nothing was saved (save_steps says after how many steps a run does)"
+    changed = {"resume_from_checkpoint": True} | (
+        {"overwrite_output_dir": False} if recipe["overwrite_output_dir"] else {}
+    )
+    return f"{Path(last).name} is the last that was saved; go on with\n  {command_of(recipe, changed)}"
 
 
 @contextlib.contextmanager
@@ -218,8 +254,12 @@ def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mappi
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     setup.tokenizer.save_pretrained(str(folder))
-    command = f"# layerpeft train {folder / 'recipe.yaml'} output_dir={folder}-again\n"
+    command = f"# {shlex.join(['layerpeft', 'train', str(folder / 'recipe.yaml'), f'output_dir={folder}-again'])}\n"
     (folder / "recipe.yaml").write_text(command + to_yaml(recipe), encoding="utf-8")
+    by = recipe.select.get("by") if isinstance(recipe.select, Mapping) else None
+    if isinstance(by, str) and by.endswith(".py") and not Path(by).is_absolute():  # beside the recipe that names it
+        (folder / by).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(str(plugins.get(SCORERS, by).__file__), folder / by)
     if setup.labels:
         named = json.dumps(dict(enumerate(setup.labels)), indent=1)
         (folder / "labels.json").write_text(f"{named}\n", encoding="utf-8")
@@ -234,7 +274,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     if figure is None:
         return
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o--")):
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o")):
         points = [(record["step"], record[key]) for record in history if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
@@ -292,14 +332,14 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
 def _next(recipe: Recipe, result: Result) -> list[str]:
     """Commands that make sense after this run."""
     folder = result.output_dir
-    again = folder / "recipe.yaml"
+    compare = shlex.join(["layerpeft", "compare", str(folder / "recipe.yaml")])
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
-        return [f"layerpeft compare {again} {choice} --arms random:3,last,all    # are fewer layers enough?"]
-    lines = [f"layerpeft compare {again} --arms random:3,last,all    # is the choice worth anything?"]
+        return [f"{compare} {choice} --arms random:3,last,all    # are fewer layers enough?"]
+    lines = [f"{compare} --arms random:3,last,all    # is the choice worth anything?"]
     lines = lines if result.after else []  # without held-out rows there is nothing to compare
     if any(row.score is not None for row in result.report.rows):
-        lines.append(f"layerpeft score {again}    # the scores alone")
-    call = f"layerpeft.layer_report(layerpeft.load('{folder}'))"
-    into = f"layerpeft merge {folder} {folder}-merged    # a full model, for where adapters cannot go"
-    return [*lines, f'python -c "import layerpeft; print({call})"', into]
+        lines.append(f"{shlex.join(['layerpeft', 'score', str(folder / 'recipe.yaml')])}    # the scores alone")
+    call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({json.dumps(str(folder))})))"
+    into = shlex.join(["layerpeft", "merge", str(folder), f"{folder}-merged"])
+    return [*lines, shlex.join(["python", "-c", call]), f"{into}    # a full model, for where adapters cannot go"]

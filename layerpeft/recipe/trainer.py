@@ -16,12 +16,22 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows, tokens
-from layerpeft.recipe.model import auto_class, check_head, code, from_hub, model_config, model_path
+from layerpeft.recipe.model import (
+    allow,
+    auto_class,
+    check_head,
+    code,
+    from_hub,
+    kernels,
+    loading,
+    model_config,
+    model_path,
+)
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES
-from layerpeft.text import note
+from layerpeft.text import note, some
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
 
@@ -55,6 +65,8 @@ class Setup:
 
 def prepare(recipe: Recipe) -> Setup:
     """Tokenizer and rows of a recipe, those of a classifier as token ids. No weight is loaded. Raises: RecipeError."""
+    named = recipe["dataset_name"]
+    note(f"reading the rows of {some([named] if isinstance(named, str) else named)}")
     tokenizer = _tokenizer(recipe)
     (train, held_out), sources = _rows(recipe)
     if recipe.trainer != "classification":
@@ -105,17 +117,22 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
     from transformers import set_seed
 
     recipe = setup.recipe
+    allow("attn_implementation", "attn_implementation", kernels(recipe["attn_implementation"]))
     set_seed(training_arguments(recipe).seed)
-    options = {"dtype": recipe["dtype"], "attn_implementation": recipe["attn_implementation"], **code(recipe)}
-    options |= {"revision": recipe["model_revision"], "config": model_config(recipe, *setup.head)}
-    options |= recipe["model_init_kwargs"] or {}
+    options = loading(recipe) | {"config": model_config(recipe, *setup.head), **code(recipe)}
     if is_saved(model_path(recipe)):
         attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
         return from_hub(recipe, load_saved, model_path(recipe), **attention)
     config = layer_config(recipe, select).with_stored(stored)
     wanted = early(config, lambda: recipe.model) if select is not None else None
     if wanted is None:
-        return from_hub(recipe, auto_class(recipe).from_pretrained, model_path(recipe), **options)
+        load, options["output_loading_info"] = auto_class(recipe).from_pretrained, True
+        model, found = from_hub(recipe, load, model_path(recipe), **options)
+        inner = "" if recipe.trainer == "sft" else f"{model.base_model_prefix}."  # a head for classes is new
+        lost = sorted(key for key in found["missing_keys"] if key.startswith(inner))
+        if lost:
+            note(f"{model_path(recipe)} lacks {len(lost)} weights, which start at random: {some(lost)}")
+        return model
     device = training_arguments(recipe).device
     options["device"] = device if device.type != "cpu" else None  # quantizing is faster there
     kind = auto_class(recipe).__name__
@@ -141,6 +158,7 @@ def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] 
     most, choice = batches_wanted(config), config.choosing
     if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
         most = max(most, choice.num_batches or DEFAULT_BATCHES)
+        note(f"scoring layers by {choice.by} on {most} batches")
     return first_batches(setup, model, most) if most else (None, setup)
 
 
@@ -200,6 +218,7 @@ def held_out_numbers(trainer: Any) -> dict[str, float]:
     """Loss on the held-out rows, and accuracy and macro-F1 where there are classes; empty without held-out rows."""
     if trainer.eval_dataset is None:
         return {}
+    note(f"measuring held-out rows {'after' if trainer.state.global_step else 'before'} training")
     found = trainer.evaluate()
     return {k: float(found[k]) for k in ("eval_loss", "eval_accuracy", "eval_macro_f1") if k in found}
 
@@ -210,7 +229,7 @@ def held_out_numbers(trainer: Any) -> dict[str, float]:
 def _tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
-    options = {"revision": recipe["model_revision"], **code(recipe)}
+    options = {k: v for k, v in loading(recipe).items() if k in ("revision", "subfolder")} | code(recipe)
     tokenizer = from_hub(recipe, AutoTokenizer.from_pretrained, model_path(recipe), **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -5,30 +5,62 @@ What a plug-in of a group has to hold stands in the group's own `__init__`: `HOL
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from layerpeft.errors import ConfigError, Problems, unknown
+from layerpeft.errors import ConfigError, Problems, told, unknown
 from layerpeft.selection.typecheck import check
 
 # groups of entry points whose own plug-ins lie in a folder of another name
 _FOLDERS = {group: group.replace(".", ".selection.") for group in ("layerpeft.scorers", "layerpeft.picks")}
 
 
-@cache
+_files: dict[tuple[str, str], ModuleType] = {}  # those that a recipe brings, by the path that it writes
+
+
 def names(package: str) -> tuple[str, ...]:
-    """Names of all plug-ins of a group (`"layerpeft.scorers"`), own files first, then its entry points."""
+    """Names of all plug-ins of a group (`"layerpeft.scorers"`), own files first, then its entry points, then a recipe's own."""
+    return _installed(package) + tuple(name for group, name in _files if group == package)
+
+
+@cache
+def _installed(package: str) -> tuple[str, ...]:
     path = importlib.import_module(_folder(package)).__path__
     own = [m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")]
     return tuple(dict.fromkeys(own + [e.name for e in _outside(package)]))
 
 
-@cache
+def from_file(package: str, name: str, path: Path, data: bytes) -> None:
+    """Makes a plug-in of a file's code, which runs here, under the name by which a recipe calls it; `data`: what the file held.
+
+    Raises: ConfigError for code that fails, or lacks what its group asks for.
+    """
+    module = ModuleType(f"layerpeft_recipe_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where type hints are looked up
+    try:
+        exec(compile(data, str(path), "exec"), vars(module))
+    except Exception as error:  # it is anybody's
+        raise ConfigError(f"{name}: {path}: {type(error).__name__}: {told(error, 300)}") from error
+    problems = Problems(f"{name} ({path})")
+    _check(module, package, problems)
+    problems.raise_if_any(ConfigError)
+    _files[package, name] = module
+
+
 def get(package: str, name: str) -> ModuleType:
+    """The module behind a plug-in name. Raises: ConfigError as below."""
+    return _files.get((package, name)) or _get(package, name)
+
+
+@cache
+def _get(package: str, name: str) -> ModuleType:
     """The module behind a plug-in name.
 
     Raises: ConfigError for a name that no file and no entry point has, and for a plug-in that lacks what its group asks for; an
@@ -38,13 +70,17 @@ def get(package: str, name: str) -> ModuleType:
         raise ConfigError(unknown(package.rsplit(".", 1)[-1].rstrip("s"), name, names(package)))
     entry = next((e for e in _outside(package) if e.name == name), None)
     module = entry.load() if entry else importlib.import_module(f"{_folder(package)}.{name}")
+    problems = Problems(f"{package}: {name} ({entry.value if entry else module.__name__})")
+    _check(module, package, problems)
+    problems.raise_if_any(ConfigError)
+    return module
+
+
+def _check(module: Any, package: str, problems: Problems) -> None:
     group = importlib.import_module(_folder(package))
     if hasattr(group, "Traits"):
-        problems = Problems(f"{package}: {name} ({entry.value if entry else module.__name__})")
         _check_held(module, group, problems)
         _check_traits(module, group, problems)
-        problems.raise_if_any(ConfigError)
-    return module
 
 
 def traits(package: str, name: str) -> Any:

@@ -173,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_by(by: Any, problems: Problems) -> Any:
-    if isinstance(by, Scores):
+    if isinstance(by, Scores) or isinstance(by, str) and by in plugins.names(SCORERS):
         return by
     saved = isinstance(by, Path) or isinstance(by, str) and (by.endswith(".json") or "/" in by)
     if saved or isinstance(by, Mapping):
@@ -182,10 +182,8 @@ def _check_by(by: Any, problems: Problems) -> Any:
         except LayerpeftError as error:
             problems.add(f"by: {error}", "by")
             return "depth"
-    if by not in plugins.names(SCORERS):
-        problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.", "by")
-        return "depth"
-    return by
+    problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.", "by")
+    return "depth"
 
 
 def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> None:

@@ -132,7 +132,7 @@ class Checks:
             group = tensors[target]
             still |= {f"{target}.{n}": group[n] for n in names if group[n].dtype in verify.LOW and target not in idle}
         for name, parameter in still.items():
-            note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate)}")
+            note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate, self.method.in_place)}")
         self.record.checks["unmoved"] = sorted(still)
         self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
 
@@ -161,8 +161,8 @@ class Checks:
         """(faults, idle experts) among those targets of which no tensor moved."""
         tensors, still = self.holdings.tensors(), self._unmoved(among)
         whole = [t for t, names in still.items() if len(names) == len(tensors[t])]
-        named = [t for t in whole if not is_routed(t)]
-        faults = [f"{t} did not move: {verify.why_unmoved(tensors[t], self._rate)}" for t in named]
+        named, place = [t for t in whole if not is_routed(t)], self.method.in_place
+        faults = [f"{t} did not move: {verify.why_unmoved(tensors[t], self._rate, place)}" for t in named]
         if named and len(named) < len(tensors):
             faults[-1] += f" (without what did not move: {leave_out(named, set(tensors).difference(named))})"
         return faults, [t for t in whole if is_routed(t)]

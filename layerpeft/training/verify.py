@@ -179,8 +179,8 @@ def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, Seal]]) -> di
     return {t: names for t, names in still.items() if names}
 
 
-def why_unmoved(group: Mapping[str, torch.Tensor], rate: float) -> str:
-    """The likely cause of tensors that did not move, and the cure."""
+def why_unmoved(group: Mapping[str, torch.Tensor], rate: float, in_place: bool = False) -> str:
+    """The likely cause of tensors that did not move, and the cure; `in_place`: they are weights of the model itself."""
     low = [str(p.dtype).removeprefix("torch.") for p in group.values() if p.dtype in LOW]
     grads = [p.grad for p in group.values() if p.grad is not None]
     if grads and not any(bool(g.any()) for g in grads):
@@ -188,7 +188,7 @@ def why_unmoved(group: Mapping[str, torch.Tensor], rate: float) -> str:
     if low:
         return (
             f"its updates (learning rate {rate:.1e}) round to nothing in {low[0]}; keep the trained tensors in float32 "
-            "(autocast_adapter_dtype=True) or raise the learning rate"
+            f"({'master_weights: true' if in_place else 'autocast_adapter_dtype=True'}) or raise the learning rate"
         )
     return "the optimizer did not change it: look for a learning rate of zero in its group"
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from layerpeft.errors import ConfigError, Problems
-from layerpeft.integrations.peft import renamed_leaves
+from layerpeft.errors import ConfigError, Problem, Problems
+from layerpeft.integrations.peft import HEADS, renamed_leaves
 from layerpeft.model.layers import Target, base_of
 from layerpeft.model.new_modules import new_modules
-from layerpeft.model.targets import PARAMETERS
+from layerpeft.model.targets import PARAMETERS, like
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
@@ -84,6 +84,9 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
         given["modules_to_save"] = listed + [n for n in born if not any(n == k or n.endswith(f".{k}") for k in listed)]
     parameters = [n for n in selection.targets if kinds[n] in PARAMETERS]
     modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
+    wrong = unmatched(config, model, kinds)
+    if wrong:
+        raise ConfigError(*wrong)
     _refuse_saved_targets(given["modules_to_save"], selection.targets)
     _refuse_renamed_targets(model, modules)
     given |= {
@@ -93,6 +96,28 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
     }
     stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
     return stock.recorded(Record(plain_config(config), config.method, selection, new_tensors=born, asked=config.bare()))
+
+
+def unmatched(config: LoraConfig, model: nn.Module, targets: Iterable[str]) -> list[Problem]:
+    """What of a config's names and patterns matches nothing, which PEFT passes over: ranks and alphas of no target among
+    `targets`, and modules that are not in the model."""
+    modules, targets = [n for n, _ in base_of(model).named_modules() if n], list(targets)
+    found: list[Problem] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or ():
+            try:
+                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+                    sentence = f"'{pattern}' matches no target that trains. {like(pattern, targets)}"
+                    found.append(Problem((key,), sentence))
+            except re.error as error:
+                found.append(Problem((key,), f"'{pattern}' is no regular expression: {error}"))
+    saved, tokens = getattr(config, "modules_to_save", None) or (), getattr(config, "trainable_token_indices", None)
+    named = [("modules_to_save", name, name) for name in saved if name not in HEADS]
+    named += [("trainable_token_indices", name, f".{name}") for name in tokens] if isinstance(tokens, dict) else []
+    for key, name, end in named:
+        if name not in modules and not any(n.endswith(end) for n in modules):
+            found.append(Problem((key,), f"'{name}' matches no module of the model. {like(name, modules)}"))
+    return found
 
 
 def _refuse_saved_targets(modules_to_save: Any, targets: tuple[str, ...]) -> None:

@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     # the same by another road, other versions, other tools
     "use_peft": (GOOD + "use_peft: true\n", ["line 8", "use_peft", "layerpeft: {method: lora}"]),
     "lora_r": (GOOD + "lora_r: 16\n", ["line 8", "lora_r", "layerpeft: {r: 16}"]),
-    "lora_targets": (GOOD + "lora_target_modules: [q_proj]\n", ["line 8", "layerpeft: {target_modules: ['q_proj']}"]),
+    "lora_targets": (GOOD + "lora_target_modules: [q_proj]\n", ["line 8", "layerpeft: {target_modules: [q_proj]}"]),
     "four_bit": (
         GOOD + "load_in_4bit: true\n",
         ["line 8", "model_init_kwargs: {quantization_config: {load_in_4bit: true}}"],

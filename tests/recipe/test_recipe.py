@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe import foreign, keys, rows, shipped
+from layerpeft.recipe import cures, foreign, keys, rows, shipped
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config, to_yaml, training_arguments
 from layerpeft.recipe.yaml import dump, flow, override, parse, spelled
@@ -220,14 +220,14 @@ def test_warmup_steps_below_one_is_a_share() -> None:
 
 
 def test_later_methods_say_so() -> None:
-    assert "not in this version" in (foreign.other_road("apollo_rank", 2) or "")
+    assert "not in this version" in str(cures.cure("apollo_rank", 2))
 
 
 @pytest.mark.parametrize(
     "key", ["lisa_activated_layers", "lisa_interval_steps", "use_badam", "freeze_trainable_layers"]
 )
 def test_methods_of_papers_are_said_in_our_words(key: str) -> None:
-    assert "method: full" in (foreign.other_road(key, 2) or "")
+    assert "method: full" in str(cures.cure(key, 2))
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

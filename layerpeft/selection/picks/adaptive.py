@@ -3,8 +3,8 @@
 `p_i = (1 - floor) · s_i / Σs + floor / n`, `keep` successive draws without replacement; with no score above zero all
 are alike.
 
-GRASS samples by mean gradient norm with "adaptive probabilities" whose formula its paper does not give, and there is no
-code: this one is ours. Unlike `sample` it leaves no layer without a chance, so that a score which has gone stale, or
+GRASS samples by mean gradient norm with "adaptive probabilities"; neither their formula nor code was to be had: this
+one is ours. Unlike `sample` it leaves no layer without a chance, so that a score which has gone stale, or
 was wrong, is found out.
 """
 

@@ -1,4 +1,4 @@
-"""The layer's place: higher is closer to the output. LayRA is `first:10+last:2`, Telly `last:4`, LED `first:25%`."""
+"""The layer's place: higher is closer to the output. LayRA is LoRA on `first:10+last:2`, Telly full weights on `last:N`."""
 
 from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.scoring import Measured, Request

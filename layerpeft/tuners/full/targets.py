@@ -10,7 +10,7 @@ from layerpeft.errors import ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.model.names import upwards
-from layerpeft.model.targets import MODULE, PARAMETERS, no_match
+from layerpeft.model.targets import MODULE, PARAMETERS, like, no_match
 from layerpeft.tuners.full.layer import Whole, is_bias
 
 Names = str | Iterable[str] | None
@@ -88,11 +88,7 @@ def always_modules(base: nn.Module, wanted: Wanted) -> tuple[str, ...]:
         # PEFT goes by the ends of names, with or without a point before them: it trains DistilBERT's pre_classifier, too
         hits = [n for n in names if n.endswith(pattern if pattern in HEADS else f".{pattern}") or n == pattern]
         if not hits and pattern not in HEADS:
-            close = nearest(pattern.rpartition(".")[2], {n.rpartition(".")[2] for n in names})
-            problems.add(
-                f"{pattern!r} matches no module of the model{f'; did you mean {close!r}?' if close else ''}",
-                "modules_to_save",
-            )
+            problems.add(f"'{pattern}' matches no module of the model. {like(pattern, names)}", "modules_to_save")
         found |= dict.fromkeys(hits)
     problems.raise_if_any(ConfigError)
     return tuple(n for n in names if n in found and not any(n.startswith(f"{o}.") for o in found))
@@ -128,7 +124,7 @@ def _matching(key: str, names: Names, places: Mapping[str, int], layers: LayerMa
     if isinstance(names, str):
         found = {p for p in places if any(re.fullmatch(names, a) for a in _around(p, layers.layers[places[p]].name))}
         if not found:
-            sentence = f"the regex {names!r} matches nothing in the layers. {_offer(names, places)}"
+            sentence = f"the regex '{names}' matches nothing in the layers. {_offer(names, places)}"
             problems.absorb(no_match(key, sentence))
         return found
     found = set()

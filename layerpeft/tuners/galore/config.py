@@ -44,7 +44,7 @@ IDENTITY = (
 class LayerGaloreConfig(LayerLoraConfig):
     """GaLore's updates (arXiv 2403.03507) on chosen layers, by any optimizer: `W + scale·B·Q`, with `Q` renewed now and then.
 
-    `r`, `update_proj_gap`, `scale`, `proj_type`: as in the reference. `subspace`: `sketch` (from the gradient probe; no full
+    `r`, `update_proj_gap`, `scale`, `proj_type`: named as in the reference. `subspace`: `sketch` (from the gradient probe; no full
     gradient is ever made), `svd` (exact, for equality with the reference) or `random`. `basis`: `aligned` turns a new basis
     within its span to lie nearest to the old one; `raw` is the reference's. `moments` of the optimizer at a refresh: `keep` (the
     reference), `project` or `reset`. `stagger` spreads refreshes over the gap. `gap_overlap`: a module whose new subspace

@@ -1,0 +1,123 @@
+"""Paths of a recipe: from the current folder, then beside it; and a scorer that is a file beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from layerpeft.cli import main
+from layerpeft.errors import RecipeError
+from layerpeft.recipe.read import load_recipe
+from layerpeft.selection.scores import Scores
+
+RECIPE = """\
+trainer: sft
+model_name_or_path: layerpeft://llama-6m
+dataset_name: rows.jsonl
+eval_dataset: [data/*.jsonl]
+output_dir: out
+layerpeft: {select: {by: %s, keep: 2}, r: 2}
+max_steps: 1
+max_length: 32
+per_device_train_batch_size: 1
+sample_tokens: 0
+save_strategy: "no"
+gradient_checkpointing: false
+"""
+SCORER = """\
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerpeft.selection.scoring import Measured
+
+
+@dataclass(frozen=True)
+class Options:
+    start: int = 1
+
+
+def needs(options: Options) -> str:
+    return "nothing"
+
+
+def score(request, options: Options) -> Measured:
+    return Measured(tuple(float(i in (options.start, 4)) for i in range(len(request.layers))))
+"""
+ROW = '{"prompt": "Why?", "completion": " So it is."}\n'
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in a folder of its own, and another folder to run it from."""
+    beside = tmp_path / "recipes"
+    (beside / "data").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("LAYERPEFT_QUIET", "0")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("rows.jsonl", "data/held_out.jsonl"):
+        (beside / name).write_text(ROW * 3)
+    (beside / "mine.py").write_text(SCORER)
+    (beside / "recipe.yaml").write_text(RECIPE % "./mine.py")
+    return beside
+
+
+def test_paths_lie_in_the_current_folder_or_beside_the_recipe(home: Path) -> None:
+    recipe = str(home / "recipe.yaml")
+    by_place = ["layerpeft.select=last:2"]
+    found = load_recipe(recipe, by_place)
+    assert found["dataset_name"] == str(home / "rows.jsonl") and found["eval_dataset"] == [str(home / "data/*.jsonl")]
+    Path("rows.jsonl").write_text(ROW)
+    assert load_recipe(recipe, by_place)["dataset_name"] == "rows.jsonl"  # the current folder comes first
+    Path("rows.jsonl").unlink()
+    settings = ["dataset_name=rowz.jsonl", "model_name_or_path=./models/none", "layerpeft.select.by=scores.json"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe, settings)
+    texts = {problem.path[-1]: problem.text for problem in error.value.problems}
+    for key, name in (("model_name_or_path", "models/none"), ("dataset_name", "rowz.jsonl"), ("by", "scores.json")):
+        assert f"(looked for {Path.cwd() / name} and {home / name})" in texts.pop(key)
+    assert texts == {}
+
+
+def test_saved_scores_lie_beside_the_recipe(home: Path) -> None:
+    Scores((0.5,) * 12, "mine", "of another model", "model.layers").save(home / "scores.json")
+    (home / "recipe.yaml").write_text(RECIPE % "scores.json")
+    with pytest.raises(RecipeError) as error:  # it was found, and read
+        load_recipe(str(home / "recipe.yaml"))
+    assert "do not belong to this model" in str(error.value) and "no file" not in str(error.value)
+
+
+def test_a_scorer_is_a_file_beside_the_recipe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(home / "recipe.yaml")
+    assert main(["plan", recipe]) == 2
+    said = capsys.readouterr().err
+    assert f"by: ./mine.py: would run code that is not layerpeft's ({home / 'mine.py'}" in said and "--run-code" in said
+    assert main(["train", recipe]) == 0
+    said = capsys.readouterr()
+    assert "by: ./mine.py: runs code that is not layerpeft's" in said.err
+    assert said.err.index("runs code") < said.err.index("loading the model")
+    assert "layers 1, 4 (" in said.err or "layers 1, 4" in said.out
+    assert Path("out/mine.py").read_text() == SCORER
+    assert main(["score", "out/recipe.yaml", "output_dir=again", "layerpeft.select.start=7"]) == 0
+    chosen = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" yes")]
+    assert chosen == ["4", "7"]
+    assert main(["plan", recipe, "--run-code"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "by", "said"),
+    [
+        ("raise RuntimeError('no')", "./mine.py", "RuntimeError: no"),
+        ("def needs(", "./mine.py", "SyntaxError"),
+        ("x = 1", "./mine.py", "Options: missing"),
+        (SCORER, "../here/mine.py", "code is taken from beside the recipe alone"),
+        (SCORER, "./yours.py", "is no file of code"),
+    ],
+)
+def test_what_is_wrong_with_a_scorer(
+    code: str, by: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(code)
+    (home / "mine.py").write_text(code)
+    assert main(["train", str(home / "recipe.yaml"), f"layerpeft.select.by={by}"]) == 2
+    text = capsys.readouterr().err
+    assert said in text and "Traceback" not in text
