@@ -9,13 +9,13 @@ from typing import Any
 def tokenized(rows: Any, tokenizer: Any, arguments: Any) -> Any:
     """The rows of a `datasets.Dataset` as `input_ids` and `labels` of their whole length, one for one, as SFTTrainer makes them.
 
-    `arguments`: an SFTConfig. Raises: whatever TRL, the chat template and the tokenizer raise.
+    `tokenizer`: a `dressed` one; `arguments`: an SFTConfig. Raises: whatever TRL, the chat template and the tokenizer raise.
     """
     from trl import SFTTrainer
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
     from trl.data_utils import is_conversational
 
-    tokenizer, template = _dressed(tokenizer, arguments), None
+    template = None
     if arguments.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
         template = get_training_chat_template(tokenizer)
     if arguments.assistant_only_loss and not is_conversational(rows[0]):
@@ -30,8 +30,10 @@ def tokenized(rows: Any, tokenizer: Any, arguments: Any) -> Any:
     return made.select_columns(["input_ids", "labels"])
 
 
-def _dressed(tokenizer: Any, arguments: Any) -> Any:
-    """A copy of the tokenizer with the end of text and the chat template that the arguments name."""
+def dressed(tokenizer: Any, arguments: Any) -> Any:
+    """A copy of the tokenizer with the end of text and the chat template that the arguments name.
+
+    Raises: OSError or ValueError where there is no such template."""
     from trl import clone_chat_template
 
     tokenizer, path = copy.deepcopy(tokenizer), arguments.chat_template_path

@@ -113,11 +113,12 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
     """Cells as they stand: no word means nothing, no number becomes another; an empty line is no row."""
     header: list[str] = []
     line = begun = rows = 0
+    last = b""
 
     def texts() -> Iterator[str]:
-        nonlocal line
+        nonlocal line, last
         for number, raw in _lines(path, most):
-            line = number
+            line, last = number, raw
             yield _decoded(raw, path)
 
     before = csv.field_size_limit(LONGEST)
@@ -145,6 +146,8 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
         rows += 1
         if most is None or path.stat().st_size <= most:  # else it was cut here
             advice = 'a quote in a quoted cell is written twice: "a ""b"" c"'
+            if b"\r" in last.rstrip(b"\r\n"):
+                advice = f"lines end in \\n: tr '\\r' '\\n' < {shlex.quote(str(path))} > lines.csv"
             yield begun + 1, Broken(f"not readable as a table ({error}; {advice})")
     finally:
         csv.field_size_limit(before)

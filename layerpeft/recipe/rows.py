@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 import string
 from collections import defaultdict
@@ -207,16 +208,16 @@ def column_problems(
         wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
         example = 'columns: {prompt: "{question}", completion: "{answer}"}'
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
-        example = 'columns: {prompt: "{question}", completion: "{answer}"}'
-        return [
-            (
-                "",
-                f"images are not trained on ({pictures.pop()}); for the words alone say which they are, as in {example}",
-            )
-        ]
+        said = f"images are not trained on ({pictures.pop()}); for the words alone say which they are"
+        return [("", f"{said}, as in {example}")]
     if any(form <= set(have) for form in forms):
         return []
-    return [("", f"the rows need {wanted}, and have {', '.join(have)}; say what is what, as in {example}")]
+    names = ", ".join(repr(name) if name != name.strip() else name for name in have)
+    other = next((mark for mark in ";\t|" if len(have) == 1 and mark in have[0]), None)
+    more = (
+        f" (one column, with {other!r} in its name: a .csv has commas between its cells, a .tsv tabs)" if other else ""
+    )
+    return [("", f"the rows need {wanted}, and have {names}{more}; say what is what, as in {example}")]
 
 
 def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -366,9 +367,12 @@ def _feature(name: str, value: Any) -> Any:
     """Lists of turns and the like keep the keys that each row has; Arrow's own types would give all rows those of all others."""
     import datasets
 
-    if isinstance(value, str):
+    if isinstance(value, str) and name not in BESIDE:
         return datasets.Value("string")
     return datasets.List(datasets.Value("int64")) if name in IDS else datasets.Json()
+
+
+_WAYS = ("a list of turns", "text")
 
 
 def _shaped(source: Source, how: Shape, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
@@ -378,11 +382,11 @@ def _shaped(source: Source, how: Shape, most: int | None, stamp: Any = None) -> 
     for place, row in islice(source, most):
         try:
             made = shaped(row, how)
-            for name, value in made.items():
-                kind, number = kinds.setdefault(name, (type(value), place.number))
-                if not isinstance(value, kind):
-                    words = ["text" if k is str else "a list of turns" for k in (type(value), kind)]
-                    raise Unfit(f"has its {name} as {words[0]}, and row {number} as {words[1]}; write all rows one way")
+            for name in [name for name in made if name not in BESIDE]:
+                kind, number = kinds.setdefault(name, (type(made[name]), place.number))
+                if not isinstance(made[name], kind):
+                    here, there = (_WAYS[k is str] for k in (type(made[name]), kind))
+                    raise Unfit(f"has its {name} as {here}, and row {number} as {there}; write all rows one way")
             if not problems.items:
                 yield made
         except Unfit as error:
@@ -400,11 +404,17 @@ def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
     else:
         made = {name: _filled(name, template, row) for name, template in how.columns}
     for name, value in made.items():
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise Unfit(f"has half of a character ({value[error.start]!r}) in its {name}") from None
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            raise Unfit(f"has half of a character ({text[error.start]!r}) in its {name}") from None
+    lengths = {name: len(made[name]) for name in IDS if name in made}
+    if len(set(lengths.values())) > 1:
+        raise Unfit(f"has lists of different lengths: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
+    if not how.columns and isinstance(made.get("prompt"), str) != isinstance(made.get("completion"), str):
+        ways = [_WAYS[isinstance(made[name], str)] for name in ("prompt", "completion")]
+        raise Unfit(f"has its prompt as {ways[0]} and its completion as {ways[1]}; write both one way")
     if "user" not in made:
         return made
     before = [{"role": role, "content": made[role]} for role in ("system", "user") if role in made]
@@ -437,8 +447,8 @@ def _direct(name: str, value: Any, how: Shape) -> Any:
         raise Unfit(f"has no {name}")
     if name in IDS:
         found = plain(value)
-        if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
-            raise Unfit(f"has {name} that are no list of whole numbers")
+        if not isinstance(found, list) or not all(type(i) is int and -100 <= i < 2**31 for i in found):
+            raise Unfit(f"has {name} that are no list of numbers of tokens")
         return found
     if name in TURNS or (name in ("prompt", "completion") and isinstance(value, list)):
         return _turns(name, plain(value))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerpeft.errors import Problem, RecipeError, told
+from layerpeft.errors import Problem, Problems, RecipeError, hint, told
 from layerpeft.integrations import trl
 from layerpeft.recipe.rows import Source
 
@@ -50,12 +50,34 @@ def tokenized(
     `most`: no more rows than that are tried, from all over the data. Raises: RecipeError naming the first row that cannot be
     read so, or where none is left.
     """
+    _check(tokenizer, arguments)
+    try:
+        tokenizer = trl.dressed(tokenizer, arguments)
+    except (OSError, ValueError) as error:
+        name = "chat_template_path"
+        text = f"{name}: no template at {arguments.chat_template_path!r}, neither a .jinja file nor a model ({told(error, 200)})"
+        raise RecipeError(Problem((name,), text)) from error
+    return _tokenized(rows, source, tokenizer, arguments, key, most)
+
+
+def _tokenized(
+    rows: Any, source: Source, tokenizer: Any, arguments: Any, key: str, most: int | None
+) -> tuple[Any, Tally]:
     step = 1 if most is None else -(-len(rows) // most)
     part = rows if step == 1 else rows.select(range(0, len(rows), step))
     try:
         made = trl.tokenized(part, tokenizer, arguments)
     except Exception as error:  # templates, tokenizers and TRL raise what they like
         raise RecipeError(_unreadable(error, part, source, tokenizer, arguments, key, step)) from error
+    if "input_ids" in part.column_names:
+        ids = (row for batch in made.iter(1000) for row in batch["input_ids"])
+        bad = next((i for i, row in enumerate(ids) if any(not 0 <= token < len(tokenizer) for token in row)), None)
+        if bad is not None:
+            place = source.place(bad * step)
+            text = (
+                f"{key}: {place.where}: row {place.number} has input_ids that are no tokens (0 to {len(tokenizer) - 1})"
+            )
+            raise RecipeError(Problem((key,), text))
     fates = [
         _fate(labels, blank, arguments) for labels, blank in zip(_labels(made), _blank(part, arguments), strict=True)
     ]
@@ -64,8 +86,27 @@ def tokenized(
     if not kept and step == 1:
         raise RecipeError(_none_left(found, made, part, key))
     if not kept:
-        return tokenized(rows, source, tokenizer, arguments, key)
+        return _tokenized(rows, source, tokenizer, arguments, key, None)
     return made if len(kept) == len(made) else made.select(kept), found
+
+
+def _check(tokenizer: Any, arguments: Any) -> None:
+    """Raises: RecipeError for settings with which TRL's trainer would stop, after the weights are loaded."""
+    problems = Problems("")
+    for name in ("eos_token", "pad_token"):
+        token = getattr(arguments, name)
+        if token is not None and token not in tokenizer.get_vocab():
+            problems.add(
+                f"{name}: {token!r} is no token of the model's tokenizer.{hint(token, tokenizer.all_special_tokens)}",
+                name,
+            )
+    if arguments.packing and arguments.max_length is None:
+        problems.add("packing: needs a max_length, to which rows are packed", "packing")
+    if arguments.padding_free and not arguments.packing and arguments.max_length is not None:
+        problems.add(
+            "padding_free: does not cut rows; take packing: true beside it, or max_length: null", "padding_free"
+        )
+    problems.raise_if_any(RecipeError)
 
 
 def tally(fates: list[str], limit: int | None, where: Any) -> Tally:
@@ -131,7 +172,7 @@ def _unreadable(
             name = "assistant_only_loss"
             text = f"{name}: {where} has no tokens of the assistant ({said}); {name}: false trains on all turns"
             return Problem((name,), text)
-    if tokenizer.chat_template is None and arguments.chat_template_path is None:
+    if tokenizer.chat_template is None:
         cure = (
             "the tokenizer has no chat template: name a file (chat_template_path: ./template.jinja), or write rows as text, as in "
             'columns: {prompt: "{question}", completion: "{answer}"}'
