@@ -406,7 +406,7 @@ def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
     for name, value in made.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         try:
-            text.isascii() or text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise Unfit(f"has half of a character ({text[error.start]!r}) in its {name}") from None
     lengths = {name: len(made[name]) for name in IDS if name in made}
