@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import layerpeft
@@ -14,6 +15,7 @@ from layerpeft.errors import TrainingError
 from tests.conftest import LLAMA
 from tests.helpers.loops import BY_GRADIENT, adamw, llama, make_batches, record
 from tests.helpers.quanting import wide
+from tests.helpers.training import sft
 
 LABELLED = make_batches()
 BLANK = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in LABELLED]
@@ -102,17 +104,21 @@ def test_a_layer_that_alone_never_gets_a_gradient_is_caught_at_the_first_step_th
 
 
 @pytest.mark.pictures
-def test_a_recipe_whose_first_packed_rows_hold_prompts_alone(tmp_path, monkeypatch, caplog):
+def test_a_trainer_whose_first_packed_rows_hold_prompts_alone(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    caplog.set_level("INFO")
     rows = [{"prompt": "word " * 60, "completion": " yes"}] * 10
     rows += [{"prompt": f"Say {i}", "completion": f" it is {i}"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wide(vocab_size=4096).save_pretrained("base"), AutoTokenizer.from_pretrained(LLAMA).save_pretrained("base")
-    recipe = {"trainer": "sft", "model_name_or_path": "base", "dataset_name": "rows.jsonl", "use_cpu": True}
-    recipe |= {"packing": True, "max_length": 32, "max_steps": 6, "per_device_train_batch_size": 1, "logging_steps": 1}
+    options = {"packing": True, "max_length": 32, "max_steps": 6, "per_device_train_batch_size": 1}
+    caplog.set_level("INFO")
+    config = LayerLoraConfig(select="last:2", r=4, target_modules="all-linear")
+    trainer = sft(Dataset.from_list(rows), tmp_path / "trained", config, "base", learning_rate=1e-3, **options)
+    trainer.train()
+    assert "optimizer step 1 shows nothing" in caplog.text
+    assert record(trainer.model).checks["first_step"] == "every chosen target moved"
+    recipe = {"trainer": "sft", "model_name_or_path": "base", "dataset_name": "rows.jsonl", "use_cpu": True, **options}
     recipe |= {"learning_rate": 1e-3, "sample_tokens": 0, "output_dir": "out"}
     block = {"method": "lora", "select": "last:2", "r": 4, "target_modules": "all-linear"}
     (tmp_path / "r.yaml").write_text(json.dumps({**recipe, "layerpeft": block}))
     assert main(["train", "r.yaml"]) == 0
-    assert "optimizer step 1 shows nothing" in caplog.text
