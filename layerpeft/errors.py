@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+MOST = 200  # problems that one message lists
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -33,7 +35,8 @@ class LayerpeftError(Exception):
         self.items = tuple(Problem((), item) if isinstance(item, str) else item for item in items)
         lines = [str(item) for item in self.items]
         start = f"{title}: " if title else ""
-        several = "\n".join([f"{start}{len(lines)} problems", *(f"  - {line}" for line in lines)])
+        more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+        several = "\n".join([f"{start}{len(lines)} problems", *(f"  - {line}" for line in lines[:MOST] + more)])
         super().__init__(several if len(lines) > 1 else start + "".join(lines))
 
     @property

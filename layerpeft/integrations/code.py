@@ -1,7 +1,5 @@
 """Code that a recipe or a model brings with it: named before it runs, and not run at all where it is kept out."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys
@@ -47,7 +45,7 @@ def code_beside(name: str | os.PathLike[str], folder: Path, asked: str) -> tuple
     is kept out.
     """
     home = folder.resolve()
-    path = (home / Path(name).expanduser()).resolve()
+    path = (home / name).resolve()
     if not path.is_relative_to(home):
         raise ConfigError(f"{asked}: code is taken from beside the recipe alone ({home}), and this is {path}")
     if not path.is_file() or path.stat().st_size > MOST:

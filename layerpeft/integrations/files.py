@@ -1,4 +1,4 @@
-"""Files as wholes: written beside and swapped in, forced to disk, and known by size and SHA-256."""
+"""Files as wholes: written beside and swapped in, forced to disk, known by size and SHA-256, and read back within limits."""
 
 import contextlib
 import errno
@@ -6,34 +6,87 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from layerpeft.errors import mentions
+from layerpeft.errors import LayerpeftError, SaveError, mentions, told
+
+MOST = 256 << 20  # bytes of a text that is read back: more than any that layerpeft and Trainer write
+LARGEST = 2**63  # of whole numbers that are read back
+# what other libraries raise over damaged input
+_FOREIGN = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError, ImportError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write into, which takes its place at the end; on an error nothing is left.
+    """A new folder beside `target` to write into, which takes its place at the end; on an error nothing is left.
 
-    `target` must be new, or an empty folder.
+    `target` must be new, or an empty folder, or a link to such. Raises: SaveError where it is no longer at the end: what was
+    written then stays where it is.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    target = Path(os.path.realpath(target))
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
     try:
         yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
+    except OSError as error:
+        raise SaveError(
+            f"{target} has been filled meanwhile ({error.strerror}); all of it lies in {partial}"
+        ) from error
+
+
+def must_be_new(target: Path) -> str | None:
+    """Why nothing can be written to a folder as a whole, or None where it is new or empty."""
+    if target.is_symlink() and not target.exists():
+        return f"{target} is a link that leads nowhere"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        return f"{target} is not empty: name a new folder"
+    return None
+
+
+@contextmanager
+def set_aside(paths: Iterable[Path]) -> Iterator[None]:
+    """Inside, these files are out of the way; at the end they take the place of what was written under their names."""
+    moved = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.kept") for path in paths}
+    for path, beside in moved.items():
+        path.rename(beside)
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path, beside in moved.items():
+            beside.replace(path)
+
+
+def unused(folder: str | os.PathLike[str], name: str) -> Path:
+    """A path in a folder where nothing lies: this name, or the first of name-2, name-3, …"""
+    return next(p for n in count(1) if not os.path.lexists(p := Path(folder, name if n == 1 else f"{name}-{n}")))
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder by itself, or by a link of the hub's cache, whose blobs lie two folders up."""
+    real, home = path.resolve(), folder.resolve()
+    return real.is_relative_to(home) or real.is_relative_to(home.parents[1] / "blobs")
 
 
 @contextmanager
@@ -43,7 +96,9 @@ def replacing(path: Path, newer_than: int | None = None, shared: bool = False) -
     With `newer_than` (nanoseconds) it is forced to disk, and its time stamp ends up after that. `shared`: other processes may
     write the same file just now, so what lies beside it is left alone.
     """
-    for left in () if shared else path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed here
+    for left in (
+        () if shared else path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp")
+    ):  # of a killed run
         left.unlink(missing_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -118,6 +173,96 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+# ---- reading back: whatever lies there, it is one sentence -----------------------------------------------------------
+
+
+def read_json(
+    path: str | os.PathLike[str], error: type[LayerpeftError] = SaveError, finite: bool = True, kind: Any = dict
+) -> Any:
+    """What a JSON file holds, which has to be of this `kind`; `finite`: numbers have to be.
+
+    Raises: `error` for a file that cannot be read, is cut short, too large or nested too deep, or holds anything else.
+    """
+    try:
+        return parse_json(read_text(path), finite, kind)
+    except OSError as why:
+        raise error(f"{path} cannot be read: {why.strerror}") from why
+    except ValueError as why:
+        raise error(f"{path} is truncated or altered: {told(why, 300)}") from why
+
+
+def read_text(path: str | os.PathLike[str], most: int = MOST) -> str:
+    """A text file in UTF-8. Raises: OSError; ValueError for another encoding, for what is no file, and for too much."""
+    if not (path := Path(path)).is_file() and path.exists() and not path.is_dir():
+        raise ValueError("it is no ordinary file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it holds more than {most:,} bytes")
+    return data.decode("utf-8-sig")
+
+
+def parse_json(text: str, finite: bool = True, kind: Any = dict) -> Any:
+    """What a JSON text holds, which has to be of this kind. Raises: ValueError."""
+
+    def number(digits: str, read: type = float) -> Any:
+        found = read(digits)
+        if finite and not (math.isfinite(found) if read is float else -LARGEST <= found < LARGEST):
+            raise ValueError(f"the number {digits[:20]} is out of range")
+        return found
+
+    try:
+        found = json.loads(
+            text, parse_float=number, parse_constant=number, parse_int=lambda digits: number(digits, int)
+        )
+    except RecursionError as why:
+        raise ValueError("it is nested too deep") from why
+    if not isinstance(found, kind):
+        raise ValueError("it holds something else")
+    return found
+
+
+@contextmanager
+def as_written(what: object, error: type[LayerpeftError] = SaveError) -> Iterator[None]:
+    """Inside, what was read back is taken apart. Raises: `error` for whatever is raised over it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FOREIGN as why:
+        raise error(f"{what}: {type(why).__name__}: {told(why, 400)}") from why
+
+
+def read_pickled(path: Path) -> Any:
+    """What a torch.save file holds, its tensors without their numbers; nothing but plain data and tensors is made.
+
+    Raises: ValueError for a file that is cut short, or holds anything else.
+    """
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="meta", weights_only=True)
+    except OSError as why:
+        raise ValueError(why.strerror) from why
+    except pickle.UnpicklingError as why:
+        raise ValueError("it holds objects that could run code, which are not loaded") from why
+    except Exception as why:  # whatever a damaged archive makes of itself
+        raise ValueError(told(why, 200)) from why
+
+
+def tensors_trouble(path: Path) -> str | None:
+    """What keeps a file of weights from being one, or None; no tensor is read."""
+    try:
+        if path.suffix == ".safetensors":
+            header_of(path)
+        elif not isinstance(read_pickled(path), Mapping):
+            return f"{path.name} holds no tensors by name"
+    except (OSError, ValueError) as why:
+        return f"{path.name} is truncated, or holds no tensors: {told(why, 200)}"
+    return None
+
+
 def header_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type (as "BF16") of every tensor in a safetensors file, in the order of the file.
 
@@ -133,6 +278,9 @@ def header_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def note_in(path: str | os.PathLike[str], key: str) -> Any:
-    """What a safetensors file says beside its tensors under this key, parsed; an empty dict where it says nothing."""
+    """What a safetensors file says beside its tensors under this key, parsed; an empty dict where it says nothing.
+
+    Raises: ValueError for what is no JSON.
+    """
     with safe_open(path, "np") as file:
-        return json.loads((file.metadata() or {}).get(key, "{}"))
+        return parse_json((file.metadata() or {}).get(key, "{}"))

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from layerpeft.errors import Problem, Problems, SelectionError, nearest
+from layerpeft.errors import MOST, Problem, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import default_targets, refused_leaves
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.names import upwards
+from layerpeft.model.patterns import check_pattern
 from layerpeft.text import some
 
 Names = str | Iterable[str] | None
@@ -61,6 +62,7 @@ def exclusions(given: Names, model: nn.Module, layers: LayerMap) -> Names:
     inside, outside = [n for n in names if n.startswith(blocks)], [n for n in names if not n.startswith(blocks)]
     inside += [t.name for t in layers.targets]
     if isinstance(given, str):
+        check_pattern("exclude_modules", given, names)
         hits = [any(re.fullmatch(given, n) for n in side) for side in (inside, outside)]
         return None if hits == [False, True] else given
 
@@ -142,6 +144,7 @@ def no_match(key: str, sentence: str) -> SelectionError:
 
 def _matching(key: str, patterns: Names, names: list[str], problems: Problems, layers: LayerMap) -> set[str]:
     if isinstance(patterns, str):
+        check_pattern(key, patterns, names)
         found = {n for n in names if re.fullmatch(patterns, n)}
         if not found:
             sentence = f"the regex '{patterns}' matches no target in the layers. {_offer(patterns, names, layers)}"
@@ -150,7 +153,7 @@ def _matching(key: str, patterns: Names, names: list[str], problems: Problems, l
     found: set[str] = set()
     for pattern in patterns or ():
         hits = {n for n in names if n == pattern or n.endswith(f".{pattern}")}
-        if not hits:
+        if not hits and len(problems.items) < MOST:
             sentence = f"'{pattern}' matches no target in the layers. {_offer(pattern, names, layers)}"
             problems.absorb(no_match(key, sentence))
         found |= hits

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from layerpeft.errors import Problems, QuantizationError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.files import as_written
 from layerpeft.integrations.peft import watch_wrapping
 from layerpeft.model import precisions
 from layerpeft.model.home import home_of, known_of
@@ -23,6 +24,7 @@ from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.precisions import KEPT, PLAIN, Storage
 from layerpeft.quantization.picture import write_bits
 from layerpeft.saving.manifest import BITS
+from layerpeft.selection.typecheck import read_fields
 from layerpeft.text import grid, size_text
 
 FORMAT = 1
@@ -91,15 +93,16 @@ class Quantized:
         """Raises: QuantizationError for another format, or a precision that this version does not know."""
         if data.get("format") != FORMAT or not isinstance(data.get("modules"), Mapping):
             raise QuantizationError(f"not a record of precisions of format {FORMAT} (found {data.get('format')!r})")
-        strange = sorted({p for p in data["modules"].values() if p not in precisions.PRECISIONS})
+        strange = sorted({str(p) for p in data["modules"].values() if p not in (*precisions.PRECISIONS,)})
         if strange:
             raise QuantizationError(
                 f"unknown precisions {', '.join(strange)}; allowed: {', '.join(precisions.PRECISIONS)}"
             )
-        rows = tuple(Stored(**r) for r in data.get("rows", ()))
-        storage = Storage(**data.get("storage", {}))
-        more = {k: data[k] for k in ("left", "why", "choice", "dtype") if k in data}
-        return cls(dict(data["modules"]), storage, rows, **more)
+        given = read_fields(cls, data, QuantizationError, "a record of precisions")
+        with as_written("this is no record of precisions", QuantizationError):
+            rows = tuple(Stored(**r) for r in given.pop("rows", ()))
+            storage = Storage(**given.pop("storage", {}))
+        return cls(given.pop("modules"), storage, rows, **given)
 
     def table(self) -> str:
         """Asked and got by kind of module, measured bytes, and what was left alone."""

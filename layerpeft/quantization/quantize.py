@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, QuantizationError
+from layerpeft.integrations.files import read_json
 from layerpeft.integrations.peft import LayerPeftType, register
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
@@ -74,11 +74,7 @@ def recorded(place: str | os.PathLike[str]) -> Quantized:
     """The precisions that a folder of an adapter, or its `layerpeft.json`, records. Raises: QuantizationError."""
     path = Path(place)
     path = path / MANIFEST if path.is_dir() else path
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QuantizationError(f"no record of precisions at {path}: {error}") from error
-    found = data.get("quant") if isinstance(data, dict) else None
+    found = read_json(path, QuantizationError).get("quant")
     if found is None:
         raise QuantizationError(f"{path} records no precisions: its base was not quantized by layer")
     return Quantized.from_dict(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,41 @@ from torch import nn
 
 from layerpeft.errors import Problems, SaveError
 from layerpeft.integrations.bitsandbytes import is_repacked, keep_cpu_layout, saving, standard
-from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of, written_whole
+from layerpeft.integrations.files import (
+    as_written,
+    digest_of,
+    fingerprint,
+    must_be_new,
+    read_json,
+    replacing,
+    tensors_trouble,
+    versions_of,
+    written_whole,
+)
 from layerpeft.integrations.filling import METHOD, PREFIX, Packed, quiet_bars, stored_settings
 from layerpeft.integrations.peft import BaseTunerLayer, PeftModel
 from layerpeft.model.layers import base_of
 from layerpeft.model.precisions import KEPT, PRECISIONS, joined, missing_packages, parts, precision_of
 from layerpeft.quantization.apply import MARKS, mark_kinds
+from layerpeft.selection.typecheck import read_fields
 
 FORMAT = 1
 MANIFEST = "layerpeft_quant.json"
 # how weight files begin: under the second name nothing but layerpeft finds them
 THEIRS, OURS = "model", "layerpeft_model"
 _PACKAGES = ("layerpeft", "transformers", "torch", "bitsandbytes", "hqq")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest holds."""
+
+    format: int
+    plain_transformers: bool
+    weights: str
+    modules: dict[str, str]
+    packed: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> Path:
@@ -66,9 +90,9 @@ def load_saved(
     missing = missing_packages(manifest["modules"].values())
     if missing:
         raise SaveError(f"{folder} needs packages that are not installed: pip install {' '.join(missing)}")
-    kind = getattr(transformers, manifest["class"], None)
-    if kind is None:
-        raise SaveError(f"{folder} holds a {manifest['class']}, which this version of transformers does not know")
+    kind = getattr(transformers, str(manifest.get("class")), None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise SaveError(f"{folder} holds a {manifest.get('class')}, which this version of transformers does not know")
     options: dict[str, Any] = {"dtype": "auto", **kwargs}
     if device is not None:
         options["device_map"] = {"": device}
@@ -77,7 +101,7 @@ def load_saved(
         config.quantization_config = stored_settings(_packed(manifest))  # type: ignore[attr-defined]
         config.transformers_weights = manifest["weights"]  # type: ignore[attr-defined]
         options["config"] = config
-    with quiet_bars(not progress):
+    with quiet_bars(not progress), as_written(f"{folder} cannot be loaded"):
         model: Any = kind.from_pretrained(folder, **options)
     vars(model.config).pop("transformers_weights", None)
     keep_cpu_layout(model)
@@ -91,14 +115,14 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
     """What layerpeft_quant.json says. Raises: SaveError naming every file that is missing, truncated or altered."""
     folder = Path(folder)
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SaveError(f"{folder} has no {MANIFEST}: save_model did not write it, or was cut short") from None
-    except ValueError as error:
-        raise SaveError(f"{path} is truncated or altered: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("sha256") != digest_of(manifest):
+    if not path.is_file():
+        raise SaveError(f"{folder} has no {MANIFEST}: save_model did not write it, or was cut short")
+    manifest = read_json(path)
+    if manifest.get("sha256") != digest_of(manifest):
         raise SaveError(f"{path} was altered after it was written")
+    missing = [f.name for f in fields(Written) if f.name not in read_fields(Written, manifest, SaveError, path)]
+    if missing:
+        raise SaveError(f"{path} lacks {', '.join(missing)}")
     if manifest["format"] > FORMAT:
         raise SaveError(
             f"{path} has format {manifest['format']} and this version of layerpeft reads up to {FORMAT}: it was written by a "
@@ -109,10 +133,12 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
         file = folder / name
         if name != os.path.basename(name) or not file.is_file():
             problems.add(f"{name} is missing")
-        elif file.stat().st_size != expected["size"]:
-            problems.add(f"{name} is {file.stat().st_size:,} bytes of {expected['size']:,}")
-        elif verify and fingerprint(file)["sha256"] != expected["sha256"]:
+        elif file.stat().st_size != expected.get("size"):
+            problems.add(f"{name} is {file.stat().st_size:,} bytes of {expected.get('size')}")
+        elif verify and fingerprint(file)["sha256"] != expected.get("sha256"):
             problems.add(f"{name} was altered (SHA-256 differs)")
+        elif trouble := tensors_trouble(file) if name.endswith(".safetensors") else None:
+            problems.add(trouble)
     problems.raise_if_any(SaveError)
     return manifest
 
@@ -123,8 +149,8 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
 def _check(model: nn.Module, found: Any, target: Path) -> dict[str, str]:
     """Precision by name of the quantized linears. Raises: SaveError."""
     problems = Problems(f"the model cannot be saved to {target}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.add("it is not empty: name a new folder")
+    if why := must_be_new(target):
+        problems.add(why)
     if not isinstance(found, transformers.PreTrainedModel):
         problems.add(f"{type(found).__name__} is no model of transformers")
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in found.modules()):
@@ -215,7 +241,8 @@ def _packed(manifest: Mapping[str, Any]) -> dict[str, Packed]:
         if precision not in PRECISIONS:
             problems.add(f"{name} has the precision {precision!r}, which this version does not know")
             continue
-        join = partial(joined, precision=precision, facts=record["facts"])
-        found[name] = Packed({k: (dtype, shape) for k, (dtype, shape) in record["tensors"].items()}, join)
+        with as_written(f"{MANIFEST} is not what was written"):
+            join = partial(joined, precision=precision, facts=record["facts"])
+            found[name] = Packed({k: (dtype, shape) for k, (dtype, shape) in record["tensors"].items()}, join)
     problems.raise_if_any(SaveError)
     return found

@@ -13,7 +13,7 @@ from layerpeft.integrations.code import code_beside
 from layerpeft.recipe import cures, foreign, keys, model, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.recipe import Recipe, made
-from layerpeft.recipe.shipped import beside, looked_for
+from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection import plugins
@@ -21,6 +21,9 @@ from layerpeft.selection.select import SCORERS
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import DEFAULT, METHODS
+
+PLACES = ("model_name_or_path", "dataset_name", "eval_dataset", "output_dir", "resume_from_checkpoint")
+MOST = 10**9  # of what is counted: tokens, rows, steps of a batch, ranks
 
 
 @dataclass
@@ -123,7 +126,7 @@ class Check:
                 self.add(unknown_key(key, value, known, trainer), key)
             elif key == "columns" and (unquoted := _unquoted(value)):
                 self.add(f'columns.{unquoted}: put the template in quotes, as in {unquoted}: "{{name}}"', key, unquoted)
-            elif sentence := complaint(known[key], value) or _too_small(key, value):
+            elif sentence := complaint(known[key], value) or _out_of_bounds(key, value) or _no_place(key, value):
                 better = cures.value_cure(key, value, surroundings.has_bf16, key in (*keys.REQUIRED, BLOCK))
                 self.add(f"{key}: {sentence}" + (f"; {better}" if better else ""), key)
             else:
@@ -153,7 +156,7 @@ class Check:
         for key, value in given.items():
             if key not in known or key in (*foreign.BLOCK_HINTS, "layers_to_transform", "layers_pattern"):
                 self.add(unknown_field(key, value, method, known, block), "layerpeft", key)
-            elif sentence := complaint(known[key], value) or _too_small(key, value):
+            elif sentence := complaint(known[key], value) or _out_of_bounds(key, value):
                 better = cures.value_cure(key, value, surroundings.has_bf16)
                 self.add(f"{key}: {sentence}" + (f"; {better}" if better else ""), "layerpeft", key)
             else:
@@ -174,7 +177,7 @@ class Check:
                 return select, False
             return select, True
         found = {**select, "by": beside(by, home)}
-        if not (there := Path(found["by"]).expanduser().is_file()):
+        if not (there := expanded(found["by"]).is_file()):
             self.add(f"by: no file {by!r} ({looked_for(by, home)})", BLOCK, *path, "by")
         return found, there
 
@@ -201,11 +204,26 @@ def _unquoted(columns: Any) -> str | None:
     return next((k for k, v in columns.items() if isinstance(v, dict) and set(v.values()) == {None}), None)
 
 
-def _too_small(key: str, value: Any) -> str | None:
+def _no_place(key: str, value: Any) -> str | None:
+    """What keeps a text from naming a file or a folder, whether there is one or not."""
+    for text in value if isinstance(value, list) else [value]:
+        if key in PLACES and isinstance(text, str):
+            try:
+                expanded(text).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError) as error:
+                return f"{text[:80]!r} cannot be the name of a file or folder here: {getattr(error, 'strerror', error)}"
+    return None
+
+
+def _out_of_bounds(key: str, value: Any) -> str | None:
     if key in keys.AT_LEAST and isinstance(value, int | float):
         least = keys.AT_LEAST[key]
         if least is None and value <= 0:
             return f"expected a number above 0, got {value}"
         if least is not None and value < least:
             return f"expected at least {least}, got {value}"
+        if value > MOST:
+            return f"expected at most {MOST:,}, got {value}"
     return None

@@ -12,9 +12,10 @@ import peft
 import torch
 from torch import nn
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problem, mentions, told
+from layerpeft.errors import MOST, ConfigError, LayerpeftError, Problem, mentions, told
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import like
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.selection.choose import candidates
@@ -35,6 +36,10 @@ NAMES = (
 def choice_problems(recipe: Recipe) -> list[Problem]:
     """What of the recipe's layers and targets does not go together on its model without weights, and the keys that say it."""
     config, model = layer_config(recipe), recipe.model
+    try:
+        check_patterns(config, (name for name, _ in model.named_modules()))
+    except LayerpeftError as error:
+        return _of_names(error, "target_modules")
     stacks = stacks_of(model)
     plain = config.choosing.is_all and not config.works_by.in_place
     found = _plain_targets(recipe, model) if plain else _against(config, model, stacks)
@@ -91,7 +96,7 @@ def _plain_targets(recipe: Recipe, model: nn.Module) -> list[Problem]:
         regex = isinstance(given, str) and key == "exclude_modules"
         for wanted in [given] if regex else given if isinstance(given, list) else ():
             hits = (re.fullmatch(wanted, n) if regex else n == wanted or n.endswith(f".{wanted}") for n in among)
-            if not any(hits):
+            if len(found) < MOST and not any(hits):
                 sentence = f"{key}: '{wanted}' matches no {what} of the model. {like(wanted, among)}"
                 found.append(Problem((BLOCK, key), sentence))
     return found + _of_names(ConfigError(*unmatched(layer_config(recipe), model, names)), BLOCK)

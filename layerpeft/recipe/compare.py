@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import math
 import re
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 from layerpeft.errors import Problems, RecipeError, unknown
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
+from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
@@ -29,6 +29,7 @@ from layerpeft.recipe.trainer import (
     train,
     wrap,
 )
+from layerpeft.saving.owned import room, vouch
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
@@ -123,6 +124,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
     """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
     Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose."""
     select = recipe.config.choosing
+    refuse_strangers(recipe.output_dir, COMPARED)
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(recipe)
         if setup.held_out is None:
@@ -154,9 +156,9 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
         )
     verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
     found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers)
-    _write(recipe, found)
+    folder = _write(recipe, found)
     say("\n" + table(found) + "\n\n" + verdict.sentence)
-    say(f"\nwritten: {recipe.output_dir / 'compare.png'}, compare.json")
+    say(f"\nwritten: {folder / 'compare.png'}, compare.json")
     return found
 
 
@@ -312,12 +314,13 @@ def _numbers(layers: Sequence[int], count: int) -> str:
     return text if len(text) <= 22 else f"{text[:12]}... ({len(layers)})"
 
 
-def _write(recipe: Recipe, found: Comparison) -> None:
-    folder = recipe.output_dir
+def _write(recipe: Recipe, found: Comparison) -> Path:
+    folder = room(recipe.output_dir, COMPARED)
     folder.mkdir(parents=True, exist_ok=True)
     content = {**found.to_dict(), "recipe": to_yaml(recipe)}
-    (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(found, folder / "compare.png")
+    vouch(folder / "compare.json", content, COMPARED[1:])
+    return folder
 
 
 def draw(found: Comparison, path: Path) -> None:

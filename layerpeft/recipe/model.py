@@ -18,8 +18,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from layerpeft.errors import ConfigError, Problem, RecipeError, hint, told, unknown
 from layerpeft.integrations import empty
 from layerpeft.integrations.code import admit, named
+from layerpeft.integrations.files import as_written
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.shipped import resolve
+from layerpeft.recipe.shipped import expanded, resolve
 
 # what from_pretrained is told about reading weights; every other key of model_init_kwargs is one of the model's config
 LOADING = (
@@ -40,7 +41,7 @@ def auto_class(recipe: Recipe) -> Any:
 
 def model_path(recipe: Recipe) -> str:
     """Its folder, or its name on the hub."""
-    path = Path(resolve(recipe["model_name_or_path"])).expanduser()
+    path = expanded(resolve(recipe["model_name_or_path"]))
     return str(path) if path.is_dir() else recipe["model_name_or_path"]
 
 
@@ -95,10 +96,10 @@ def _mappings(parts: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
 def from_hub(recipe: Recipe, call: Any, *args: Any, **options: Any) -> Any:
     """What transformers loads. Raises: RecipeError in one sentence when it cannot."""
     try:
-        return call(*args, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        text = f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}: {told(error, 500)}"
-        raise RecipeError(Problem(("model_name_or_path",), text)) from error
+        with as_written(f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}", RecipeError):
+            return call(*args, **options)
+    except RecipeError as error:
+        raise error.under("model_name_or_path") from error.__cause__
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

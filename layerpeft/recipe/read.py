@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layerpeft.errors import Problem, Problems, RecipeError
+from layerpeft.integrations.files import read_text
 from layerpeft.recipe.check import Check
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.shipped import find_recipe
 from layerpeft.recipe.yaml import COMMAND, Fault, override, parse
+
+MOST = 4 << 20  # bytes of a recipe
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def examine(source: str, settings: Sequence[str] = (), purpose: str = "train", a
     Raises: RecipeError when there is no such file."""
     path = find_recipe(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MOST)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{source}: not a readable text file ({error})") from error
     check = Check(override(parse(text), settings), purpose, accelerator)
     recipe = replace(check.run(source, path), settings=tuple(settings))

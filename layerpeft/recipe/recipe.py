@@ -10,6 +10,7 @@ from typing import Any
 
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
+from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.yaml import dump, flow
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
@@ -43,7 +44,7 @@ class Recipe:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.values["output_dir"]).expanduser()
+        return expanded(self.values["output_dir"])
 
 
 def training_arguments(recipe: Recipe, **changes: Any) -> Any:

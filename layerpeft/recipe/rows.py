@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from layerpeft.errors import Problems, RecipeError, first_line, hint
 from layerpeft.integrations.files import version_of
 from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
-from layerpeft.recipe.shipped import looked_for, resolve
+from layerpeft.recipe.shipped import expanded, looked_for, resolve
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # what `columns` may define, by trainer: each tuple is one complete set
@@ -118,7 +118,7 @@ def local_files(name: str | list[str], home: Path | None = None) -> list[Path] |
     problems = Problems("data")
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
-        path = Path(resolve(item)).expanduser()
+        path = expanded(resolve(item))
         hub = re.fullmatch(HUB, item) and not path.exists()
         if path.suffix not in READERS and (path.is_dir() or (hub and not isinstance(name, list))):
             return None
@@ -261,7 +261,7 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
 
 def _of_folder(name: str, split: str, optional: bool) -> Source | None:
     """A local folder whose files say by their names to which split they belong; None where that is for `datasets` to say."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     about = folder / "README.md"
     said = about.is_file() and about.read_bytes().startswith(b"---")
     if not folder.is_dir() or said or re.search(r"[\[+]", split):
@@ -287,7 +287,7 @@ def _of_hub(name: str, config: str | None, split: str, optional: bool) -> Source
     """What `datasets` loads. Tables and JSON are read here, as they were written."""
     import datasets
 
-    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    source = str(expanded(name)) if expanded(name).is_dir() else name
     if optional and split not in datasets.get_dataset_split_names(source, config):
         return None
     made: Any = datasets.load_dataset_builder(source, config)

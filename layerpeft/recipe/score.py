@@ -7,8 +7,10 @@ import sys
 
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.recipe import Recipe, command_of
+from layerpeft.recipe.surroundings import SCORED, refuse_strangers
 from layerpeft.recipe.train import Say
 from layerpeft.recipe.trainer import batches_for, load_model, prepare, tokenized
+from layerpeft.saving.owned import room, vouch
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.select import Selection
 from layerpeft.text import grid, is_first, note
@@ -23,6 +25,7 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
     if select.by == "depth" and select.keep is None:
         example = command_of(recipe, {"layerpeft.select": {"by": "gradient_norm", "keep": "25%"}}, "score")
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
+    refuse_strangers(recipe.output_dir, SCORED)
     with contextlib.redirect_stdout(sys.stderr):
         setup = tokenized(prepare(recipe))
         note(f"loading the model {recipe['model_name_or_path']}")
@@ -38,13 +41,13 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
 def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
     scores = selection.scores
     assert scores is not None
-    folder = recipe.output_dir
+    folder = room(recipe.output_dir, SCORED)
     folder.mkdir(parents=True, exist_ok=True)
     chosen, names = set(selection.layers), selection.layer_names
     table = [Row(i, names[i], value, i in chosen, None, None) for i, value in enumerate(scores.values)]
-    scores.save(folder / "scores.json")
     write_csv(table, folder / "scores.csv")
     drawn = write_png(table, folder / "scores.png", f"{scores.by} per layer")
+    vouch(folder / "scores.json", scores.to_dict(), SCORED[1:])
     rows = [(str(row.layer), row.name, f"{row.score:.6g}", "yes" if row.chosen else "") for row in table]
     for line in grid([("layer", "name", scores.by, "chosen"), *rows], "><><", (5, max(map(len, names)), 13, 6)):
         say(line)

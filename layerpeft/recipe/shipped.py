@@ -21,9 +21,17 @@ def resolve(address: str) -> str:
     return str(_HERE / "data" / name)
 
 
+def expanded(text: str) -> Path:
+    """The path that a person wrote: `~` is home, and stays as it is for somebody unknown."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def beside(name: str, home: Path) -> str:
     """A path as it is found from the current folder, else beside the recipe (in `home`); as it was written if it is in neither."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.startswith(SCHEME) or path.is_absolute() or _is_there(path) or not _is_there(home / path):
         return name
     return str(home / path)
@@ -31,7 +39,7 @@ def beside(name: str, home: Path) -> str:
 
 def looked_for(name: str, home: Path | None) -> str:
     """Where a path was looked for, to stand in a sentence."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     places = dict.fromkeys(str(p.absolute()) for p in ([path] if home is None else [path, home / path]))
     return f"looked for {' and '.join(places)}"
 
@@ -58,7 +66,7 @@ def recipes() -> dict[str, Path]:
 def find_recipe(source: str) -> Path:
     """The file behind a path or the name of a shipped recipe; a file of that name wins.
     Raises: RecipeError that names the recipes there are."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     known = recipes()

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +20,31 @@ from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.recipe import Recipe, training_arguments
-from layerpeft.recipe.shipped import beside, looked_for, resolve
-from layerpeft.saving.checkpoints import last_checkpoint
+from layerpeft.recipe.shipped import beside, expanded, looked_for, resolve
+from layerpeft.saving.checkpoints import checkpoint_troubles, last_checkpoint
+from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST
+from layerpeft.saving.owned import RECORD, completed, files_below, strangers
 from layerpeft.text import some
 from layerpeft.training.switching import NOT_UNDER
 from layerpeft.tuners.config import QUANT_FIELDS
+from layerpeft.tuners.merge import TOKENIZER
 
-# files that `score` and `compare` leave in output_dir: a run may start beside them
-BESIDE = ("scores.json", "scores.csv", "scores.png", "compare.json", "compare.png")
+# what each command writes into output_dir
+SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png")
+TRAINED = (
+    *ADAPTER_FILES, MANIFEST, "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
+)  # fmt: skip
+BESIDE = (*SCORED, *COMPARED, RECORD)  # a run may start beside them
+
+# what from_pretrained would be told past the keys that say which code runs
+CODE = {
+    "trust_remote_code": "write it at the top level, where it is seen: trust_remote_code: true",
+    "code_revision": "write model_revision at the top level: a model and its code are of one revision",
+    "weights_only": "pickles are not run; take the key out",
+    "use_kernels": "fetches code; take the key out",
+    "kernel_config": "fetches code; take the key out",
+    "allow_all_kernels": "runs code of any origin; take the key out",
+}
 
 # what to install for a tracker whose package is called otherwise
 PIP = {"comet_ml": "comet-ml", "azure_ml": "azureml-core"}
@@ -35,12 +52,10 @@ PIP = {"comet_ml": "comet-ml", "azure_ml": "azureml-core"}
 CODE = {
     "trust_remote_code": "write it at the top level, where it is seen: trust_remote_code: true",
     "code_revision": "write model_revision at the top level: a model and its code are of one revision",
-    "attn_implementation": "write it at the top level, where it is seen",
     "weights_only": "pickles are not run; take the key out",
     "use_kernels": "fetches code; take the key out",
     "kernel_config": "fetches code; take the key out",
     "allow_all_kernels": "runs code of any origin; take the key out",
-    "config": "the model's own is read; take the key out",
 }
 
 
@@ -141,7 +156,7 @@ def _model(good: Mapping[str, Any], home: Path | None) -> tuple[list[Problem], s
     if name is None:
         return [], ""
     try:
-        path = Path(resolve(name)).expanduser()
+        path = expanded(resolve(name))
     except RecipeError as error:
         return [_of(key, str(error))], ""
     sentence = ""
@@ -164,16 +179,18 @@ def _output(good: Mapping[str, Any], purpose: str, home: Path | None) -> tuple[l
         return [], ""
     found: list[Problem] = []
     full = ""
-    folder, resume = Path(good["output_dir"]).expanduser(), good.get("resume_from_checkpoint")
+    folder, resume = expanded(good["output_dir"]), good.get("resume_from_checkpoint")
     again = "resume_from_checkpoint"
-    if folder.exists() and not folder.is_dir():
-        found.append(_of("output_dir", f"{folder} is a file"))
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        found.append(_of("output_dir", f"{folder} is a {'file' if folder.exists() else 'link that leads nowhere'}"))
     elif resume is True:
         if not folder.is_dir() or last_checkpoint(folder) is None:
             found.append(_of(again, f"there is no complete checkpoint in {folder}"))
     elif isinstance(resume, str):
-        if not Path(resume).expanduser().is_dir():
+        if not expanded(resume).is_dir():
             found.append(_of(again, f"no folder {resume!r} ({looked_for(resume, home)}; `true` takes the newest)"))
+        elif troubles := checkpoint_troubles(expanded(resume)):
+            found.append(_of(again, f"{resume} is not complete: {'; '.join(troubles)}"))
     elif purpose in ("train", "plan") and not good.get("overwrite_output_dir") and folder.is_dir():
         held = sorted(p.name for p in folder.iterdir() if p.name not in BESIDE)
         if held:
@@ -182,9 +199,45 @@ def _output(good: Mapping[str, Any], purpose: str, home: Path | None) -> tuple[l
                 f" ({shlex.quote(f'output_dir={folder}-2')}), go on with that run (resume_from_checkpoint=true), or write over it"
                 " (overwrite_output_dir=true)"
             )
+    if folder.is_dir() and (mine := _theirs(folder, good, purpose)):
+        theirs = _not_ours(folder, mine)
+        full, found = (theirs.text, found) if purpose == "plan" else (full, [*found, theirs])
     if resume and good.get("overwrite_output_dir"):
         found.append(_of("overwrite_output_dir", "resuming and writing over the run exclude each other"))
     return found, full
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """The checkpoints of a run in its folder, by name."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p.name for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
+
+
+def refuse_strangers(folder: Path, names: Sequence[str]) -> None:
+    """Raises: RecipeError where one of these names in a folder belongs to something that layerpeft did not write."""
+    if mine := strangers(folder, names):
+        raise RecipeError(_not_ours(folder, mine))
+
+
+def _not_ours(folder: Path, names: Sequence[str]) -> Problem:
+    other = shlex.quote(f"{folder}-2" if folder.name else "out")
+    return _of(
+        "output_dir",
+        f"{folder} holds what layerpeft did not write, or what was changed since, and would replace or remove: "
+        f"{some(names, 6, ', … ({} more)')}. Move it, or name another folder (output_dir={other})",
+    )
+
+
+def _theirs(folder: Path, good: Mapping[str, Any], purpose: str) -> list[str]:
+    """What a command would replace or remove in its output folder, although layerpeft did not write it."""
+    overwrite = bool(good.get("overwrite_output_dir"))
+    if purpose not in ("train", "plan") or not overwrite and not good.get("resume_from_checkpoint"):
+        return []
+    # a new run clears the old one away, a limit all but the newest; one that was cut short while it was saved is on no record
+    limited = completed(folder) if good.get("save_total_limit") else set()
+    gone = [name for name in checkpoints_in(folder) if overwrite or name in limited]
+    old = [file for name in gone for file in files_below(folder, name)]
+    return strangers(folder, (*TRAINED, RECORD, *old))
 
 
 # ---- trackers, devices, arguments -----------------------------------------------------------------------------------

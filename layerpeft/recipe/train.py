@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -16,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences, told
 from layerpeft.integrations.drawing import new_figure, write_figure
-from layerpeft.integrations.files import disk_is_full
+from layerpeft.integrations.files import disk_is_full, replace_file
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
+from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.surroundings import TRAINED, checkpoints_in
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
@@ -37,6 +39,7 @@ from layerpeft.recipe.trainer import (
 )
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
+from layerpeft.saving.owned import files_below, put_on_record, recording, room, strangers
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Selection
 from layerpeft.text import is_first, note, size_text, some
@@ -83,7 +86,6 @@ def _run(recipe: Recipe, say: Say) -> Result:
         checkpoint = _checkpoint(recipe)
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
-        _clear(recipe)
         stored = _stored(recipe, recorded) if recorded else None
         choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
         note(f"loading the model {recipe['model_name_or_path']}")
@@ -99,15 +101,17 @@ def _run(recipe: Recipe, say: Say) -> Result:
     trainer = make_trainer(setup, model)
     before = held_out_numbers(trainer)
     samples = _answers(setup, model, ())
+    if is_first():
+        trainer.add_callback(_Files(recipe))
     with _room(recipe):
         seconds = train(trainer, checkpoint)
     after = held_out_numbers(trainer)
     samples = _answers(setup, model, samples)
     report = layer_report(model)
-    result = Result(recipe.output_dir, before, after, samples, report, seconds, tensor_bytes(model))
+    result = Result(room(recipe.output_dir, TRAINED), before, after, samples, report, seconds, tensor_bytes(model))
     if is_first():
         with _room(recipe):
-            _write(recipe, setup, model, trainer, before)
+            _write(recipe, setup, model, trainer, before, result.output_dir)
         _track(trainer, result)
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
@@ -170,7 +174,7 @@ def _checkpoint(recipe: Recipe) -> str | None:
     asked = recipe["resume_from_checkpoint"]
     if asked is True:
         return last_checkpoint(recipe.output_dir)
-    return str(Path(asked).expanduser()) if isinstance(asked, str) else None
+    return str(expanded(asked)) if isinstance(asked, str) else None
 
 
 def _kept(recipe: Recipe, checkpoint: str) -> Selection:
@@ -217,14 +221,31 @@ def _wrapped(
     return wrapped, setup
 
 
-def _clear(recipe: Recipe) -> None:
-    """Removes the checkpoints of the run that is written over, so that no later resume can pick one of them up."""
-    if recipe["overwrite_output_dir"] and recipe.output_dir.is_dir() and is_first():
-        old = [p for p in recipe.output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-        for path in old:
-            shutil.rmtree(path)
-        if old:
-            note(f"removed the checkpoints of the run before: {', '.join(sorted(p.name for p in old))}")
+class _Files(TrainerCallback):
+    """Keeps a record of the checkpoints of a run, whose first step removes those of the run that is written over.
+
+    No later resume is to pick one of those up.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.folder = recipe.output_dir
+        self.old = checkpoints_in(self.folder) if recipe["overwrite_output_dir"] else []
+        self.card = ["README.md"] * (recipe.trainer == "sft")  # TRL writes one with every checkpoint
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if not self.old:
+            return
+        files = [file for name in self.old for file in files_below(self.folder, name)]
+        left = strangers(self.folder, files)  # what came in after the recipe was checked
+        gone = [name for name in self.old if not any(Path(file).parts[0] == name for file in left)]
+        for name in gone:
+            shutil.rmtree(self.folder / name)
+        note(f"removed the checkpoints of the run before: {', '.join(gone)}")
+        self.old = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        card = [name for name in self.card if (self.folder / name).is_file()]
+        put_on_record(self.folder, [*files_below(self.folder, f"checkpoint-{state.global_step}"), *card])
 
 
 def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:
@@ -249,23 +270,24 @@ def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float]) -> None:
-    folder = recipe.output_dir
+def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder))
-    setup.tokenizer.save_pretrained(str(folder))
-    command = f"# {shlex.join(['layerpeft', 'train', str(folder / 'recipe.yaml'), f'output_dir={folder}-again'])}\n"
-    (folder / "recipe.yaml").write_text(command + to_yaml(recipe), encoding="utf-8")
-    by = recipe.select.get("by") if isinstance(recipe.select, Mapping) else None
-    if isinstance(by, str) and by.endswith(".py") and not Path(by).is_absolute():  # beside the recipe that names it
-        (folder / by).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(str(plugins.get(SCORERS, by).__file__), folder / by)
-    if setup.labels:
-        named = json.dumps(dict(enumerate(setup.labels)), indent=1)
-        (folder / "labels.json").write_text(f"{named}\n", encoding="utf-8")
-    history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
-    draw_curve(history, folder / "training_loss.png")
+    with recording(folder):
+        model.save_pretrained(str(folder))
+        setup.tokenizer.save_pretrained(str(folder))
+        command = shlex.join(["layerpeft", "train", str(folder / "recipe.yaml"), f"output_dir={folder}-again"])
+        replace_file(folder / "recipe.yaml", f"# {command}\n{to_yaml(recipe)}".encode())
+        by = recipe.select.get("by") if isinstance(recipe.select, Mapping) else None
+        # beside the recipe that names it
+        if isinstance(by, str) and by.endswith(".py") and not Path(by).is_absolute() and not strangers(folder, [by]):
+            (folder / by).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / by, Path(str(plugins.get(SCORERS, by).__file__)).read_bytes())
+        if setup.labels:
+            named = json.dumps(dict(enumerate(setup.labels)), indent=1)
+            replace_file(folder / "labels.json", f"{named}\n".encode())
+        history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
+        replace_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+        draw_curve(history, folder / "training_loss.png")
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:

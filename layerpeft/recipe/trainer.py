@@ -9,9 +9,11 @@ from itertools import islice
 from typing import Any
 
 import peft
+import torch
 from torch import nn
+from transformers import TrainerCallback
 
-from layerpeft.errors import LayerpeftError, Problem, RecipeError
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -117,7 +119,8 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
     from transformers import set_seed
 
     recipe = setup.recipe
-    allow("attn_implementation", "attn_implementation", kernels(recipe["attn_implementation"]))
+    for key in ("attn_implementation", "experts_implementation"):
+        allow(key, key, kernels(loading(recipe).get(key)))
     set_seed(training_arguments(recipe).seed)
     options = loading(recipe) | {"config": model_config(recipe, *setup.head), **code(recipe)}
     if is_saved(model_path(recipe)):
@@ -197,6 +200,16 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     )
 
 
+class _Begun(TrainerCallback):
+    """Sees the first step: what is raised before it, when a run is resumed, is over what lies in its checkpoint."""
+
+    def __init__(self, begun: list[int]) -> None:
+        self.begun = begun
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun.append(state.global_step)
+
+
 def train(trainer: Any, checkpoint: str | None = None) -> float:
     """Trains, and returns the seconds it took. The seed is set here, so that what was measured before changes nothing.
     Raises: RecipeError when a tracker refuses."""
@@ -204,13 +217,20 @@ def train(trainer: Any, checkpoint: str | None = None) -> float:
 
     set_seed(trainer.args.seed)
     started = time.perf_counter()
+    begun: list[int] = []
+    trainer.add_callback(_Begun(begun))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except LayerpeftError:
+        raise
     except Exception as error:
         if type(error).__module__.split(".")[0] == "wandb":  # no login, no network
             advice = "WANDB_MODE=offline needs no login and no network"
             raise RecipeError(f"report_to: wandb: {error} ({advice})") from error
-        raise
+        if checkpoint is None or begun or isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = f"{type(error).__name__}: {told(error, 400)}"
+        raise RecipeError(f"the run in {checkpoint} cannot be gone on with: {why}") from error
     return time.perf_counter() - started
 
 

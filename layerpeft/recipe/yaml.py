@@ -12,6 +12,14 @@ import yaml
 
 Path = tuple[str | int, ...]
 COMMAND = 0  # stands for the command line where a line of the file would stand
+DEPTH, PLACES, KEYS = (
+    40,
+    20_000,
+    2_000,
+)  # of lists and mappings in each other; keys and values in all; keys of a mapping
+NO_TEXT = "the file holds characters that no text file should (is it a YAML file?)"
+TOO_DEEP = f"lists and mappings lie more than {DEPTH} deep in each other, which no recipe needs"
+TOO_MANY = f"more than {PLACES:,} keys and values (aliases count with all they stand for), which no recipe needs"
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -45,7 +53,10 @@ class Document:
         return next((self.lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.lines), None)
 
 
-class _Loader(yaml.SafeLoader):
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where PyYAML was built with it
+
+
+class _Loader(_Base):
     """SafeLoader with YAML 1.2's scalars: `no`, `off` and `010` stay text, `1e-5` is a number, dates stay text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
@@ -79,16 +90,42 @@ _implicit("merge", "<<", "<")
 def parse(text: str, line: int | None = None) -> Document:
     """Reads the text of a recipe; faults of the text become problems, never exceptions. `line`: of all of it, as `COMMAND`."""
     try:
-        node = _Loader(text).get_single_node()
+        node = None if (endless := _endless(text)) else _Loader(text).get_single_node()
     except yaml.YAMLError as error:
-        return Document(faults=(_explain(error),))
+        return Document(faults=(_explain(error, text),))
+    except UnicodeEncodeError:  # half a character, as a command line can hold
+        return Document(faults=(Fault(None, NO_TEXT),))
+    if endless:
+        return Document(faults=(endless,))
     if node is None:
         return Document(faults=(Fault(None, "the recipe is empty"),))
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         return Document(faults=(Fault(None, f"the recipe must hold `key: value` lines, but it is {kind}"),))
     walk = _Walk(line)
-    return Document(walk.mapping(node, ()), walk.lines, tuple(walk.faults))
+    try:
+        return Document(walk.mapping(node, ()), walk.lines, tuple(walk.faults))
+    except _TooMuch as error:
+        return Document(faults=(Fault(error.line, error.text),))
+
+
+def _endless(text: str) -> Fault | None:
+    """What in a text is more than a recipe can mean, or stands for nothing, found before anything is built of it."""
+    depth, places, anchors = 0, 0, set()
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent) and event.anchor not in anchors:
+            return Fault(event.start_mark.line + 1, f"not readable as YAML: undefined alias {event.anchor!r}")
+        anchors.add(getattr(event, "anchor", None))
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        places += isinstance(event, yaml.NodeEvent)
+        if depth > DEPTH or places > PLACES:
+            return Fault(event.start_mark.line + 1, TOO_DEEP if depth > DEPTH else TOO_MANY)
+    return None
+
+
+class _TooMuch(Exception):
+    def __init__(self, line: int, text: str) -> None:
+        self.line, self.text = line, text
 
 
 def override(document: Document, settings: Sequence[str]) -> Document:
@@ -152,6 +189,7 @@ class _Walk:
         self.lines: dict[Path, int] = {}
         self.faults: list[Fault] = []
         self.open: list[int] = []
+        self.walked = 0
 
     def at(self, node: yaml.Node) -> int:
         return node.start_mark.line + 1 if self.given is None else self.given
@@ -164,6 +202,9 @@ class _Walk:
         if id(node) in self.open:
             self.wrong(node, "an alias (`*name`) that holds itself")
             return None
+        self.walked += 1
+        if self.walked > PLACES or len(self.open) > DEPTH:
+            raise _TooMuch(self.at(node), TOO_MANY if self.walked > PLACES else TOO_DEEP)
         self.open.append(id(node))
         try:
             if isinstance(node, yaml.ScalarNode):
@@ -185,6 +226,8 @@ class _Walk:
         """A mapping, with the places of its keys; a key that stands twice is a problem."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
+        if len(node.value) > KEYS:
+            raise _TooMuch(self.at(node), f"a mapping of more than {KEYS:,} keys, which no recipe needs")
         for key_node, value_node in node.value:
             if key_node.tag == _TAG + "merge":
                 merged |= self.merge(value_node, path)
@@ -228,7 +271,7 @@ class _Walk:
             if kind == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
         except (ValueError, KeyError):
-            self.wrong(node, f"{text!r} is not a value of the type `!!{kind}`")
+            self.wrong(node, f"{text[:40]!r} is not a value of the type `!!{kind}`")
             return None
         return self.strange(node)
 
@@ -236,25 +279,19 @@ class _Walk:
         self.wrong(node, f"the tag {node.tag!r} is not understood; write plain values")
 
 
-def _explain(error: yaml.YAMLError) -> Fault:
+def _explain(error: yaml.YAMLError, source: str) -> Fault:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)  # YAML's own words
     text = f"not readable as YAML: {what}"
-    if "\\t" in what or (mark is not None and "\t" in _line(mark)):
+    lines = source.splitlines()
+    if mark is not None and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]:
         text = "a tab where YAML wants spaces (indent with spaces only)"
     elif "another document" in what:
         text = "a second document (`---`); a recipe is one document"
-    elif "special characters" in what:
-        return Fault(None, "the file holds characters that no text file should (is it a YAML file?)")
+    elif "characters are not allowed" in what:
+        return Fault(None, NO_TEXT)
     elif "mapping values are not allowed" in what:
         text = (
             "not readable as YAML: a second `:` in the line, or wrong indentation (put text that holds `: ` in quotes)"
         )
     return Fault(None if mark is None else mark.line + 1, text)
-
-
-def _line(mark: Any) -> str:
-    if mark.buffer is None:
-        return ""
-    start = mark.buffer.rfind("\n", 0, mark.pointer) + 1
-    return mark.buffer[start : mark.pointer + 1]

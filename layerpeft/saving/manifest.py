@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, SaveError
-from layerpeft.integrations.files import digest_of, fingerprint, replacing, versions_of
+from layerpeft.integrations.files import digest_of, fingerprint, read_json, replacing, tensors_trouble, versions_of
 from layerpeft.selection.select import Selection
+from layerpeft.selection.typecheck import read_fields
 
 FORMAT = 1
 MANIFEST = "layerpeft.json"
@@ -39,8 +41,8 @@ def has_weights(folder: str | os.PathLike[str]) -> bool:
     return not manifest.is_file() or newest >= manifest.stat().st_mtime_ns
 
 
-def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write layerpeft.json, last and whole: record + format, versions, size and SHA-256 of the adapter's files.
+def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any], but: Collection[str] = ()) -> None:
+    """Write layerpeft.json, last and whole: record + format, versions, size and SHA-256 of the adapter's files, `but` for some.
 
     `record` holds method, selection, config and report; more keys are kept as they are. Raises: SaveError when the
     record is not plain data or the folder holds no complete adapter; an older manifest then stays untouched.
@@ -58,7 +60,7 @@ def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any]) ->
     if not any((folder / name).is_file() for name in WEIGHTS):
         problems.add(f"the weights are missing ({' or '.join(WEIGHTS)})")
     problems.raise_if_any(SaveError)
-    present = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    present = [name for name in ADAPTER_FILES if name not in but and (folder / name).is_file()]
     payload = {
         "format": FORMAT,
         **record,
@@ -86,6 +88,25 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} ({type(value).__name__}) is not plain data")
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a manifest holds, as far as anything here reads it."""
+
+    method: str
+    selection: dict[str, Any] | None
+    config: dict[str, Any]
+    report: list[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    sha256: str
+    quant: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    new_tensors: list[str] | None = None
+    idle_experts: list[str] | None = None
+    checks: dict[str, Any] | None = None
+    rows: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+
+
 # ---- verifying ------------------------------------------------------------------------------------------------------
 
 
@@ -93,18 +114,21 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a complete folder. Raises: SaveError naming every file that is missing, truncated or altered."""
     folder = Path(folder)
     manifest = _parse_manifest(folder)
+    read_fields(Written, manifest, SaveError, folder / MANIFEST)
     problems = Problems(f"{folder} is not the adapter that was saved")
     if manifest.get("sha256") != digest_of(manifest):
         problems.add(f"{MANIFEST} was altered after it was written")
-    files = manifest.get("files")
-    files = files if isinstance(files, dict) else {}
+    files = manifest.get("files") or {}
     if CONFIG not in files or not any(name in files for name in WEIGHTS):
         problems.add(f"{MANIFEST} does not list {CONFIG} and the weights")
     for name, expected in files.items():
-        trouble = _file_trouble(folder, name, expected)
+        try:
+            trouble = _file_trouble(folder, name, expected)
+        except OSError as error:
+            trouble = f"{name} cannot be read: {error.strerror}"
         if trouble:
             problems.add(trouble)
-    for name in (CONFIG, *WEIGHTS):
+    for name in (CONFIG, *WEIGHTS, *STATES):
         if name not in files and (folder / name).exists():
             problems.add(f"{name} is there but {MANIFEST} does not list it: it was added later")
     problems.raise_if_any(SaveError)
@@ -113,7 +137,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def selection_of(folder: str | os.PathLike[str]) -> Selection:
     """The choice of layers that a saved folder records. Raises: SaveError when it is damaged or holds none."""
-    selection = read_manifest(folder)["selection"]
+    selection = read_manifest(folder).get("selection")
     if selection is None:
         raise SaveError(f"{folder} was saved before its layers were chosen, so it records no choice")
     return Selection.from_dict(selection)
@@ -132,11 +156,8 @@ def _parse_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: it was not saved by layerpeft, or saving was cut short. To load it all the "
             f"same, unchecked and without the record: peft.PeftModel.from_pretrained(model, {str(folder)!r})"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, bad UTF-8
-        raise SaveError(f"{path} is truncated or altered: {error}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = read_json(path)
+    found = manifest.get("format")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise SaveError(f"{path} is truncated or altered: it does not say its format")
     if found > FORMAT:
@@ -161,4 +182,4 @@ def _file_trouble(folder: Path, name: str, expected: Any) -> str | None:
         return f"{name} is truncated: {size:,} bytes of {expected['size']:,}"
     if size != expected["size"] or fingerprint(path) != expected:
         return f"{name} was altered (size or SHA-256 differs)"
-    return None
+    return tensors_trouble(path) if name in (*WEIGHTS, *STATES) else None

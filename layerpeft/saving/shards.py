@@ -1,6 +1,5 @@
 """A checkpoint on disk, tensor by tensor: names, shapes and types are known before anything is read, and nothing is kept."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.files import header_of
+from layerpeft.integrations.files import header_of, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TYPES = {
@@ -73,11 +72,10 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
         return Checkpoint(folder, entries_of(folder / SINGLE))
     if not (folder / INDEX).is_file():
         return None
-    try:
-        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SaveError(f"{folder / INDEX} is truncated or altered: {error}") from error
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise SaveError(f"{folder / INDEX} is truncated or altered: weight_map is not file by tensor")
+    files = sorted(set(where.values()))
     found: dict[str, Entry] = {}
     for file in files:
         if file != os.path.basename(file):

@@ -55,19 +55,19 @@ def _part(part: Any, count: int, problems: Problems) -> range:
     text = str(part)
     if text == "all":
         return range(count)
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(r"-?\d{1,9}", text):
         return _index(int(text), part, count, problems)
-    if between := re.fullmatch(r"(\d+)-(\d+)", text):
+    if between := re.fullmatch(r"(\d{1,9})-(\d{1,9})", text):
         low, high = int(between[1]), int(between[2])
         if low > high:
             problems.add(f"{part!r} runs backwards; write {high}-{low}")
         elif high >= count:
             problems.add(f"{part!r} is out of range; layers are 0 to {count - 1}")
         return range(low, min(high + 1, count))
-    if ends := re.fullmatch(r"(first|last):(\d+(?:\.\d+)?)(%?)", text):
+    if ends := re.fullmatch(r"(first|last):(\d{1,9}(?:\.\d{1,9})?)(%?)", text):
         number = _end_count(ends[2], ends[3], count, part, problems)
         return range(number) if ends[1] == "first" else range(count - number, count)
-    if (stride := re.fullmatch(r"stride:(\d+)", text)) and int(stride[1]) >= 1:
+    if (stride := re.fullmatch(r"stride:(\d{1,9})", text)) and int(stride[1]) >= 1:
         return range(0, count, int(stride[1]))
     problems.add(
         f"cannot read {part!r}; write 3, -1, [3, 7], '8-15', 'first:2', 'last:25%', 'first:10+last:2', 'stride:4', 'all'"
@@ -106,11 +106,11 @@ def checked_keep(keep: Any, problems: Problems) -> Any:
     offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
     if keep is None or keep == "auto":
         return keep
-    if isinstance(keep, str) and re.fullmatch(r"\d+", keep):
+    if isinstance(keep, str) and re.fullmatch(r"\d{1,9}", keep):
         keep = int(keep)
     good, wrong = False, f"is not {offer}"
     if isinstance(keep, str):
-        good = re.fullmatch(r"\d+(\.\d+)?%", keep) is not None and 0 < float(keep[:-1]) < 100
+        good = re.fullmatch(r"\d{1,9}(\.\d{1,9})?%", keep) is not None and 0 < float(keep[:-1]) < 100
         wrong += "; for everything write select: all"
     elif isinstance(keep, float):
         good = 0 < keep < 1

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, ScoreError
-from layerpeft.integrations.files import replace_file
+from layerpeft.integrations.files import read_json, replace_file
 from layerpeft.model.layers import LayerMap
+from layerpeft.selection.typecheck import read_fields
 
 FORMAT = 1
 
@@ -64,14 +65,13 @@ class Scores:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """Raises: ScoreError when keys are missing, or the format is newer than this version reads."""
-        given = dict(data)
-        if given.pop("format", None) != FORMAT:
+        given = read_fields(cls, data, ScoreError, "a scores file")
+        if data.get("format") != FORMAT:
             raise ScoreError(f"not a scores file of format {FORMAT} (found {data.get('format')!r})")
         missing = {"values", "by", "fingerprint", "stack"} - set(given)
         if missing:
             raise ScoreError(f"a scores file needs the keys {', '.join(sorted(missing))}")
-        given["values"] = tuple(float(v) for v in given["values"])
-        return cls(**{k: v for k, v in given.items() if k in cls.__dataclass_fields__})
+        return cls(**{**given, "values": tuple(map(float, given["values"]))})
 
     def save(self, path: str | Path) -> None:
         """Writes the scores as JSON; a file that is there stays whole until the new one is."""
@@ -83,13 +83,10 @@ class Scores:
 
         Raises: ScoreError when the file is missing, no JSON, or holds no scores.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ScoreError(f"no scores file at {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise ScoreError(f"{path} is no JSON: {error}") from error
-        if isinstance(data, dict) and isinstance(data.get("selection"), dict):
+        if not Path(path).is_file():
+            raise ScoreError(f"no scores file at {path}")
+        data = read_json(path, ScoreError)
+        if isinstance(data.get("selection"), dict):
             data = data["selection"].get("scores")
         if not isinstance(data, dict):
             raise ScoreError(f"{path} holds no scores")

@@ -11,7 +11,7 @@ from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
 from layerpeft.selection import plugins
 from layerpeft.selection.grammar import check_grammar, checked_keep
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.typecheck import check, checked, settings_of
+from layerpeft.selection.typecheck import check, checked, read_fields, settings_of
 
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
@@ -121,15 +121,16 @@ class Selection:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
-        """Raises: SelectionError when a key is missing."""
+        """Raises: SelectionError when a key is missing, or holds something else."""
         missing = [f.name for f in fields(cls) if f.name not in data and f.name not in ("scores", "select")]
         if missing:
             raise SelectionError(f"a recorded selection needs the keys {', '.join(missing)}")
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__
-        }
-        if given.get("scores") is not None:
-            given["scores"] = Scores.from_dict(given["scores"])
+        found = read_fields(cls, {**data, "scores": None}, SelectionError, "a recorded selection")
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        if data.get("scores") is not None:
+            given["scores"] = Scores.from_dict(data["scores"])
+        if not all(0 <= i < len(given["layer_names"]) for i in given["layers"]):
+            raise SelectionError(f"a recorded selection has layers that it does not name: {given['layers']}")
         return cls(**given)
 
 

@@ -14,9 +14,10 @@ from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from layerpeft.errors import Problems, unknown
+from layerpeft.errors import LayerpeftError, Problems, unknown
 
 _NONE = type(None)
+LARGEST = 2**63 - 1  # a whole number that every library takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,18 @@ def _parts(hint: Any) -> list[Any]:
     return [p for p in whole if p is not _NONE]
 
 
+def read_fields(kind: type, data: Any, error: type[LayerpeftError], what: object) -> dict[str, Any]:
+    """The fields of a dataclass in plain data that was read back. Raises: `error` naming those that are of another type."""
+    if not isinstance(data, Mapping):
+        raise error(f"{what}: expected a mapping, got {_show(data)}")
+    known = settings_of(kind)
+    found = {k: v for k, v in data.items() if k in known}
+    wrong = [f"{k}: {sentence}" for k, v in found.items() if (sentence := complaint(known[k], v))]
+    if wrong:
+        raise error(f"{what}: {'; '.join(wrong)}")
+    return found
+
+
 def complaint(setting: Setting, value: Any) -> str | None:
     """What is wrong with a value, as the end of a sentence ("expected …, got …"), or None when it fits."""
     if fits(setting.hint, value) and (not setting.choices or value is None or value in setting.choices):
@@ -161,10 +174,12 @@ def _fits_class(hint: Any, value: Any) -> bool:
         return any(value == member.value for member in hint)
     if hint is bool:
         return isinstance(value, bool)
+    if hint in (int, float) and (isinstance(value, bool) or isinstance(value, int) and abs(value) > LARGEST):
+        return False
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and math.isfinite(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         known = settings_of(hint)
         return isinstance(value, dict) and all(k in known and fits(known[k].hint, v) for k, v in value.items())
@@ -230,6 +245,8 @@ def _advice(hint: Any, value: Any) -> str:
                 return f"write the decimals with a point: {text.replace(',', '.')}"
         if list in {get_origin(k) or k for k in kinds} and str not in kinds:
             return f"write a list: [{text}]"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"whole numbers end at {LARGEST:,}"
     if isinstance(value, float) and int in kinds and value.is_integer():
         return f"write {int(value)}"
     if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds:

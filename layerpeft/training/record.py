@@ -3,12 +3,16 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from layerpeft.saving.manifest import PICTURES, write_manifest
+from layerpeft.integrations.files import as_written, set_aside
+from layerpeft.saving.manifest import BITS, MANIFEST, PICTURES, write_manifest
+from layerpeft.saving.owned import strangers
 from layerpeft.selection.select import Selection
+from layerpeft.text import note
 from layerpeft.training import pictures, report
 from layerpeft.training.method import Method
 from layerpeft.training.report import LayerReport
@@ -84,8 +88,12 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
     assert record.selection is not None
     found = report.layer_report(model, adapter)
     said: dict[str, Any] = {}
-    for part in record.parts:
-        said |= part.save(os.fspath(folder), found)
+    theirs = strangers(Path(folder), (*PICTURES, BITS))
+    with set_aside(Path(folder, name) for name in theirs):
+        for part in record.parts:
+            said |= part.save(os.fspath(folder), found)
+    if theirs:
+        note(f"{', '.join(theirs)} in {folder} was not written by layerpeft, and is left as it is")
     write_manifest(
         folder,
         said
@@ -100,6 +108,7 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
             "rows": record.rows,
             "head": head_of(model),
         },
+        theirs,
     )
 
 
@@ -113,15 +122,16 @@ def head_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def read_record(manifest: Mapping[str, Any]) -> Record:
-    """The record of a saved choice, as it hangs on a live adapter config."""
-    selection = manifest["selection"]
-    return Record(
-        selection=None if selection is None else Selection.from_dict(selection),
-        config=dict(manifest["config"]),
-        method=manifest["method"],
-        steps_trained={int(row["layer"]): int(row["steps"]) for row in manifest["report"] if row.get("steps")},
-        checks=dict(manifest.get("checks") or {}),
-        new_tensors=tuple(manifest.get("new_tensors") or ()),
-        idle_experts=tuple(manifest.get("idle_experts") or ()),
-        rows=manifest.get("rows"),
-    )
+    """The record of a saved choice, as it hangs on a live adapter config. Raises: SaveError where it is not one."""
+    with as_written(f"{MANIFEST} is not what was written"):
+        selection = manifest["selection"]
+        return Record(
+            selection=None if selection is None else Selection.from_dict(selection),
+            config=dict(manifest["config"]),
+            method=manifest["method"],
+            steps_trained={int(row["layer"]): int(row["steps"]) for row in manifest["report"] if row.get("steps")},
+            checks=dict(manifest.get("checks") or {}),
+            new_tensors=tuple(manifest.get("new_tensors") or ()),
+            idle_experts=tuple(manifest.get("idle_experts") or ()),
+            rows=manifest.get("rows"),
+        )

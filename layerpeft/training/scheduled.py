@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SaveError, SelectionError, differences
 from layerpeft.integrations import distributed
+from layerpeft.integrations.files import as_written
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.scoring import Measured
 from layerpeft.selection.select import Selection
@@ -178,8 +179,9 @@ class Scheduled(Once):
             raise SelectionError(f"the run in {folder} was set up in another way ({'; '.join(differ)})")
         self.close()
         self._thaw()
-        self.switcher.restore(manifest["schedule"], load_store(folder))
-        steps = {int(r["layer"]): int(r["steps"]) for r in manifest["report"] if r.get("steps")}
+        with as_written(f"{folder} does not hold the schedule that was saved"):
+            self.switcher.restore(manifest["schedule"], load_store(folder))
+            steps = {int(r["layer"]): int(r["steps"]) for r in manifest["report"] if r.get("steps")}
         self.record.steps_trained = steps
         self._trained = {t for t in self._trained if steps.get(self.switcher.layer_of[t])}
 

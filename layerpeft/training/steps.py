@@ -1,6 +1,5 @@
 """Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
@@ -117,9 +117,9 @@ def _train_end(model: nn.Module | None, output_dir: str) -> None:
             follower.end()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
-        rescue = os.path.join(output_dir, "unverified")
+        rescue = unused(output_dir, "unverified")
         if hasattr(inner, "save_pretrained") and distributed.rank() == 0:
-            inner.save_pretrained(rescue)
+            inner.save_pretrained(str(rescue))
         raise TrainingError(f"{error}\nThe adapter as it is now was saved to {rescue}.") from error
 
 

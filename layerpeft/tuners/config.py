@@ -14,6 +14,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
+from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import find_targets, not_wrapped
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
@@ -154,7 +155,7 @@ class LayerLoraConfig(Chooses, LoraConfig):
         Raises: as `resolve`.
         """
         if self.is_plain:
-            return LoraConfig(**_lora_fields(self))
+            return _plain(self, model)
         if self.is_scheduled and examined is None:
             raise ConfigError(
                 "select: layers that are chosen again during training have no stock config that means the same; give the config "
@@ -170,6 +171,7 @@ class LayerLoraConfig(Chooses, LoraConfig):
 
         Raises: LayerMapError, SelectionError, ConfigError.
         """
+        check_patterns(self, (name for name, _ in model.named_modules()))
         seen = stacks or stacks_of(model)
         layers = seen.layers(self.choosing.stack)
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
@@ -236,6 +238,11 @@ def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
         )
         raise ConfigError(Problem(("target_modules",), sentence), title="target_modules")
     return names
+
+
+def _plain(config: LayerLoraConfig, model: nn.Module) -> LoraConfig:
+    check_patterns(config, (name for name, _ in model.named_modules()))
+    return LoraConfig(**_lora_fields(config))
 
 
 def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:

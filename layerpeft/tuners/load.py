@@ -1,8 +1,8 @@
 """Loading a base model in the precisions it will be used in, where these can be known before a weight is read."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 import transformers
 from torch import nn
 
-from layerpeft.errors import ConfigError, SaveError, told, unknown
+from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unknown
 from layerpeft.integrations.empty import empty_model
+from layerpeft.integrations.files import as_written, header_of, read_json
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of, stacks_of
+from layerpeft.model.names import clean
+from layerpeft.model.patterns import check_patterns
 from layerpeft.model.precisions import KEPT, precision_of
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
@@ -23,8 +26,9 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.saving.manifest import CONFIG, has_weights, read_manifest
+from layerpeft.saving.manifest import CONFIG, WEIGHTS, has_weights, read_manifest
 from layerpeft.selection.scoring import needs
+from layerpeft.selection.typecheck import read_fields
 from layerpeft.text import note
 from layerpeft.training import backward, steps
 from layerpeft.training.record import HEAD, Record, read_record, record_of, write_record
@@ -160,7 +164,7 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     None where the base was not quantized by layer. Raises: SaveError where it does not say which base, or that cannot be had.
     """
     stored = read_manifest(folder).get("quant")
-    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    config = adapter_config(Path(folder))
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     for_peft = {k: v for k, v in given.items() if k in PEFT_OPTIONS}
     for_base = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
@@ -169,16 +173,14 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     if stored is None:
         return None, dict(given)
     wanted = Quantized.from_dict(stored)
-    kind = MODELS.get(task) or (config.get("auto_mapping") or {}).get("base_model_class")
+    kind = MODELS.get(str(task)) or (config.get("auto_mapping") or {}).get("base_model_class")
     if not base or not hasattr(transformers, str(kind)):
         raise SaveError(
             f"{folder} does not say which base it was trained on, or of which class; give it: load({os.fspath(folder)!r}, model)"
         )
     options: dict[str, Any] = {"dtype": wanted.dtype or None} | classes_of(folder, for_base)
-    try:
+    with as_written(f"the base model {base!r} of {folder} cannot be loaded"):
         return load_model(base, wanted, kind=str(kind), **options), for_peft
-    except (OSError, ValueError) as error:
-        raise SaveError(f"the base model {base!r} of {folder} cannot be loaded: {error}") from error
 
 
 def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,13 +188,16 @@ def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict
     labels = Path(folder) / "labels.json"  # a recipe's classes, of versions that wrote nothing else
     head = dict(read_manifest(folder).get("head") or {})
     if not head and labels.is_file():
-        head = {"id2label": json.loads(labels.read_text(encoding="utf-8"))}
-    names = {int(i): name for i, name in (head.pop("id2label", None) or {}).items()}
+        found = read_json(labels, kind=(dict, list))
+        head = {"id2label": found if isinstance(found, dict) else dict(enumerate(found))}
+    with as_written(f"{folder} does not name its classes"):
+        names = {int(i): name for i, name in (head.pop("id2label", None) or {}).items()}
+        by_name = {name: i for i, name in names.items()}
     if not names or given.get("num_labels", len(names)) != len(names) or {"id2label", "config"} & set(given):
         return dict(given)
     rest = {k: v for k, v in given.items() if k != "num_labels"}
     known = {k: v for k, v in head.items() if v is not None}
-    return known | {"id2label": names, "label2id": {name: i for i, name in names.items()}} | rest
+    return known | {"id2label": names, "label2id": by_name} | rest
 
 
 def _name_classes(model: nn.Module, said: Mapping[str, Any]) -> None:
@@ -223,20 +228,52 @@ def load_verified(
     folder = Path(folder)
     manifest = read_manifest(folder)
     kwargs["is_trainable"] = is_trainable
+    record = read_record(manifest)
+    config = adapter_config(folder)
     if model is None:
-        loaded = _load_with_base(folder, classes_of(folder, kwargs))
+        loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
     else:
         _check_base(folder, model, manifest)
-        loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
-    config = loaded.peft_config[kwargs.get("adapter_name", "default")]
-    config._layerpeft = read_record(manifest)  # type: ignore[attr-defined]
+        with as_written(f"{folder} cannot be put on this model"):
+            loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
+    live = loaded.peft_config[kwargs.get("adapter_name", "default")]
+    live._layerpeft = record  # type: ignore[attr-defined]
     _name_classes(base_of(loaded), classes_of(folder, {}))
     return loaded
 
 
-def _load_with_base(folder: Path, kwargs: dict[str, Any]) -> peft.PeftModel:
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, which PEFT can make a config of, and whose patterns end on the names of the adapter.
+
+    Raises: SaveError.
+    """
+    path = folder / CONFIG
+    said = read_json(path)
+    read_fields(_Named, said, SaveError, path)
+    with as_written(f"{path} is no config of an adapter"):
+        config = peft.PeftConfig.from_pretrained(str(folder.absolute()))  # a relative one could pass for a hub name
+    weights = folder / WEIGHTS[0]
+    names = header_of(weights) if weights.is_file() else ()
+    try:
+        check_patterns(config, [clean(n).removeprefix("base_model.model.").partition(".lora_")[0] for n in names])
+    except SelectionError as error:
+        raise SaveError(f"{path}: {error}") from error
+    return said
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What adapter_config.json says of its base."""
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, str | None] | None = None
+
+
+def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]) -> peft.PeftModel:
     """Build the base model by the task type or class that adapter_config.json names, and put the adapter on it."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
     cure = f"pass the base model: load({str(folder)!r}, model)"
     if not base:
@@ -247,10 +284,13 @@ def _load_with_base(folder: Path, kwargs: dict[str, Any]) -> peft.PeftModel:
         raise SaveError(f"{folder / CONFIG} has a task_type, {task!r}, without a model class; {cure}")
     use = (MODELS[task].removeprefix("AutoModel") or "ForFeatureExtraction") if task else ""
     auto = getattr(peft, f"AutoPeftModel{use}")
+    # not found, no such class, a class from a package that peft will not import, code that nobody has allowed
+    options = kwargs if config.get("auto_mapping") and not task else {"trust_remote_code": False} | kwargs
     try:
-        return auto.from_pretrained(str(folder.absolute()), **kwargs)  # a relative one could pass for a hub name
-    except (OSError, ValueError) as error:  # not found, no such class, a class from a package that peft will not import
-        raise SaveError(f"the base model {base!r} of {folder} cannot be loaded: {error}\nThen {cure}") from error
+        with as_written(f"the base model {base!r} of {folder} cannot be loaded"):
+            return auto.from_pretrained(str(folder.absolute()), **options)
+    except SaveError as error:
+        raise SaveError(f"{error}\nThen {cure}") from error
 
 
 def _check_base(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> None:
@@ -278,6 +318,7 @@ def load(
     `kwargs` go to PEFT's (and then transformers') `from_pretrained`. With `is_trainable` training is followed and checked again.
     Raises: SaveError for a damaged folder, or a base that does not fit.
     """
+    folder = Path(folder)
     if model is None and is_saved(folder):
         return load_saved(folder, **kwargs)
     if model is None:

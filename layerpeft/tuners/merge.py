@@ -1,6 +1,5 @@
 """An adapter and its base model as one full model on disk."""
 
-import json
 import os
 import shutil
 import statistics
@@ -14,12 +13,13 @@ from torch import nn
 
 from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.files import written_whole
+from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
 from layerpeft.integrations.merging import merge_in_place
 from layerpeft.quantization.save import is_saved, load_saved, save_model
-from layerpeft.saving.manifest import CONFIG, read_manifest
+from layerpeft.saving.manifest import read_manifest
 from layerpeft.text import note
-from layerpeft.tuners.load import MODELS, classes_of, load_verified
+from layerpeft.training.record import read_record
+from layerpeft.tuners.load import MODELS, adapter_config, classes_of, load_verified
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, write_merged
 
 TOKENIZER = (
@@ -49,16 +49,18 @@ def merge(
     Raises: SaveError for a damaged adapter, a base that does not fit or is quantized, or a folder that holds something.
     """
     target, source = Path(into), Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SaveError(f"{target} is not empty: name a new folder for the merged model")
+    if why := must_be_new(target):
+        raise SaveError(why)
     manifest = read_manifest(source)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    read_record(manifest)
+    config = adapter_config(source)
     where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
     if model is None and dtype is not None:
         kwargs["dtype"] = dtype
     if model is None:
         kwargs = classes_of(source, kwargs)
     _check_base(where, model, into_quantized)
+    beside = _beside(source, where)
     if manifest.get("quant") is not None and not into_quantized:
         note(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
@@ -69,7 +71,8 @@ def merge(
             _merge_quantized(source, where, model, config, kwargs, partial)
         elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial):
             _merge_whole(source, model, base, config, kwargs, partial)
-        _copy_beside(source, where, partial)
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
     return target
 
 
@@ -79,10 +82,11 @@ def _merge_files(
     """Merges module by module, and says whether that could be done. `named`: the base was given, with no word of its tokenizer."""
     options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision")}
     try:
-        plan = plan_merge(source, where, MODELS.get(config.get("task_type") or ""), kwargs.get("dtype"), options)
-        if not named and _more_words(source, plan.model):
-            raise NotPiecewise("the tokenizer has more words than the base")
-    except (NotPiecewise, OSError, ValueError) as why:
+        with as_written("it cannot be read piece by piece", NotPiecewise):
+            plan = plan_merge(source, where, MODELS.get(config.get("task_type") or ""), kwargs.get("dtype"), options)
+            if not named and _more_words(source, plan.model):
+                raise NotPiecewise("the tokenizer has more words than the base")
+    except NotPiecewise as why:
         note(f"the base is loaded whole, and the adapter is merged in memory: {why}")
         return False
     write_merged(plan, partial)
@@ -144,7 +148,7 @@ def _check_base(where: Path | None, model: nn.Module | None, into_quantized: boo
         named = _packed_names(model)
     elif where is not None:
         path = where / "config.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
         parts = [found, *(v for v in found.values() if isinstance(v, dict))]
         if is_saved(where) or any(part.get("quantization_config") for part in parts):
             named = [os.fspath(where)]
@@ -179,13 +183,20 @@ def _more_words(source: Path, model: Any) -> bool:
         return True  # whatever it is, loading the whole finds it
 
 
-def _copy_beside(source: Path, where: Path | None, partial: Path) -> None:
-    """The tokenizer that was saved with the adapter, or else the base's, and the names of classes."""
+def _beside(source: Path, where: Path | None) -> list[Path]:
+    """The tokenizer that was saved with the adapter, or else the base's, and the names of classes.
+
+    Raises: SaveError for a link that leads out of their folder.
+    """
     own = any((source / n).is_file() for n in TOKENIZER)
-    for name in BESIDE:
-        file = source / name if own or name not in TOKENIZER or where is None else where / name
-        if file.is_file():
-            shutil.copyfile(file, partial / name)
+    found = [source / n if own or n not in TOKENIZER or where is None else where / n for n in BESIDE]
+    found = [file for file in found if file.is_file()]
+    links = [file for file in found if not inside(file, file.parent)]
+    if links:
+        raise SaveError(
+            f"{links[0]} is a link to {links[0].resolve()}, outside of its folder: put the file itself there"
+        )
+    return found
 
 
 def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
@@ -194,7 +205,7 @@ def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, 
         raise SaveError(
             f"{source} has task_type {task!r}, without a model class; give the model itself: merge(…, model)"
         )
-    try:
-        return getattr(transformers, MODELS[task]).from_pretrained(os.fspath(base), **kwargs)
-    except (OSError, ValueError) as error:
-        raise SaveError(f"the base model {os.fspath(base)!r} cannot be loaded: {error}") from error
+    with as_written(f"the base model {os.fspath(base)!r} cannot be loaded"):
+        return getattr(transformers, MODELS[task]).from_pretrained(
+            os.fspath(base), **{"trust_remote_code": False} | kwargs
+        )

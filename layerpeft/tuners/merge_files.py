@@ -13,7 +13,8 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from layerpeft.errors import SaveError
+from layerpeft.errors import LayerpeftError
+from layerpeft.integrations.files import as_written
 from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
 from layerpeft.integrations.torch import give_back
 from layerpeft.model.names import upwards
@@ -37,7 +38,7 @@ class Plan:
     instead: Mapping[str, str]
 
 
-class NotPiecewise(Exception):
+class NotPiecewise(LayerpeftError):
     """The reason why this adapter cannot be merged module by module."""
 
 
@@ -54,7 +55,7 @@ def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | 
     strange = set(given) - set(ARCHITECTURE)
     if strange:
         raise NotPiecewise(f"{', '.join(sorted(strange))} may change what is loaded")
-    shape: Any = transformers.AutoConfig.from_pretrained(base, **given)
+    shape: Any = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **given)
     if hasattr(shape, "auto_map"):
         raise NotPiecewise("the base has code of its own")
     kept: Any = dtype or shape.dtype or weights.dtype or torch.float32
@@ -70,7 +71,6 @@ def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | 
 
 def write_merged(plan: Plan, into: Path) -> None:
     """The files of the base with the adapter in them, under the same names, and the configs. Raises: SaveError."""
-    into.mkdir(parents=True)
     names = set(plan.model.state_dict())
     new = [n for n in plan.instead if n not in plan.base.entries]
     types = {n: t.dtype for n, t in plan.model.state_dict().items()}
@@ -105,10 +105,8 @@ def _tensor(plan: Plan, name: str, types: Mapping[str, torch.dtype], ready: dict
     own = list(plan.model.get_submodule(module).state_dict())
     state = {n: plan.base.read(f"{module}.{n}").to(types[f"{module}.{n}"]) for n in own}
     adapter = {n: plan.adapter.read(n) for n in plan.inside[module]}
-    try:
+    with as_written(f"{module} cannot be merged"):
         merged = merged_alone(plan.model, module, state, plan.config, adapter)
-    except (ValueError, RuntimeError) as error:
-        raise SaveError(f"{module} cannot be merged: {error}") from error
     ready |= {f"{module}.{n}": t for n, t in merged.items()}
     give_back()
     return ready.pop(name)
@@ -120,7 +118,12 @@ def _class(config: Any, kind: str | None) -> Any:
     auto = config.auto_mapping or {}
     if str(auto.get("parent_library", "")).partition(".")[0] != "transformers":
         raise NotPiecewise("the class of the base is not one of transformers")
-    return getattr(importlib.import_module(auto["parent_library"]), auto["base_model_class"])
+    try:
+        return getattr(importlib.import_module(auto["parent_library"]), auto["base_model_class"])
+    except (ImportError, AttributeError, TypeError, KeyError) as error:
+        raise NotPiecewise(
+            f"there is no class {auto.get('base_model_class')!r} in {auto['parent_library']!r}"
+        ) from error
 
 
 def _adapter(folder: Path) -> Checkpoint:

@@ -8,6 +8,7 @@ import peft
 from torch import nn
 
 from layerpeft.errors import LayerMapError, LayerpeftError
+from layerpeft.model.patterns import check_patterns
 from layerpeft.training import backward
 from layerpeft.tuners.config import LayerLoraConfig
 
@@ -26,6 +27,8 @@ def get_peft_model(
         if not isinstance(peft_config, LayerLoraConfig):
             raise LayerpeftError(f"batches= is for configs that pick layers; {type(peft_config).__name__} does not")
         peft_config = peft_config.with_batches(batches)
+    if isinstance(peft_config, LayerLoraConfig) and peft_config.is_plain:  # any other is looked at where it chooses
+        check_patterns(peft_config, (name for name, _ in model.named_modules()))
     wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
     with suppress(LayerMapError):  # a model without repeated blocks has no layer to stop at
         backward.install(wrapped)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from layerpeft.errors import ConfigError, Problems, SelectionError, nearest
+from layerpeft.errors import MOST, ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.model.names import upwards
+from layerpeft.model.patterns import check_pattern
 from layerpeft.model.targets import MODULE, PARAMETERS, like, no_match
 from layerpeft.tuners.full.layer import Whole, is_bias
 
@@ -122,6 +123,7 @@ def _matching(key: str, names: Names, places: Mapping[str, int], layers: LayerMa
         linear = {t.name for t in layers.targets if t.kind in ("linear", "conv1d")}
         return {p for p in places if p.rpartition(".")[0] in linear}
     if isinstance(names, str):
+        check_pattern(key, names, places)
         found = {p for p in places if any(re.fullmatch(names, a) for a in _around(p, layers.layers[places[p]].name))}
         if not found:
             sentence = f"the regex '{names}' matches nothing in the layers. {_offer(names, places)}"
@@ -135,7 +137,7 @@ def _matching(key: str, names: Names, places: Mapping[str, int], layers: LayerMa
             for i in range(len(parts)):
                 ends.setdefault(".".join(parts[i:]), set()).add(path)
     for name in names or ():
-        if name not in ends:
+        if name not in ends and len(problems.items) < MOST:
             problems.absorb(no_match(key, f"{name!r} matches nothing in the layers. {_offer(name, places)}"))
         found |= ends.get(name, set())
     return found

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerpeft.errors import SaveError, differences
-from layerpeft.integrations.files import note_in, replacing
+from layerpeft.integrations.files import as_written, note_in, replacing
 from layerpeft.saving import manifest
 from layerpeft.tuners.galore.folds import Factors, part, recompressed
 from layerpeft.tuners.galore.projection import fixed_of, held, projections, restore, state_of, tensors, trained_of
@@ -92,9 +92,10 @@ def on_load(
     missing = [n for n in layers if f"{n}|counts" not in saved]
     if missing:
         raise SaveError(f"{path} lacks the state of {len(missing)} module(s), such as {missing[0]}")
-    _same(path, layers, saved, identity)
-    for name, layer in layers.items():
-        restore(layer, part(saved, f"{name}|"))
+    with as_written(f"{path} is not the state of a projection"):
+        _same(path, layers, saved, identity)
+        for name, layer in layers.items():
+            restore(layer, part(saved, f"{name}|"))
     live = {f"{prefix}{n}": p for n, p in model.named_parameters()}
     for key in keys:  # what is loaded next is what was restored just now
         state[key] = live[key].detach().clone()  # type: ignore[index]
