@@ -129,17 +129,17 @@ def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, 
 def test_frozen_layers_are_packed_before_rows_and_time_are_given_up(capsys, tmp_path, monkeypatch):
     """More room than layers and rank need, less than 16-bit frozen layers take: the package's own answer, and it trains."""
     monkeypatch.chdir(tmp_path)
-    small = ["max_length=32", "gradient_accumulation_steps=1", "per_device_train_batch_size=2", "dtype=bfloat16"]
-    words = ["plan", "quickstart", *FEW, *small, "output_dir=out", "layerpeft.select=last:3"]
-    assert main([*words, "--json"]) == 0
-    whole = json.loads(capsys.readouterr().out)
-    limit = sum(whole["parts"][name] for name in ("weights", "gradients", "optimizer")) + 400_000
-    assert main([*words, "--fit", str(limit), "--json"]) == 0
+    small = ["max_length=96", "gradient_accumulation_steps=1", "dtype=bfloat16", f"model_name_or_path={short_llama()}"]
+    words = ["plan", "quickstart", *FEW, *small, "output_dir=out", "layerpeft.select=last:2"]
+    assert main([*words, "per_device_train_batch_size=1", "gradient_checkpointing=true", "--json"]) == 0
+    least = json.loads(capsys.readouterr().out)["peak_bytes"]  # of 16-bit frozen layers
+    limit = least - 200_000
+    assert main([*words, "per_device_train_batch_size=2", "--fit", str(limit), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"].get("layerpeft.quantize_frozen") == "nf4", found["settings"]
-    assert not {"layerpeft.select", "layerpeft.r", "gradient_checkpointing"} & set(found["settings"])
+    assert not {"layerpeft.select", "layerpeft.r"} & set(found["settings"])
     assert any("frozen layers: nf4" in text for text in found["gave_up"])
-    assert found["plan"]["peak_bytes"] <= limit < whole["peak_bytes"]
+    assert found["plan"]["peak_bytes"] <= limit
     assert main(shlex.split(found["command"])[1:]) == 0
     capsys.readouterr()
     assert json.loads((tmp_path / "out" / "layerpeft.json").read_text())["config"]["quantize_frozen"] == "nf4"
