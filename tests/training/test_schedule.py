@@ -6,6 +6,8 @@ import copy
 import csv
 import math
 import pickle
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_repo
 from layerpeft.errors import ConfigError, RecipeError, SaveError, SelectionError, TrainingError
 from layerpeft.recipe import compare
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import layer_config
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.select import Select
 from layerpeft.training.optimizer_states import optimizer_bytes
@@ -419,9 +422,17 @@ def test_the_folder_has_the_heat_map_and_a_row_per_switch_and_layer(tmp_path):
 
 def test_compare_sets_a_schedule_beside_as_many_random_and_fixed_layers():
     recipe = load_recipe("grass", ["layerpeft.select.keep=2"])
-    select = Select.parse(recipe.select)
-    plans, count = compare._scheduled(recipe, llama(), select, None, compare.parse_arms("random:2,last,all"))
-    assert count == 4 and [p[0] for p in plans] == ["adaptive every 20", "random:1", "random:2", "last", "all"]
+    model, select = llama(), Select.parse(recipe.select)
+    examined = layer_config(recipe).examine(model)
+    choose = partial(compare._choice, model, examined)
+    plans = compare._scheduled(recipe, choose, examined, None, compare.parse_arms("random:2,last,all"))
+    assert len(examined.layers) == 4 and [p[0] for p in plans] == [
+        "adaptive every 20",
+        "random:1",
+        "random:2",
+        "last",
+        "all",
+    ]
     own, *draws = (Select.parse(p[2]) for p in plans[:3])
     assert own == select
     for seed, draw in enumerate(draws, 1):
@@ -429,4 +440,4 @@ def test_compare_sets_a_schedule_beside_as_many_random_and_fixed_layers():
     assert [p[2]["layers"] for p in plans[3:]] == [[2, 3], [0, 1, 2, 3]]
     with pytest.raises(RecipeError, match="compare with keep: N"):
         auto = Select.parse({**BY_GRADIENT, "keep": "auto"})
-        compare._scheduled(recipe, llama(), auto, None, compare.parse_arms("last"))
+        compare._scheduled(recipe, choose, replace(examined, select=auto), None, compare.parse_arms("last"))
