@@ -255,20 +255,20 @@ def test_moments_at_a_refresh(batches, policy, side):
 
     plain = torch.optim.AdamW.step
     optimizer.step = lambda *a, **k: plain(optimizer, *a, **k)
-    from layerpeft.tuners.galore import refresh
+    from layerpeft.tuners.galore import projection
 
-    rotate = refresh.rotate
+    rotate = projection.rotate
 
     def watched(before, after, means, squares, *rest):
         if means[0] is optimizer.state[trained_of(layer)]["exp_avg"]:
             remember()
         rotate(before, after, means, squares, *rest)
 
-    refresh.rotate = watched
+    projection.rotate = watched
     try:
         step(model, optimizer, batches[3])
     finally:
-        refresh.rotate = rotate
+        projection.rotate = rotate
     new, now = basis_of(layer), optimizer.state[trained_of(layer)]
     turn = old @ new.T
     expected = {"keep": kept["exp_avg"], "reset": torch.zeros_like(kept["exp_avg"])}

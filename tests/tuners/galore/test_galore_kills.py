@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerpeft.tuners.galore import refresh, subspace
+from layerpeft.tuners.galore import projection, subspace
 from tests.helpers import killing
 from tests.helpers.killing import ANY, EVERY, MANY, STEPS, WRITING, Runs, differing
 from tests.helpers.loops import make_batches
@@ -22,7 +22,7 @@ KILLS = {ANY: 10, WRITING: 5, REFRESH: 5} if MANY else {ANY: 3, WRITING: 4, REFR
 
 
 def watch_refreshes():
-    killing.watch_functions(REFRESH, refresh, ("fold", "rotate", "set_basis"))
+    killing.watch_functions(REFRESH, projection, ("fold", "rotate", "set_basis"))
     killing.watch_functions(REFRESH, subspace, ("strongest",))
 
 
