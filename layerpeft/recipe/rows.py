@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerpeft.errors import Problems, RecipeError, first_line, hint
+from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
 from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
 from layerpeft.recipe.shipped import expanded, looked_for, resolve
@@ -360,7 +360,9 @@ def shape(
     try:
         return datasets.Dataset.from_generator(_shaped, gen_kwargs=given, features=features)
     except Exception as error:
-        raise (error.__cause__ if isinstance(error.__cause__, RecipeError) else error) from None
+        if isinstance(error.__cause__, RecipeError):
+            raise error.__cause__ from None
+        raise RecipeError(f"the rows cannot be kept on the disk: {told(error.__cause__ or error, 300)}") from error
 
 
 def _feature(name: str, value: Any) -> Any:

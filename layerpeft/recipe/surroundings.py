@@ -120,6 +120,9 @@ def data_problems(
             for name, sentence in rows.column_problems(trainer, names, columns, field):
                 own = Problem(("columns", name), f"columns.{name}: {place}{sentence} ({key})")
                 found.append(own if name else _of(key, place + sentence))
+        if files and key == "dataset_name":
+            unread = [k for k in ("dataset_config", "dataset_train_split") if good.get(k) not in (None, "train")]
+            found += [_of(k, "files have neither splits nor configurations; name the file itself") for k in unread]
         if files and key == "dataset_name" and good.get("eval_dataset") is None:
             found += _held_out(good, purpose)
     return found

@@ -196,8 +196,24 @@ def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict
     if not names or given.get("num_labels", len(names)) != len(names) or {"id2label", "config"} & set(given):
         return dict(given)
     rest = {k: v for k, v in given.items() if k != "num_labels"}
-    known = {k: v for k, v in head.items() if v is not None}
+    known = {k: v for k, v in head.items() if v is not None} | _other_head(folder, len(names))
     return known | {"id2label": names, "label2id": by_name} | rest
+
+
+def _other_head(folder: str | os.PathLike[str], classes: int) -> dict[str, Any]:
+    """What lets a base load that has a head for another number of classes, in the place of which the adapter brings its own."""
+    config = adapter_config(Path(folder))
+    base = config.get("base_model_name_or_path")
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not base or is_saved(base):
+        return {}
+    try:
+        there: Any = transformers.AutoConfig.from_pretrained(
+            base, revision=config.get("revision"), trust_remote_code=False
+        )
+    except (OSError, ValueError):  # whatever it is, loading the base says it
+        return {}
+    heads = any("Classification" in name for name in there.architectures or ())
+    return {"ignore_mismatched_sizes": True} if heads and there.num_labels != classes else {}
 
 
 def _name_classes(model: nn.Module, said: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ def _merge_files(
     source: Path, where: Path, config: Mapping[str, Any], named: bool, kwargs: Mapping[str, Any], partial: Path
 ) -> bool:
     """Merges module by module, and says whether that could be done. `named`: the base was given, with no word of its tokenizer."""
-    options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision")}
+    options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision", "ignore_mismatched_sizes")}
     try:
         with as_written("it cannot be read piece by piece", NotPiecewise):
             plan = plan_merge(source, where, MODELS.get(config.get("task_type") or ""), kwargs.get("dtype"), options)

@@ -13,10 +13,12 @@ import peft
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe import rows
@@ -263,8 +265,16 @@ def test_a_head_of_another_size_is_known_before_weights_load(place: Path, capsys
     assert "line 2: model_name_or_path: the checkpoint has a head for 1 class, the rows have 3" in said
     cure = "model_init_kwargs: {ignore_mismatched_sizes: true}"
     assert cure in said
-    write("r.yaml", f"{recipe}{cure}\n")
-    assert len(prepare(load_recipe("r.yaml", purpose="plan")).labels) == 3
+    transformers.LlamaForSequenceClassification(transformers.AutoConfig.from_pretrained("head")).save_pretrained("head")
+    write("r.yaml", f"{recipe}{cure}\nmax_steps: 1\nsave_strategy: 'no'\nreport_to: none\n")
+    assert main(["train", "r.yaml"]) == 0 and main(["merge", "out", "merged"]) == 0
+    capsys.readouterr()
+    loaded = layerpeft.load("out")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained("merged")
+    assert loaded.config.id2label == merged.config.id2label == {i: str(i) for i in range(3)}
+    assert loaded.config.problem_type == merged.config.problem_type == "single_label_classification"
+    head = loaded.base_model.model.score.modules_to_save["default"].weight
+    assert head.shape == (3, 32) and torch.equal(head, merged.score.weight)
 
 
 # ---- what is left ---------------------------------------------------------------------------------------------------
@@ -534,6 +544,12 @@ BROKEN: dict[str, Case] = {
     "eos": (JSONL, GOOD + "#eos_token: <pad>", ["eos_token: '<pad>' is no token", "'<|pad|>'?"], "eos_token: <|pad|>"),
     "padding_free": (JSONL, GOOD + "#padding_free: true", ["padding_free: ", "max_length: null"], "max_length: null"),
     "packing": (JSONL, GOOD + "#packing: true\nmax_length: null", ["packing: needs a max_length"], "packing: true"),
+    "split": (
+        JSONL,
+        GOOD + "#dataset_train_split: dev",
+        ["line 7: dataset_train_split: files have neither splits"],
+        GOOD,
+    ),
     "template": (JSONL, GOOD + "#chat_template_path: t.jinja", ["chat_template_path: no template at 't.jinja'"], GOOD),
     "too_long": (
         JSONL,
