@@ -163,7 +163,7 @@ def loading_problems(recipe: Recipe) -> list[Problem]:
     except RecipeError as error:
         return found + list(error.problems)
     dtype, attention = asked["dtype"], asked["attn_implementation"]
-    if dtype != "auto" and not getattr(getattr(torch, str(dtype), None), "is_floating_point", False):
+    if dtype not in ("auto", None) and not getattr(getattr(torch, str(dtype), None), "is_floating_point", False):
         names = ("auto", "bfloat16", "float16", "float32")
         add(f"{unknown('dtype', dtype, names)}", *((INIT, "dtype") if "dtype" in given else ("dtype",)))
     kinds = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
