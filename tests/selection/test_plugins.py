@@ -39,13 +39,13 @@ def load(monkeypatch):
         vars(module).update(held)
         entry = SimpleNamespace(name="mine", value="theirs.mine", load=lambda: module)
         monkeypatch.setattr(plugins, "entry_points", lambda group=group, here=group: [entry] if group == here else [])
-        plugins.names.cache_clear()
-        plugins.get.cache_clear()
+        plugins._installed.cache_clear()
+        plugins._get.cache_clear()
         return plugins.get(group, "mine")
 
     yield run
-    plugins.names.cache_clear()
-    plugins.get.cache_clear()
+    plugins._installed.cache_clear()
+    plugins._get.cache_clear()
 
 
 def refused(load, group: str, **held: Any) -> str:
