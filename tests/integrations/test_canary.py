@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from trl import SFTTrainer
 
-from layerpeft.integrations.peft import LayerPeftType
-from layerpeft.integrations.torch import has_hook
+from layerpeft.integrations.peft import LayerPeftType, refused_leaves
+from layerpeft.integrations.torch import has_hook, running_backward
+from tests.helpers.models import MODELS
 
 
 def test_peft_takes_a_sibling_type():
@@ -148,3 +149,24 @@ def test_trl_makes_tokens_without_a_trainer():
     assert {"_tokenizer", "chat_template", "completion_only_loss"} == set(
         re.findall(r"\bself\.(\w+)", inspect.getsource(way))
     )
+
+
+def test_a_running_backward_pass_has_a_number():
+    seen, x = [], torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(running_backward()))
+    for _ in range(2):
+        y.backward(retain_graph=True)
+    assert running_backward() is None and len(set(seen)) == 2 and None not in seen
+
+
+def test_peft_refuses_a_linear_of_mamba_by_the_end_of_its_name():
+    with torch.device("meta"):
+        model = MODELS["mamba"]()
+    assert refused_leaves(model, ["a.in_proj", "a.out_proj"]) == {"out_proj"}
+
+
+def test_add_adapter_hands_a_tuner_one_config_and_a_model_of_peft_a_dict():
+    text = " ".join(inspect.getsource(peft.mapping.inject_adapter_in_model).split())
+    assert re.search(r"tuner_cls\( ?model, peft_config,", text)
+    assert "{adapter_name: peft_config}" in inspect.getsource(peft.PeftModel.__init__)
