@@ -68,7 +68,10 @@ def merged_alone(
     alone = copy.deepcopy(config)
     alone.modules_to_save, alone.inference_mode = None, True
     wrapped: Any = PeftModel(holder, alone)
-    set_peft_model_state_dict(wrapped, dict(adapter))
+    found = set_peft_model_state_dict(wrapped, dict(adapter))
+    strange = [*found.unexpected_keys, *(k for k in found.missing_keys if ".lora_" in k)]
+    if strange:
+        raise ValueError(f"the adapter lacks, or holds in vain, {strange[0]}")
     with torch.no_grad():
         merged = wrapped.merge_and_unload(safe_merge=True)
     return dict(merged.get_submodule(name).state_dict())

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,12 +14,14 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
+    hotswap,
+    save_and_load,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import dequantize_module_weight
@@ -189,6 +192,107 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
         return original(self, *args, **kwargs)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+@functools.cache
+def watch_states(whole: Callable[..., dict[str, torch.Tensor]]) -> None:
+    """Lets `get_peft_model_state_dict` give what `whole(model, config, adapter, found)` says in the place of what it found.
+
+    A second call changes nothing.
+    """
+    original: Any = LoraModel._get_adapter_state_dict.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def _get_adapter_state_dict(cls: Any, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        found = original(cls, model, config, adapter_name, *args, **kwargs)
+        return found | whole(model, config, adapter_name, found)
+
+    LoraModel._get_adapter_state_dict = classmethod(_get_adapter_state_dict)  # type: ignore[assignment]
+
+
+@functools.cache
+def watch_keys(plain: Callable[[str], str]) -> None:
+    """Lets saved keys be `plain`, whatever has been put around modules, and finds the place of those of any file in any model.
+
+    A second call changes nothing.
+    """
+    remove: Any = BaseTuner._remove_adapter_name_from_key.__func__  # type: ignore[attr-defined]
+    remap: Any = BaseTuner._remap_adapter_state_dict_for_load.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(remove)
+    def _remove_adapter_name_from_key(cls: Any, key: str, adapter_name: str) -> str:
+        return plain(remove(cls, key, adapter_name))
+
+    @functools.wraps(remap)
+    def _remap_adapter_state_dict_for_load(
+        cls: Any, model: Any, config: Any, adapter_name: str, state_dict: Any
+    ) -> Any:
+        found = {plain(k): v for k, v in state_dict.items()}
+        found = remap(cls, model, config, adapter_name, found)
+        names = {plain(n): n for n in model.state_dict() if plain(n) != n}
+        for name, module in model.named_modules():  # trained copies, whose files have the names of the originals
+            if isinstance(module, AuxiliaryTrainingWrapper) and plain(name) != name:
+                names |= {f"{plain(name)}.{n}": f"{name}.{n}" for n in module.original_module.state_dict()}
+        return {names.get(k, k): v for k, v in found.items()}
+
+    BaseTuner._remove_adapter_name_from_key = classmethod(_remove_adapter_name_from_key)  # type: ignore[assignment]
+    BaseTuner._remap_adapter_state_dict_for_load = classmethod(_remap_adapter_state_dict_for_load)  # type: ignore[assignment]
+
+
+@functools.cache
+def watch_swaps(swap: Callable[[nn.Module, str], None]) -> None:
+    """Lets `hotswap_adapter` call `swap(model, adapter)` before it puts other weights there, unless PEFT will refuse them.
+
+    A second call changes nothing.
+    """
+    original = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        merged = any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
+        if not merged and all(_has(model, key) for key in state_dict):
+            swap(model, adapter_name)
+        return original(model, state_dict, adapter_name, *args, **kwargs)
+
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        return operator.attrgetter(name)(model) is not None
+    except AttributeError:
+        return False
+
+
+@functools.cache
+def watch_calls(name: str, before: Callable[..., None]) -> None:
+    """Lets a method of PEFT's LoRA tuner call `before` with its own arguments, the tuner first. A second call changes nothing."""
+    owner = next(kind for kind in LoraModel.__mro__ if name in vars(kind))  # where others may listen, too
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+@functools.cache
+def watch_bases(ask: Callable[[nn.Module], set[str]]) -> None:
+    """Lets `get_base_model_state_dict` and its twin call `ask(model)`, which gives prefixes of keys that are none of the base's.
+
+    A second call changes nothing.
+    """
+    original: Any = save_and_load._get_adapter_state_dict_key_prefixes
+
+    @functools.wraps(original)
+    def _get_adapter_state_dict_key_prefixes(model: Any) -> set[str]:
+        return original(model) | ask(model)
+
+    save_and_load._get_adapter_state_dict_key_prefixes = _get_adapter_state_dict_key_prefixes
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:

@@ -57,6 +57,13 @@ def running_backward() -> int | None:
     return None if number == -1 else number
 
 
+def drop_hooks(tensor: torch.Tensor, kind: type) -> None:
+    """Takes the hooks of this class off the tensor."""
+    for key, hook in list((tensor._backward_hooks or {}).items()):
+        if isinstance(hook, kind):
+            del tensor._backward_hooks[key]  # type: ignore[index]
+
+
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors by name, and facts that JSON takes
 
 

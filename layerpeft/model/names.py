@@ -20,6 +20,11 @@ def upwards(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
+def adapted(name: str) -> str:
+    """A name in a model with adapters, without what compilers and sharders have put around modules."""
+    return ".".join(part for part in name.split(".") if part not in _FORWARDING)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's module behind adapters (PEFT marks them with `adapter_layer_names`) and one-module wrappers."""
     while True:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, SaveError
-from layerpeft.integrations.files import digest_of, fingerprint, read_json, replacing, tensors_trouble, versions_of
+from layerpeft.integrations.files import (
+    as_written,
+    digest_of,
+    fingerprint,
+    header_of,
+    read_json,
+    read_pickled,
+    replacing,
+    tensors_trouble,
+    versions_of,
+)
 from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import read_fields
 
@@ -39,6 +49,13 @@ def has_weights(folder: str | os.PathLike[str]) -> bool:
     manifest = folder / MANIFEST
     newest = max(path.stat().st_mtime_ns for path in present)
     return not manifest.is_file() or newest >= manifest.stat().st_mtime_ns
+
+
+def keys_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the adapter's tensors, whose numbers are not read. Raises: SaveError."""
+    path = next((p for name in WEIGHTS if (p := Path(folder, name)).is_file()), Path(folder, WEIGHTS[0]))
+    with as_written(f"{path} cannot be read"):
+        return list(header_of(path) if path.name == WEIGHTS[0] else read_pickled(path))
 
 
 def write_manifest(folder: str | os.PathLike[str], record: Mapping[str, Any], but: Collection[str] = ()) -> None:

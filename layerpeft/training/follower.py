@@ -22,7 +22,8 @@ from layerpeft.model.home import home_of, known_of
 from layerpeft.model.names import clean
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
-from layerpeft.training import verify
+from layerpeft.training import idle, verify
+from layerpeft.training.carried import KEY, Carried, go_on, packed, taken, unpacked
 from layerpeft.training.checks import NOT_HELD, Checks
 from layerpeft.training.gradients import GradientNorms
 from layerpeft.training.inside import Inside, refuse_fused
@@ -182,6 +183,7 @@ class Follower:
         Raises: SelectionError when that run chose otherwise.
         """
         self.holdings.forget()
+        idle.refuse_adapter(self.model, self.adapter, (p for g in self.holdings.tensors().values() for p in g.values()))
         self.checks.begin(bool(restored), merges)
         self.schedule.begin()
         if self.pending is not None:
@@ -206,20 +208,25 @@ class Follower:
         norms = self._norms.take() if self._norms is not None else {}
         return self.schedule.news() | {f"layers/grad_norm/{layer}": norm for layer, norm in norms.items()}
 
-    def on_load(self, state: Mapping[str, Any], prefix: str) -> None:
+    def on_load(self, state: Mapping[str, Any], prefix: str, carried: Carried | None = None) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
         self.checks.sealed.forget([clean(k.removeprefix(prefix)) for k in state if k.startswith(prefix)])
         found = self.method.found(state, prefix)
-        if not found or self.waiting.keep(found):
+        if not found:
             return
-        if not (self.method.partial and self.schedule.switches):
+        kept = self.waiting.kept(found)
+        if kept is None and not (self.method.partial and self.schedule.switches):
             waits = self.pending.pool if self.pending is not None else None
             pool = {t.name for t in waits} if waits is not None else self.method.wrapped()
             verify.same_targets("the adapter that is loaded", found, pool)
+        if not self.method.in_place:
+            verify.same_keys(self.model, self.holdings.ids(), state, prefix, found)
+        if kept is not None:
+            self.waiting.settle(kept)
+            return
         folder = loading_folder()
         self.method.on_load(state, prefix, found, folder)
-        if folder is not None and self.schedule.switches:
-            self.schedule.restore(folder)
+        if go_on(self.method, self.schedule, folder, carried):
             self.waiting.drop()
         self.holdings.forget()  # loading may put new tensors in the place of the old
 
@@ -295,8 +302,10 @@ class Tether:
         self.followers = followers or []
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for follower in self.followers:
-            follower.on_load(state, prefix)
+        found = state.pop(prefix + KEY, None) if any(f.live for f in self.followers) else None
+        carried = unpacked(found) if found is not None else {}
+        for follower in [f for f in self.followers if f.live]:
+            follower.on_load(state, prefix, carried.get(follower.adapter))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tether:
         twin = memo[id(self)] = Tether()
@@ -306,3 +315,17 @@ class Tether:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Tether, ()
+
+
+class Carrier:
+    """Called by torch when the model's state dict has been put together."""
+
+    def __init__(self, tether: Tether) -> None:
+        self.tether = tether
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        found = {
+            f.adapter: carried for f in self.tether.followers if f.live and (carried := taken(f.method, f.schedule))
+        }
+        if found:
+            state.setdefault(prefix + KEY, packed(found))

@@ -9,7 +9,7 @@ from torch import nn
 from layerpeft.errors import NothingSeenError, TrainingError
 from layerpeft.integrations import distributed, trainer
 from layerpeft.integrations.losses import watch_scale
-from layerpeft.integrations.torch import eager, tensors_of
+from layerpeft.integrations.torch import tensors_of
 from layerpeft.selection import choose, scoring
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
@@ -45,8 +45,8 @@ class Pending:
         self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
         self._handles = [
-            model.register_forward_pre_hook(eager(self.begin)),
-            model.register_forward_hook(eager(self._finish), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_Hook(self.begin)),
+            model.register_forward_hook(_Hook(self._finish), with_kwargs=True, always_call=True),
         ]
         self._start()
 
@@ -189,3 +189,23 @@ class Pending:
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters(set()) if p.grad is not None]
+
+
+class _Hook:
+    """A hook of a choice that waits, which a deep copy of the model brings along, and a pickle cannot."""
+
+    def __init__(self, action: Callable[..., None]) -> None:
+        self.action = action
+
+    __call__: Any = torch.compiler.disable(
+        lambda self, *args: self.action(*args)
+    )  # what it writes down would be lost in graphs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TrainingError(
+            "the layers of this model are not chosen yet, and a pickled copy would train all that may be chosen: pickle it after "
+            "the first optimizer step, or choose at once (batches=… for get_peft_model)"
+        )

@@ -34,6 +34,7 @@ class Method:
 
     partial: ClassVar[bool] = False  # a folder holds only what was ever active
     in_place: ClassVar[bool] = False  # what trains are weights of the model itself
+    whole: ClassVar[bool] = False  # what was trained lies in weights of the model, at least in part
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
@@ -101,9 +102,17 @@ class Method:
         """Writes what else a resumed run needs; what the manifest says of it."""
         return {}
 
+    def carried(self) -> dict[str, torch.Tensor]:
+        """What else a plain `state_dict()` must take along for a run to go on from it."""
+        return {}
+
     def twin(self, model: nn.Module, config: Any, memo: dict[int, Any]) -> Method:
         """That of a deep copy of the model."""
         return type(self)(model, self.adapter, config)
+
+    def covers(self) -> bool:
+        """Whether the model's own weights hold what was trained just now."""
+        return False
 
     # ---- what it hears, and does nothing about unless it needs to
 
@@ -126,3 +135,5 @@ class Method:
     def switched(self, training: Set[str] | None, policy: str) -> None: ...
     # A state dict as in `found` is taken: `found` says of which modules, `folder` where it lies, where that is known.
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None: ...
+    def restore(self, carried: Mapping[str, torch.Tensor]) -> None: ...  # of a state dict: takes up what `carried` gave
+    def swapped(self) -> None: ...  # PEFT's `hotswap_adapter` is about to put another adapter's tensors there

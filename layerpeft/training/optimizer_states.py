@@ -91,6 +91,8 @@ def packed(store: Store) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, A
 
     Raises: TypeError for values that are neither tensors nor plain data.
     """
+    if any(t.is_pinned() for t in tensors_in(store.values())):
+        torch.accelerator.synchronize()  # copies that are still on their way
     found: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, state in store.items():
@@ -123,8 +125,6 @@ def save_store(folder: str | os.PathLike[str], store: Store) -> None:
     if not store or divided(store):
         path.unlink(missing_ok=True)
         return
-    if any(t.is_pinned() for t in tensors_in(store.values())):
-        torch.accelerator.synchronize()  # copies that are still on their way
     tensors, plain = packed(store)
     with replacing(path) as file:
         save_file(tensors, file, metadata={"plain": json.dumps(plain)})

@@ -19,7 +19,7 @@ from layerpeft.training import backward, verify
 from layerpeft.training.holdings import Holdings
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Tensors
-from layerpeft.training.optimizer_states import holders, load_store
+from layerpeft.training.optimizer_states import Store, holders
 from layerpeft.training.record import Record
 from layerpeft.training.switching import Switcher
 
@@ -35,6 +35,11 @@ class Once:
         self.method, self.holdings = method, Holdings(method)
         self.record: Record = method.config._layerpeft
         self.on_copy = on_copy  # told of a deep copy of the model, as soon as it is used
+
+    @property
+    def store(self) -> Store:
+        """Optimizer states that are away."""
+        return {}
 
     def training(self) -> Tensors:
         """Those that train now."""
@@ -52,6 +57,10 @@ class Once:
         """What trackers are told of the switches since they were last told."""
         return {}
 
+    def carried(self) -> dict[str, Any]:
+        """Where it stands, as plain data; empty where there is nothing to tell."""
+        return {}
+
     # ---- what it hears, and does nothing about
 
     def count(self, targets: Iterable[str]) -> None: ...  # these have trained
@@ -61,7 +70,7 @@ class Once:
     def before_step(self) -> None: ...  # before a real step
     def after_step(self, optimizer: Optimizer) -> None: ...  # after a real step
     def rest(self) -> None: ...  # a training has ended
-    def restore(self, folder: str) -> None: ...  # goes on where the run stood that saved this folder
+    def restore(self, moment: Mapping[str, Any], store: Store, where: str) -> None: ...  # goes on from there
     def copied(self, old: Any, memo: dict[int, Any]) -> None: ...  # in a deep copy of `old`: goes on where that stood
     def measure_anew(self) -> None: ...  # in a deep copy: puts hooks of its own in the place of those that came along
     def close(self) -> None: ...  # nobody follows, or measures, any more
@@ -84,6 +93,11 @@ class Scheduled(Once):
         self._round: Sequence[Optimizer] = ()  # those that have stepped since the schedule last counted a step
         self._trained: set[str] = set()
         self._told = -1  # the step up to which trackers were told of switches
+
+    @property
+    def store(self) -> Store:
+        """Optimizer states that are away."""
+        return self.switcher.store
 
     def training(self) -> Tensors:
         """Those that train now: all of them until an optimizer holds the pool."""
@@ -158,30 +172,28 @@ class Scheduled(Once):
         self.close()
         self._thaw()
 
-    def restore(self, folder: str) -> None:
-        """Goes on where the run stood that saved this folder.
+    def carried(self) -> dict[str, Any]:
+        """Where it stands, as plain data; empty before it has begun."""
+        if not self.switcher.standing.history:
+            return {}
+        config = json.loads(json.dumps(self.record.config))
+        return {"schedule": self.switcher.plain(), "config": config, "steps": self.record.steps_trained}
 
-        Raises: SaveError for a folder without a schedule; SelectionError where it was another one.
-        """
-        manifest = read_manifest(folder)
-        if not manifest.get("schedule"):
+    def restore(self, moment: Mapping[str, Any], store: Store, where: str) -> None:
+        """Goes on where the run stood that tells this. Raises: SaveError for parts; SelectionError where it was another one."""
+        if moment["schedule"].get("divided"):
             raise SaveError(
-                f"{folder} holds no schedule: layers that change while training cannot go on from an adapter alone; start from it "
-                "with PeftModel.from_pretrained(model, folder, is_trainable=True)"
-            )
-        if manifest["schedule"].get("divided"):
-            raise SaveError(
-                f"{folder} was saved by processes that each held a part of the optimizer's states (fully_shard), which are not in "
+                f"{where} was saved by processes that each held a part of the optimizer's states (fully_shard), which are not in "
                 "it; start from it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
-        differ = sorted(differences(_flat(manifest["config"]), _flat(json.loads(json.dumps(self.record.config)))))
+        differ = sorted(differences(_flat(moment["config"]), _flat(json.loads(json.dumps(self.record.config)))))
         if differ:
-            raise SelectionError(f"the run in {folder} was set up in another way ({'; '.join(differ)})")
+            raise SelectionError(f"the run in {where} was set up in another way ({'; '.join(differ)})")
         self.close()
         self._thaw()
-        with as_written(f"{folder} does not hold the schedule that was saved"):
-            self.switcher.restore(manifest["schedule"], load_store(folder))
-            steps = {int(r["layer"]): int(r["steps"]) for r in manifest["report"] if r.get("steps")}
+        with as_written(f"{where} does not hold the schedule that was saved"):
+            self.switcher.restore(moment["schedule"], store)
+            steps = {int(layer): int(count) for layer, count in moment["steps"].items()}
         self.record.steps_trained = steps
         self._trained = {t for t in self._trained if steps.get(self.switcher.layer_of[t])}
 
@@ -223,6 +235,18 @@ class Scheduled(Once):
             return
         known, turn = tuple(self.switcher.standing.known), self.switcher.standing.measured
         self._gauge = self.watch(Pending(self.method.model, self.switcher.examined, known, turn))
+
+
+def moment_in(folder: str) -> dict[str, Any]:
+    """Where the run stood that saved this folder. Raises: SaveError for a folder without a schedule."""
+    manifest = read_manifest(folder)
+    if not manifest.get("schedule"):
+        raise SaveError(
+            f"{folder} holds no schedule: layers that change while training cannot go on from an adapter alone; start from it "
+            "with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    steps = {r["layer"]: r["steps"] for r in manifest["report"] if r.get("steps")}
+    return {"schedule": manifest["schedule"], "config": manifest["config"], "steps": steps}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Following optimizer steps without any trainer's help: torch's global step hooks, and a callback where there is a Trainer."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,15 @@ from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
-from layerpeft.training.follower import FOLLOWERS, Follower, Tether, alive, followers_of
+from layerpeft.training import idle
+from layerpeft.training.follower import FOLLOWERS, Carrier, Follower, Tether, alive, followers_of
 from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
 from layerpeft.training.switching import NOT_UNDER, Switcher
 
 _installed: list[Any] = []
+_USED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def follow(
@@ -31,13 +34,24 @@ def follow(
     if home.tether is None:
         home.tether = Tether()
         model.register_load_state_dict_pre_hook(home.tether)
+        model.register_state_dict_post_hook(Carrier(home.tether))
     home.tether.followers.append(follower)
     FOLLOWERS.add(follower)
+    _install()
+    return follower
+
+
+def watch(model: nn.Module) -> None:
+    """Of a model whose adapter was loaded to be used: a training in which nothing of it would train is stopped."""
+    _USED.add(model)
+    _install()
+
+
+def _install() -> None:
     if not _installed:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     watch_saving(distributed.is_cut)
     trainer.install(_train_begin, _train_end, _state, _news, _packed)
-    return follower
 
 
 def check_trained(model: nn.Module) -> None:
@@ -50,6 +64,8 @@ def check_trained(model: nn.Module) -> None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    for model in list(_USED):
+        idle.refuse(model, optimizer)
     followers = alive()
     for follower in followers:
         follower.begin_step()
@@ -106,6 +122,8 @@ def _train_begin(
             raise TrainingError(f"select: {NOT_UNDER.format(backend=backend)}")
         refuse_fused(getattr(optimizer, "optimizer", optimizer))
         follower.begin((restored or {}).get(follower.adapter), merges)
+    if model is not None:
+        idle.refuse(model)
 
 
 def _train_end(model: nn.Module | None, output_dir: str) -> None:

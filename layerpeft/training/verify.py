@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from layerpeft.errors import SelectionError, differences
+from layerpeft.errors import SaveError, SelectionError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import local
 from layerpeft.model.names import clean
@@ -229,6 +229,23 @@ def unheld(tensors: Parameters, model: nn.Module, stepping: Optimizer) -> bool:
     if not any(p.grad is not None for group in tensors.values() for p in group.values()):
         return False
     return not holders(ids, stepping)
+
+
+def same_keys(model: nn.Module, ids: Set[int], state: Mapping[str, object], prefix: str, found: Set[str]) -> None:
+    """Raises: SaveError for tensors of an adapter that would load as nothing, and where some of a module in `found` are missing.
+
+    `ids`: of the adapter's own tensors.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    own = {prefix + n for n, p in named.items() if id(p) in ids and clean(n).partition(".lora_")[0] in found}
+    known = {prefix + n for n in (*named, *dict(model.named_buffers()))}
+    strange = [k for k in state if k.startswith(prefix) and ".lora_" in k and k not in known]
+    missing = sorted(own - state.keys())
+    if strange or missing:
+        raise SaveError(
+            f"what is loaded does not fit, so part of it would load as nothing. Missing: {some(missing) or 'none'}; without a "
+            f"place: {some(strange) or 'none'} (set_peft_model_state_dict takes what get_peft_model_state_dict gave)"
+        )
 
 
 def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:

@@ -53,28 +53,24 @@ class Waiting:
                 self.drop()
                 self.schedule.start()
             else:
-                self._settle(selection, optimizer)
+                self.settle(selection, optimizer)
             note(f"chosen before the first update: {selection.why}: {', '.join(map(str, selection.layers))}")
             return True
         pending.go_on()
         note(f"optimizer step {number} only measures ({pending.progress()}); no layer changes")
         return False
 
-    def keep(self, found: set[str]) -> bool:
-        """Makes it as the adapter that is loaded did, by its modules; False where that chose among others."""
-        kept = self.pending.keep(found) if self.pending is not None and not self.schedule.switches else None
-        if kept is not None:
-            self._settle(kept, None)
-        return kept is not None
+    def kept(self, found: set[str]) -> Selection | None:
+        """The choice that the adapter that is loaded made, by its modules; None where that chose among others."""
+        return self.pending.keep(found) if self.pending is not None and not self.schedule.switches else None
 
-    def _settle(self, selection: Selection, optimizer: Optimizer | None) -> None:
+    def settle(self, selection: Selection, optimizer: Optimizer | None = None) -> None:
         """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizers."""
         self.drop()
         chosen, tensors, model = set(selection.targets), self.holdings.tensors(), self.method.model
         removed = {id(p): p for t, group in tensors.items() if t not in chosen for p in group.values()}
         self.method.keep_only(chosen)
-        if optimizer is not None:
-            verify.forget(holders(self.holdings.ids() | removed.keys(), optimizer), removed)
+        verify.forget(holders(self.holdings.ids() | removed.keys(), optimizer), removed)
         for parameter in removed.values():
             parameter.requires_grad_(False).grad = None
         tuner = self._tuner()

@@ -26,7 +26,7 @@ from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.training.method import Method
 from layerpeft.tuners.lora.method import LoraMethod
-from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, _lora_fields, stock_config
+from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
 OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
@@ -242,7 +242,7 @@ def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
 
 def _plain(config: LayerLoraConfig, model: nn.Module) -> LoraConfig:
     check_patterns(config, (name for name, _ in model.named_modules()))
-    return LoraConfig(**_lora_fields(config))
+    return LoraConfig(**lora_fields(config))
 
 
 def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:

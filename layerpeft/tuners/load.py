@@ -14,9 +14,10 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unknown
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, header_of, read_json
+from layerpeft.integrations.peft import watch_keys
 from layerpeft.model import precisions
 from layerpeft.model.layers import base_of, stacks_of
-from layerpeft.model.names import clean
+from layerpeft.model.names import adapted, clean, upwards
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.precisions import KEPT, precision_of
 from layerpeft.quantization import apply
@@ -26,10 +27,10 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.saving.manifest import CONFIG, WEIGHTS, has_weights, read_manifest
+from layerpeft.saving.manifest import CONFIG, MANIFEST, WEIGHTS, has_weights, keys_in, read_manifest
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.typecheck import read_fields
-from layerpeft.text import note
+from layerpeft.text import note, some
 from layerpeft.training import backward, steps
 from layerpeft.training.record import HEAD, Record, read_record, record_of, write_record
 from layerpeft.tuners.assume import fixed
@@ -47,6 +48,7 @@ MODELS = {
 }
 
 Wish = LayerLoraConfig | LayerQuantConfig | Quantized | Mapping[str, Any]
+PREFIX = "base_model.model."  # of PEFT's names
 PEFT_OPTIONS = (
     "adapter_name", "config", "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping",
 )  # fmt: skip
@@ -246,14 +248,17 @@ def load_verified(
     kwargs["is_trainable"] = is_trainable
     record = read_record(manifest)
     config = adapter_config(folder)
+    watch_keys(adapted)
+    check_chosen(folder, record)
     if model is None:
         loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
     else:
         _check_base(folder, model, manifest)
         with as_written(f"{folder} cannot be put on this model"):
             loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
-    live = loaded.peft_config[kwargs.get("adapter_name", "default")]
-    live._layerpeft = record  # type: ignore[attr-defined]
+    adapter = kwargs.get("adapter_name", "default")
+    _check_keys(folder, loaded, adapter)
+    loaded.peft_config[adapter]._layerpeft = record  # type: ignore[attr-defined]
     _name_classes(base_of(loaded), classes_of(folder, {}))
     return loaded
 
@@ -288,6 +293,31 @@ class _Named:
     auto_mapping: dict[str, str | None] | None = None
 
 
+def check_chosen(folder: Path, record: Record) -> None:
+    """Raises: SaveError where the weights lack a target that the manifest says was chosen (of methods that save all of them)."""
+    held = {clean(k.removeprefix(PREFIX)) for k in keys_in(folder)}
+    inside = {n for k in held for n in upwards(k)}
+    whole = not METHODS.get(record.method, LayerLoraConfig).works_by.partial
+    chosen = record.selection.targets if whole and record.selection is not None else ()
+    # factors of experts, whose targets are parameters, lie in the module that has these
+    lost = [t for t in chosen if t not in inside and f"{t.rpartition('.')[0]}.lora_A" not in inside]
+    if lost:
+        raise SaveError(f"{folder} lacks what {MANIFEST} says was chosen: {some(lost)}")
+
+
+def _check_keys(folder: Path, loaded: peft.PeftModel, adapter: str) -> None:
+    """Raises: SaveError where the file's tensors are not those that the model has."""
+    there = {adapted(k) for k in keys_in(folder)}
+    kept = peft.get_peft_model_state_dict(loaded, adapter_name=adapter, save_embedding_layers=False)
+    missing = [k for k in kept if k not in there]
+    strange = sorted(there - kept.keys() - set(map(adapted, loaded.state_dict())))
+    if missing or strange:
+        raise SaveError(
+            f"the adapter in {folder} does not fit, so part of it would load as nothing. Missing: {some(missing) or 'none'}; "
+            f"without a place in the model: {some(strange) or 'none'}"
+        )
+
+
 def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]) -> peft.PeftModel:
     """Build the base model by the task type or class that adapter_config.json names, and put the adapter on it."""
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
@@ -314,7 +344,7 @@ def _check_base(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> 
     if isinstance(model, peft.PeftModel):
         raise SaveError("load() takes the base model, not a PeftModel; model.load_adapter(folder, name) adds to that")
     selection = manifest.get("selection") or {}
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    names = {adapted(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     lost = [name for name in selection.get("targets", ()) if name not in names]
     if lost:
         raise SaveError(
@@ -355,6 +385,8 @@ def load(
     if is_trainable:
         steps.follow(method, tuner)
         backward.install(tuner.model, record.selection.stack if record.selection is not None else None)
+    else:
+        steps.watch(tuner.model)
     return loaded
 
 

@@ -19,7 +19,7 @@ from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.text import note
 from layerpeft.training.record import read_record
-from layerpeft.tuners.load import MODELS, adapter_config, classes_of, load_verified
+from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, load_verified
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, write_merged
 
 TOKENIZER = (
@@ -52,7 +52,7 @@ def merge(
     if why := must_be_new(target):
         raise SaveError(why)
     manifest = read_manifest(source)
-    read_record(manifest)
+    check_chosen(source, read_record(manifest))
     config = adapter_config(source)
     where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
     if model is None and dtype is not None:

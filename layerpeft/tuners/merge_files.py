@@ -17,7 +17,7 @@ from layerpeft.errors import LayerpeftError
 from layerpeft.integrations.files import as_written
 from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
 from layerpeft.integrations.torch import give_back
-from layerpeft.model.names import upwards
+from layerpeft.model.names import adapted, upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
 from layerpeft.training.record import HEAD
 
@@ -138,6 +138,8 @@ def _sorted(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[str]]
     plain: dict[str, str] = {}
     for key in adapter.entries:
         name = key.removeprefix(PREFIX)
+        if adapted(name) != name:
+            raise NotPiecewise(f"{key} has the name of a model that was compiled or divided")
         if name in names:
             plain[name] = key
             continue

@@ -8,7 +8,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of, watch_loading
+from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean
 from layerpeft.quantization.apply import Quantized
@@ -20,6 +20,7 @@ from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
+from layerpeft.tuners import doors
 from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig, left_out
 from layerpeft.tuners.precision import after_choice, before_wrapping, check_schedule, stored, with_lasting_batches
 from layerpeft.tuners.stock import Recorded
@@ -90,7 +91,7 @@ class _Choosing(BaseTuner):
         method.place()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         method.wrap(found.examined.targets)
-        watch_loading()
+        doors.watch()
         _tell([*_left_out(config, model, found.examined), *method.told()], live, record)
         if getattr(live, "bias", None) == "all" and record.selection is not None:
             _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)

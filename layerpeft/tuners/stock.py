@@ -15,6 +15,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problem, Problems
 from layerpeft.integrations.peft import HEADS, renamed_leaves
 from layerpeft.model.layers import Target, base_of
+from layerpeft.model.names import adapted
 from layerpeft.model.new_modules import new_modules
 from layerpeft.model.targets import PARAMETERS, like
 from layerpeft.saving import manifest
@@ -22,6 +23,8 @@ from layerpeft.selection.select import Selection
 from layerpeft.text import note
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record, record_of, write_record
+
+NAMES = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # fields that name modules
 
 
 class Recorded(PeftConfig):
@@ -49,8 +52,18 @@ class Recorded(PeftConfig):
         bound = record.bound if record is not None and record.bound is not None and record.bound.alive else None
         chosen = record is not None and record.selection is not None
         whole = bound is not None and chosen and manifest.has_weights(save_directory)
+        os.makedirs(save_directory, exist_ok=True)
         twin = object.__new__(type(self))
-        twin.__dict__ |= vars(self) | (bound.as_stock(os.fspath(save_directory)) if bound is not None and whole else {})
+        fields = bound.as_stock(os.fspath(save_directory)) if bound is not None and chosen else {}
+        listed = getattr(self, "modules_to_save", None) if record is None else None
+        if listed and manifest.has_weights(save_directory):  # a pickled copy does not know what was ever active
+            keys = manifest.keys_in(save_directory)
+            fields = {"modules_to_save": [n for n in listed if any(f".{n}." in k for k in keys)]}
+        fields = vars(self) | fields
+        for name in NAMES:  # as in the user's own model, whatever was put around its modules
+            if isinstance(fields.get(name), list | set | tuple):
+                fields[name] = type(fields[name])(map(adapted, fields[name]))
+        twin.__dict__ |= fields
         super(Recorded, twin).save_pretrained(save_directory, **kwargs)
         if record is not None and not chosen:
             note(
@@ -77,7 +90,7 @@ class RecordedLoraConfig(Recorded, LoraConfig):
 def stock_config(config: Any, model: nn.Module, selection: Selection, targets: Sequence[Target]) -> Recorded:
     """The config that PEFT sees of a `LayerLoraConfig`: full names of the chosen targets, new heads to save, and a record."""
     kinds = {t.name: t.kind for t in targets}
-    given = _lora_fields(config)
+    given = lora_fields(config)
     born = new_modules(model) if config.train_new else ()
     if born:
         listed = [] if config.modules_to_save is None else list(config.modules_to_save)
@@ -94,6 +107,9 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
         "target_parameters": parameters or None,
         "exclude_modules": _namesakes(model, modules) or None,
     }
+    there = {adapted(n): n for n, _ in base_of(model).named_modules()}
+    for name in NAMES[:2]:  # PEFT looks for them under the names that compiled or divided blocks have
+        given[name] = given[name] and type(given[name])(there.get(n, n) for n in given[name])
     stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
     return stock.recorded(Record(plain_config(config), config.method, selection, new_tensors=born, asked=config.bare()))
 
@@ -165,6 +181,7 @@ def plain_config(config: Any) -> dict[str, Any]:
     return kept | {"peft_type": config.kind.value}
 
 
-def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+def lora_fields(config: LoraConfig) -> dict[str, Any]:
+    """What PEFT's own LoRA config takes of a config."""
     names = [f.name for f in fields(LoraConfig) if f.init and f.name != "peft_type"]
     return {name: copy.deepcopy(getattr(config, name)) for name in names}

@@ -8,6 +8,8 @@ import peft
 from torch import nn
 
 from layerpeft.errors import LayerMapError, LayerpeftError
+from layerpeft.integrations.peft import watch_keys
+from layerpeft.model.names import adapted
 from layerpeft.model.patterns import check_patterns
 from layerpeft.training import backward
 from layerpeft.tuners.config import LayerLoraConfig
@@ -29,6 +31,7 @@ def get_peft_model(
         peft_config = peft_config.with_batches(batches)
     if isinstance(peft_config, LayerLoraConfig) and peft_config.is_plain:  # any other is looked at where it chooses
         check_patterns(peft_config, (name for name, _ in model.named_modules()))
+    watch_keys(adapted)
     wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
     with suppress(LayerMapError):  # a model without repeated blocks has no layer to stop at
         backward.install(wrapped)

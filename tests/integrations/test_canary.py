@@ -13,6 +13,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraCo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap, save_and_load
 from trl import SFTTrainer
 
 from layerpeft.integrations.peft import LayerPeftType, refused_leaves
@@ -170,3 +171,14 @@ def test_add_adapter_hands_a_tuner_one_config_and_a_model_of_peft_a_dict():
     text = " ".join(inspect.getsource(peft.mapping.inject_adapter_in_model).split())
     assert re.search(r"tuner_cls\( ?model, peft_config,", text)
     assert "{adapter_name: peft_config}" in inspect.getsource(peft.PeftModel.__init__)
+
+
+def test_peft_looks_up_where_we_listen_when_it_is_called():
+    for name in ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load"):
+        assert inspect.ismethod(getattr(LoraModel, name)), name
+        assert f"tuner_cls.{name}(" in inspect.getsource(save_and_load), name
+    source = inspect.getsource(save_and_load.get_base_model_state_dict)
+    assert "_get_adapter_state_dict_key_prefixes(model)" in source
+    assert "hotswap_adapter_from_state_dict(" in inspect.getsource(hotswap.hotswap_adapter)
+    assert {"_check_target_module_exists", "_enable_peft_forward_hooks", "add_weighted_adapter"} <= set(dir(LoraModel))
+    assert "frozen_peft_weight_names" in dir(LoraLayer) and "delete_adapter" in dir(LoraLayer)

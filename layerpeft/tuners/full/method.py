@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from layerpeft.errors import LayerMapError
+from layerpeft.errors import ConfigError, LayerMapError
+from layerpeft.integrations.distributed import is_cut
 from layerpeft.integrations.files import replacing
 from layerpeft.model.layers import Target, base_of
 from layerpeft.text import size_text
@@ -29,7 +30,7 @@ class FullMethod(Method):
     """Trains weights in place. State is real here: masters, where they are asked for, and the optimizers that step on them."""
 
     partial = True
-    in_place = True
+    in_place = whole = True
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
         super().__init__(model, adapter, config)
@@ -139,6 +140,18 @@ class FullMethod(Method):
             self._saved = load_file(path)
         layer.put_back(self.model, self.adapter, found)
 
+    def covers(self) -> bool:
+        """While trained weights are shown."""
+        found = [state_of(w) for w in wrappers(self.model, self.adapter)]
+        return any(state.aside is not None and not state.shows_original for state in found)
+
+    def swapped(self) -> None:
+        """Raises: ConfigError, as PEFT swaps factors alone."""
+        raise ConfigError(
+            f"hotswap_adapter exchanges LoRA factors, and {self.adapter!r} trains the weights themselves: "
+            "model.load_adapter(folder, adapter_name) on a model that is wrapped the same way takes another folder's weights"
+        )
+
     def as_stock(self, folder: str) -> dict[str, Any]:
         """PEFT's file names the modules whose weights are there."""
         return {"modules_to_save": layer.saved_modules(self.model, self.adapter)}
@@ -155,6 +168,16 @@ class FullMethod(Method):
         else:
             path.unlink(missing_ok=True)
         return {}
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        """The masters, whole."""
+        held = self.masters.tensors(self._named(), list(self._steppers)) if self.masters is not None else {}
+        return {} if any(map(is_cut, held.values())) else held
+
+    def restore(self, carried: Mapping[str, torch.Tensor]) -> None:
+        """As from a folder: as soon as there is an optimizer."""
+        if self.masters is not None and carried:
+            self._saved = dict(carried)
 
     def _named(self) -> dict[str, nn.Parameter]:
         inside = {f"{t}|{n}": p for t, group in self.tensors().items() for n, p in group.items()}

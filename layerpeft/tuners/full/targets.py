@@ -9,7 +9,7 @@ from torch import nn
 from layerpeft.errors import MOST, ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Target
-from layerpeft.model.names import upwards
+from layerpeft.model.names import adapted, upwards
 from layerpeft.model.patterns import check_pattern
 from layerpeft.model.targets import MODULE, PARAMETERS, like, no_match
 from layerpeft.tuners.full.layer import Whole, is_bias
@@ -34,6 +34,12 @@ def whole_targets(base: nn.Module, layers: LayerMap, wanted: Wanted) -> tuple[Ta
     """
     _refuse_adapters(base)
     chosen = _chosen(base, layers, wanted)
+    hidden = next((p for p in chosen if adapted(p) != p), None)
+    if hidden is not None:
+        raise ConfigError(
+            f"{hidden} lies in a block that was compiled or wrapped by itself, and a folder would hold it under that name; "
+            "wrap the model first, and compile or wrap its blocks then"
+        )
     always = always_modules(base, wanted)
     kept = [p for p in chosen if not any(p == a or p.startswith(f"{a}.") for a in always)]
     found: dict[str, list[str]] = {}

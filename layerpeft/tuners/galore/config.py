@@ -17,12 +17,14 @@ from layerpeft.model.layers import Target, base_of
 from layerpeft.selection.typecheck import checked
 from layerpeft.text import note
 from layerpeft.training.method import Method
+from layerpeft.training.record import record_of
 from layerpeft.tuners.config import LayerLoraConfig, options_given
+from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.method import GaloreMethod
 from layerpeft.tuners.galore.subspace import SIDES
 from layerpeft.tuners.galore.watch import Refreshing
 from layerpeft.tuners.lora.method import LoraMethod
-from layerpeft.tuners.stock import RecordedLoraConfig
+from layerpeft.tuners.stock import RecordedLoraConfig, lora_fields
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
 SHARED = {
@@ -147,3 +149,11 @@ class ProjectedLoraConfig(RecordedLoraConfig):
     """What PEFT sees of a projection while it trains; its folder is a stock LoRA adapter, with the state to go on from."""
 
     projects: ClassVar[bool] = True
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As of any recorded one; of a pickled copy, which has no record, by the rank of the weights that are there."""
+        rank = saving.rank_in(save_directory) if record_of(self) is None else None
+        if rank is None:
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            LoraConfig(**lora_fields(self) | saving.stock_options(rank)).save_pretrained(save_directory, **kwargs)

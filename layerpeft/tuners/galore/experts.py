@@ -77,6 +77,11 @@ class ProjectedExperts(Projected, ParamWrapper):
         others = [a for a in self.active_adapters if a != state.adapter and a in self.lora_A]
         if self.disable_adapters or self.merged or state.adapter not in self.active_adapters:
             return ParamWrapper.forward(self, x, *args, **kwargs)
+        if self.scaling[state.adapter] != state.scale:
+            raise ConfigError(
+                f"{state.name}: experts that are trained by projection have no other scale than {state.scale}; rescale what "
+                "save_pretrained wrote, loaded by PeftModel.from_pretrained"
+            )
         if others:
             raise ConfigError(f"{state.name} is trained by projection and takes no second active adapter ({others[0]})")
         return _with_branch(self, x, *args, **kwargs)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from layerpeft.integrations.peft import lora_layers
@@ -16,16 +17,19 @@ from layerpeft.training.method import Method, Step
 from layerpeft.tuners.galore import saving
 from layerpeft.tuners.galore.experts import ProjectedExperts
 from layerpeft.tuners.galore.folds import Folds
-from layerpeft.tuners.galore.layer import project
+from layerpeft.tuners.galore.layer import project, release
 from layerpeft.tuners.galore.projection import Projection, state_of, weight_of
 from layerpeft.tuners.galore.refresh import Refresher
 from layerpeft.tuners.galore.subspace import side_of
 from layerpeft.tuners.galore.watch import Watcher
 from layerpeft.tuners.lora.method import LoraMethod
+from layerpeft.tuners.stock import lora_fields
 
 
 class GaloreMethod(LoraMethod):
     """LoRA modules with one factor fixed. State is real here: the refresher that renews it."""
+
+    whole = True
 
     def __init__(self, model: nn.Module, adapter: str, config: Any, watcher: Watcher | None = None) -> None:
         super().__init__(model, adapter, config)
@@ -103,10 +107,10 @@ class GaloreMethod(LoraMethod):
     def as_stock(self, folder: str) -> dict[str, Any]:
         """The sum of all that was trained as factors, and the options they are read by. Raises: SaveError."""
         asked, checks = self.asked, self.config._layerpeft.checks
-        ranks, errors = saving.write(folder, self.model, self.adapter, asked.identity, asked.max_rank)
-        if errors:
-            checks["max_rank"] = {"rank": asked.max_rank, "largest_error": max(errors)}
-        return saving.options(ranks, asked.r)
+        found = saving.write(folder, self.model, self.adapter, asked.identity, asked.max_rank)
+        if found["error"]:
+            checks["max_rank"] = {"rank": asked.max_rank, "largest_error": found["error"]}
+        return saving.stock_options(found["rank"])
 
     def twin(self, model: nn.Module, config: Any, memo: dict[int, Any]) -> Method:
         """Whose watcher is the one that its modules know."""
@@ -115,3 +119,15 @@ class GaloreMethod(LoraMethod):
     def close(self) -> None:
         """Stops watching."""
         self.refresher.watcher.close()
+
+    def covers(self) -> bool:
+        """While a working weight is shown."""
+        found = [state_of(layer) for _, layer in self.refresher.layers()]
+        return any(state.original is not None and state.working is None for state in found)
+
+    def swapped(self) -> None:
+        """What was folded was of the old adapter: from now on this is ordinary LoRA, which nobody follows."""
+        for _, layer in list(self.refresher.layers()):
+            release(layer)
+        configs: Any = self.model.peft_config
+        configs[self.adapter] = LoraConfig(**lora_fields(self.config))

@@ -9,6 +9,7 @@ and B (out, r·experts) with the experts innermost. `rights` and `lefts` see the
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
@@ -55,6 +56,16 @@ class Projection:
     beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
     watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
     watcher: Any = None  # called with (module, y, x), gives y
+    merging: bool = False  # PEFT asks just now what to add to a weight that has the folds in it
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While PEFT merges, or takes out again."""
+        self.merging = True
+        try:
+            yield
+        finally:
+            self.merging = False
 
     @property
     def key(self) -> str:
@@ -70,11 +81,13 @@ class Projection:
 def unscale(layer: Any) -> None:
     """Lets the trained factor's gradient be that of the projected problem; once for each tensor that takes its place."""
     state, trained = state_of(layer), trained_of(layer)
-    if state.scale != 1.0 and trained.requires_grad and not has_hook(trained, _Unscale):
-        trained.register_hook(_Unscale(1 / state.scale))
+    if state.scale != 1.0 and trained.requires_grad and not has_hook(trained, Unscale):
+        trained.register_hook(Unscale(1 / state.scale))
 
 
-class _Unscale:
+class Unscale:
+    """A hook that multiplies a gradient."""
+
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
@@ -192,9 +205,9 @@ def refold(layer: Any) -> None:
         ]
         return
     keep_original(layer)
-    working = state.working if state.working is not None else weight.data
+    original, working = original_of(layer), state.working if state.working is not None else weight.data
     for slot in state.slots:  # one expert at a time, so that no other whole weight is needed
-        whole = wide(state.original[slot].to(weight.device))
+        whole = wide(original[slot].to(weight.device))
         whole = whole + as_stored(layer, state.folds.sum(slot).to(whole))
         if weight.dtype in LOW:
             key = f"{state.key}|{state.folds.count}" + (f"|{slot}" if state.experts else "")
@@ -233,7 +246,27 @@ def restart(layer: Any) -> None:
         refold(layer)
     elif state.original is not None:
         show(layer, working=True)
-        weight_of(layer).data.copy_(state.original)
+        weight_of(layer).data.copy_(original_of(layer))
+
+
+def original_of(layer: Any) -> torch.Tensor:
+    """The weight as it was, in the type that the weight has been cast to since, by whatever means."""
+    state: Any = state_of(layer)
+    if state.original.dtype != weight_of(layer).dtype:
+        state.original = state.original.to(weight_of(layer).dtype)
+    return state.original
+
+
+@torch.no_grad()
+def drop(layer: Any) -> None:
+    """Forgets all folds: the weight is what it was."""
+    state: Any = state_of(layer)
+    if layer.merged:
+        layer.unmerge()
+    show(layer, working=False)
+    state.folds = Folds(state.folds.out, state.folds.into, experts=state.folds.experts)
+    state.original = state.working = None
+    state.beside, state.steps, state.due, state.refreshes, state.failed, state.overlap = [], 0, 0, 0, 0, None
 
 
 @torch.no_grad()
@@ -244,11 +277,11 @@ def show(layer: Any, *, working: bool) -> None:
         return
     weight = weight_of(layer)
     if working:
-        weight.data = state.working.to(weight.device)
+        weight.data = state.working.to(weight.device, weight.dtype)
         state.working = None
     else:
         state.working = weight.data
-        weight.data = state.original.to(weight.device)
+        weight.data = original_of(layer).to(weight.device)
 
 
 def held(layer: Any) -> Factors:
@@ -258,12 +291,23 @@ def held(layer: Any) -> Factors:
     """
     state, weight = state_of(layer), weight_of(layer)
     now = tuple(t.cpu() for t in running(layer))
-    if state.original is None or weight.dtype not in LOW or layer.merged:
+    if not _rounded(layer):
         both = stacked([state.folds.factors(), now])  # type: ignore[list-item]
         return both if both[0].shape[-1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
     working = state.working if state.working is not None else weight.data
-    change = working.float().cpu() - state.original.float().cpu()
+    change = working.float().cpu() - original_of(layer).float().cpu()
     return exactly(as_stored(layer, change) + now[0].float() @ now[1].float())
+
+
+def columns(layer: Any) -> int:
+    """How many columns the factors of `held` have."""
+    folds = state_of(layer).folds
+    most = min(folds.out, folds.into)
+    return most if _rounded(layer) else min(folds.rank + running(layer)[0].shape[-1], most)
+
+
+def _rounded(layer: Any) -> bool:
+    return state_of(layer).original is not None and weight_of(layer).dtype in LOW and not layer.merged
 
 
 @torch.no_grad()

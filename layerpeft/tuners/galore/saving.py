@@ -10,44 +10,75 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import pad
 
 from layerpeft.errors import SaveError, differences
-from layerpeft.integrations.files import as_written, note_in, replacing
+from layerpeft.integrations.files import as_written, header_of, note_in, replacing
+from layerpeft.integrations.peft import watch_states
 from layerpeft.saving import manifest
+from layerpeft.training.record import record_of
 from layerpeft.tuners.galore.folds import Factors, part, recompressed
-from layerpeft.tuners.galore.projection import fixed_of, held, projections, restore, state_of, tensors, trained_of
+from layerpeft.tuners.galore.projection import (
+    columns,
+    fixed_of,
+    held,
+    projections,
+    restore,
+    state_of,
+    tensors,
+    trained_of,
+)
 
 STATE = "layerpeft_state.safetensors"
-KEYS = ("lora_A.weight", "lora_B.weight")
+KEYS = ("lora_A", "lora_B")
 
 
 def write(
     folder: str | os.PathLike[str], model: nn.Module, adapter: str, identity: Mapping[str, Any], max_rank: int | None
-) -> tuple[dict[str, int], list[float]]:
-    """Puts the sum of all that was trained, as stock LoRA factors, into the weights that PEFT has just saved, and writes the state.
+) -> dict[str, Any]:
+    """Writes the state that a run goes on from beside the weights, which hold what `whole` gave.
 
-    `identity`: the options that a run which goes on from there must share. Returns the ranks by module, and the relative errors
-    of those that `max_rank` cut. Raises: SaveError for a module that is not among the saved weights.
+    `identity`: the options that such a run must share. Returns the rank of what was saved, and the largest relative error of what
+    `max_rank` cut.
     """
-    found = {n: (layer, *_cut(held(layer), max_rank)) for n, layer in projections(model, adapter)}
-    paths = {n: state_of(layer).path or n for n, (layer, *_) in found.items()}
-    weights, path = _read(folder)
-    prefix = next(
-        (k[: -len(f"{n}.{e}")] for k in weights for n in paths.values() for e in KEYS if k.endswith(f"{n}.{e}")), ""
-    )
-    missing = [n for n in found if f"{prefix}{paths[n]}.{KEYS[0]}" not in weights]
-    if missing:
-        raise SaveError(f"{folder}: {len(missing)} trained module(s) are not among the saved weights: {missing[0]}")
-    for name, (_, pair, _) in found.items():
-        for key, factor in zip(KEYS, _as_stock(*pair), strict=True):
-            weights[f"{prefix}{paths[name]}.{key}"] = factor.contiguous()
-    with replacing(Path(path)) as file:
-        save_file(weights, file, {"format": "pt"}) if path.endswith(".safetensors") else torch.save(weights, file)
-    state = {f"{n}|{k}": t.contiguous() for n, (layer, *_) in found.items() for k, t in tensors(layer).items()}
+    layers = dict(projections(model, adapter))
+    ranks = [columns(m) for m in layers.values()]
+    error = max((_cut(held(m), max_rank)[1] for m in layers.values() if max_rank), default=0.0)
+    state = {f"{n}|{k}": t.contiguous() for n, m in layers.items() for k, t in tensors(m).items()}
     with replacing(Path(folder, STATE)) as file:
         save_file(state, file, {"projection": json.dumps(dict(identity))})
-    ranks = {n: pair[0].shape[-1] for n, (_, pair, _) in found.items()}
-    return ranks, [error for *_, error in found.values() if error]
+    return {"rank": min(max(ranks), max_rank or max(ranks)), "error": error}
+
+
+def whole(
+    model: nn.Module, adapter: str, found: Mapping[str, torch.Tensor], max_rank: int | None
+) -> dict[str, torch.Tensor]:
+    """All that was trained, as a stock adapter whose alpha is its rank: in the place of the running period, of which `found` tells.
+
+    Every module has the same rank; where less is needed the rest is zeros. Raises: SaveError for the weights of another moment,
+    of which the folds are not known.
+    """
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if getattr(m, "_layerpeft", None) and hasattr(m, "lora_A")
+    }
+    layers = {n: m for n, m in layers.items() if state_of(m).adapter == adapter}
+    pairs = {n: _cut(held(m), max_rank)[0] for n, m in layers.items()}
+    rank = max((left.shape[-1] for left, _ in pairs.values()), default=0)
+    stock = {}
+    for name, layer in layers.items():
+        left, right = pairs[name]
+        more = rank - left.shape[-1]
+        factors = _as_stock(pad(left, (0, more)), pad(right, (0, 0, 0, more)))
+        for key, group, factor in zip(KEYS, (layer.lora_A, layer.lora_B), factors, strict=True):
+            path, now = f"{name}.{key}.{adapter}.weight", group[adapter].weight
+            given = found.get(path)
+            if given is None or given.shape != now.shape or not torch.equal(given.to(now.device), now):
+                raise SaveError(
+                    f"the weights given are not those of now ({path}), and what was folded before them is not among them: save a "
+                    "projection as it stands, model.save_pretrained(folder)"
+                )
+            stock[path] = factor.contiguous()
+    return stock
 
 
 def _cut(pair: Factors, max_rank: int | None) -> tuple[Factors, float]:
@@ -117,17 +148,30 @@ def _same(path: str, layers: Mapping[str, Any], saved: Mapping[str, Any], identi
                 raise SaveError(f"{path}: {name} was projected with a factor {was}, and here it has {now}")
 
 
-def options(ranks: Mapping[str, int], default: int) -> dict[str, Any]:
-    """The LoRA options under which saved factors of these ranks are read as they are: scaling 1 everywhere."""
-    most = max(ranks.values(), default=default)
-    pattern = {f"^{re.escape(n)}$": r for n, r in ranks.items() if r != most}
-    return {"r": most, "lora_alpha": most, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+def stock_options(rank: int) -> dict[str, Any]:
+    """The options of LoRA that the saved factors are read by."""
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], str]:
-    for name in manifest.WEIGHTS:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            tensors_only = name.endswith(".safetensors")
-            return load_file(path) if tensors_only else torch.load(path, weights_only=True, map_location="cpu"), path
-    raise SaveError(f"{folder} holds no weights of an adapter")
+def rank_in(folder: str | os.PathLike[str]) -> int | None:
+    """The rank of the linears that a folder holds factors of; None where it holds none. Raises: SaveError for experts."""
+    path = Path(folder, manifest.WEIGHTS[0])
+    shapes = {n: shape for n, (shape, _) in header_of(path).items() if ".lora_" in n} if path.is_file() else {}
+    ranks = {shape[0] if ".lora_A." in n else shape[1] for n, shape in shapes.items()}
+    if len(ranks) > 1:
+        raise SaveError(
+            f"{folder}: experts that a pickled copy of a projection has trained are saved by the original alone"
+        )
+    return max(ranks, default=None)
+
+
+def watch() -> None:
+    """Lets PEFT's own ways to read an adapter find all that was trained, in this process."""
+    watch_states(_whole)
+
+
+def _whole(model: nn.Module, config: Any, adapter: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not getattr(config, "projects", False):
+        return {}
+    record = record_of(config)
+    return whole(model, adapter, found, record.asked.max_rank if record is not None else None)

@@ -92,9 +92,9 @@ class Watcher:
 
         `rows`: which of the flattened rows went through which expert.
         """
-        if self._off or not y.is_floating_point():
-            return y
         name, trained = state_of(layer).name, trained_of(layer)
+        if self._off or not y.is_floating_point() or not trained.requires_grad:
+            return y
         if name not in self._seen or self._seen[name].parameter is not trained:
             self.forget(name)
             handle = trained.register_post_accumulate_grad_hook(partial(self._count, name))

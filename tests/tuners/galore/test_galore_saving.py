@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from layerpeft.errors import ConfigError
-from layerpeft.tuners.galore.projection import running, state_of, trained_of
+from layerpeft.tuners.galore.projection import held, running, state_of, trained_of
 from tests.helpers.loops import llama
 from tests.helpers.processes import without_the_package
 from tests.helpers.projecting import (
@@ -132,13 +132,33 @@ def factors(folder, name):
     return [weights[k] for k in keys]
 
 
+def most(model):
+    """The one rank of a saved adapter: that of the module which needs most."""
+    return max(held(layer)[0].shape[1] for layer in modules(model).values())
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_one_rank_and_one_alpha_hold_for_every_module(saved, scene):
+    model, folder = saved[scene]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    scales = {config["lora_alpha"] / t.shape[0] for k, t in weights.items() if ".lora_A." in k}
+    assert scales == {1.0} and config["rank_pattern"] == config["alpha_pattern"] == {}
+    for name, layer in modules(model, "mine" if scene == "named" else "default").items():
+        left, right = factors(folder, name)
+        exact = held(layer)
+        assert left.shape[1] == config["r"] and torch.equal(left[:, : exact[0].shape[1]], exact[0])
+        torch.testing.assert_close(left @ right, exact[0] @ exact[1], atol=1e-8, rtol=1e-6)
+
+
 def test_more_rank_than_the_weight_has_is_saved_exactly(saved):
     model, folder = saved["beyond"]
     for name, layer in modules(model).items():
         folds = state_of(layer).folds
         assert folds.count * RANK > min(folds.out, folds.into) and folds.dense is not None and not folds.pieces
         left, right = factors(folder, name)
-        assert left.shape[1] == min(folds.out, folds.into)
+        rank = min(folds.out, folds.into)
+        assert left.shape[1] == most(model) >= rank and not left[:, rank:].any() and not right[rank:].any()
         now = running(layer)
         assert close(left @ right, folds.sum() + now[0] @ now[1], 1e-8)
         held = layer.get_base_layer().weight.detach() - state_of(layer).original
@@ -151,7 +171,8 @@ def test_fewer_columns_are_stacked(saved):
         left, right = factors(folder, name)
         folds = state_of(layer).folds
         columns = (folds.count + 1) * RANK
-        assert left.shape[1] == right.shape[0] == min(columns, folds.out, folds.into)
+        needed = min(columns, folds.out, folds.into)
+        assert left.shape[1] == right.shape[0] == most(model) and not left[:, needed:].any()
         assert columns < min(folds.out, folds.into) or "v_proj" in name
 
 
