@@ -45,8 +45,8 @@ CASES = {  # method, select, micro-batches per step
 
 
 def watch_switches():
-    killing.watch_functions(SWITCH, switching, ("take", "put_away", "bring_back"))
-    killing.watch_functions(SWITCH, optimizer_states, ("packed",))
+    killing.watch_functions(SWITCH, switching, ("take",))
+    killing.watch_functions(SWITCH, optimizer_states, ("put_away", "bring_back", "packed"))
 
 
 class Last(TrainerCallback):
