@@ -186,7 +186,8 @@ class Check:
         try:
             return made(trainer, method, select, fields)
         except LayerpeftError as error:
-            chosen = [i for i in error.items if isinstance(i, LayerpeftError) and i.problems[0].path[:1] == ("select",)]
+            deeper = [item for item in error.items if isinstance(item, LayerpeftError)]
+            chosen = [item for item in deeper if any(p.path[:1] == ("select",) for p in item.problems)]
             others = [item for item in error.items if item not in chosen]
             found = [problem for choice in chosen for problem in choice.listed()]
             rest = LayerpeftError(*others, title=error.title).listed() if others else ()
