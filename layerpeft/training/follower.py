@@ -300,6 +300,7 @@ class Tether:
 
     def __init__(self, followers: list[Any] | None = None) -> None:
         self.followers = followers or []
+        self.carries = False  # whether the model's state dict takes along where a run stands
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         found = state.pop(prefix + KEY, None) if any(f.live for f in self.followers) else None
@@ -309,6 +310,7 @@ class Tether:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tether:
         twin = memo[id(self)] = Tether()
+        twin.carries = self.carries
         twin.followers += [t for f in self.followers if (t := f.twin(memo)) is not None]
         FOLLOWERS.update(twin.followers)
         return twin

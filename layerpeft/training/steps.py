@@ -34,6 +34,8 @@ def follow(
     if home.tether is None:
         home.tether = Tether()
         model.register_load_state_dict_pre_hook(home.tether)
+    if not home.tether.carries and (switcher is not None or type(method).carried is not Method.carried):
+        home.tether.carries = True
         model.register_state_dict_post_hook(Carrier(home.tether))
     home.tether.followers.append(follower)
     FOLLOWERS.add(follower)
