@@ -74,6 +74,8 @@ def recorded(place: str | os.PathLike[str]) -> Quantized:
     """The precisions that a folder of an adapter, or its `layerpeft.json`, records. Raises: QuantizationError."""
     path = Path(place)
     path = path / MANIFEST if path.is_dir() else path
+    if not path.exists():
+        raise QuantizationError(f"no record of precisions at {path}: there is no such file")
     found = read_json(path, QuantizationError).get("quant")
     if found is None:
         raise QuantizationError(f"{path} records no precisions: its base was not quantized by layer")
