@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
                 continue
             if not header:
                 header = cells
-                twice = sorted({name for name in header if name and header.count(name) > 1})
+                twice = sorted(name for name, times in Counter(header).items() if name and times > 1)
                 if twice:
                     yield first, Broken(f"the header has the column {twice[0]!r} twice; give one of them another name")
                     return
@@ -161,8 +162,7 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return made
 

@@ -17,6 +17,7 @@ from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
 from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
 from layerpeft.recipe.shipped import expanded, looked_for, resolve
+from layerpeft.text import some
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # what `columns` may define, by trainer: each tuple is one complete set
@@ -197,7 +198,7 @@ def column_problems(
         found = []
         for name, template in columns.items():
             for missing in sorted(set(template_columns(template)) - set(have)):
-                sentence = f"no column {missing!r} in the data; it has {', '.join(have)}.{hint(missing, have)}"
+                sentence = f"no column {missing!r} in the data; it has {_names(have)}.{hint(missing, have)}"
                 found.append((name, sentence))
         return found
     if trainer == "classification":
@@ -212,12 +213,17 @@ def column_problems(
         return [("", f"{said}, as in {example}")]
     if any(form <= set(have) for form in forms):
         return []
-    names = ", ".join(repr(name) if name != name.strip() else name for name in have)
     other = next((mark for mark in ";\t|" if len(have) == 1 and mark in have[0]), None)
     more = (
         f" (one column, with {other!r} in its name: a .csv has commas between its cells, a .tsv tabs)" if other else ""
     )
-    return [("", f"the rows need {wanted}, and have {names}{more}; say what is what, as in {example}")]
+    return [("", f"the rows need {wanted}, and have {_names(have)}{more}; say what is what, as in {example}")]
+
+
+def _names(have: list[str]) -> str:
+    """Columns in a message: as many of them, and as much of each, as anybody reads."""
+    short = [name if len(name) <= 80 else f"{name[:80]}…" for name in have]
+    return some([repr(name) if name != name.strip() else name for name in short], 40, " and {} more")
 
 
 def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -502,7 +508,7 @@ def _label(value: Any, classes: tuple[str, ...], cure: str) -> str:
     text = _text("label", value)
     if classes and text not in classes:
         if not text.isdecimal() or int(text) >= len(classes):
-            raise Unfit(f"has the label {text}, which is not among those that the data declares: {', '.join(classes)}")
+            raise Unfit(f"has the label {text}, which is not among those that the data declares: {_names([*classes])}")
         text = classes[int(text)]
     number = isinstance(value, float | Written) and not text.lstrip("+-").isdecimal()
     if number or (not classes and _MEASURED.fullmatch(text)):

@@ -99,7 +99,7 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
     modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
     wrong = unmatched(config, model, kinds)
     if wrong:
-        raise ConfigError(*wrong)
+        raise ConfigError(*(ConfigError(problem, title=problem.path[-1]) for problem in wrong))
     _refuse_saved_targets(given["modules_to_save"], selection.targets)
     _refuse_renamed_targets(model, modules)
     given |= {

@@ -216,6 +216,20 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     # the architecture: each at the line of its own key
     "targets_of_all": (block("select: all, target_modules: [q_porj, v_proj]"), ["line 7", "'q_porj'", "'q_proj'?"]),
     "exclusions": (block("select: last:2, exclude_modules: [qproj]"), ["line 7: exclude_modules: 'qproj'", "'q_proj'"]),
+    "ranks": (block("select: last:2, rank_pattern: {q_porj: 4}"), ["line 7: rank_pattern: 'q_porj'", "matches no"]),
+    "ranks_of_others": (
+        block(r"select: last:2, rank_pattern: {'layers\.3\..*': 4}"),
+        ["line 7: rank_pattern", "matches no"],
+    ),
+    "alphas_doubled": (
+        block(r"select: all, alpha_pattern: {'layers\\.3\\..*': 4}"),
+        ["line 7: alpha_pattern", "matches no"],
+    ),
+    "saved": (block("select: last:2, modules_to_save: [embed]"), ["line 7: modules_to_save: 'embed'", "matches no"]),
+    "saved_full": (
+        block("method: full, select: last:2, modules_to_save: [embed]"),
+        ["line 7: modules_to_save: 'embed'", "matches no"],
+    ),
     "no_parameters": (
         block("select: last:2, target_parameters: [w]"),
         ["line 7: target_parameters: 'w'", "none of that"],

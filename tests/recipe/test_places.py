@@ -76,6 +76,7 @@ def test_paths_lie_in_the_current_folder_or_beside_the_recipe(home: Path) -> Non
     for key, name in (("model_name_or_path", "models/none"), ("dataset_name", "rowz.jsonl"), ("by", "scores.json")):
         assert f"(looked for {Path.cwd() / name} and {home / name})" in texts.pop(key)
     assert texts == {}
+    assert load_recipe(recipe, [*by_place, "output_dir=~nobody-here/x"])["output_dir"] == "~nobody-here/x"
 
 
 def test_saved_scores_lie_beside_the_recipe(home: Path) -> None:

@@ -54,7 +54,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def commands(said: str) -> list[list[str]]:
     """The commands that are printed under "next:", as a shell reads them."""
     lines = said[said.index("next:") :].splitlines()[1:]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(("  layerpeft ", "  python "))]
+    lexers = [
+        shlex.shlex(line, posix=True, punctuation_chars=True)
+        for line in lines
+        if line.startswith(("  layerpeft ", "  python "))
+    ]
+    for lexer in lexers:
+        lexer.whitespace_split = True
+    return [list(lexer) for lexer in lexers]
 
 
 def runs(words: list[str]) -> None:
@@ -95,9 +102,11 @@ def test_what_is_said_and_every_command_that_is_printed(
         "my run/recipe.yaml",
         "output_dir=my run-again",
     ]
-    assert main(["score", "recipe.yaml", "output_dir=two words", "layerpeft.select.keep=1"]) == 0
+    capsys.readouterr()
+    assert main(["score", "recipe.yaml", "output_dir=two;touch words", "layerpeft.select.keep=1"]) == 0
     for words in commands(capsys.readouterr().out):
-        assert len({w.partition("=")[0] for w in words}) == len(words)
+        assert len({w.partition("=")[0] for w in words}) == len(words) and "two;touch words" in " ".join(words)
+        assert not {";", "touch", "words"} & {*words}
 
 
 @pytest.mark.slow

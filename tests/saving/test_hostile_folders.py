@@ -20,6 +20,7 @@ from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import digest_of, fingerprint, read_json
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import save_model
+from layerpeft.recipe.shipped import recipes
 from layerpeft.recipe.train import draw_curve
 from layerpeft.saving import owned
 from layerpeft.saving.manifest import MANIFEST, read_manifest
@@ -110,15 +111,16 @@ def test_links_are_not_ours_and_a_limit_on_checkpoints_removes_nothing_else(out)
 
 def test_in_the_folder_of_a_project_nothing_is_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    mine = ("README.md", "log.jsonl", "scores.json", "compare.json", "layers.csv")
-    for name in mine:
-        (tmp_path / name).write_text("mine")
+    mine = dict.fromkeys(["README.md", "log.jsonl", "scores.json", "compare.json", "layers.csv"], "mine")
+    mine = {**mine, "recipe.yaml": recipes()["quickstart"].read_text() + "# mine\n"}  # the one that is run
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
     for command in ("train", "score", "compare"):
         asked = ["overwrite_output_dir=true"] * (command == "train")
         words = ["layerpeft.select={by: snr, keep: 1}", "output_dir=.", *asked]
-        assert main([command, "quickstart", *words]) == 2
+        assert main([command, "recipe.yaml", *words]) == 2
         assert "did not write" in capsys.readouterr().err
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(mine, "mine")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == mine
     assert owned.room(tmp_path, ["scores.json"]) == tmp_path / "layerpeft"  # what came to lie there meanwhile
     draw_curve([{"step": 1, "loss": 1.0}], tmp_path / "training_loss.png")
 

@@ -94,6 +94,9 @@ def test_ranks_and_patterns(tmp_path):
     }
     assert layers["q_proj"].lora_dropout["default"].p == 0.25
     assert not besides(moved(model)) and reloads(model, tmp_path)
+    wrong = {"rank_pattern": {"q_porj": 8}, "alpha_pattern": {r"layers\\.0": 3}}
+    with pytest.raises(ConfigError, match=r"rank_pattern: 'q_porj' matches no(.|\n)*alpha_pattern: .* matches no"):
+        wrap(**wrong)
 
 
 @row("target_modules")
