@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import transformers
 from transformers import TrainerCallback, trainer
 
 from layerpeft import text
@@ -237,6 +238,9 @@ def test_what_other_libraries_print_is_shown_on_request(
         warnings.warn(said, stacklevel=1)
         return loading(*args, **kwargs)
 
+    # the library's own handler keeps the stream that stood for stderr when it was imported
+    talking = transformers.utils.logging.get_logger("transformers").handlers[0]
+    monkeypatch.setattr(talking, "stream", sys.stderr)
     monkeypatch.setattr(scoring, "load_model", loud)
     assert main(["score", "classes.yaml"]) == 0
     quiet = capfd.readouterr().err

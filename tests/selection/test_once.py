@@ -193,7 +193,7 @@ def test_a_recipe_with_bits_is_loaded(built: Counter[str]) -> None:
 
 
 def test_a_recipe_is_planned(built: Counter[str]) -> None:
-    assert forecast("quickstart", [*FEW, "max_length=8", "per_device_train_batch_size=1"]).plan.trainable
+    assert forecast("quickstart", [*FEW, "max_length=128", "per_device_train_batch_size=1"]).plan.trainable
     assert +built == {"parsed": 1, "walked": 2, "built": 1}
 
 

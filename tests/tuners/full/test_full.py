@@ -387,7 +387,7 @@ def test_options_of_lora_are_refused_all_at_once():
 def test_names_that_match_nothing_are_refused_with_the_nearest():
     assert fails(SelectionError, "Did you mean 'up_proj'", target_modules=["up_porj"])
     assert fails(SelectionError, "Did you mean 'mlp'|Modules there", exclude_modules=["mpl"])
-    assert fails(ConfigError, "did you mean 'embed_tokens'", modules_to_save=["embed_token"])
+    assert fails(ConfigError, "Did you mean 'embed_tokens'", modules_to_save=["embed_token"])
 
 
 def test_names_that_peft_would_mix_up_are_refused():
@@ -412,8 +412,12 @@ def test_weights_that_are_packed_are_refused_by_name():
     for index in (0, 3):
         base.model.layers[index].self_attn.q_proj = Packed(32)
         base.model.layers[index].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), False)
-    with pytest.raises(ConfigError, match="the weights of 4 modules are quantized") as caught:
+    with pytest.raises(
+        ConfigError, match="the weights of 2 modules are quantized"
+    ):  # those of other layers stay frozen
         wrap(base)
+    with pytest.raises(ConfigError, match="the weights of 4 modules are quantized") as caught:
+        wrap(base, select=[0, 3])
     for index in (0, 3):
         assert f"model.layers.{index}.self_attn.q_proj" in str(caught.value)
         assert f"model.layers.{index}.mlp.up_proj" in str(caught.value)

@@ -161,7 +161,7 @@ def test_a_recipe_scores_as_it_would_train(tmp_path, capsys):
     [
         ("{method: full, select: last:2, target_modules: [nrom]}", "'nrom' matches nothing in the layers"),
         ("{method: full, select: last:2, exclude_modules: [mlpp]}", "'mlpp' matches nothing in the layers"),
-        ("{method: full, select: last:2, modules_to_save: [lm_haed]}", "did you mean 'lm_head'?"),
+        ("{method: full, select: last:2, modules_to_save: [lm_haed]}", "Did you mean 'lm_head'?"),
         ("{method: full, select: all, target_modules: [nrom]}", "'nrom' matches nothing in the layers"),
         ("{method: full, select: last:2, lora_dropout: 0.1}", "lora_dropout=0.1: LoRA's own"),
         ("{method: full, select: last:2, master_weights: 2}", "master_weights: expected true or false"),
