@@ -217,6 +217,8 @@ def parse_json(text: str, finite: bool = True, kind: Any = dict) -> Any:
         )
     except RecursionError as why:
         raise ValueError("it is nested too deep") from why
+    except json.JSONDecodeError as why:
+        raise ValueError(f"no JSON: {why}") from why
     if not isinstance(found, kind):
         raise ValueError("it holds something else")
     return found

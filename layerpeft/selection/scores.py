@@ -85,8 +85,8 @@ class Scores:
         """
         if not Path(path).is_file():
             raise ScoreError(f"no scores file at {path}")
-        data = read_json(path, ScoreError)
-        if isinstance(data.get("selection"), dict):
+        data = read_json(path, ScoreError, kind=object)
+        if isinstance(data, dict) and isinstance(data.get("selection"), dict):
             data = data["selection"].get("scores")
         if not isinstance(data, dict):
             raise ScoreError(f"{path} holds no scores")

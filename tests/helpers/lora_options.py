@@ -60,7 +60,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [3, 5]},
     "ensure_weight_tying": {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]},
-    "alora_invocation_tokens": {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
+    # a token that stands in the shared batch: without one there is no gradient
+    "alora_invocation_tokens": {"alora_invocation_tokens": [20], "task_type": "CAUSAL_LM"},
     "layers_to_transform": {"layers_to_transform": [1], "target_modules": ["q_proj"]},
     "layers_pattern": {"layers_pattern": "layers", "layers_to_transform": 1, "target_modules": ["q_proj"]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},

@@ -255,7 +255,7 @@ def test_ensure_weight_tying(tmp_path):
 @row("alora_invocation_tokens")
 def test_alora():
     model = wrap(**OPTIONS["alora_invocation_tokens"])
-    ids = torch.tensor([[7, 8, 9, 5, 10, 11]])
+    ids = torch.tensor([[7, 8, 9, 20, 10, 11]])
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
     for _ in range(2):
