@@ -150,7 +150,7 @@ class Projected:
         if not torch.compiler.is_compiling():
             projection.unscale(self)
             fixed, trained = projection.fixed_of(self), projection.trained_of(self)
-            if fixed.dtype != trained.dtype:  # PEFT casts what does not train to another type
+            if fixed.dtype.itemsize < trained.dtype.itemsize:  # PEFT casts what does not train to 16 bit
                 fixed.data = fixed.data.to(trained.dtype)
         if _in_one(self, x, args, kwargs):
             y = self.base_layer(x)
