@@ -94,7 +94,7 @@ def test_fewer_layers_are_chosen_in_the_same_way(select):
 
 
 @pytest.mark.parametrize(
-    "choice", ["layerpeft.select=last:3", "layerpeft.select={by: gradient_norm, keep: 3, num_batches: 1}"]
+    "choice", [repeated("layerpeft.select=last:3"), "layerpeft.select={by: gradient_norm, keep: 3, num_batches: 1}"]
 )
 def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

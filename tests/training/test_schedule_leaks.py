@@ -143,6 +143,7 @@ CASES += [("lora", "offload", BY_GRADIENT), ("full", "clear", BY_GRADIENT)]
 
 
 @LATE
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("method", "state", "select"), CASES, ids=lambda v: v.get("by", "uniform") if isinstance(v, dict) else v
 )
