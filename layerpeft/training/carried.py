@@ -61,7 +61,7 @@ def packed(by_adapter: Mapping[str, Carried]) -> torch.Tensor:
     tensors = {
         f"{a}|{n}": t.detach().cpu().contiguous() for a, (held, _) in by_adapter.items() for n, t in held.items()
     }
-    facts = json.dumps({adapter: facts for adapter, (_, facts) in by_adapter.items()}).encode()
+    facts = json.dumps({adapter: facts for adapter, (_, facts) in by_adapter.items()}, sort_keys=True).encode()
     return _bytes(save(tensors | {_FACTS: _bytes(facts)}))
 
 
