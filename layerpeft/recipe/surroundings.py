@@ -48,15 +48,6 @@ CODE = {
 
 # what to install for a tracker whose package is called otherwise
 PIP = {"comet_ml": "comet-ml", "azure_ml": "azureml-core"}
-# what from_pretrained would be told past the keys that say which code runs
-CODE = {
-    "trust_remote_code": "write it at the top level, where it is seen: trust_remote_code: true",
-    "code_revision": "write model_revision at the top level: a model and its code are of one revision",
-    "weights_only": "pickles are not run; take the key out",
-    "use_kernels": "fetches code; take the key out",
-    "kernel_config": "fetches code; take the key out",
-    "allow_all_kernels": "runs code of any origin; take the key out",
-}
 
 
 def _of(key: str, sentence: str) -> Problem:
