@@ -138,10 +138,13 @@ def _how_to_go_on(recipe: Recipe, started: float) -> str:
     last = last_checkpoint(folder) if folder.is_dir() else None
     if last is None or (Path(last).stat().st_mtime < started and not recipe["resume_from_checkpoint"]):
         return "nothing was saved (save_steps says after how many steps a run does)"
-    changed = {"resume_from_checkpoint": True} | (
-        {"overwrite_output_dir": False} if recipe["overwrite_output_dir"] else {}
-    )
-    return f"{Path(last).name} is the last that was saved; go on with\n  {command_of(recipe, changed)}"
+    return f"{Path(last).name} is the last that was saved; go on with\n  {_again(recipe)}"
+
+
+def _again(recipe: Recipe) -> str:
+    """The command that goes on from the last checkpoint; resuming and writing over the run exclude each other."""
+    never = {"overwrite_output_dir": False} if recipe["overwrite_output_dir"] else {}
+    return command_of(recipe, {"resume_from_checkpoint": True} | never)
 
 
 @contextlib.contextmanager
@@ -158,10 +161,7 @@ def _room(recipe: Recipe) -> Iterator[None]:
         with contextlib.suppress(LayerpeftError, OSError):
             if (folder / MANIFEST).stat().st_mtime >= began and read_manifest(folder):
                 last, kept = None, f"the adapter in {folder} is whole, what stands beside it is not"
-        words = shlex.join([recipe.source, *(s for s in recipe.settings if not s.startswith("overwrite_output_dir"))])
-        again = (
-            f"; with more room, layerpeft train {words} resume_from_checkpoint=true goes on from there" if last else ""
-        )
+        again = f"; with more room, {_again(recipe)} goes on from there" if last else ""
         raise SaveError(
             f"output_dir: no room is left on the disk of {folder} ({told(error, 200)}); {kept}{again}"
         ) from error
