@@ -176,8 +176,11 @@ class Scheduled(Once):
         """Where it stands, as plain data; empty before it has begun."""
         if not self.switcher.standing.history:
             return {}
-        config = json.loads(json.dumps(self.record.config))
-        return {"schedule": self.switcher.plain(), "config": config, "steps": self.record.steps_trained}
+        return {"schedule": self.switcher.plain(), "config": self._config(), "steps": self.record.steps_trained}
+
+    def _config(self) -> dict[str, Any]:
+        """What was asked for, as it stands in a file."""
+        return json.loads(json.dumps(self.record.config))
 
     def restore(self, moment: Mapping[str, Any], store: Store, where: str) -> None:
         """Goes on where the run stood that tells this. Raises: SaveError for parts; SelectionError where it was another one."""
@@ -186,7 +189,7 @@ class Scheduled(Once):
                 f"{where} was saved by processes that each held a part of the optimizer's states (fully_shard), which are not in "
                 "it; start from it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
-        differ = sorted(differences(_flat(moment["config"]), _flat(json.loads(json.dumps(self.record.config)))))
+        differ = sorted(differences(_flat(moment["config"]), _flat(self._config())))
         if differ:
             raise SelectionError(f"the run in {where} was set up in another way ({'; '.join(differ)})")
         self.close()
