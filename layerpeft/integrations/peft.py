@@ -177,6 +177,10 @@ CUT = (
 )
 
 
+_saving: ContextVar[bool] = ContextVar("layerpeft_saving", default=False)
+is_saving = _saving.get  # whether `PeftModel.save_pretrained` is writing just now
+
+
 @functools.cache
 def watch_saving(is_part: Callable[[Any], bool]) -> None:
     """Lets `PeftModel.save_pretrained` refuse parts of weights before it writes anything. A second call changes nothing."""
@@ -189,7 +193,11 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
         tensors = self.parameters() if given is None else given.values()
         if followed and any(map(is_part, tensors)):
             raise SaveError(CUT)
-        return original(self, *args, **kwargs)
+        token = _saving.set(True)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _saving.reset(token)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError, TrainingError, differences
 from layerpeft.integrations import distributed
-from layerpeft.integrations.peft import loading_folder
+from layerpeft.integrations.peft import is_saving, loading_folder
 from layerpeft.integrations.torch import running_backward
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.names import clean
@@ -326,6 +326,8 @@ class Carrier:
         self.tether = tether
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if is_saving():  # a folder keeps them in files of their own, and PEFT would throw this away
+            return
         found = {
             f.adapter: carried for f in self.tether.followers if f.live and (carried := taken(f.method, f.schedule))
         }

@@ -106,3 +106,12 @@ def test_what_is_carried_comes_back():
     found = unpacked(packed(given))
     assert found["a"][1] == {"n": [1, None]} and found["b"] == ({}, {})
     assert torch.equal(found["a"][0]["x|y"], given["a"][0]["x|y"]) and found["a"][0]["x|y"].dtype == torch.bfloat16
+
+
+def test_a_folder_does_not_pack_what_it_keeps_in_files_of_its_own(tmp_path, monkeypatch):
+    model = MAKERS["full, masters"]()
+    run(model, adamw(model), range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("layerpeft.training.follower.packed", lambda _: pytest.fail("packed for nothing"))
+        model.save_pretrained(tmp_path / "saved")
+    assert any(name.endswith(KEY) for name in model.state_dict())
