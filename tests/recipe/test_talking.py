@@ -240,6 +240,8 @@ def test_what_other_libraries_print_is_shown_on_request(
     library, heard = logging.getLogger("bitsandbytes.somewhere"), logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(library, "handlers", [heard])
     library.setLevel(logging.WARNING)
+    monkeypatch.setattr(library, "disabled", False)  # whatever was set up before
+    logging.disable(logging.NOTSET)
     monkeypatch.setattr(scoring, "load_model", loud)
     assert main(["score", "classes.yaml"]) == 0
     quiet = capfd.readouterr().err
