@@ -37,11 +37,6 @@ def agreed(facts: list[bool]) -> list[bool]:
     return [int(n) == world_size() for n in add_up(torch.tensor(facts, dtype=torch.int64))] if facts else []
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's own part of a tensor that is cut up over processes; the tensor itself where it is not."""
-    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
-
-
 @dataclass(frozen=True)
 class Part:
     """This process's part of a tensor, on the CPU, and how the whole is cut up."""
@@ -65,11 +60,6 @@ def put_together(part: Part, device: torch.device) -> torch.Tensor:
     here = part.part.to(device, non_blocking=True)
     options: dict[str, Any] = {"run_check": False, "shape": part.shape, "stride": part.stride}
     return DTensor.from_local(here, part.mesh, part.placements, **options)
-
-
-def is_cut(tensor: Any) -> bool:
-    """Whether each process holds a part of this tensor only (FSDP2)."""
-    return hasattr(tensor, "to_local")
 
 
 def from_first(value: Any) -> Any:

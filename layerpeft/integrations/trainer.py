@@ -1,16 +1,19 @@
 """transformers' Trainer: the callback that every trainer built later gets by itself, and the moment before it clips gradients."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from accelerate.state import GradientState
 from torch.autograd import Variable
 
+from layerpeft.integrations.engines.engine import Engine
+from layerpeft.integrations.engines.known import asked_for
+
 NAME = "LayerPeftCallback"
 
 
 def install(
+    built: Callable[[Any, Engine | None], None],
     begin: Callable[..., None],
     end: Callable[..., None],
     state: Callable[..., dict[str, Any]],
@@ -19,7 +22,8 @@ def install(
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
-    `begin(model, restored, merges, backend, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
+    `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
+    `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
     checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
     `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
     Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
@@ -41,6 +45,7 @@ def install(
         def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if args.n_gpu > 1 and packed(kwargs.get("model")):
                 args._n_gpu = 1
+            built(kwargs.get("model"), asked_for(args))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.model = kwargs.get("model")
@@ -50,7 +55,7 @@ def install(
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             merges = bool(getattr(args, "use_vllm", False))
             restored = attributes.get("records") if state.global_step else None
-            begin(self.model, restored, merges, backend(args), kwargs.get("optimizer"))
+            begin(self.model, restored, merges, asked_for(args), kwargs.get("optimizer"))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if isinstance(logs, dict) and args.report_to:
@@ -60,21 +65,6 @@ def install(
             end(self.model, args.output_dir)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
-
-
-def backend(args: Any) -> str | None:
-    """What splits the optimizer over processes, in ways that tensors cannot be switched on and off under.
-
-    `args`: the training arguments, or anything with their attributes; `accelerate launch` says it in the environment.
-    """
-    if getattr(args, "deepspeed", None) or _launched("DEEPSPEED"):
-        return "DeepSpeed"
-    on_cpu = getattr(args, "use_cpu", False) or _launched("CPU")  # where Accelerate runs DDP in the place of FSDP
-    return "FSDP" if (getattr(args, "fsdp", None) or _launched("FSDP")) and not on_cpu else None
-
-
-def _launched(name: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
 
 def last_micro_batch() -> bool:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layerpeft.errors import ConfigError, NothingSeenError, Problems, ScoreError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.losses import DIVIDING, IGNORED
 from layerpeft.integrations.torch import widest
 from layerpeft.model.evaluating import evaluating, to_model
@@ -66,7 +67,7 @@ def check_roundable(model: nn.Module, assignment: Assignment, storage: Storage) 
             problems.add(f"{name} ({type(module).__name__}) is no linear with a weight of its own")
         elif precision_of(module) != KEPT:
             problems.add(f"{name} is stored in {precision_of(module)} already")
-        elif weight.device.type == "meta" or distributed.is_cut(weight):
+        elif weight.device.type == "meta" or is_cut(weight):
             problems.add(f"the weight of {name} is not here as a whole")
         else:
             rows, columns = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]

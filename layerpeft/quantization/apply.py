@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layerpeft.errors import Problems, QuantizationError
-from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import as_written
 from layerpeft.integrations.peft import watch_wrapping
 from layerpeft.model import precisions
@@ -243,7 +243,7 @@ def _why_not(base: nn.Module, name: str, module: Any, asked: str, there: str, st
     weight = module.weight
     if weight.device.type == "meta":
         return "has no weight here (offloaded, or not loaded yet)"
-    if distributed.is_cut(weight):
+    if is_cut(weight):
         return "is cut up over processes (fully_shard); quantize before that"
     out, inner = weight.shape
     if not precisions.fits(asked, out, inner, storage):

@@ -75,7 +75,7 @@ class Check:
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
         method, select, fields, config = self.block(good.get("layerpeft"), trainer, path.parent)
-        self.add_all(surroundings.backend_problems(good, select))
+        self.add_all(surroundings.engine_problems(good, config))
         if trainer:
             judged = "columns" not in self.wrong
             self.add_all(surroundings.data_problems(good, trainer, self.purpose, judged, path.parent))

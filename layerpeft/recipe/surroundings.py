@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told, unknown
-from layerpeft.integrations.trainer import backend
+from layerpeft.integrations.engines.known import asked_for
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
@@ -25,8 +25,7 @@ from layerpeft.saving.checkpoints import checkpoint_troubles, last_checkpoint
 from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST
 from layerpeft.saving.owned import RECORD, completed, files_below, strangers
 from layerpeft.text import some
-from layerpeft.training.switching import NOT_UNDER
-from layerpeft.tuners.config import QUANT_FIELDS
+from layerpeft.tuners.config import QUANT_FIELDS, LayerLoraConfig
 from layerpeft.tuners.merge import TOKENIZER
 
 # what each command writes into output_dir
@@ -286,15 +285,16 @@ def _precision_problems(block: Any, quantized: bool) -> list[Problem]:
     return found
 
 
-def backend_problems(good: Mapping[str, Any], select: Any) -> list[Problem]:
-    """A schedule of layers under what divides the optimizer among the processes."""
-    name = backend(SimpleNamespace(**good))
-    if name is None or not isinstance(select, Mapping) or select.get("reselect_steps") is None:
+def engine_problems(good: Mapping[str, Any], config: LayerLoraConfig | None) -> list[Problem]:
+    """What is asked for and cannot be right under the engine of the training arguments, or of `accelerate launch`."""
+    engine = asked_for(SimpleNamespace(**good))
+    if engine is None or config is None:
         return []
-    sentence = NOT_UNDER.format(backend=name)
-    if good.get(name.lower()):
-        return [_of(name.lower(), sentence)]
-    return [Problem(("layerpeft", "select"), f"select: {sentence} (accelerate launch has asked for {name})")]
+    found = engine.refusals(sorted(config.needs(batches=True)))
+    if good.get(engine.argument):
+        return [_of(engine.argument, sentence) for sentence in found]
+    why = f"(accelerate launch has asked for {engine.name})"
+    return [Problem(("layerpeft", "select"), f"select: {sentence} {why}") for sentence in found]
 
 
 def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from layerpeft.errors import TrainingError, raise_faults
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.model.layers import layer_map
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import note
@@ -143,8 +144,8 @@ class Checks:
         if not found:  # with a stack that need not run (a tower, and a batch without images), or a fault
             selection = self.record.selection
             return selection is not None and layer_map(self.method.model).stack != selection.stack
-        blank = not any(bool(distributed.local(g).any()) for g in found)
-        return distributed.everywhere(blank) if any(map(distributed.is_cut, found)) else blank
+        blank = not any(bool(local(g).any()) for g in found)
+        return distributed.everywhere(blank) if any(map(is_cut, found)) else blank
 
     def _pass_over(self, fresh: Iterable[str]) -> None:
         self._unshown.update(fresh)

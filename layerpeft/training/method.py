@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from layerpeft.integrations.engines.engine import Need
 from layerpeft.model.layers import Target
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
@@ -35,6 +36,7 @@ class Method:
     partial: ClassVar[bool] = False  # a folder holds only what was ever active
     in_place: ClassVar[bool] = False  # what trains are weights of the model itself
     whole: ClassVar[bool] = False  # what was trained lies in weights of the model, at least in part
+    needs: ClassVar[frozenset[Need]] = frozenset()  # what an engine must be able to do for it
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:

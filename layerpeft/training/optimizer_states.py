@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from layerpeft.integrations.distributed import Part, is_cut, local, part_of, put_together
+from layerpeft.integrations.distributed import Part, part_of, put_together
+from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.files import note_in, replacing
 
 FILE = "layerpeft_optimizer.safetensors"

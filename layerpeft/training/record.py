@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.files import as_written, set_aside
 from layerpeft.saving.manifest import BITS, MANIFEST, PICTURES, write_manifest
 from layerpeft.saving.owned import strangers
@@ -53,6 +54,7 @@ class Record:
     checks: dict[str, Any] = field(default_factory=dict)
     new_tensors: tuple[str, ...] = ()
     idle_experts: tuple[str, ...] = ()
+    needs: frozenset[Need] = frozenset()  # what an engine must be able to do
     rows: Mapping[str, Any] | None = None  # what became of a recipe's rows
     quantized: Any = None  # what is stored in which precision
     schedule: Any = None  # of a choice that is made again: what knows where it stands

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SaveError, SelectionError, differences
-from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import as_written
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.scoring import Measured
@@ -134,7 +134,7 @@ class Scheduled(Once):
         stepping = self.holdings.stepping()
         self.holdings.forget()  # `fully_shard` puts other tensors in the place of those there were
         tensors = self.holdings.tensors()
-        kinds = {distributed.is_cut(p) for group in tensors.values() for p in group.values()}
+        kinds = {is_cut(p) for group in tensors.values() for p in group.values()}
         if len(kinds) > 1 or not (stepping or holders(self.holdings.ids())):
             self.holdings.forget()
             return

@@ -9,6 +9,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.engines.engine import Engine
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
@@ -18,7 +20,7 @@ from layerpeft.training.follower import FOLLOWERS, Carrier, Follower, Tether, al
 from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
-from layerpeft.training.switching import NOT_UNDER, Switcher
+from layerpeft.training.switching import Switcher
 
 _installed: list[Any] = []
 _USED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -52,8 +54,8 @@ def watch(model: nn.Module) -> None:
 def _install() -> None:
     if not _installed:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
-    watch_saving(distributed.is_cut)
-    trainer.install(_train_begin, _train_end, _state, _news, _packed)
+    watch_saving(is_cut)
+    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed)
 
 
 def check_trained(model: nn.Module) -> None:
@@ -112,16 +114,22 @@ def _packed(model: nn.Module | None) -> bool:
     return model is not None and bool(known_of(base_of(model)).marks)
 
 
+def _built(model: nn.Module | None, engine: Engine | None) -> None:
+    """A trainer is. Raises: TrainingError for what cannot be right under its engine."""
+    found = [s for f in followers_of(model) for s in engine.refusals(f.record.needs)] if engine is not None else []
+    if found:
+        raise TrainingError("select: " + "\n".join(dict.fromkeys(found)))
+
+
 def _train_begin(
     model: nn.Module | None,
     restored: dict[str, Any] | None,
     merges: bool,
-    backend: str | None = None,
+    engine: Engine | None = None,
     optimizer: Any = None,
 ) -> None:
+    _built(model, engine)
     for follower in followers_of(model):
-        if follower.schedule.switches and backend is not None:
-            raise TrainingError(f"select: {NOT_UNDER.format(backend=backend)}")
         refuse_fused(getattr(optimizer, "optimizer", optimizer))
         follower.begin((restored or {}).get(follower.adapter), merges)
     if model is not None:

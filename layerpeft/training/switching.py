@@ -22,11 +22,6 @@ from layerpeft.training.method import Tensors
 from layerpeft.training.report import LayerReport
 from layerpeft.training.verify import ids_of
 
-NOT_UNDER = (
-    "layers cannot change while training under {backend}, which divides the optimizer among the processes for good; "
-    "use DDP (torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
-)
-
 
 @dataclass
 class Standing:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SaveError, SelectionError, differences
 from layerpeft.integrations import distributed
-from layerpeft.integrations.distributed import local
+from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import some
@@ -142,7 +142,7 @@ def _finite(tensors: Parameters) -> dict[str, bool]:
 
 
 def _cut(tensors: Parameters) -> bool:
-    return any(distributed.is_cut(p) for group in tensors.values() for p in group.values())
+    return any(is_cut(p) for group in tensors.values() for p in group.values())
 
 
 def not_held(tensors: Parameters, known: Set[int]) -> list[str]:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
+from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
 from layerpeft.model.patterns import check_patterns
@@ -21,7 +22,7 @@ from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.chooses import Chooses
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.scoring import needs_batches
+from layerpeft.selection.scoring import live_only, needs, needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.training.method import Method
@@ -205,6 +206,19 @@ class LayerLoraConfig(Chooses, LoraConfig):
     def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
         """The method of an adapter that PEFT has read from a folder; `trains`: it is to be trained further."""
         return cls.works_by(model, adapter, live)
+
+    def needs(self, batches: bool) -> frozenset[Need]:
+        """What an engine must be able to do for it; `batches`: whether some are there before training, for scores."""
+        found: set[Need] = set(self.works_by.needs)
+        if self.quantizes:
+            found.add("packed")
+        if self.is_scheduled:
+            found.add("schedule")
+        elif needs_batches(self.choosing):
+            found.add("batches" if batches and not live_only(self.choosing) else "wait")
+        elif needs(self.choosing) == "weights":
+            found.add("weights")
+        return frozenset(found)
 
     @property
     def is_scheduled(self) -> bool:

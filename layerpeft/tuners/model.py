@@ -8,6 +8,8 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.engines.engine import Need
+from layerpeft.integrations.engines.known import asked_for
 from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean
@@ -83,10 +85,11 @@ class _Choosing(BaseTuner):
             return
         keep_cpu_layout(model)
         config = with_lasting_batches(given)
+        needs = _possible(config)
         found = prepare(config, model)
         live = self.peft_config[adapter_name] = found.stock
         method, record = live.bind(model, adapter_name), live._layerpeft
-        record.quantized = stored(config, model, found.wanted)
+        record.needs, record.quantized = needs, stored(config, model, found.wanted)
         record.quantize = after_choice(config) if record.selection is None else None
         method.place()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -97,6 +100,16 @@ class _Choosing(BaseTuner):
             _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
         _follow(method, self, found)
         become_stock(self, *stock_of(type(live)))
+
+
+def _possible(config: LayerLoraConfig) -> frozenset[Need]:
+    """What an engine must be able to do for it. Raises: ConfigError where `accelerate launch` has asked for one that cannot."""
+    problems, engine = Problems("the layers cannot be trained this way"), asked_for()
+    needs = config.needs(batches=not config.is_deferred)
+    for sentence in engine.refusals(needs) if engine is not None else ():
+        problems.add(sentence, "select")
+    problems.raise_if_any(ConfigError)
+    return needs
 
 
 def _left_out(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> list[str]:

@@ -7,7 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layerpeft.integrations.distributed import Part, awaits_every_gradient, is_cut, local
+from layerpeft.integrations.distributed import Part, awaits_every_gradient
+from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.training.optimizer_states import bring_back, divided, put_away
 from tests.helpers.loops import llama

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, check_trained, get_peft_model
 from layerpeft.cli import main as main_of_cli
 from layerpeft.errors import TrainingError
-from layerpeft.integrations import trainer as trainers
-from layerpeft.training.steps import _train_begin
+from layerpeft.integrations.engines.known import asked_for
+from layerpeft.training.steps import _built, _train_begin
 from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
 from tests.helpers.scheduling import pool_tensors, switcher_of, trainer_of
@@ -158,25 +159,29 @@ def test_trainer_in_two_processes_and_resumed(ranks, method, select, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "backend"),
+    ("args", "name"),
     [
         (SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}}, fsdp=[]), "DeepSpeed"),
-        (SimpleNamespace(deepspeed=None, fsdp=["full_shard"], use_cpu=False), "FSDP"),
+        (SimpleNamespace(deepspeed=None, fsdp=["full_shard"], use_cpu=False), "FSDP2"),
+        (SimpleNamespace(fsdp=True, fsdp_config={"version": 1}), "FSDP"),
         (SimpleNamespace(deepspeed=None, fsdp=["full_shard"], use_cpu=True), None),  # accelerate runs DDP then
         (SimpleNamespace(deepspeed=None, fsdp=[]), None),
     ],
 )
-def test_backends_that_divide_the_optimizer_are_refused_when_training_begins(args, backend):
+def test_engines_that_divide_the_optimizer_are_refused_before_training_begins(args, name):
     model = wrap("lora", "uniform")
-    assert trainers.backend(args) == backend
-    if backend is None:
-        _train_begin(model, None, False, trainers.backend(args))
+    engine = asked_for(args)
+    if name is None:
+        assert engine is None
+        _train_begin(model, None, False, engine)
         assert switcher_of(model).standing.step == 0 and pool_tensors(model)
         return
-    with pytest.raises(TrainingError, match=f"(?s)under {backend}, .*use DDP .*fully_shard"):
-        _train_begin(model, None, False, trainers.backend(args))
+    assert engine is not None
+    for refused in (_built, partial(_train_begin, restored=None, merges=False)):
+        with pytest.raises(TrainingError, match=f"(?s)under {name}, .*use DDP .*fully_shard"):
+            refused(model, engine=engine)
     plain = get_peft_model(llama(), LayerLoraConfig(select="last:1", target_modules=["q_proj"]))
-    _train_begin(plain, None, False, backend)  # a choice that is made once is none of theirs
+    _train_begin(plain, None, False, engine)  # a choice that is made once is none of theirs
 
 
 RECIPE = """\
@@ -193,7 +198,7 @@ layerpeft: {method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}}
     ("line", "environment", "words"),
     [
         ("deepspeed: {zero_optimization: {stage: 2}}", "", "line 7: deepspeed: layers cannot .* under DeepSpeed"),
-        ("fsdp: full_shard", "", "line 7: fsdp: layers cannot change while training under FSDP"),
+        ("fsdp: full_shard", "", "line 7: fsdp: layers cannot change while training under FSDP2"),
         (
             "",
             "ACCELERATE_USE_FSDP",

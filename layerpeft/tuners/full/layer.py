@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
-from layerpeft.integrations.distributed import is_cut, local
+from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.peft import ModulesToSaveWrapper
 from layerpeft.model.names import clean
 from layerpeft.model.weights import change_of

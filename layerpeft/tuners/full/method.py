@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import ConfigError, LayerMapError
-from layerpeft.integrations.distributed import is_cut
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import replacing
 from layerpeft.model.layers import Target, base_of
 from layerpeft.text import size_text
@@ -31,6 +31,7 @@ class FullMethod(Method):
 
     partial = True
     in_place = whole = True
+    needs = frozenset(("in_place",))
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
         super().__init__(model, adapter, config)

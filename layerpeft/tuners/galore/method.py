@@ -30,6 +30,7 @@ class GaloreMethod(LoraMethod):
     """LoRA modules with one factor fixed. State is real here: the refresher that renews it."""
 
     whole = True
+    needs = frozenset(("projection",))
 
     def __init__(self, model: nn.Module, adapter: str, config: Any, watcher: Watcher | None = None) -> None:
         super().__init__(model, adapter, config)

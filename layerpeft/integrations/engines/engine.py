@@ -1,0 +1,48 @@
+"""What there is to know of a way to train one model on several processes."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+# What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
+# that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights.
+Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed"]
+Part = Literal["weights", "gradients", "states"]
+
+FIXED = (
+    "layers cannot change while training under {name}, which divides the optimizer among the processes for good; use DDP "
+    "(torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine. `key`: its name in commands; `name`: what users call it; `argument`: the training argument that asks for it.
+
+    `asked(args)`: whether training arguments (or what has their attributes), or `accelerate launch` by its environment, ask for it.
+    `divides`: of what each process holds a part only. `is_part`, `local`: whether a tensor is cut up by it, and this process's own
+    part of such a tensor; `whole`: all of it, in every process, each of which must ask. `cannot`: what cannot be right, why, and
+    the way out, as a sentence with `{name}` in it.
+    """
+
+    key: str
+    name: str
+    argument: str
+    asked: Callable[[Any], bool]
+    divides: frozenset[Part] = frozenset()
+    is_part: Callable[[Any], bool] = lambda _: False
+    local: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    whole: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    cannot: Mapping[Need, str] = field(default_factory=dict)
+
+    def refusals(self, needs: Iterable[Need]) -> list[str]:
+        """A sentence for each of these that it cannot do."""
+        return [self.cannot[need].format(name=self.name) for need in needs if need in self.cannot]
+
+
+def launched(name: str) -> bool:
+    """Whether `accelerate launch` has asked for this (DEEPSPEED, FSDP, CPU) in the environment."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
