@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from layerpeft import __version__
 from layerpeft.errors import LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
 from layerpeft.integrations import code, noise
+from layerpeft.planning.engines import ENGINES
 from layerpeft.recipe.shipped import find_recipe, recipes
 from layerpeft.text import is_first, left_behind
 
@@ -128,18 +129,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     add("train", "train a recipe", recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
-    planning.add_argument("--fit", metavar="SIZE", help="find the largest choice that fits into SIZE, as 24GB")
-    planning.add_argument(
-        "--accelerator", action="store_true", help="count as on a GPU, even where there is none (default: what is here)"
-    )
-    planning.add_argument(
-        "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
-    )
-    planning.add_argument(
-        "--run-code",
-        action="store_true",
-        help="let code that comes with the recipe or its model run, which it does not here",
-    )
+    _planning(planning)
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
     comparing.add_argument(
@@ -164,6 +154,25 @@ def _parser() -> tuple[_Parser, list[str]]:
     for sub in (planning, scoring, comparing, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
+
+
+def _planning(planning: argparse.ArgumentParser) -> None:
+    planning.add_argument("--fit", metavar="SIZE", help="find the largest choice that fits into SIZE, as 24GB")
+    planning.add_argument(
+        "--accelerator", action="store_true", help="count as on a GPU, even where there is none (default: what is here)"
+    )
+    planning.add_argument(
+        "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
+    )
+    planning.add_argument(
+        "--processes", type=int, metavar="N", help="also what one of N cards holds, and what passes between them"
+    )
+    planning.add_argument("--engine", metavar="NAME", help=f"of those processes: {', '.join(ENGINES)} (default: ddp)")
+    planning.add_argument(
+        "--run-code",
+        action="store_true",
+        help="let code that comes with the recipe or its model run, which it does not here",
+    )
 
 
 def _recipes(args: argparse.Namespace) -> None:

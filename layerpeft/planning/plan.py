@@ -21,8 +21,9 @@ from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.parts import Wrapped, half, put_to_sleep, store, training
+from layerpeft.planning.share import Share, share
 from layerpeft.planning.text import plan_lines
-from layerpeft.planning.trace import Pass, Step, _passes, _recompute, trace
+from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
 from layerpeft.training import backward
 from layerpeft.training.method import Method
 from layerpeft.training.record import record_of
@@ -48,6 +49,7 @@ class Plan:
 
     `kept`: a pass that keeps its activations; `recomputed`: one with checkpointing (None where the model has none);
     `everything`: operations of training all weights, in the same order. `checkpointing` says which of the two applies.
+    `share`: what one of several cards holds, where there are several.
     """
 
     rows: tuple[PlanRow, ...]
@@ -63,6 +65,7 @@ class Plan:
     checkpointing: bool
     stop: backward.Stop
     assumed: tuple[str, ...]
+    share: Share | None = None
 
     @property
     def applies(self) -> Pass:
@@ -118,10 +121,11 @@ def plan(
     step = step or Step()
     found, bare = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     wrapped, full = found.model, copy.deepcopy(bare).train()
+    divided = share(found, optimizer, step, (batch_size, length), checkpointing, inputs) if step.cards else None
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
-    full_kept, full_recomputed = _passes(full, batch_size, length, step, inputs)
+    full_kept, fullrecomputed = _passes(full, batch_size, length, step, inputs)
     cost = training(found, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
@@ -135,11 +139,27 @@ def plan(
         optimizer=optimizer,
         kept=kept,
         recomputed=recomputed,
-        everything=(full_kept.flops, full_recomputed and full_recomputed.flops),
+        everything=(full_kept.flops, fullrecomputed and fullrecomputed.flops),
         checkpointing=checkpointing,
         stop=found.stop,
         assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
+        share=divided,
     )
+
+
+def one_of(
+    model: nn.Module | str | Path,
+    config: peft.PeftConfig,
+    *,
+    batch_size: int,
+    length: int,
+    optimizer: str,
+    checkpointing: bool,
+    step: Step,
+) -> Share:
+    """`plan(...).share` alone: one trace instead of five. Raises: as `plan`."""
+    found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    return share(found, optimizer, step, (batch_size, length), checkpointing)
 
 
 def peak_bytes(
@@ -152,11 +172,13 @@ def peak_bytes(
     checkpointing: bool,
     step: Step,
 ) -> int:
-    """`plan(...).peak_bytes` alone: one trace instead of four. Raises: as `plan`."""
+    """`plan(...).peak_bytes` alone, of one card where there are several: one trace instead of four. Raises: as `plan`."""
     found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    if step.cards is not None:
+        return share(found, optimizer, step, (batch_size, length), checkpointing).together
     with as_traced(found.model):
         if checkpointing:
-            _recompute(found.model, step)
+            recompute(found.model, step)
         activations = trace(found.model, batch_size, length, step).peak
     cost = training(found, optimizer, step.optim_args)
     return found.weights + cost.masters + cost.gradients + cost.states + activations
@@ -170,7 +192,7 @@ def layers_that_train(
     found, _ = _wrapped(model, config, [], step)
     rows = _rows(found)
     trained = [row.layer for row in rows if row.trains]
-    return trained, _recompute(found.model, step), found.weights, len(trained) < len(rows)
+    return trained, recompute(found.model, step), found.weights, len(trained) < len(rows)
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:

@@ -23,6 +23,35 @@ def plan_lines(found: Any) -> list[str]:
     lines += _parts(found)
     where = "the bottom" if found.stop.layer is None else f"layer {found.stop.layer}"
     lines.append(f"backward pass: down to {where} ({found.stop.why})")
+    lines += [f"assumed: {text}" for text in found.assumed]
+    return lines if found.share is None else [*lines, "", *share_lines(found.share)]
+
+
+def share_lines(found: Any) -> list[str]:
+    """The lines of a Share: a card's bytes by part, and what passes between the cards in a step."""
+    names = {
+        "weights": "weights, its part", "masters": "float32 copies", "gradients": "gradients", "states": "optimizer",
+        "activations": "activations", "gathered": "whole weights at once", "buffers": "buffers of collectives",
+    }  # fmt: skip
+    rows = [(names[name], size_text(size)) for name, size in found.parts.items() if size or name == "weights"]
+    lines = grid(
+        [(f"one of {found.processes} cards, {found.engine}", ""), *rows, ("together", size_text(found.together))], "<>"
+    )
+    moved = found.traffic
+    steps = [
+        ("gathered, forward pass", moved.forward),
+        ("gathered, backward pass", moved.backward),
+        ("gradients", moved.reduced),
+    ]
+    table = [(name, f"{one.times:,}", size_text(one.bytes)) for name, one in steps]
+    table += [("weights after the step", "", size_text(moved.updated))] if moved.updated else []
+    table.append(("a card receives", "", size_text(moved.received)))
+    lines += ["", *grid([("traffic of a step", "times", "bytes"), *table], "<>")]
+    if found.kept is not None:
+        lines.append(
+            f"frozen blocks above the cut, gathered twice: {found.kept.units}; kept whole in between they take "
+            f"{size_text(found.kept.held)} on a card and save {size_text(found.kept.saved)} of the backward pass"
+        )
     return lines + [f"assumed: {text}" for text in found.assumed]
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from layerpeft.errors import ConfigError, told
 from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations
 from layerpeft.model.layers import base_of
+from layerpeft.planning.engines import Cards
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Step:
 
     `autocast`: the type of mixed precision; `checkpointing_kwargs`: as in TrainingArguments; `fused_head`: TRL's loss, which
     never forms the logits (SFT, DPO, GRPO), and `in_place`: counted as on an accelerator; `quantization`: a
-    BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step.
+    BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step; `cards`: how many there are, and their engine.
     """
 
     autocast: torch.dtype | None = None
@@ -127,6 +128,7 @@ class Step:
     optim_args: str | None = None
     quantization: Any = None
     accumulation: int = 1
+    cards: Cards | None = None
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------
@@ -140,10 +142,10 @@ def _passes(
         add_head(model)
     with as_traced(model):
         kept = trace(model, batch_size, length, step, inputs)
-        return kept, trace(model, batch_size, length, step, inputs) if _recompute(model, step) else None
+        return kept, trace(model, batch_size, length, step, inputs) if recompute(model, step) else None
 
 
-def _recompute(model: nn.Module, step: Step) -> bool:
+def recompute(model: nn.Module, step: Step) -> bool:
     """Turns checkpointing on, as Trainer does; False where the model has none."""
     base: Any = base_of(model)
     kwargs = {k: v for k, v in step.checkpointing_kwargs.items() if k != "selective"}

@@ -15,6 +15,7 @@ from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import kept_out
 from layerpeft.integrations.files import version_of
+from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.compare import parse_arms
@@ -39,8 +40,9 @@ def train(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
+    several = _cards(args)
     with _aside(args.json), contextlib.nullcontext() if args.run_code else kept_out(RUN_CODE):
-        found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None)
+        found = forecast(args.recipe, args.settings, args.fit, args.accelerator or None, several)
         _settle(args, found.recipe)
         recipe = args.recipe if found.changes else found.recipe
         measured = measure(recipe, [*args.settings, *found.changes]) if args.measure else None
@@ -51,6 +53,16 @@ def plan(args: argparse.Namespace) -> None:
     _say(str(found))
     if measured:
         _say(f"\n{measured}")
+
+
+def _cards(args: argparse.Namespace) -> Cards | None:
+    """Those that a plan is to count; an engine alone runs on the accelerators that are here."""
+    if args.processes is None and args.engine is None:
+        return None
+    there = torch.accelerator.device_count()
+    if args.processes is None and there < 2:
+        raise UsageError(f"--engine {args.engine}: say on how many cards (--processes 8); there are not several here")
+    return cards(args.engine or "ddp", args.processes if args.processes is not None else there)
 
 
 def score(args: argparse.Namespace) -> None:

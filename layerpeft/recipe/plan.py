@@ -16,6 +16,7 @@ from layerpeft.errors import LayerpeftError, Problem
 from layerpeft.integrations import hub
 from layerpeft.model.precisions import missing_packages
 from layerpeft.planning import optimizer_bytes
+from layerpeft.planning.engines import Cards
 from layerpeft.planning.fit import Fit, fit
 from layerpeft.planning.plan import Plan, plan
 from layerpeft.planning.trace import Step
@@ -59,6 +60,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         plain = asdict(self.plan) | {"peak_bytes": self.plan.peak_bytes, "parts": dict(self.plan.parts)}
+        plain["share"] = self.plan.share and self.plan.share.to_dict()
         if isinstance(self.found, Plan):
             return plain
         found = self.found
@@ -74,12 +76,17 @@ class Forecast:
 
 
 def forecast(
-    source: str, settings: Sequence[str] = (), limit: str | None = None, accelerator: bool | None = None
+    source: str,
+    settings: Sequence[str] = (),
+    limit: str | None = None,
+    accelerator: bool | None = None,
+    cards: Cards | None = None,
 ) -> Forecast:
     """The plan of a recipe; with `limit` ("24GB"), the largest choice that fits and what it gives up.
 
-    `accelerator`: count as on a GPU (None: where there is one). Raises: RecipeError with every problem of the recipe at once,
-    those of rows and optimizer included; ConfigError where nothing fits.
+    `accelerator`: count as on a GPU (None: where there is one); `cards`: several, each of which has that much room.
+    Raises: RecipeError with every problem of the recipe at once, those of rows and optimizer included; ConfigError where
+    nothing fits.
     """
     there = torch.accelerator.is_available()
     examined = examine(source, settings, "plan", bool(accelerator) and not there)
@@ -89,6 +96,7 @@ def forecast(
         model = empty(setup)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
+    options["step"] = replace(options["step"], cards=cards)
     config = layer_config(recipe)
     options |= {} if limit is None else {"packing": _packing()}
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)

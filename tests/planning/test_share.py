@@ -1,0 +1,170 @@
+"""What a plan says of one card of several against what two processes hold and send under Accelerate's FSDP2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft.cli import main
+from layerpeft.integrations.torch import tensors_of
+from layerpeft.planning.engines import cards
+from layerpeft.planning.plan import one_of, plan
+from layerpeft.planning.trace import Step
+from tests.helpers.processes import in_two_ranks
+
+SHAPE = dict(vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=4, num_attention_heads=2)
+PARTS = ("weights", "gradients", "states")
+CASES = {
+    "all": ("all", None, False),
+    "above the cut": ([1, 3], None, False),
+    "in bfloat16": ("last:1", torch.bfloat16, True),
+}
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, use_cache=False))
+
+
+def config(select) -> LayerLoraConfig:
+    return LayerLoraConfig(select=select, r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def of_two(select, kind, checkpointing):
+    step = Step(autocast=kind, cards=cards("fsdp2", 2))
+    return plan(model(), config(select), batch_size=2, length=16, checkpointing=checkpointing, step=step).share
+
+
+def test_a_share_is_what_each_of_two_processes_holds_and_sends(tmp_path):
+    first, second = in_two_ranks(__file__, tmp_path)
+    for name, case in CASES.items():
+        said, found, other = of_two(*case), first[name], second[name].pop("held")
+        assert said is not None and found.pop("held") == (held := {k: getattr(said, k) for k in PARTS}), name
+        assert found == second[name] and all(other[k] <= held[k] for k in PARTS), (
+            name
+        )  # the first has the larger halves
+        moved = said.traffic
+        assert ([moved.forward.times, moved.forward.bytes], [moved.backward.times, moved.backward.bytes]) == (
+            found["forward"], found["backward"],
+        ), name  # fmt: skip
+        assert [moved.reduced.times, moved.reduced.bytes] == found["reduced"], name
+        assert said.gathered == found["whole"], name
+
+
+def test_what_is_not_divided_is_whole_and_the_cut_is_seen():
+    def one(engine, select="last:1", processes=4, **changes):
+        step = Step(autocast=torch.bfloat16, cards=cards(engine, processes), **changes)
+        given = {"batch_size": 2, "length": 16, "optimizer": "adamw_torch", "checkpointing": False, "step": step}
+        return one_of(model(), config(select), **given)
+
+    ddp, first, second, third = (one(name) for name in ("ddp", "zero1", "zero2", "zero3"))
+    assert ddp.weights > 1.9 * first.weights == 1.9 * second.weights > 3 * third.weights
+    assert ddp.states > 3.9 * first.states and first.gradients > second.gradients
+    assert ddp.traffic.received == ddp.traffic.reduced.bytes * 2 * 3 // 4 and not ddp.traffic.forward.times
+    assert one("ddp", processes=1).traffic.received == 0
+    assert (
+        one("zero3", "all").traffic.backward.bytes == third.traffic.backward.bytes == 0
+    )  # so small that all stays whole
+    high, whole = one("fsdp2"), one("fsdp2", "all")
+    assert high.traffic.forward.times == whole.traffic.forward.times > high.traffic.backward.times
+    assert high.kept is None and one("fsdp2", [1, 3]).kept.units == 1  # type: ignore[union-attr]
+    twice = one("fsdp2", accumulation=2)
+    assert (
+        twice.traffic.forward.bytes == 2 * high.traffic.forward.bytes and twice.traffic.reduced == high.traffic.reduced
+    )
+
+
+def test_an_engine_that_there_is_not_is_told_with_the_nearest(capsys):
+    assert main(["plan", "quickstart", "--processes", "8", "--engine", "fdsp2"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown engine 'fdsp2'. Did you mean 'fsdp2'? Allowed: ddp, fsdp2, zero1, zero2, zero3." in said
+    assert (
+        main(["plan", "quickstart", "--processes", "0"]) == 2 and "processes=0: at least 1" in capsys.readouterr().err
+    )
+
+
+def measured(select, kind, checkpointing) -> dict:
+    """One process's bytes, and what collectives were given, in one step of a model as Accelerate wraps it."""
+    import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import FSDPModule
+
+    found: dict = {"forward": [0, 0], "backward": [0, 0], "reduced": [0, 0], "whole": 0}
+    phase = "forward"
+    gather, reduce = groups.foreach_all_gather, groups.foreach_reduce
+
+    def gathered(params, *args):
+        result = gather(params, *args)
+        found[phase][0] += 1
+        found[phase][1] += result.all_gather_output.nbytes
+        return result
+
+    def reduced(params, gradients, *args):
+        done = reduce(params, gradients, *args)
+        found["reduced"][0] += 1
+        found["reduced"][1] += done[0].nbytes
+        return done
+
+    wrapped = get_peft_model(model(), config(select))
+    if checkpointing:
+        wrapped.base_model.model.activation_checkpointing_enable()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator = Accelerator(mixed_precision="no" if kind is None else "bf16", fsdp_plugin=plugin)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
+    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
+    groups.foreach_all_gather, groups.foreach_reduce = gathered, reduced
+    units = [m for m in wrapped.modules() if isinstance(m, FSDPModule)]
+
+    def whole(*_):
+        params = [p for m in units for g in m._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params]
+        held = {id(p): p for p in params if p.sharded_state.name == "UNSHARDED"}
+        size = sum(t.untyped_storage().nbytes() for p in held.values() for t in p.all_gather_outputs)
+        found["whole"] = max(found["whole"], size)
+
+    def later(_module, _args, output):
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(whole)
+
+    for unit in units:
+        unit.register_forward_pre_hook(whole)
+        unit.register_forward_hook(later)
+    ids = torch.arange(32).reshape(2, 16)
+    loss = wrapped(input_ids=ids, labels=ids).loss
+    phase = "backward"
+    accelerator.backward(loss)
+    groups.foreach_all_gather, groups.foreach_reduce = gather, reduce
+    optimizer.step()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    states = [t for p in trained for n, t in optimizer.state[p].items() if n != "step"]
+    found["held"] = {
+        "weights": nbytes(wrapped.parameters()) + nbytes(wrapped.buffers()),
+        "gradients": nbytes(p.grad for p in trained),
+        "states": nbytes(states),
+    }
+    accelerator.free_memory()
+    return found
+
+
+def nbytes(tensors) -> int:
+    """Of the storages behind them, each once: gradients of a block share one."""
+    stores = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in stores}.values())
+
+
+if __name__ == "__main__":
+    from accelerate import state
+
+    state.PartialState._prepare_backend = lambda self, *a, **k: ("gloo", state.DistributedType.MULTI_GPU)
+    state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    results = {}
+    for label, case in CASES.items():
+        results[label] = measured(*case)
+        state.AcceleratorState._reset_state(True)
+    rank = torch.distributed.get_rank()
+    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
+    torch.distributed.barrier()
