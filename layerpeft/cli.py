@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerpeft import __version__
-from layerpeft.errors import LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
-from layerpeft.integrations import code, noise
+from layerpeft.errors import ElsewhereError, LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
+from layerpeft.integrations import code, noise, saying
 from layerpeft.planning.engines import ENGINES
-from layerpeft.recipe.shipped import find_recipe, recipes
+from layerpeft.recipe.shipped import find_recipe, launch_files, recipes
 from layerpeft.text import is_first, left_behind
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
@@ -34,6 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not is_first():
+        saying.without_bars()
     try:
         args = _read(words)
         if isinstance(args.command, str) and (wrong := left_behind()):
@@ -43,22 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = _loaded(args.command) if isinstance(args.command, str) else args.command
             command(args)
         return 0
-    except LayerpeftError as error:
-        print(f"layerpeft: {error}", file=sys.stderr)
+    except ElsewhereError:  # which says why
         return 2
+    except LayerpeftError as error:
+        return _end(str(error))
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"layerpeft: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
-        return 2
+        return _end(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}")
     except Exception as error:
         if not mentions(error, "os error 28", word=False):  # how safetensors says that the disk is full
             raise
-        print(f"layerpeft: {told(error)}", file=sys.stderr)
-        return 2
+        return _end(told(error))
     except KeyboardInterrupt as stop:
-        print(f"\nlayerpeft: interrupted: {stop or 'nothing was saved'}", file=sys.stderr)
-        return 130
+        return _end(f"interrupted: {stop or 'nothing was saved'}", 130, "\n")
+
+
+def _end(text: str, code: int = 2, before: str = "") -> int:
+    """Says why a command ends, once where several processes run it. Returns the exit code."""
+    if saying.says(text):
+        print(f"{before}layerpeft: {text}", file=sys.stderr)
+    return code
 
 
 def _read(words: list[str]) -> argparse.Namespace:
@@ -183,22 +190,26 @@ def _recipes(args: argparse.Namespace) -> None:
         return
     if args.name is None:
         raise UsageError(f"name a recipe: {', '.join(recipes())}")
-    path = recipes().get(args.name)
+    known = recipes() | launch_files()
+    path = known.get(args.name)
     if path is None:
-        raise RecipeError(unknown("recipe", args.name, recipes()))
+        raise RecipeError(unknown("recipe", args.name, known))
     if args.action == "show":
         print(path.read_text(encoding="utf-8"), end="")
         return
-    dest = Path(args.dest or f"{args.name}.yaml")
-    dest = dest / f"{args.name}.yaml" if dest.is_dir() else dest
+    dest = Path(args.dest or path.name)
+    dest = dest / path.name if dest.is_dir() else dest
     try:
         with dest.open("x", encoding="utf-8") as file:
-            file.write(find_recipe(args.name).read_text(encoding="utf-8"))
+            file.write(path.read_text(encoding="utf-8"))
     except FileExistsError:
         raise RecipeError(f"{dest} exists already; name another place") from None
     except OSError as error:
         raise RecipeError(f"cannot write {dest}: {error.strerror}") from error
-    print(f"{dest}: run it with  {shlex.join(['layerpeft', 'train', str(dest)])}")
+    command = ["layerpeft", "train", str(dest)]
+    if args.name in launch_files():
+        command = ["accelerate", "launch", "--config_file", str(dest), "-m", "layerpeft", "train", "RECIPE"]
+    print(f"{dest}: run it with  {shlex.join(command)}")
 
 
 def _list(as_json: bool) -> None:
@@ -217,6 +228,7 @@ def _list(as_json: bool) -> None:
     for item in found:
         print(f"{item['name']:<{width}}  {item['about']}")
     print("\nlayerpeft train NAME    layerpeft recipes show NAME    layerpeft recipes copy NAME")
+    print(f"for several processes (accelerate launch --config_file), to show and copy: {', '.join(launch_files())}")
 
 
 if __name__ == "__main__":

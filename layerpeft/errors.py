@@ -82,6 +82,10 @@ class UsageError(LayerpeftError):
     """A command line that cannot be read."""
 
 
+class ElsewhereError(LayerpeftError):
+    """Another of several processes cannot go on, and says why."""
+
+
 class SaveError(LayerpeftError):
     """A saved folder that is incomplete, truncated or altered."""
 

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from layerpeft.errors import SaveError
+from layerpeft.integrations.engines.known import is_cut, whole
 
 __all__ = ["DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "ModulesToSaveWrapper"]
 
@@ -200,6 +201,17 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
             _saving.reset(token)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def whole_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """What `PeftModel.save_pretrained` takes as `state_dict` of weights that are divided among processes: all but the base's frozen
+    ones, whole, on the CPU. Every process must ask. None where nothing is divided."""
+    state = model.state_dict(keep_vars=True)
+    if not any(map(is_cut, state.values())):
+        return None
+    marks = (str(model.base_model.prefix), ".modules_to_save.", ".trainable_tokens_")
+    kept = {k: t for k, t in state.items() if t.requires_grad or any(mark in k for mark in marks) or not is_cut(t)}
+    return {k: whole(t).detach().cpu() for k, t in kept.items()}
 
 
 @functools.cache

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from layerpeft.errors import UsageError, unknown
+from layerpeft.errors import ElsewhereError, LayerpeftError, UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import kept_out
+from layerpeft.integrations.distributed import everywhere
 from layerpeft.integrations.files import version_of
 from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
+from layerpeft.recipe.advice import advise
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.compare import parse_arms
 from layerpeft.recipe.measure import measure
@@ -36,7 +38,9 @@ RUN_CODE = "a plan runs none without the option --run-code; train, score and com
 
 
 def train(args: argparse.Namespace) -> None:
-    run(_load(args, "train"), _say)
+    recipe = _load(args, "train")
+    advise(recipe)
+    run(recipe, _say)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -101,8 +105,19 @@ def env(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, purpose: str) -> Recipe:
+    """The recipe, once every process has checked it: none goes on, and writes, while another still looks at the output folder.
+    Raises: RecipeError; ElsewhereError where only other processes refuse it."""
+    recipe, refusal = None, None
     with _aside():
-        recipe = load_recipe(args.recipe, args.settings, purpose)
+        try:
+            recipe = load_recipe(args.recipe, args.settings, purpose)
+        except LayerpeftError as error:
+            refusal = error
+    sound = everywhere(refusal is None)
+    if refusal is not None or recipe is None:
+        raise refusal or ElsewhereError()
+    if not sound:
+        raise ElsewhereError()
     _settle(args, recipe)
     return recipe
 

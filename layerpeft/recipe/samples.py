@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerpeft.integrations.engines.generating import generating
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -48,8 +50,10 @@ def generate(model: nn.Module, tokenizer: Any, prompt: Any, tokens: int) -> str:
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
     training = model.training
     model.eval()
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     try:
-        found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)  # type: ignore[operator]
+        with generating(model):
+            found = model.generate(**inputs, **options)  # type: ignore[operator]
     finally:
         model.train(training)
     return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

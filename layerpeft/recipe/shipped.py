@@ -63,6 +63,14 @@ def recipes() -> dict[str, Path]:
     return {}
 
 
+def launch_files() -> dict[str, Path]:
+    """Files that ship for `accelerate launch --config_file`, by name: `accelerate/fsdp2`."""
+    for folder in (_HERE / "recipes", _HERE.parents[1] / "recipes"):
+        if found := {f"accelerate/{path.stem}": path for path in sorted((folder / "accelerate").glob("*.yaml"))}:
+            return found
+    return {}
+
+
 def find_recipe(source: str) -> Path:
     """The file behind a path or the name of a shipped recipe; a file of that name wins.
     Raises: RecipeError that names the recipes there are."""

@@ -18,8 +18,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences, told
+from layerpeft.integrations.distributed import everywhere, from_first
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import disk_is_full, replace_file
+from layerpeft.integrations.peft import whole_state
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
@@ -29,6 +31,7 @@ from layerpeft.recipe.surroundings import TRAINED, checkpoints_in
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
+    divides,
     held_out_numbers,
     load_model,
     make_trainer,
@@ -99,24 +102,47 @@ def _run(recipe: Recipe, say: Say) -> Result:
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
-    before = held_out_numbers(trainer)
-    samples = _answers(setup, model, ())
-    if is_first():
-        trainer.add_callback(_Files(recipe))
+    begin = _Begin(setup, trainer)
+    trainer.add_callback(begin)
+    trainer.add_callback(_Files(recipe))
     with _room(recipe):
         seconds = train(trainer, checkpoint)
     after = held_out_numbers(trainer)
-    samples = _answers(setup, model, samples)
+    samples = _answers(setup, model, begin.samples)
     report = layer_report(model)
-    result = Result(room(recipe.output_dir, TRAINED), before, after, samples, report, seconds, tensor_bytes(model))
+    folder = from_first(room(recipe.output_dir, TRAINED) if is_first() else None)
+    result = Result(folder, begin.numbers, after, samples, report, seconds, tensor_bytes(model))
+    state = whole_state(model)
     if is_first():
         with _room(recipe):
-            _write(recipe, setup, model, trainer, before, result.output_dir)
+            _write(recipe, setup, model, trainer, begin.numbers, folder, state)
         _track(trainer, result)
-        if trainer.args.push_to_hub:
-            trainer.push_to_hub()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if is_first():
         _tell(setup, result, say)
     return result
+
+
+class _Begin(TrainerCallback):
+    """Held-out numbers and samples from before training; where an engine divides the model, it can run once training has begun."""
+
+    def __init__(self, setup: Setup, trainer: Any) -> None:
+        self.setup, self.trainer = setup, trainer
+        self.numbers: Mapping[str, float] = {}
+        self.samples: tuple[Sample, ...] = ()
+        if not divides(trainer):
+            self.look()
+
+    def look(self) -> None:
+        self.numbers = held_out_numbers(self.trainer)
+        self.samples = _answers(self.setup, self.trainer.model, ())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if divides(self.trainer):
+            logged = list(state.log_history)
+            self.look()
+            state.log_history[:] = logged  # it is no step of this run
 
 
 @contextlib.contextmanager
@@ -233,7 +259,7 @@ class _Files(TrainerCallback):
         self.card = ["README.md"] * (recipe.trainer == "sft")  # TRL writes one with every checkpoint
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        if not self.old:
+        if not self.old or not is_first():
             return
         files = [file for name in self.old for file in files_below(self.folder, name)]
         left = strangers(self.folder, files)  # what came in after the recipe was checked
@@ -244,6 +270,9 @@ class _Files(TrainerCallback):
         self.old = []
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        everywhere(True)  # each process writes states of its own
+        if not is_first():
+            return
         card = [name for name in self.card if (self.folder / name).is_file()]
         put_on_record(self.folder, [*files_below(self.folder, f"checkpoint-{state.global_step}"), *card])
 
@@ -270,10 +299,12 @@ def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def _write(recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float], folder: Path) -> None:
+def _write(
+    recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float], folder: Path, state: Any
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with recording(folder):
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
         setup.tokenizer.save_pretrained(str(folder))
         command = shlex.join(["layerpeft", "train", str(folder / "recipe.yaml"), f"output_dir={folder}-again"])
         replace_file(folder / "recipe.yaml", f"# {command}\n{to_yaml(recipe)}".encode())

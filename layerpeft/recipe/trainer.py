@@ -234,6 +234,11 @@ def train(trainer: Any, checkpoint: str | None = None) -> float:
     return time.perf_counter() - started
 
 
+def divides(trainer: Any) -> bool:
+    """Whether an engine takes the model apart when training begins, so that it cannot run before."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
 def held_out_numbers(trainer: Any) -> dict[str, float]:
     """Loss on the held-out rows, and accuracy and macro-F1 where there are classes; empty without held-out rows."""
     if trainer.eval_dataset is None:
