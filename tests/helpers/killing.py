@@ -26,8 +26,10 @@ from transformers import Trainer, TrainingArguments
 from layerpeft.saving import checkpoints
 from layerpeft.training import pictures
 from tests.helpers.processes import in_a_process
+from tests.helpers.repeating import some
 
-MANY = os.environ.get("LAYERPEFT_TEST_KILLS") == "all"  # twenty take twice as long
+FEW, MANY = "few", "many"
+TIMES = some([FEW, MANY], 1)
 ANY, WRITING = "at any time", "while a checkpoint is written"
 STEPS, EVERY = 12, 3
 
@@ -202,9 +204,9 @@ def _picture(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def start(file: str, root: Path) -> tuple[dict[str, Any], str]:
-    """Runs a test file as a program; what its `main` wrote down, and what its processes complained of."""
-    done = in_a_process(str(Path(file).resolve()), root, cwd=root)
+def start(file: str, root: Path, times: str) -> tuple[dict[str, Any], str]:
+    """Runs a test file as a program that kills few or many; what its `main` wrote down, and what its processes complained of."""
+    done = in_a_process(str(Path(file).resolve()), root, times, cwd=root)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / "told.json").read_text()), done.stderr
 

@@ -14,13 +14,13 @@ from layerpeft import LayerFullConfig, get_peft_model
 from layerpeft.training import optimizer_states, switching
 from layerpeft.training.follower import followers_of
 from tests.helpers import killing
-from tests.helpers.killing import ANY, EVERY, MANY, STEPS, WRITING, Runs, differing
+from tests.helpers.killing import ANY, EVERY, FEW, MANY, STEPS, TIMES, WRITING, Runs, differing
 from tests.helpers.loops import llama
 from tests.helpers.scheduling import rows, switcher_of, wrapped
 from tests.helpers.switched import moments
 
 SWITCH = "within a switch"
-KILLS = {ANY: 8, WRITING: 7, SWITCH: 5} if MANY else {ANY: 3, WRITING: 4, SWITCH: 2}
+KILLS = {FEW: {ANY: 1, WRITING: 2, SWITCH: 2}, MANY: {ANY: 8, WRITING: 7, SWITCH: 5}}
 UNIFORM = {"pick": "uniform", "keep": 2, "reselect_steps": 2, "state": "offload"}
 GRADIENT = {
     "by": "gradient_norm",
@@ -34,11 +34,12 @@ CASES = {  # method, select, micro-batches per step
     "lora uniform": ("lora", UNIFORM, 1),
     "full gradient": ("full", GRADIENT | {"state": "offload"}, 2),
     "galore gradient": ("galore", GRADIENT | {"state": "clear", "reselect_steps": 4}, 1),
+    "masters uniform": ("masters", UNIFORM | {"reselect_steps": 4}, 2),
     "galore uniform": ("galore", UNIFORM, 2),
     "full uniform": ("full", UNIFORM | {"always": -1}, 1),
     "lora gradient": ("lora", GRADIENT | {"state": "keep", "warmup_steps": 1}, 2),
-    "masters uniform": ("masters", UNIFORM | {"reselect_steps": 4}, 2),
 }
+RUN = {FEW: tuple(CASES)[:4], MANY: tuple(CASES)}
 
 
 # what each process runs
@@ -90,27 +91,27 @@ def run(case, folder, checkpoint=None):
     return {"weights": weights, "states": last.found, "away": last.away, "masters": masters} | told
 
 
-def main(root):
-    turn = cycle(CASES)
-    kills = [(next(turn), kind) for kind, times in KILLS.items() for _ in range(times)]
+def main(root, times):
+    turn = cycle(RUN[times])
+    kills = [(next(turn), kind) for kind, number in KILLS[times].items() for _ in range(number)]
     watches = {WRITING: killing.watch_files, SWITCH: watch_switches}
-    killing.main(root, Runs(run, watches, kills, tuple(CASES)))
+    killing.main(root, Runs(run, watches, kills, RUN[times]))
 
 
 # what is asked of them
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+@pytest.fixture(scope="module", params=TIMES)
+def killed(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("killed")
-    return root, *killing.start(__file__, root)
+    return root, *killing.start(__file__, root, request.param), request.param
 
 
-@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize("kind", KILLS[FEW])
 def test_a_killed_run_ends_as_the_unbroken_one(killed, kind):
-    root, told, errors = killed
+    root, told, errors, times = killed
     runs = [r for r in told["runs"] if r["kind"] == kind]
-    assert len(runs) == KILLS[kind] and all(r["died"] for r in runs)
+    assert len(runs) == KILLS[times][kind] and all(r["died"] for r in runs)
     assert all(r["done"] for r in runs), errors[-3000:]
     for one in runs:
         found, whole = (torch.load(f / "found.pt") for f in (Path(one["folder"]), root / f"whole {one['case']}"))
@@ -120,22 +121,22 @@ def test_a_killed_run_ends_as_the_unbroken_one(killed, kind):
             assert found[part] == whole[part], (one, part)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_unbroken_runs_have_something_to_lose(killed, case):
-    root, told, _ = killed
-    method, select, _ = CASES[case]
-    whole = torch.load(root / f"whole {case}" / "found.pt")
-    history = whole["standing"]["history"]
-    assert len(whole["losses"]) == STEPS and whole["states"] and whole["weights"]
-    assert len(history) > 2 and len({tuple(h["layers"]) for h in history}) > 1
-    assert bool(whole["away"]) == (select["state"] == "offload")
-    assert bool(whole["masters"]) == (method == "masters")
-    assert whole["standing"]["measured"] > 2 or "by" not in select
-    assert any(r["case"] == case for r in told["runs"])
+def test_the_unbroken_runs_have_something_to_lose(killed):
+    root, told, _, times = killed
+    assert set(told["counts"]) == {r["case"] for r in told["runs"]} == set(RUN[times])
+    for case in RUN[times]:
+        method, select, _ = CASES[case]
+        whole = torch.load(root / f"whole {case}" / "found.pt")
+        history = whole["standing"]["history"]
+        assert len(whole["losses"]) == STEPS and whole["states"] and whole["weights"], case
+        assert len(history) > 2 and len({tuple(h["layers"]) for h in history}) > 1, case
+        assert bool(whole["away"]) == (select["state"] == "offload"), case
+        assert bool(whole["masters"]) == (method == "masters"), case
+        assert whole["standing"]["measured"] > 2 or "by" not in select, case
 
 
 def test_the_kills_were_where_they_should_be(killed):
-    _, told, _ = killed
+    _, told, *_ = killed
     counts = told["counts"]
     assert all(c[WRITING] > 40 and c[SWITCH] > 20 for c in counts.values())
     assert any(r["from"] for r in told["runs"] if r["kind"] == SWITCH)
@@ -145,11 +146,11 @@ def test_the_kills_were_where_they_should_be(killed):
 
 
 def test_watching_changes_nothing(killed):
-    root, _, _ = killed
+    root, *_ = killed
     watched, alone = (torch.load(root / k / "found.pt") for k in (f"whole {next(iter(CASES))}", "unwatched"))
     assert watched["counts"] and not alone["counts"]
     assert watched["losses"] == alone["losses"] and not differing(watched["weights"], alone["weights"])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -10,12 +10,12 @@ import torch
 
 from layerpeft.tuners.galore import projection, subspace
 from tests.helpers import killing
-from tests.helpers.killing import ANY, EVERY, MANY, STEPS, WRITING, Runs, differing
+from tests.helpers.killing import ANY, EVERY, FEW, MANY, STEPS, TIMES, WRITING, Runs, differing
 from tests.helpers.loops import make_batches
 from tests.helpers.projecting import snapshot, wrap
 
 REFRESH = "within a refresh"
-KILLS = {ANY: 10, WRITING: 5, REFRESH: 5} if MANY else {ANY: 3, WRITING: 4, REFRESH: 2}
+KILLS = {FEW: {ANY: 1, WRITING: 2, REFRESH: 2}, MANY: {ANY: 10, WRITING: 5, REFRESH: 5}}
 
 
 # what each process runs
@@ -36,27 +36,27 @@ def run(case, folder, checkpoint=None):
     return {"model": snapshot(model), "optimizer": state, "losses": killing.losses(trainer)}
 
 
-def main(root):
-    kills = [("run", kind) for kind, times in KILLS.items() for _ in range(times)]
+def main(root, times):
+    kills = [("run", kind) for kind, number in KILLS[times].items() for _ in range(number)]
     killing.main(root, Runs(run, {WRITING: killing.watch_files, REFRESH: watch_refreshes}, kills))
 
 
 # what is asked of them
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+@pytest.fixture(scope="module", params=TIMES)
+def killed(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("killed")
-    return root, *killing.start(__file__, root)
+    return root, *killing.start(__file__, root, request.param), KILLS[request.param]
 
 
-@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize("kind", KILLS[FEW])
 def test_a_killed_run_ends_as_the_unbroken_one(killed, kind):
-    root, told, errors = killed
+    root, told, errors, kills = killed
     whole = torch.load(root / "unwatched" / "found.pt")
     assert len(whole["losses"]) == STEPS and whole["optimizer"] and whole["model"]
     runs = [r for r in told["runs"] if r["kind"] == kind]
-    assert len(runs) == KILLS[kind] and all(r["died"] for r in runs)
+    assert len(runs) == kills[kind] and all(r["died"] for r in runs)
     assert all(r["done"] for r in runs), errors[-3000:]
     for one in runs:
         found = torch.load(Path(one["folder"]) / "found.pt")
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(killed, kind):
 
 
 def test_the_kills_were_where_they_should_be(killed):
-    _, told, _ = killed
+    _, told, *_ = killed
     counts = told["counts"]["run"]
     assert counts[WRITING] > 40 and counts[REFRESH] > 50
     assert any(r["from"] for r in told["runs"] if r["kind"] == REFRESH)
@@ -76,10 +76,10 @@ def test_the_kills_were_where_they_should_be(killed):
 
 
 def test_watching_changes_nothing(killed):
-    root, _, _ = killed
+    root, *_ = killed
     watched, alone = (torch.load(root / k / "found.pt") for k in ("whole run", "unwatched"))
     assert watched["losses"] == alone["losses"] and watched["counts"] and not alone["counts"]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
