@@ -87,18 +87,33 @@ def llama(_llama):
 
 
 @pytest.fixture(scope="session")
+def _short():
+    from transformers import AutoModelForCausalLM
+
+    from tests.helpers.short import short_llama
+
+    return AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
+
+
+@pytest.fixture
+def short(_short):
+    """Its first five layers of twelve."""
+    return copy.deepcopy(_short)
+
+
+@pytest.fixture(scope="session")
 def gsm8k_batches() -> list[dict[str, torch.Tensor]]:
-    """Eight batches of four GSM8K rows, 96 tokens each, padding ignored by the labels."""
+    """Eight batches of two GSM8K rows, 64 tokens each, padding ignored by the labels."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(LLAMA)
-    lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+    lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[:16]
     rows = [json.loads(line) for line in lines]
     texts = [" ".join(str(v) for v in row.values()) for row in rows]
     found = []
-    for start in range(0, 32, 4):
+    for start in range(0, 16, 2):
         coded = tokenizer(
-            texts[start : start + 4], return_tensors="pt", padding="max_length", truncation=True, max_length=96
+            texts[start : start + 2], return_tensors="pt", padding="max_length", truncation=True, max_length=64
         )
         labels = coded["input_ids"].masked_fill(coded["attention_mask"] == 0, -100)
         found.append({"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"], "labels": labels})

@@ -60,7 +60,7 @@ def test_few_and_equal_points():
 
 def test_padding_does_not_count(llama, gsm8k_batches):
     one = {k: v.clone() for k, v in gsm8k_batches[0].items()}
-    one["attention_mask"][0, 50:] = one["attention_mask"][2, :9] = 0
+    one["attention_mask"][0, 50:] = one["attention_mask"][1, :9] = 0
     measurement = entropy.start(request_of(llama, outer=llama), entropy.Options(tokens=10_000))
     measurement.attach()
     llama.eval()

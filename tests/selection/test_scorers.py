@@ -12,6 +12,7 @@ from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.selection import plugins
 from layerpeft.selection.scorers import outliers
 from layerpeft.selection.scoring import Request
+from tests.helpers.short import LAYERS
 
 SCORERS = plugins.names("layerpeft.scorers")
 BEFOREHAND = [n for n in SCORERS if not plugins.traits("layerpeft.scorers", n).live_only]
@@ -33,6 +34,11 @@ class Blocks(torch.nn.Module):
         return {"loss": sum(block(x).square().mean() for block in self.blocks)}
 
 
+@pytest.fixture
+def llama(short):
+    return short
+
+
 def test_the_list_of_scorers():
     assert {"depth", "gradient_norm", "outliers", "random", "snr"} <= set(BEFOREHAND)
     assert set(SCORERS) - set(BEFOREHAND) == {"adapter_gradient", "importance"}
@@ -45,7 +51,7 @@ def test_every_scorer_is_finite_deterministic_and_documented(llama, gsm8k_batche
 
     first, second = run(), run()
     assert first == second
-    assert len(first.values) == 12 and all(math.isfinite(v) for v in first.values)
+    assert len(first.values) == LAYERS and all(math.isfinite(v) for v in first.values)
     assert first.fingerprint == layer_map(llama).fingerprint
     assert plugins.get("layerpeft.scorers", by).__doc__
 
@@ -131,7 +137,7 @@ def test_scores_survive_json_and_refuse_another_architecture(llama, tmp_path):
     again = Scores.load(tmp_path / "scores.json")
     assert again == scores and again.ranked() == scores.ranked()
     again.check(layer_map(llama))
-    with pytest.raises(ScoreError, match="hold 12 layers"):
+    with pytest.raises(ScoreError, match=f"hold {LAYERS} layers"):
         again.check(layer_map(Blocks(torch.ones(2, 2), torch.ones(2, 2))))
     other = Scores.from_dict(scores.to_dict() | {"fingerprint": "0" * 64})
     with pytest.raises(ScoreError, match="names or shapes of its targets differ"):
