@@ -19,7 +19,7 @@ def gsm8k_rows():
     """64 rows, cut short."""
     lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[:64]
     found = [json.loads(line) for line in lines]
-    return Dataset.from_list([{"prompt": r["question"][-80:], "completion": " " + r["answer"][:80]} for r in found])
+    return Dataset.from_list([{"prompt": r["question"][-40:], "completion": " " + r["answer"][:40]} for r in found])
 
 
 class Seen(TrainerCallback):
@@ -46,7 +46,7 @@ class Seen(TrainerCallback):
 def sft(rows, folder, config, model=None, **options):
     from trl import SFTConfig, SFTTrainer
 
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48, "use_cpu": True, **options}
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 32, "use_cpu": True, **options}
     args = SFTConfig(str(folder), report_to=[], logging_steps=1, disable_tqdm=True, **options)
     return SFTTrainer(str(short_llama()) if model is None else model, args=args, train_dataset=rows, peft_config=config)
 

@@ -107,7 +107,8 @@ def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_st
 def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_path, accumulate):
     limit = 1e-3
     options = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 2, "save_strategy": "no"}
-    trainer = sft(rows, tmp_path, LayerLoraConfig(select={**BY_GRADIENT, "keep": 1}), max_grad_norm=limit, **options)
+    config = LayerLoraConfig(select={**BY_GRADIENT, "keep": 1, "pick": "bottom"})
+    trainer = sft(rows, tmp_path, config, max_grad_norm=limit, **options)
     seen, pool, sums = Seen().watch(trainer), {}, []
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
