@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SelectionError, TrainingError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import is_saving, loading_folder
-from layerpeft.integrations.torch import running_backward
+from layerpeft.integrations.torch import eager, running_backward
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.names import clean
 from layerpeft.selection.select import Selection
@@ -282,9 +282,15 @@ def before_forward(model: nn.Module, *_: Any) -> None:
     tether = known_of(model).tether
     if tether is not None and model.training and torch.is_grad_enabled():
         for follower in tether.followers:
-            if follower.schedule.switches and distributed.awaits_every_gradient():
-                raise TrainingError(NEEDS_UNUSED)
-            follower.start(inside=True)
+            if follower.schedule.switches:
+                _start_switching(follower)
+
+
+@eager  # or compiled code would hold all that a switch does
+def _start_switching(follower: Follower) -> None:
+    if distributed.awaits_every_gradient():
+        raise TrainingError(NEEDS_UNUSED)
+    follower.start(inside=True)
 
 
 # ---- what ties followers to the life of their model
