@@ -17,19 +17,19 @@ LAYERS = 5
 
 
 @cache
-def short_llama() -> Path:
+def short_llama(layers: int = LAYERS) -> Path:
     """Its folder, with the tokenizer; it goes with the process."""
     held = tempfile.mkdtemp(prefix="short-llama-")
     atexit.register(shutil.rmtree, held, ignore_errors=True)
-    return shorten(Path(held) / "llama")
+    return shorten(Path(held) / "llama", layers)
 
 
-def shorten(folder: Path) -> Path:
+def shorten(folder: Path, layers: int = LAYERS) -> Path:
     """Writes it to a folder that is not there."""
     shutil.copytree(LLAMA, folder)
     config = json.loads((LLAMA / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
     tensors = load_file(LLAMA / "model.safetensors")
-    below = {n: t for n, t in tensors.items() if ".layers." not in n or int(n.split(".")[2]) < LAYERS}
+    below = {n: t for n, t in tensors.items() if ".layers." not in n or int(n.split(".")[2]) < layers}
     save_file(below, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -27,7 +27,10 @@ CASES = {
     "low precision": ("quickstart", [*FEW, "dtype=bfloat16", "optim=adamw_8bit"]),
     "eager": ("quickstart", [*FEW, "attn_implementation=eager", "layerpeft.use_dora=true"]),
     "four bits": ("quickstart", [*FEW, FOUR_BIT]),
-    "by score": ("quickstart", ["max_train_samples=16", "layerpeft.select.num_batches=1", "optim=paged_adamw_32bit"]),
+    "by score": (
+        "quickstart",
+        [*FEW[:2], "layerpeft.select={by: gradient_norm, keep: 2, num_batches: 1}", "optim=paged_adamw_32bit"],
+    ),
     "classes": ("revision", ["layerpeft.select=last:2", "per_device_train_batch_size=4"]),
 }
 
@@ -37,7 +40,7 @@ def test_what_was_predicted_is_what_is_counted(case, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     name, settings = CASES[case]
-    found = measure(name, [*settings, f"model_name_or_path={short_llama()}"])
+    found = measure(name, [*settings, f"model_name_or_path={short_llama(3)}"])
     assert [part.name.split(",")[0] for part in found.parts] == [
         "weights", "gradients", "optimizer", "activations", "operations",
     ]  # fmt: skip
@@ -50,7 +53,7 @@ def test_what_was_predicted_is_what_is_counted(case, tmp_path, monkeypatch):
 def test_the_command_prints_predicted_beside_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["plan", "quickstart", *FEW, "per_device_train_batch_size=2", "max_length=48"]
-    words.append(f"model_name_or_path={short_llama()}")
+    words.append(f"model_name_or_path={short_llama(3)}")
     assert main([*words, "--measure"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("one step on 2 rows of 48 tokens"))

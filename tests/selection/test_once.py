@@ -33,6 +33,7 @@ from layerpeft.recipe.trainer import batches_for, load_model, prepare, wrap
 from layerpeft.training import backward
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS
+from tests.helpers.short import short_llama
 
 KINDS: dict[str, Any] = {"lora": LayerLoraConfig, "galore": LayerGaloreConfig, "full": LayerFullConfig}
 SAVED = {"by": "scores.json", "keep": 2}
@@ -193,7 +194,7 @@ def test_a_recipe_with_bits_is_loaded(built: Counter[str]) -> None:
 
 
 def test_a_recipe_is_planned(built: Counter[str]) -> None:
-    assert forecast("quickstart", [*FEW, "max_length=128", "per_device_train_batch_size=1"]).plan.trainable
+    assert forecast("quickstart", [*FEW, f"model_name_or_path={short_llama()}", "max_length=128", "per_device_train_batch_size=1"]).plan.trainable
     assert +built == {"parsed": 1, "walked": 2, "built": 1}
 
 
