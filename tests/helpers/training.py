@@ -47,6 +47,7 @@ def sft(rows, folder, config, model=None, **options):
     from trl import SFTConfig, SFTTrainer
 
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 32, "use_cpu": True, **options}
+    options = {"bf16": False, **options}  # eight times as slow on many CPUs
     args = SFTConfig(str(folder), report_to=[], logging_steps=1, disable_tqdm=True, **options)
     return SFTTrainer(str(short_llama()) if model is None else model, args=args, train_dataset=rows, peft_config=config)
 

@@ -114,7 +114,7 @@ def test_packed_weights_cannot_train_themselves():
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_trl_sft_with_its_defaults(method, tmp_path):
     config = METHODS[method](GRADIENT if method == "lora" else UNIFORM)
-    trainer = sft(gsm8k_rows(), tmp_path, config, max_steps=5, per_device_train_batch_size=2)
+    trainer = sft(gsm8k_rows(), tmp_path, config, max_steps=5, bf16=True)
     trainer.train()
     assert [h["step"] for h in switcher_of(trainer.model).plain()["history"]] == [0, 2, 4]
 

@@ -45,15 +45,15 @@ def rows():
     return gsm8k_rows()
 
 
-def scored(model, batches, **options):
-    """`score_layers` in the number formats that a trainer with bf16 uses."""
-    with torch.autocast("cpu", torch.bfloat16):
+def scored(model, batches, bf16=False, **options):
+    """`score_layers` in the number formats that the trainer uses."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         return layerpeft.score_layers(model, batches=batches, num_batches=len(batches), progress=False, **options)
 
 
 @pytest.mark.parametrize("select", SELECTS, ids=["gradient_norm", "last"])
 def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(rows, tmp_path, select):
-    trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), save_steps=2)
+    trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), save_steps=2, bf16=True)  # as by default
     assert trainer.args.gradient_checkpointing and trainer.args.bf16
     before, seen = snapshot(trainer.model), Seen().watch(trainer)
     trainer.train()
@@ -71,7 +71,7 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
     assert all(torch.equal(p.to(base[n].dtype), base[n]) for n, p in snapshot(trainer.model).items() if n in base)
     if isinstance(select, dict):
         fresh = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=trainer.model.dtype)
-        scores = scored(fresh, seen.batches[:1])
+        scores = scored(fresh, seen.batches[:1], bf16=True)
         assert layers == sorted(scores.ranked()[:3])
         assert record(trainer).selection.scores.values == pytest.approx(scores.values, rel=5e-3)
     else:
@@ -311,7 +311,7 @@ def test_dpo(rows, tmp_path, select):
     pairs = rows.select(range(16)).map(
         lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion"
     )
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 48, "use_cpu": True}
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 32, "use_cpu": True, "bf16": False}
     args = DPOConfig(str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options)
     trainer = DPOTrainer(str(short_llama()), args=args, train_dataset=pairs, peft_config=LayerLoraConfig(select=select))
     before = snapshot(trainer.model)
@@ -329,7 +329,7 @@ def test_reward(rows, tmp_path):
     pairs = rows.select(range(16)).map(
         lambda r: {"chosen": r["completion"], "rejected": " no"}, remove_columns="completion"
     )
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 48, "use_cpu": True}
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 32, "use_cpu": True, "bf16": False}
     args = RewardConfig(
         str(tmp_path), save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-3, **options
     )
