@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import layerpeft
-from tests.helpers.pictures import Pictures
 from tests.helpers.repeating import mark_repetitions
-from tests.helpers.tracing import keep_traces
+
+# torch and what needs it are imported where they are used: the process that hands out tests to others needs none of it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,12 +24,13 @@ os.environ.setdefault("LAYERPEFT_QUIET", "1")
 DATA = Path(layerpeft.__file__).parent / "recipe" / "data"
 LLAMA = DATA / "llama-6m"
 
-torch.set_num_threads(1)
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks repetitions before tests are chosen by their markers; skips what needs an accelerator where there is none."""
+    import torch
+
+    torch.set_num_threads(1)
     mark_repetitions(items)
     if torch.accelerator.is_available():
         return
@@ -54,16 +54,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    from tests.helpers.pictures import Pictures
+
     Pictures.looked_at = item.get_closest_marker("pictures") is not None
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _kept_traces():
+    from tests.helpers.tracing import keep_traces
+
     with pytest.MonkeyPatch.context() as patch:
         keep_traces(patch)
         yield
@@ -76,6 +82,7 @@ def llama_path() -> Path:
 
 @pytest.fixture(scope="session")
 def _llama():
+    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
@@ -88,6 +95,7 @@ def llama(_llama):
 
 @pytest.fixture(scope="session")
 def _short():
+    import torch
     from transformers import AutoModelForCausalLM
 
     from tests.helpers.short import short_llama
@@ -102,7 +110,7 @@ def short(_short):
 
 
 @pytest.fixture(scope="session")
-def gsm8k_batches() -> list[dict[str, torch.Tensor]]:
+def gsm8k_batches() -> list[dict[str, Any]]:
     """Eight batches of two GSM8K rows, 64 tokens each, padding ignored by the labels."""
     from transformers import AutoTokenizer
 

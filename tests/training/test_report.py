@@ -5,7 +5,6 @@ import csv
 import io
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from layerpeft.selection.select import Selection
 from layerpeft.training import pictures, report
 from layerpeft.training.record import Record
 from layerpeft.training.report import Row
+from tests.helpers.processes import without_the_package
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 32}
@@ -378,5 +378,5 @@ def test_matplotlib_is_imported_late_and_pyplot_never():
         "assert pictures.write_png([report.Row(0, 'a', 1.0, True, 1, None)], os.path.join(tempfile.mkdtemp(), 'x.png'), 't')\n"
         "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
-    ended = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=False)
+    ended = without_the_package(code, ROOT)
     assert ended.stdout.split() == ["True", "False"], ended.stderr
