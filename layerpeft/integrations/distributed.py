@@ -54,10 +54,12 @@ def part_of(tensor: Any, part: torch.Tensor) -> Part:
 
 
 def put_together(part: Part, device: torch.device) -> torch.Tensor:
-    """The tensor that is cut up, as it was, on that device."""
+    """The tensor that is cut up, as it was, on that device; without a mesh the part alone."""
     from torch.distributed.tensor import DTensor
 
     here = part.part.to(device, non_blocking=True)
+    if part.mesh is None:
+        return here
     options: dict[str, Any] = {"run_check": False, "shape": part.shape, "stride": part.stride}
     return DTensor.from_local(here, part.mesh, part.placements, **options)
 

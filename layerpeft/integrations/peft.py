@@ -5,8 +5,8 @@ import functools
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -141,6 +141,16 @@ def loading_folder() -> str | None:
     return _loading.get()
 
 
+@contextmanager
+def reading(folder: str | None) -> Iterator[None]:
+    """Inside, that is the folder whose adapter is read, by somebody else than PEFT."""
+    token = _loading.set(folder)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
 @functools.cache
 def watch_loading() -> None:
     """Lets `loading_folder` know: PEFT hands its hooks the tensors and not the folder. A second call changes nothing."""
@@ -149,11 +159,8 @@ def watch_loading() -> None:
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         folder = os.path.join(os.fspath(model_id), kwargs.get("subfolder") or "")
-        token = _loading.set(folder if os.path.isdir(folder) else None)
-        try:
+        with reading(folder if os.path.isdir(folder) else None):
             return original(self, model_id, *args, **kwargs)
-        finally:
-            _loading.reset(token)
 
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 

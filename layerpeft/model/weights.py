@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from layerpeft.integrations.engines.deepspeed import gathered
 from layerpeft.integrations.peft import dequantized
 from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target, find_module
@@ -16,13 +17,14 @@ def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tens
     """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none."""
     module = find_module(model, target.name)
     is_parameter = target.kind in ("experts", "parameter")
-    stored = (getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)).detach()
-    if target.kind == "experts":
-        for expert in range(target.shape[0]):
-            weight = stored[expert]
-            yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
-        return
-    yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
+    with gathered(module.parameters(recurse=False)):
+        stored = (getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)).detach()
+        if target.kind == "experts":
+            for expert in range(target.shape[0]):
+                weight = stored[expert]
+                yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
+            return
+        yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
 
 
 def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
+from layerpeft.integrations.engines.gathers import layer_by_layer, without_engine
 from layerpeft.integrations.files import version_of
 from layerpeft.integrations.losses import loss_of
 from layerpeft.integrations.torch import eager
 from layerpeft.model.evaluating import nothing_trains, to_model
-from layerpeft.model.layers import LayerMap, Target, base_of, layer_map
+from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
 from layerpeft.model.targets import Names, find_targets, measured_for
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
@@ -140,9 +141,11 @@ def score(
             "or train without them through a trainer, which then measures its first step"
         )
     measurement = start(model, select, layers, targets)
-    used = _run(
-        model, measurement, batches, select.num_batches or DEFAULT_BATCHES, needed, f"score {select.by}", progress
-    )
+    apart = without_engine(model)
+    with layer_by_layer(model, [find_module(base_of(model), n) for n in layers.names]) if apart else nullcontext():
+        given = _alike(batches) if apart else batches
+        count, title = select.num_batches or DEFAULT_BATCHES, f"score {select.by}"
+        used = _run(model, measurement, given, count, needed, title, progress)
     if distributed.world_size() > 1:
         measurement.combine(distributed.add_up)
         used = int(distributed.add_up(torch.tensor([used])))
@@ -176,6 +179,19 @@ def _run(
     if not used:
         raise ScoreError(f"{title}: batches is empty (a generator can be used only once)")
     return used
+
+
+def _alike(batches: Batches) -> Iterator[Any]:
+    """As they come. Raises: ScoreError where the processes, which put weights together with each other, have not as many."""
+    for batch in chain(batches, (None,)):
+        there = int(distributed.add_up(torch.tensor(int(batch is not None))))
+        if batch is None and not there:
+            return
+        if there < distributed.world_size():
+            raise ScoreError(
+                "batches: the weights are divided among the processes, and each of them needs as many batches"
+            )
+        yield batch
 
 
 def _loss(output: Any, needed: str) -> torch.Tensor | None:

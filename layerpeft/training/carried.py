@@ -26,7 +26,7 @@ _AWAY = "away|"  # before the names of optimizer states that are away
 def taken(method: Method, schedule: Once) -> Carried | None:
     """What there is of one adapter's run besides its tensors; None where that is nothing."""
     tensors, facts = method.carried(), schedule.carried()
-    if schedule.store and not facts["schedule"].get("divided"):
+    if schedule.store and not optimizer_states.divided(schedule.store):
         away, facts["away"] = optimizer_states.packed(schedule.store)
         tensors |= {f"{_AWAY}{n}": t for n, t in away.items()}
     return (tensors, facts) if tensors or facts else None

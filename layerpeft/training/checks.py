@@ -5,7 +5,7 @@ from typing import Any
 
 from layerpeft.errors import TrainingError, raise_faults
 from layerpeft.integrations import distributed
-from layerpeft.integrations.engines.known import is_cut, local
+from layerpeft.integrations.engines.known import gradient, is_cut, is_stepped_apart, local
 from layerpeft.model.layers import layer_map
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import note
@@ -16,6 +16,7 @@ from layerpeft.training.scheduled import Once
 from layerpeft.training.verify import Sealed
 
 BLANK = "no gradient but zero for anything that was chosen (batches without a label, equal rewards, a stack that did not run)"
+UNSEEN = "a finite gradient for every chosen target before its first update: DeepSpeed has divided gradients among the processes"
 NOT_HELD = (
     "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
     "that require a gradient"
@@ -69,7 +70,8 @@ class Checks:
         ids, training, model = self.holdings.ids(), self.schedule.training(), self.method.model
         known = set().union(*map(held_by, holders(ids, optimizer)))
         self._blank = not step.inside and self._shows_nothing()
-        waits = step.inside or self._blank
+        apart = any(is_stepped_apart(p) for group in training.values() for p in group.values())
+        waits = step.inside or self._blank or apart
         faults, idle = verify.before_step(training, known, set() if waits else held - self._stepped)
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
         faults += verify.not_asked_for(others, self.asked)
@@ -81,6 +83,7 @@ class Checks:
         if not self.sealed.start:
             self.sealed.begin(self.holdings.tensors(), others)
             self.method.keep(set(training))
+            self.record.checks |= {"not_made": [UNSEEN]} if apart else {}
 
     def after(self, held: set[int], blank: bool = False) -> None:
         """After an update; `blank`: it had nothing to show. Raises: TrainingError when a target did not move in its first one."""
@@ -139,13 +142,13 @@ class Checks:
 
     def _shows_nothing(self) -> bool:
         """Whether the step has no gradient but zero for anything that trains, for a reason that other steps need not have."""
-        training = self.schedule.training()
-        found = [p.grad for group in training.values() for p in group.values() if p.grad is not None]
-        if not found:  # with a stack that need not run (a tower, and a batch without images), or a fault
+        tensors = [p for group in self.schedule.training().values() for p in group.values()]
+        found, apart = [g for p in tensors if (g := gradient(p)) is not None], any(map(is_stepped_apart, tensors))
+        if not found and not apart:  # with a stack that need not run (a tower, and a batch without images), or a fault
             selection = self.record.selection
             return selection is not None and layer_map(self.method.model).stack != selection.stack
         blank = not any(bool(local(g).any()) for g in found)
-        return distributed.everywhere(blank) if any(map(is_cut, found)) else blank
+        return distributed.everywhere(blank) if apart or any(map(is_cut, found)) else blank
 
     def _pass_over(self, fresh: Iterable[str]) -> None:
         self._unshown.update(fresh)

@@ -139,10 +139,7 @@ class Follower:
             return
         self.checks.seen += 1
         if verify.skipped(optimizer):
-            if self.pending is not None:
-                self.pending.restart()
-            self.schedule.skipped()
-            self.method.skipped()
+            self.skip()
             return
         if self.pending is not None:
             if not self.waiting.choose(optimizer, self.checks.seen):
@@ -153,6 +150,14 @@ class Follower:
         self.method.before_step(self._step)
         self.checks.before(self._step)
         self.method.lend(self._step)
+
+    def skip(self) -> None:
+        """A loss scaler leaves the step out."""
+        self._step = None
+        if self.pending is not None:
+            self.pending.restart()
+        self.schedule.skipped()
+        self.method.skipped()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Just after a real optimizer step. Raises: TrainingError when a chosen target did not move in its first one."""
@@ -190,7 +195,9 @@ class Follower:
             self.pending.paced = True
         if restored:
             _take_over(self.schedule, restored)
-        self._watch_gradients()
+        if self._norms is not None:
+            self._norms.close()
+        self._norms = _norms(self)
         self.start()
 
     def end(self) -> None:
@@ -230,13 +237,13 @@ class Follower:
             self.waiting.drop()
         self.holdings.forget()  # loading may put new tensors in the place of the old
 
-    def _watch_gradients(self) -> None:
-        """Begins to watch the gradients of a training's every layer, where `select` asks for it."""
-        select = self.record.config.get("select") or {}
-        if self._norms is not None:
-            self._norms.close()
-        if select.get("log_gradients"):
-            self._norms = GradientNorms(self.model, select.get("stack"), self.holdings.tensors())
+
+def _norms(follower: Follower) -> GradientNorms | None:
+    """What watches the gradients of a training's every layer, where `select` asks for it."""
+    select = follower.record.config.get("select") or {}
+    if not select.get("log_gradients"):
+        return None
+    return GradientNorms(follower.model, select.get("stack"), follower.holdings.tensors())
 
 
 def _take_over(schedule: Once, restored: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from layerpeft.errors import NothingSeenError, TrainingError
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.engines.known import is_stepped_apart
 from layerpeft.integrations.losses import watch_scale
 from layerpeft.integrations.torch import tensors_of
 from layerpeft.selection import choose, scoring
@@ -128,7 +129,7 @@ class Pending:
         if not torch.is_grad_enabled() or not (model.training or self.watches_backward):
             return
         if not self._forwards:
-            if self._unstepped and not any(bool(g.any()) for g in self._gradients()):
+            if self._unstepped and self._dropped():
                 self.restart()  # the gradients were dropped: a loss scaler skipped that step
             self._next_batch()
         self.began = True
@@ -164,7 +165,7 @@ class Pending:
 
     def _backward_ended(self) -> None:
         """Under a Trainer, before it clips: makes the choice, and drops the gradients of what is not chosen."""
-        if self.decided is not None or not trainer.last_micro_batch():
+        if self.decided is not None or not trainer.last_micro_batch() or self._apart():
             return
         found = self._gradients()
         if not distributed.everywhere(bool(found) and all(bool(torch.isfinite(g).all()) for g in found)):
@@ -186,6 +187,14 @@ class Pending:
 
     def _parameters(self, without: set[str]) -> list[nn.Parameter]:
         return [p for target, group in self.tensors().items() if target not in without for p in group.values()]
+
+    def _dropped(self) -> bool:
+        """Whether the gradients of the running step are gone."""
+        return not self._apart() and not any(bool(g.any()) for g in self._gradients())
+
+    def _apart(self) -> bool:
+        """Whether an engine has taken the gradients, and clips them itself, inside of its step."""
+        return any(map(is_stepped_apart, self._parameters(set())))
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters(set()) if p.grad is not None]

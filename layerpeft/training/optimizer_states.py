@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ def divided(store: Store) -> bool:
     return any(isinstance(value, Part) for state in store.values() for value in state.values())
 
 
+def saved_elsewhere(store: Store) -> bool:
+    """Whether DeepSpeed saves these, whose checkpoints hold the parts of every process."""
+    return all(v.mesh is None for state in store.values() for v in state.values() if isinstance(v, Part))
+
+
 def load_store(folder: str | os.PathLike[str]) -> Store:
     """What `save_store` wrote; empty where it wrote nothing."""
     path = os.path.join(folder, FILE)
@@ -145,6 +151,8 @@ def load_store(folder: str | os.PathLike[str]) -> Store:
 
 
 def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Part):
+        return replace(value, part=_to_cpu(value.part))
     if isinstance(value, torch.Tensor) and is_cut(value):
         return part_of(value, _to_cpu(local(value)))
     if not isinstance(value, torch.Tensor) or value.device.type in ("cpu", "meta"):

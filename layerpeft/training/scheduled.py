@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from layerpeft.training import backward, verify
 from layerpeft.training.holdings import Holdings
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Tensors
-from layerpeft.training.optimizer_states import Store, holders
+from layerpeft.training.optimizer_states import Store, bring_back, holders, put_away
 from layerpeft.training.record import Record
 from layerpeft.training.switching import Switcher
 
@@ -74,6 +75,11 @@ class Once:
     def copied(self, old: Any, memo: dict[int, Any]) -> None: ...  # in a deep copy of `old`: goes on where that stood
     def measure_anew(self) -> None: ...  # in a deep copy: puts hooks of its own in the place of those that came along
     def close(self) -> None: ...  # nobody follows, or measures, any more
+
+    @contextmanager
+    def states_here(self) -> Iterator[None]:
+        """Inside, optimizers have all states that are away."""
+        yield
 
     def watch(self, pending: Pending) -> Pending:
         """That which measures, told what trains."""
@@ -199,6 +205,17 @@ class Scheduled(Once):
             steps = {int(layer): int(count) for layer, count in moment["steps"].items()}
         self.record.steps_trained = steps
         self._trained = {t for t in self._trained if steps.get(self.switcher.layer_of[t])}
+
+    @contextmanager
+    def states_here(self) -> Iterator[None]:
+        away, tensors = set(self.store), self.holdings.tensors()
+        named = {f"{t}|{n}": p for t, group in tensors.items() for n, p in group.items()}
+        optimizers = holders(self.holdings.ids()) if away else []
+        bring_back(optimizers, named, self.store)
+        try:
+            yield
+        finally:
+            put_away(optimizers, {n: p for n, p in named.items() if n in away}, "offload", self.store)
 
     def first(self, measured: Measured, batches: int) -> Selection:
         """The first choice, from what the first step has shown."""

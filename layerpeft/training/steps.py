@@ -9,13 +9,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import distributed, trainer
+from layerpeft.integrations.engines import zero
+from layerpeft.integrations.engines.deepspeed import ZERO
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
-from layerpeft.training import idle
+from layerpeft.training import divided, idle
 from layerpeft.training.follower import FOLLOWERS, Carrier, Follower, Tether, alive, followers_of
 from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
@@ -54,6 +56,7 @@ def watch(model: nn.Module) -> None:
 def _install() -> None:
     if not _installed:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+    zero.watch(_HEARD)
     watch_saving(is_cut)
     trainer.install(_built, _train_begin, _train_end, _state, _news, _packed)
 
@@ -68,6 +71,8 @@ def check_trained(model: nn.Module) -> None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    if zero.is_inner(optimizer):
+        return None
     for model in list(_USED):
         idle.refuse(model, optimizer)
     followers = alive()
@@ -102,7 +107,7 @@ def _evaluated(closure: Callable[..., Any], optimizer: Optimizer, followers: lis
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
-    for follower in alive():
+    for follower in alive() if not zero.is_inner(optimizer) else ():
         follower.after_step(optimizer)
 
 
@@ -116,6 +121,7 @@ def _packed(model: nn.Module | None) -> bool:
 
 def _built(model: nn.Module | None, engine: Engine | None) -> None:
     """A trainer is. Raises: TrainingError for what cannot be right under its engine."""
+    zero.watch(_HEARD, engine in ZERO)
     found = [s for f in followers_of(model) for s in engine.refusals(f.record.needs)] if engine is not None else []
     if found:
         raise TrainingError("select: " + "\n".join(dict.fromkeys(found)))
@@ -162,3 +168,6 @@ def _state(model: nn.Module | None) -> dict[str, Any]:
         for f in followers_of(model)
         if f.record.selection is not None
     }
+
+
+_HEARD = divided.heard(lambda view: _before(view, (view,), {}), _after)

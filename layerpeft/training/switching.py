@@ -187,8 +187,9 @@ class Switcher:
         ]
 
     def plain(self) -> dict[str, Any]:
-        """Where it stands, as plain data; `divided`: optimizer states that are away are parts, which no folder holds."""
-        return asdict(self.standing) | ({"divided": True} if states.divided(self.store) else {})
+        """Where it stands, as plain data; `divided`: optimizer states that are away are parts, which are saved nowhere."""
+        lost = states.divided(self.store) and not states.saved_elsewhere(self.store)
+        return asdict(self.standing) | ({"divided": True} if lost else {})
 
     def _choose(self, window: int, model: nn.Module | None = None) -> None:
         standing, schedule = self.standing, self.schedule

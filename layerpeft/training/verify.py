@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SaveError, SelectionError, differences
 from layerpeft.integrations import distributed
-from layerpeft.integrations.engines.known import is_cut, local
+from layerpeft.integrations.engines.known import is_cut, is_stepped_apart, local, stepped
 from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import some
@@ -28,7 +28,7 @@ def checksum(t: torch.Tensor) -> int:
     The bytes are read as 64-bit words in rows of `BLOCK`; sums by row and sums by column are each weighted by place, so that
     changes which cancel within a row still show in the columns.
     """
-    data = local(t.detach())
+    data = stepped(t).detach()
     if data.device.type == "meta" or not data.numel():
         return 0
     data = data.contiguous().flatten().view(torch.uint8)
@@ -77,7 +77,8 @@ def outdated(seals: Mapping[str, Seal], now: Mapping[str, torch.Tensor]) -> set[
 
 
 def _kind(p: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
-    return p.dtype, local(p).shape
+    part = stepped(p)
+    return part.dtype, part.shape
 
 
 def same_precisions(then: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
@@ -142,7 +143,7 @@ def _finite(tensors: Parameters) -> dict[str, bool]:
 
 
 def _cut(tensors: Parameters) -> bool:
-    return any(is_cut(p) for group in tensors.values() for p in group.values())
+    return any(is_cut(p) or is_stepped_apart(p) for group in tensors.values() for p in group.values())
 
 
 def not_held(tensors: Parameters, known: Set[int]) -> list[str]:
@@ -190,6 +191,8 @@ def why_unmoved(group: Mapping[str, torch.Tensor], rate: float, in_place: bool =
             f"its updates (learning rate {rate:.1e}) round to nothing in {low[0]}; keep the trained tensors in float32 "
             f"({'master_weights: true' if in_place else 'autocast_adapter_dtype=True'}) or raise the learning rate"
         )
+    if any(map(is_stepped_apart, group.values())):
+        return "no gradient but zero arrived, or the learning rate of its group is zero"
     return "the optimizer did not change it: look for a learning rate of zero in its group"
 
 

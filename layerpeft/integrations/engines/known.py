@@ -1,15 +1,19 @@
 """The engines there are, which of them is asked for, and which a tensor belongs to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from layerpeft.integrations.engines import deepspeed
 from layerpeft.integrations.engines.deepspeed import ZERO
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.fsdp import FSDP1, FSDP2
+from layerpeft.integrations.engines.zero import DividedOptimizer
 
 DDP = Engine(key="ddp", name="DDP", argument="", asked=lambda _: False)  # what runs where no other one is asked for
-ENGINES = (ZERO, FSDP1, FSDP2, DDP)
+ENGINES = (*ZERO, FSDP1, FSDP2, DDP)
 _CUTTING = tuple(engine for engine in ENGINES if "weights" in engine.divides)
 
 
@@ -28,6 +32,67 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return next((engine.local(tensor) for engine in _CUTTING if engine.is_part(tensor)), tensor)
 
 
+def rewritten(tensor: torch.Tensor) -> None:
+    """This process's own part holds something else, and so must what has been put together of all parts; every process must ask."""
+    if deepspeed.is_part(tensor):
+        deepspeed.rewritten(tensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of such a tensor, in every process, each of which must ask; the tensor itself where it is not cut up."""
     return next((engine.whole(tensor) for engine in _CUTTING if engine.is_part(tensor)), tensor)
+
+
+# ---- what an optimizer steps on in a tensor's place: under DeepSpeed a float32 copy that is divided among the processes
+
+
+def is_stepped_apart(tensor: Any) -> bool:
+    """Whether that is another tensor than this, which then keeps no gradient until the step."""
+    return deepspeed.is_stepped(tensor)
+
+
+def stepped(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of it; `local` where it is the tensor itself."""
+    return deepspeed.master(tensor) if deepspeed.is_stepped(tensor) else local(tensor)
+
+
+def gradient(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Its gradient, or this process's part of that."""
+    return deepspeed.gradient(tensor) if deepspeed.is_stepped(tensor) else tensor.grad
+
+
+# Of weights that each process holds whole; where they are stepped apart, every process must ask.
+
+
+def whole_master(tensor: torch.Tensor) -> torch.Tensor:
+    """All of what an optimizer steps on in its place; the tensor itself where that is it."""
+    return deepspeed.whole_master(tensor) if deepspeed.is_stepped(tensor) else tensor.detach()
+
+
+def whole_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
+    """All of its gradient, just before a step."""
+    return deepspeed.whole_gradient(tensor) if deepspeed.is_stepped(tensor) else tensor.grad
+
+
+def set_gradient(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Steps by this in the place of the gradient there is."""
+    if deepspeed.is_stepped(tensor):
+        deepspeed.set_gradient(tensor, value)
+    elif tensor.grad is not None:
+        tensor.grad.copy_(value.to(tensor.grad.dtype))
+
+
+@contextmanager
+def states_of(optimizer: Any, tensor: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """The optimizer's states of it; what is done inside to those of its own shape holds."""
+    if isinstance(optimizer, DividedOptimizer):
+        with optimizer.states_of(tensor) as found:
+            yield found
+    else:
+        yield optimizer.state.get(tensor, {})
+
+
+def overwritten(tensor: torch.Tensor) -> None:
+    """Something else was put into the tensor, which whatever is stepped on in its place takes over."""
+    if deepspeed.is_stepped(tensor):
+        deepspeed.overwritten(tensor)

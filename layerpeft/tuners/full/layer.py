@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
-from layerpeft.integrations.engines.known import is_cut, local
+from layerpeft.integrations.engines.known import is_cut, local, rewritten
 from layerpeft.integrations.peft import ModulesToSaveWrapper
 from layerpeft.model.names import clean
 from layerpeft.model.weights import change_of
@@ -292,6 +292,7 @@ def put_back(model: nn.Module, adapter: str, but: Iterable[str]) -> None:
             tensors = _tensors(wrapper)
             for part, original in state.aside.items():
                 local(tensors[part]).copy_(original)
+                rewritten(tensors[part])
         state.aside = None
         state.kept.discard(name)
 
@@ -332,6 +333,7 @@ def show(wrapper: FullWrapper, trained: bool) -> None:
         else:  # in place, so that a device holds no second copy of the layers
             state.aside[name] = mine.to("cpu", copy=True)
             mine.copy_(other)
+            rewritten(tensor)
 
 
 def is_bias(name: str) -> bool:

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import nn
 
 from layerpeft.errors import MOST, ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
+from layerpeft.model.architectures import stored_shape
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.model.names import adapted, upwards
 from layerpeft.model.patterns import check_pattern
@@ -48,7 +50,7 @@ def whole_targets(base: nn.Module, layers: LayerMap, wanted: Wanted) -> tuple[Ta
         name = _outermost(base, layers.layers[chosen[path]].name, path, set(kept))
         found.setdefault(name, []).append(path)
         layer_of[name] = chosen[path]
-    sizes = {n: sum(base.get_parameter(p).numel() for p in paths) for n, paths in found.items()}
+    sizes = {n: sum(prod(stored_shape(base.get_parameter(p))) for p in paths) for n, paths in found.items()}
     targets = tuple(Target(n, layer_of[n], _role(n, layers), MODULE, (), sizes[n]) for n in found)
     inside = [a for a in always if any(a.startswith(f"{t.name}.") for t in targets)]
     if inside:
@@ -245,7 +247,7 @@ def _with_other_places(base: nn.Module, found: Sequence[tuple[str, int | None, l
         if name in wholes:
             continue  # another place of what came before
         module = base.get_submodule(name)
-        size = sum(module.get_parameter(t).numel() for t in trains)
+        size = sum(prod(stored_shape(module.get_parameter(t))) for t in trains)
         wholes[name] = Whole(name, layer, tuple(trains), size)
         places = {o for p in module.parameters() for o in held[id(p)] if not f"{o}.".startswith(f"{name}.")}
         for other in sorted(places):

@@ -19,6 +19,7 @@ from torch import nn
 
 from layerpeft.errors import TrainingError
 from layerpeft.integrations import bitsandbytes, hqq
+from layerpeft.integrations.engines.known import overwritten, whole_master
 from layerpeft.integrations.peft import LoraLayer, lora_layers, stores_out_first
 from layerpeft.integrations.torch import has_hook
 from layerpeft.selection.draws import seed_of
@@ -159,10 +160,14 @@ def set_basis(layer: LoraLayer, rows: torch.Tensor, slot: Slot = ...) -> None:
     basis_of(layer)[slot].copy_(rows)
 
 
-def running(layer: LoraLayer) -> Factors:
-    """The running period as factors (…, out, r), (…, r, in), scale included, in float32 (float64 for such factors)."""
-    state = state_of(layer)
-    a, b = (wide(m[state.adapter].weight.detach()) for m in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+def running(layer: LoraLayer, trained: torch.Tensor | None = None) -> Factors:
+    """The running period as factors (…, out, r), (…, r, in), scale included, in float32 (float64 for such factors).
+
+    `trained`: what stands for the trained factor, where an optimizer has that in more digits.
+    """
+    state, fixed = state_of(layer), wide(fixed_of(layer).detach())
+    trained = wide(trained_of(layer).detach() if trained is None else trained)
+    a, b = (fixed, trained) if state.side == "right" else (trained, fixed)
     a, b = rights(a, state.experts), lefts(b, state.experts)
     return (state.scale * b, a) if state.side == "right" else (b, state.scale * a)
 
@@ -177,8 +182,9 @@ def fold(layer: LoraLayer) -> None:
     """Takes the running period into the sum of folds and into the working weight, and zeroes the trained factor."""
     if not bool(trained_of(layer).any()):
         return
-    state_of(layer).folds.add(*running(layer))
+    state_of(layer).folds.add(*running(layer, whole_master(trained_of(layer))))
     trained_of(layer).zero_()
+    overwritten(trained_of(layer))
     refold(layer)
 
 

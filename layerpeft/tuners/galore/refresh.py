@@ -1,12 +1,14 @@
 """When projected modules get a new basis, and from what: around the optimizer's steps, without any trainer's help."""
 
 from collections.abc import Iterator, Mapping, Set
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import TrainingError
+from layerpeft.integrations.engines.known import set_gradient, states_of, whole_gradient
 from layerpeft.text import note
 from layerpeft.training.method import Method, Step
 from layerpeft.tuners.galore import projection, subspace
@@ -69,12 +71,12 @@ class Refresher:
                 "backward pass, which needs the basis before; use subspace='sketch', or an optimizer that steps after it"
             )
         for name, layer in self._due(step.held):
-            gradient, grad = self.watcher.take(name), trained_of(layer).grad
+            gradient, grad = self.watcher.take(name), whole_gradient(trained_of(layer))
             if gradient is None or grad is None:
                 continue
             clipped = _factor(grad, _projected(gradient, layer))
             if self._renew(layer, gradient, step.optimizer):
-                grad.copy_((clipped * _projected(gradient, layer)).to(grad.dtype))
+                set_gradient(trained_of(layer), clipped * _projected(gradient, layer))
 
     def after_step(self, step: Step) -> None:
         """Sketched and random subspaces serve from the next step on."""
@@ -109,13 +111,14 @@ class Refresher:
         state.overlap = sum(subspace.overlap(new, old[slot]) for slot, new in found.items()) / len(found)
         self._adapt(state)
         projection.fold(layer)
-        means, squares = self._moments(optimizer.state.get(trained_of(layer), {}))
-        for slot, new in found.items():
-            if self.how.basis == "aligned" and state.refreshes:
-                new = subspace.aligned(new, old[slot])
-            m, s = ([at(like_trained(layer, t), slot) for t in some] for some in (means, squares))
-            projection.rotate(old[slot], new, m, s, state.side, self.how.moments)
-            projection.set_basis(layer, new, slot)
+        with states_of(optimizer, trained_of(layer)) if self.how.moments != "keep" else nullcontext({}) as states:
+            means, squares = self._moments(states)
+            for slot, new in found.items():
+                if self.how.basis == "aligned" and state.refreshes:
+                    new = subspace.aligned(new, old[slot])
+                m, s = ([at(like_trained(layer, t), slot) for t in some] for some in (means, squares))
+                projection.rotate(old[slot], new, m, s, state.side, self.how.moments)
+                projection.set_basis(layer, new, slot)
         state.refreshes += 1
         state.due = state.steps + (state.gap if state.refreshes > 1 else state.first_gap)
         return True

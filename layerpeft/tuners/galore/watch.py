@@ -11,6 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_stepped_apart
 from layerpeft.selection.probe import tapped
 from layerpeft.tuners.galore import subspace
 from layerpeft.tuners.galore.projection import Slot, like_trained, state_of, trained_of, wide
@@ -113,8 +114,8 @@ class Watcher:
         seen = self._seen.get(state.name)
         if seen is None:
             return
-        grad = seen.parameter.grad
-        if seen.counted and (grad is None or not bool(grad.any())):
+        grad, apart = seen.parameter.grad, is_stepped_apart(seen.parameter)
+        if seen.counted and not apart and (grad is None or not bool(grad.any())):
             seen.sum, seen.counted = None, False
         gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(gy.dtype)
         for slot, some in rows:

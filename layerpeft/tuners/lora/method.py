@@ -46,11 +46,12 @@ class LoraMethod(Method):
             let_rest(layer, self.adapter, training is not None and _target(name, layer) not in training)
 
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
-        """By their A; nothing where embeddings are among them, which have other names."""
+        """By either factor, one of which may be frozen and left out; nothing where embeddings are there, which have other names."""
         # PEFT writes the adapter's name only into the keys of modules that it finds.
-        ends = [".lora_A.weight", f".lora_A.{self.adapter}.weight"]
+        plain, named = ([f".lora_{factor}.{name}weight" for factor in "AB"] for name in ("", f"{self.adapter}."))
+        ends = plain + named
         if any(".lora_A." in k and not k.endswith(tuple(ends)) for k in state):
-            ends = ends[1:]
+            ends = named
         keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
         if any(".lora_embedding" in k for k in keys):
             return set()
