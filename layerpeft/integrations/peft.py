@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners import tuners_utils
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
@@ -31,6 +32,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from layerpeft.errors import SaveError
 from layerpeft.integrations.engines.known import is_cut, whole
+from layerpeft.integrations.torch import in_states
 
 __all__ = ["DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "ModulesToSaveWrapper"]
 
@@ -241,10 +243,27 @@ def watch_states(whole: Callable[..., dict[str, torch.Tensor]]) -> None:
 def watch_keys(plain: Callable[[str], str]) -> None:
     """Lets saved keys be `plain`, whatever has been put around modules, and finds the place of those of any file in any model.
 
-    A second call changes nothing.
+    Some wrappers (activation checkpointing) leave their own name out of state dicts, where PEFT looks for it. A second call
+    changes nothing.
     """
+    prefixes: Any = tuners_utils._get_tuner_state_dict_key_prefixes
+    collect: Any = BaseTuner._get_adapter_state_dict.__func__  # type: ignore[attr-defined]
     remove: Any = BaseTuner._remove_adapter_name_from_key.__func__  # type: ignore[attr-defined]
     remap: Any = BaseTuner._remap_adapter_state_dict_for_load.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(prefixes)
+    def _get_tuner_state_dict_key_prefixes(*args: Any, **kwargs: Any) -> Any:
+        found = prefixes(*args, **kwargs)
+        return found | {in_states(p) for p in found}
+
+    @functools.wraps(collect)
+    def _get_adapter_state_dict(
+        cls: Any, model: Any, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            if name not in state_dict and (given := state_dict.get(in_states(name))) is not None:
+                state_dict[name] = given  # where PEFT looks for trained copies next
+        return collect(cls, model, config, adapter_name, state_dict, *args, **kwargs)
 
     @functools.wraps(remove)
     def _remove_adapter_name_from_key(cls: Any, key: str, adapter_name: str) -> str:
@@ -259,9 +278,11 @@ def watch_keys(plain: Callable[[str], str]) -> None:
         names = {plain(n): n for n in model.state_dict() if plain(n) != n}
         for name, module in model.named_modules():  # trained copies, whose files have the names of the originals
             if isinstance(module, AuxiliaryTrainingWrapper) and plain(name) != name:
-                names |= {f"{plain(name)}.{n}": f"{name}.{n}" for n in module.original_module.state_dict()}
+                names |= {f"{plain(name)}.{n}": f"{in_states(name)}.{n}" for n in module.original_module.state_dict()}
         return {names.get(k, k): v for k, v in found.items()}
 
+    tuners_utils._get_tuner_state_dict_key_prefixes = _get_tuner_state_dict_key_prefixes
+    BaseTuner._get_adapter_state_dict = classmethod(_get_adapter_state_dict)  # type: ignore[assignment]
     BaseTuner._remove_adapter_name_from_key = classmethod(_remove_adapter_name_from_key)  # type: ignore[assignment]
     BaseTuner._remap_adapter_state_dict_for_load = classmethod(_remap_adapter_state_dict_for_load)  # type: ignore[assignment]
 

@@ -57,6 +57,11 @@ def running_backward() -> int | None:
     return None if number == -1 else number
 
 
+def in_states(name: str) -> str:
+    """A parameter's name as state dicts have it, without the wrappers that leave their own name out."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
+
+
 def drop_hooks(tensor: torch.Tensor, kind: type) -> None:
     """Takes the hooks of this class off the tensor."""
     for key, hook in list((tensor._backward_hooks or {}).items()):

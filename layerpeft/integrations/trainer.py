@@ -1,5 +1,7 @@
 """transformers' Trainer: the callback that every trainer built later gets by itself, and the moment before it clips gradients."""
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch.autograd import Variable
 
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
+from layerpeft.integrations.files import read_json
 
 NAME = "LayerPeftCallback"
 
@@ -19,6 +22,7 @@ def install(
     state: Callable[..., dict[str, Any]],
     news: Callable[..., dict[str, float]],
     packed: Callable[[Any], bool],
+    resume: Callable[[Any, str], bool],
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
@@ -26,6 +30,7 @@ def install(
     `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
     checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
     `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
+    `resume(model, folder)` runs before a checkpoint is loaded, and says whether that is done by then.
     Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
     """
     from transformers import trainer
@@ -33,6 +38,8 @@ def install(
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
+
+    _watch_checkpoints(trainer.Trainer, resume)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
@@ -65,6 +72,29 @@ def install(
             end(self.model, args.output_dir)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
+
+
+def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool]) -> None:
+    """Trainer offers no moment between building the model's parts and reading a checkpoint into them."""
+    load, load_best = kind._load_from_checkpoint, kind._load_best_model
+
+    @functools.wraps(load)
+    def _load_from_checkpoint(self: Any, folder: str, model: Any = None) -> Any:
+        return None if resume(self.model, folder) else load(self, folder, model)
+
+    @functools.wraps(load_best)
+    def _load_best_model(self: Any) -> Any:
+        return None if resume(self.model, self.state.best_model_checkpoint) else load_best(self)
+
+    kind._load_from_checkpoint, kind._load_best_model = _load_from_checkpoint, _load_best_model
+
+
+def records_in(folder: str) -> dict[str, Any]:
+    """What `state(model)` gave when a checkpoint was saved, as it stands there; empty where nothing does. Raises: SaveError."""
+    found: Any = read_json(os.path.join(folder, "trainer_state.json"), finite=False)
+    for key in ("stateful_callbacks", NAME, "attributes", "records"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def last_micro_batch() -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from layerpeft.integrations.engines.deepspeed import gathered
+from layerpeft.integrations.engines.known import whole
 from layerpeft.integrations.peft import dequantized
 from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target, find_module
@@ -14,11 +15,15 @@ PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in
 
 
 def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none."""
+    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none.
+
+    A weight of which each process holds a part is put together, for as long as it is read; every process must ask.
+    """
     module = find_module(model, target.name)
     is_parameter = target.kind in ("experts", "parameter")
     with gathered(module.parameters(recurse=False)):
-        stored = (getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)).detach()
+        held = getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)
+        stored = whole(held).detach()
         if target.kind == "experts":
             for expert in range(target.shape[0]):
                 weight = stored[expert]

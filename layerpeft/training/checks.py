@@ -31,7 +31,7 @@ class Checks:
         self.method, self.record, self.sealed = schedule.method, schedule.record, Sealed(schedule.method)
         self.asked: frozenset[str] = frozenset()  # what PEFT made trainable
         self.seen = 0  # optimizer steps of any kind
-        self.resumed = self.merges = False
+        self.running = self.resumed = self.merges = False  # `running`: a Trainer is
         self._stepped: set[int] = set()
         self._rate = 0.0
         self._blank = False  # the running step has nothing to show
@@ -52,7 +52,7 @@ class Checks:
 
     def begin(self, resumed: bool, merges: bool) -> None:
         """A training begins; `merges`: the trainer folds the adapter into the chosen weights and out again."""
-        self.seen, self.sealed.start, self.resumed, self.merges = 0, {}, resumed, merges
+        self.seen, self.sealed.start, self.resumed, self.merges, self.running = 0, {}, resumed, merges, True
         self._blanks = 0
         self._stepped.clear()
         self._unshown.clear()
@@ -112,6 +112,7 @@ class Checks:
 
     def end(self) -> None:
         """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
+        self.running = False
         if not self.sealed.start:
             if self.seen and not self.resumed:
                 raise TrainingError(

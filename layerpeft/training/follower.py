@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError, TrainingError, differences
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import cut_like, is_cut
 from layerpeft.integrations.peft import is_saving, loading_folder
 from layerpeft.integrations.torch import eager, running_backward
 from layerpeft.model.home import home_of, known_of
@@ -218,8 +219,9 @@ class Follower:
     def on_load(self, state: Mapping[str, Any], prefix: str, carried: Carried | None = None) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""
         self.checks.sealed.forget([clean(k.removeprefix(prefix)) for k in state if k.startswith(prefix)])
-        found = self.method.found(state, prefix)
-        if not found:
+        self.holdings.forget()  # loading may put new tensors in the place of the old
+        found, folder = self.method.found(state, prefix), loading_folder()
+        if not found or folder is None and (self.holdings.is_empty or self.waiting.says_nothing(found)):
             return
         kept = self.waiting.kept(found)
         if kept is None and not (self.method.partial and self.schedule.switches):
@@ -231,11 +233,10 @@ class Follower:
         if kept is not None:
             self.waiting.settle(kept)
             return
-        folder = loading_folder()
         self.method.on_load(state, prefix, found, folder)
         if go_on(self.method, self.schedule, folder, carried):
             self.waiting.drop()
-        self.holdings.forget()  # loading may put new tensors in the place of the old
+        self.holdings.forget()
 
 
 def _norms(follower: Follower) -> GradientNorms | None:
@@ -300,6 +301,16 @@ def _start_switching(follower: Follower) -> None:
     follower.start(inside=True)
 
 
+def _cut_up(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Lets whole tensors of a state dict be loaded where the model holds parts of them."""
+    if not any(map(is_cut, model.parameters())):
+        return
+    for name, mine in model.state_dict().items():
+        given = state.get(prefix + name)
+        if is_cut(mine) and isinstance(given, torch.Tensor) and given.shape == mine.shape:
+            state[prefix + name] = cut_like(given, mine)
+
+
 # ---- what ties followers to the life of their model
 
 FOLLOWERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -318,6 +329,7 @@ class Tether:
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         found = state.pop(prefix + KEY, None) if any(f.live for f in self.followers) else None
         carried = unpacked(found) if found is not None else {}
+        _cut_up(module, state, prefix)
         for follower in [f for f in self.followers if f.live]:
             follower.on_load(state, prefix, carried.get(follower.adapter))
 
@@ -341,8 +353,9 @@ class Carrier:
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         if is_saving():  # a folder keeps them in files of their own, and PEFT would throw this away
             return
-        found = {
-            f.adapter: carried for f in self.tether.followers if f.live and (carried := taken(f.method, f.schedule))
-        }
+        live = [f for f in self.tether.followers if f.live]
+        if any(f.checks.running and f.holdings.is_divided for f in live):  # a Trainer's checkpoint has them elsewhere
+            return
+        found = {f.adapter: carried for f in live if (carried := taken(f.method, f.schedule))}
         if found:
             state.setdefault(prefix + KEY, packed(found))

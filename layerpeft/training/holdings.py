@@ -4,6 +4,7 @@ import weakref
 
 from torch.optim.optimizer import Optimizer
 
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.selection.select import Selection
 from layerpeft.training import verify
 from layerpeft.training.method import Method, Tensors
@@ -28,6 +29,16 @@ class Holdings:
     def ids(self) -> set[int]:
         """Identities of the adapter's tensors."""
         return verify.ids_of(self.tensors())
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this process holds a part of them only."""
+        return any(is_cut(p) for group in self.tensors().values() for p in group.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether some have no values yet: Accelerate is handing the model its own weights back, cut up (FSDP2)."""
+        return any(p.is_meta for group in self.tensors().values() for p in group.values())
 
     def by_layer(self, selection: Selection | None) -> dict[int, list[str]]:
         """Layer -> the targets in it."""

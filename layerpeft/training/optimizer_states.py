@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import Part, part_of, put_together
 from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.files import note_in, replacing
@@ -63,6 +64,38 @@ def bring_back(optimizers: Iterable[Optimizer], tensors: Mapping[str, nn.Paramet
                     key: _to_device(value, counts if key == "step" else parameter.device)
                     for key, value in store.pop(name).items()
                 }
+
+
+def is_hollow(optimizer: Optimizer) -> bool:
+    """Whether it makes the step by which torch.distributed.checkpoint gets states to save or to load into.
+
+    That is one of zero gradients at a rate of zero. Every process must ask.
+    """
+    if optimizer.state or any(g.get("lr") is None or float(g["lr"]) for g in optimizer.param_groups):
+        return False
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return any(map(is_cut, found)) and distributed.everywhere(not any(bool(local(g).any()) for g in found))
+
+
+def drop_hollow(optimizer: Optimizer) -> None:
+    """Forgets states that such a step alone has made, and nothing was loaded into: their count would spoil the first real one."""
+    for parameter, state in list(optimizer.state.items()):
+        numbers = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        if float(numbers.pop("step", torch.tensor(0))) == 1 and not any(bool(local(t).any()) for t in numbers.values()):
+            del optimizer.state[parameter]
+
+
+def give(optimizer: Optimizer, state: dict[str, Any], tensors: Mapping[str, nn.Parameter], store: Store) -> None:
+    """Adds parts of states that are away to the optimizer's state dict, as tensors that are cut up like those that are not."""
+    if not divided(store):
+        return
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for name, parameter in tensors.items():
+        if name in store and id(parameter) in numbers:
+            state["state"][numbers[id(parameter)]] = {
+                key: put_together(value, value.part.device) if isinstance(value, Part) else value
+                for key, value in store[name].items()
+            }
 
 
 def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from layerpeft.training import backward, verify
 from layerpeft.training.holdings import Holdings
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Tensors
-from layerpeft.training.optimizer_states import Store, bring_back, holders, put_away
+from layerpeft.training.optimizer_states import Store, bring_back, give, holders, put_away
 from layerpeft.training.record import Record
 from layerpeft.training.switching import Switcher
 
@@ -36,6 +37,7 @@ class Once:
         self.method, self.holdings = method, Holdings(method)
         self.record: Record = method.config._layerpeft
         self.on_copy = on_copy  # told of a deep copy of the model, as soon as it is used
+        self._states_follow = False
 
     @property
     def store(self) -> Store:
@@ -52,6 +54,10 @@ class Once:
 
     def trained(self) -> set[str]:
         """Targets that trained since this training began."""
+        return set(self.holdings.tensors())
+
+    def ever(self) -> set[str]:
+        """Targets that trained, in the runs before this one too."""
         return set(self.holdings.tensors())
 
     def news(self) -> dict[str, float]:
@@ -72,6 +78,7 @@ class Once:
     def after_step(self, optimizer: Optimizer) -> None: ...  # after a real step
     def rest(self) -> None: ...  # a training has ended
     def restore(self, moment: Mapping[str, Any], store: Store, where: str) -> None: ...  # goes on from there
+    def lay_out(self) -> None: ...  # lets the tensors require gradients of which an optimizer's checkpoint holds states
     def copied(self, old: Any, memo: dict[int, Any]) -> None: ...  # in a deep copy of `old`: goes on where that stood
     def measure_anew(self) -> None: ...  # in a deep copy: puts hooks of its own in the place of those that came along
     def close(self) -> None: ...  # nobody follows, or measures, any more
@@ -80,6 +87,15 @@ class Once:
     def states_here(self) -> Iterator[None]:
         """Inside, optimizers have all states that are away."""
         yield
+
+    @contextmanager
+    def states_follow(self) -> Iterator[None]:
+        """Inside, what is restored comes with a checkpoint of the optimizer that holds every state, those that were away too."""
+        self._states_follow = True
+        try:
+            yield
+        finally:
+            self._states_follow = False
 
     def watch(self, pending: Pending) -> Pending:
         """That which measures, told what trains."""
@@ -98,6 +114,7 @@ class Scheduled(Once):
         self._gauge: Pending | None = None  # what measures the running step for the next choice
         self._round: Sequence[Optimizer] = ()  # those that have stepped since the schedule last counted a step
         self._trained: set[str] = set()
+        self._giving: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._told = -1  # the step up to which trackers were told of switches
 
     @property
@@ -117,6 +134,10 @@ class Scheduled(Once):
 
     def trained(self) -> set[str]:
         return self._trained
+
+    def ever(self) -> set[str]:
+        steps, layer_of = self.record.steps_trained, self.switcher.layer_of
+        return {t for t in self.holdings.tensors() if steps.get(layer_of[t])}
 
     def count(self, targets: Iterable[str]) -> None:
         self._trained.update(targets)
@@ -141,9 +162,13 @@ class Scheduled(Once):
         self.holdings.forget()  # `fully_shard` puts other tensors in the place of those there were
         tensors = self.holdings.tensors()
         kinds = {is_cut(p) for group in tensors.values() for p in group.values()}
-        if len(kinds) > 1 or not (stepping or holders(self.holdings.ids())):
+        # FSDP2 writes down the types of gradients in the first forward pass, in which the whole pool has to train
+        early = kinds == {True} and not inside and not stepping
+        if early or len(kinds) > 1 or not (stepping or holders(self.holdings.ids())):
             self.holdings.forget()
             return
+        for optimizer in holders(self.holdings.ids()) if kinds == {True} else ():
+            self._give_files(optimizer)
         self._switch(switcher.start(self.method.model, tensors), always=not inside)
         self._measure()
 
@@ -190,7 +215,7 @@ class Scheduled(Once):
 
     def restore(self, moment: Mapping[str, Any], store: Store, where: str) -> None:
         """Goes on where the run stood that tells this. Raises: SaveError for parts; SelectionError where it was another one."""
-        if moment["schedule"].get("divided"):
+        if moment["schedule"].get("divided") and not self._states_follow:
             raise SaveError(
                 f"{where} was saved by processes that each held a part of the optimizer's states (fully_shard), which are not in "
                 "it; start from it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
@@ -216,6 +241,13 @@ class Scheduled(Once):
             yield
         finally:
             put_away(optimizers, {n: p for n, p in named.items() if n in away}, "offload", self.store)
+
+    def lay_out(self) -> None:
+        """torch wants a state of whatever requires a gradient, and gives none to what does not."""
+        stated = self.switcher.stated
+        for target, group in self.holdings.tensors().items():
+            for parameter in group.values() if stated and target not in stated else ():
+                parameter.requires_grad_(False)
 
     def first(self, measured: Measured, batches: int) -> Selection:
         """The first choice, from what the first step has shown."""
@@ -244,6 +276,17 @@ class Scheduled(Once):
         self.method.switched(now, self.switcher.schedule.state)
         selection = self.record.selection
         backward.install(self.method.model, selection.stack if selection is not None else None)
+
+    def _give_files(self, optimizer: Optimizer) -> None:
+        """Lets the optimizer's state dict, of which every process holds a part, tell of states that are away."""
+        wraps = isinstance(getattr(optimizer, "optimizer", None), Optimizer)  # Accelerate's own asks the one inside
+        if optimizer not in self._giving and not wraps:
+            self._giving.add(optimizer)
+            optimizer.register_state_dict_post_hook(self._give)
+
+    def _give(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        named = {f"{t}|{n}": p for t, group in self.holdings.tensors().items() for n, p in group.items()}
+        give(optimizer, state, named, self.store)
 
     def _thaw(self) -> None:
         self.method.switched(None, self.switcher.schedule.state)

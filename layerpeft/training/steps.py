@@ -18,13 +18,16 @@ from layerpeft.integrations.peft import watch_saving
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.training import divided, idle
+from layerpeft.training import optimizer_states as states
 from layerpeft.training.follower import FOLLOWERS, Carrier, Follower, Tether, alive, followers_of
 from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
+from layerpeft.training.resuming import resume
 from layerpeft.training.switching import Switcher
 
 _installed: list[Any] = []
+_HOLLOW: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose states were begun by torch alone
 _USED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -58,7 +61,7 @@ def _install() -> None:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     zero.watch(_HEARD)
     watch_saving(is_cut)
-    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed)
+    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume)
 
 
 def check_trained(model: nn.Module) -> None:
@@ -73,6 +76,12 @@ def check_trained(model: nn.Module) -> None:
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if zero.is_inner(optimizer):
         return None
+    if states.is_hollow(optimizer):
+        _HOLLOW.add(optimizer)
+        return None
+    if optimizer in _HOLLOW:
+        _HOLLOW.discard(optimizer)
+        states.drop_hollow(optimizer)
     for model in list(_USED):
         idle.refuse(model, optimizer)
     followers = alive()
@@ -107,7 +116,7 @@ def _evaluated(closure: Callable[..., Any], optimizer: Optimizer, followers: lis
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
-    for follower in alive() if not zero.is_inner(optimizer) else ():
+    for follower in alive() if not zero.is_inner(optimizer) and optimizer not in _HOLLOW else ():
         follower.after_step(optimizer)
 
 
@@ -142,6 +151,10 @@ def _train_begin(
         idle.refuse(model)
 
 
+def _resume(model: nn.Module | None, folder: str) -> bool:
+    return resume(followers_of(model), model, folder)
+
+
 def _train_end(model: nn.Module | None, output_dir: str) -> None:
     followers = followers_of(model)
     for pending in (f.pending for f in followers if f.pending is not None):
@@ -165,6 +178,7 @@ def _state(model: nn.Module | None) -> dict[str, Any]:
             "steps_trained": f.record.steps_trained,
         }
         | ({"quant": f.record.precisions} if f.record.quantized is not None else {})
+        | ({"schedule": f.schedule.carried()} if f.schedule.switches and f.holdings.is_divided else {})
         for f in followers_of(model)
         if f.record.selection is not None
     }

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SelectionError
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.saving.manifest import PICTURES
 from layerpeft.selection import scoring
 from layerpeft.selection.examined import Examined
@@ -55,6 +56,8 @@ class Switcher:
         )
         self.store: states.Store = {}
         self.started = False  # the whole pool trains until an optimizer holds it
+        self.divided = False  # among processes
+        self.stated: set[str] = set()  # targets of which there are states, of an optimizer or away
 
     @property
     def waits(self) -> bool:
@@ -101,6 +104,7 @@ class Switcher:
         """Counts a step and switches where a window begins: the targets that train from now on; None where nothing changes."""
         standing = self.standing
         standing.step += 1
+        self.stated.update(t for t in tensors if self.is_active(t))
         if not self.schedule.begins(standing.step):
             return None
         window = self.schedule.window(standing.step)
@@ -113,6 +117,7 @@ class Switcher:
 
     def apply(self, tensors: Tensors, optimizers: Sequence[Optimizer]) -> list[str]:
         """Switches tensors on and off. Returns the targets that train now."""
+        self.divided = any(is_cut(p) for group in tensors.values() for p in group.values())
         for target, group in tensors.items():
             named = {f"{target}|{n}": p for n, p in group.items()}
             if self.is_active(target):
@@ -123,6 +128,8 @@ class Switcher:
             for parameter in group.values():
                 parameter.requires_grad_(False).grad = None
             states.put_away(optimizers, named, self.schedule.state, self.store)
+            if self.schedule.state == "clear":
+                self.stated.discard(target)
         return [t for t in tensors if self.is_active(t)]
 
     def hold(self, tensors: Tensors) -> None:
@@ -145,7 +152,9 @@ class Switcher:
         """Takes over where another run stood. Raises: SelectionError where its schedule was another one."""
         if len(standing["counts"]) != len(self.schedule.among) or len(standing["known"]) != len(self.standing.known):
             raise SelectionError("the run that is resumed chose among other layers")
-        self.standing, self.store = Standing(**standing), store
+        known = {f.name for f in fields(Standing)}
+        self.standing, self.store = Standing(**{k: v for k, v in standing.items() if k in known}), store
+        self.stated = set(standing.get("stated", ()))
 
     def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
         """Its part in the record: optimizer states that are away, `layers.csv` and `layers.png`, and where it stands."""
@@ -187,9 +196,13 @@ class Switcher:
         ]
 
     def plain(self) -> dict[str, Any]:
-        """Where it stands, as plain data; `divided`: optimizer states that are away are parts, which are saved nowhere."""
+        """Where it stands, as plain data; `divided`: optimizer states that are away are parts, which no folder holds.
+
+        `stated`, where weights are divided: the targets of which the optimizer's checkpoint holds states.
+        """
+        found = asdict(self.standing) | ({"stated": sorted(self.stated)} if self.divided else {})
         lost = states.divided(self.store) and not states.saved_elsewhere(self.store)
-        return asdict(self.standing) | ({"divided": True} if lost else {})
+        return found | ({"divided": True} if lost else {})
 
     def _choose(self, window: int, model: nn.Module | None = None) -> None:
         standing, schedule = self.standing, self.schedule

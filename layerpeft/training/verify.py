@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import SaveError, SelectionError, differences
 from layerpeft.integrations import distributed
 from layerpeft.integrations.engines.known import is_cut, is_stepped_apart, local, stepped
+from layerpeft.integrations.torch import in_states
 from layerpeft.model.names import clean
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.text import some
@@ -239,9 +240,9 @@ def same_keys(model: nn.Module, ids: Set[int], state: Mapping[str, object], pref
 
     `ids`: of the adapter's own tensors.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = {in_states(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     own = {prefix + n for n, p in named.items() if id(p) in ids and clean(n).partition(".lora_")[0] in found}
-    known = {prefix + n for n in (*named, *dict(model.named_buffers()))}
+    known = {prefix + n for n in (*named, *(in_states(n) for n, _ in model.named_buffers()))}
     strange = [k for k in state if k.startswith(prefix) and ".lora_" in k and k not in known]
     missing = sorted(own - state.keys())
     if strange or missing:

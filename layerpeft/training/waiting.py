@@ -64,6 +64,11 @@ class Waiting:
         """The choice that the adapter that is loaded made, by its modules; None where that chose among others."""
         return self.pending.keep(found) if self.pending is not None and not self.schedule.switches else None
 
+    def says_nothing(self, found: set[str]) -> bool:
+        """Whether these are the modules of all that may be chosen, so that they tell of no choice."""
+        pool = self.pending.pool if self.pending is not None and not self.schedule.switches else ()
+        return bool(pool) and found >= {t.name for t in pool}
+
     def settle(self, selection: Selection, optimizer: Optimizer | None = None) -> None:
         """Keeps the chosen wrappers, removes the others and takes their tensors out of the optimizers."""
         self.drop()

@@ -24,7 +24,8 @@ class Engine:
 
     `asked(args)`: whether training arguments (or what has their attributes), or `accelerate launch` by its environment, ask for it.
     `divides`: of what each process holds a part only. `is_part`, `local`: whether a tensor is cut up by it, and this process's own
-    part of such a tensor; `whole`: all of it, in every process, each of which must ask. `cannot`: what cannot be right, why, and
+    part of such a tensor; `whole`: all of it, in every process, each of which must ask.
+    `cut_like(whole, like)`: a whole tensor, cut up like that one; nobody is asked. `cannot`: what cannot be right, why, and
     the way out, as a sentence with `{name}` in it.
     """
 
@@ -36,6 +37,7 @@ class Engine:
     is_part: Callable[[Any], bool] = lambda _: False
     local: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
     whole: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    cut_like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda whole, like: whole
     cannot: Mapping[Need, str] = field(default_factory=dict)
 
     def refusals(self, needs: Iterable[Need]) -> list[str]:

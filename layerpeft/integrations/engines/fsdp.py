@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from layerpeft.errors import SaveError
 from layerpeft.integrations.engines.engine import FIXED, Engine, launched
 from layerpeft.integrations.files import read_json
@@ -23,6 +25,13 @@ def _version(args: Any) -> int | None:
     return int(given.get("version", given.get("fsdp_version", 2)))
 
 
+def _cut_like(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    here = whole.to(like.to_local().device, like.dtype)
+    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
+
+
 _ALL = frozenset(("weights", "gradients", "states"))
 FSDP1 = Engine(
     key="fsdp1",
@@ -41,5 +50,5 @@ FSDP2 = Engine(
     is_part=lambda t: hasattr(t, "to_local"),
     local=lambda t: t.to_local(),  # type: ignore[attr-defined]
     whole=lambda t: t.full_tensor(),  # type: ignore[attr-defined]
-    cannot={"schedule": FIXED},
+    cut_like=_cut_like,
 )

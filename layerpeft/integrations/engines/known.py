@@ -38,6 +38,11 @@ def rewritten(tensor: torch.Tensor) -> None:
         deepspeed.rewritten(tensor)
 
 
+def cut_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor that every process has, cut up like that one; one that is cut up already. No process asks another."""
+    return next((e.cut_like(whole, like) for e in _CUTTING if e.is_part(like) and not e.is_part(whole)), whole)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of such a tensor, in every process, each of which must ask; the tensor itself where it is not cut up."""
     return next((engine.whole(tensor) for engine in _CUTTING if engine.is_part(tensor)), tensor)

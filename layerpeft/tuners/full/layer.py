@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
-from layerpeft.integrations.engines.known import is_cut, local, rewritten
+from layerpeft.integrations.engines.known import cut_like, is_cut, local, rewritten
 from layerpeft.integrations.peft import ModulesToSaveWrapper
 from layerpeft.model.names import clean
 from layerpeft.model.weights import change_of
@@ -73,6 +73,7 @@ class FullWrapper(ModulesToSaveWrapper):
         self._modules["original_module"] = self._modules.pop(
             "original_module"
         )  # names go by `modules_to_save`, as in PEFT
+        self.register_state_dict_post_hook(_under_one_name)
 
     def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Takes its adapter. Raises: ConfigError for another one."""
@@ -157,16 +158,19 @@ class FullWrapper(ModulesToSaveWrapper):
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
         inside = f"{prefix}modules_to_save.{state.adapter}."
-        names = list(self.original_module.state_dict())
-        for name in names:
+        names = self.original_module.state_dict()
+        for name, mine in names.items():
             if prefix + name in state_dict:
-                state_dict[inside + name] = state_dict.pop(prefix + name)
-        if _brings_other(self, {n: state_dict[inside + n] for n in names if inside + n in state_dict}):
+                given = state_dict.pop(prefix + name)
+                state_dict[inside + name] = cut_like(given, mine) if given.shape == mine.shape else given
+        held = {n: state_dict[inside + n] for n in names if inside + n in state_dict}
+        if _brings_other(self, held):
             if state.shows_original:
                 raise ConfigError(
                     f"{state.whole.name}: weights are loaded while the adapter is switched off; switch it on before"
                 )
             _keep(self)
+        state_dict |= {f"{prefix}original_module.{n}": t for n, t in held.items()}  # the same module by its other name
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _settle(self) -> None:
@@ -230,6 +234,7 @@ def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bo
         module.__dict__["_layerpeft"] = state
         del module._modules["original_module"]
         module._modules["original_module"] = inner
+        module.register_state_dict_post_hook(_under_one_name)
 
 
 def state_of(wrapper: FullWrapper) -> Full:
@@ -334,6 +339,13 @@ def show(wrapper: FullWrapper, trained: bool) -> None:
             state.aside[name] = mine.to("cpu", copy=True)
             mine.copy_(other)
             rewritten(tensor)
+
+
+def _under_one_name(wrapper: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets state dicts hold the weights once: torch.distributed.checkpoint takes two names of one weight for two weights."""
+    if len(wrapper.modules_to_save):
+        for key in [k for k in state if k.startswith(f"{prefix}original_module.")]:
+            del state[key]
 
 
 def is_bias(name: str) -> bool:

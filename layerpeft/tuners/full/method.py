@@ -103,6 +103,11 @@ class FullMethod(Method):
         """Their originals, on the CPU."""
         layer.keep_originals(self.model, self.adapter, targets, always)
 
+    def went_on(self, trained: Set[str]) -> None:
+        """Of those, and what is always on, the originals are what the weights are now; the others never trained."""
+        layer.put_back(self.model, self.adapter, trained)
+        layer.keep_originals(self.model, self.adapter, trained)
+
     def lend(self, step: Step) -> None:
         """The optimizer sees float32 masters in the place of 16-bit weights."""
         if self.masters is None:
