@@ -174,7 +174,9 @@ def unmoved(tensors: Parameters, before: Mapping[str, Mapping[str, Seal]]) -> di
         moved = {*changed(seals, now), *outdated(seals, now)}
         still[target] = [n for n in seals if n not in moved]
     if _cut(tensors):
-        places = [(t, n) for t, seals in before.items() for n in seals]
+        places = sorted(
+            (t, n) for t, seals in before.items() for n in seals
+        )  # sets have another order in every process
         agreed = zip(places, distributed.agreed([n in still[t] for t, n in places]), strict=True)
         everywhere = {place for place, unmoved_there in agreed if unmoved_there}
         still = {t: [n for n in names if (t, n) in everywhere] for t, names in still.items()}

@@ -250,11 +250,12 @@ def _split(optimizer: Optimizer, layers: Mapping[int, int]) -> None:
         first, *others = parts.values()
         group["params"] = first
         more += [{**group, "params": part} for part in others]
-    known = [
-        o for o in gc.get_objects() if issubclass(type(o), LRScheduler) and getattr(o, "optimizer", None) is optimizer
-    ]
-    if more and known:
-        raise TrainingError(_RATES.format(name=type(known[0]).__name__))
+    if not more:
+        return
+    known = (o for o in gc.get_objects() if issubclass(type(o), LRScheduler))
+    late = next((o for o in known if getattr(o, "optimizer", None) is optimizer), None)
+    if late is not None:
+        raise TrainingError(_RATES.format(name=type(late).__name__))
     optimizer.param_groups += more
 
 
