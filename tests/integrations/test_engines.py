@@ -1,0 +1,123 @@
+"""Processes under an engine train what one process trains: the same weights in every one, and the same again after a resume."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from layerpeft.saving.manifest import read_manifest
+from tests.helpers.engines import in_ranks, train
+
+slow = pytest.mark.slow
+# Of all runs: the first goes through, the second goes on from its second step.
+CELLS = [
+    *[("ddp", name) for name in ("lora-depth", "lora-grad", "galore", "full", "lisa", "lora-nf4")],
+    *[("fsdp2", n) for n in ("lora-depth", "lora-batches", "lora-sched", "lora-sched-clear", "full", "full-grad")],
+    *[(e, n) for e in ("fsdp2_noram", "fsdp2_sharded") for n in ("lora-grad", "lora-sched", "full", "lisa")],
+    *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
+    *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
+    ("fsdp2", "lora-outliers"),
+]
+QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
+# Runs of another kind: options of the trainer
+WAYS: dict[str, dict[str, Any]] = {
+    "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 18, "max_steps": 5},
+    "clipping": {"max_grad_norm": 0.05},
+    "evaluation while training": {"eval_strategy": "steps", "eval_steps": 1},
+    "the best is loaded at the end": {
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    },
+}  # fmt: skip
+
+
+@cache
+def _alone(name: str, way: str = "", at_once: int = 4) -> Any:
+    return train(name, _folder() / f"one {name} {way} {at_once}", at_once=at_once, **WAYS.get(way, {}))
+
+
+def _folder() -> Any:
+    return _folder.at  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept_runs(tmp_path_factory):
+    _folder.at = tmp_path_factory.mktemp("engines")  # type: ignore[attr-defined]
+    _alone.cache_clear()
+
+
+def apart(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
+
+
+def check_alike(runs, one, limit):
+    """Processes hold the same, and what one process holds."""
+    first, *others = runs
+    assert not isinstance(first, str), first
+    for other in others:
+        assert apart(first["weights"], other["weights"]) == 0 and first["steps"] == other["steps"]
+    assert first["steps"] == one["steps"] and apart(first["weights"], one["weights"]) <= limit
+    if limit < 1e-3:
+        assert first["losses"] == pytest.approx(one["losses"], abs=limit)
+        assert first["held_out"] == pytest.approx(one["held_out"], abs=limit)
+
+
+def through_and_on(engine, cells):
+    """Every cell goes through, is like one process, is saved as one process saves it, and goes on to the same end."""
+    runs = []
+    for name in cells:
+        runs += [{"name": name, "out": name}, {"name": name, "out": f"{name}-on", "checkpoint": f"{name}/checkpoint-2"}]
+    place = _folder() / engine / cells[0]
+    found = in_ranks(place, engine, runs)
+    for i, name in enumerate(cells):
+        one, limit = _alone(name), 2e-2 if engine.endswith("bf16") else 5e-4
+        check_alike([rank[2 * i] for rank in found], one, limit)
+        for rank in found:
+            assert not isinstance(rank[2 * i + 1], str), rank[2 * i + 1]
+            assert apart(rank[2 * i + 1]["weights"], rank[2 * i]["weights"]) <= 2e-6
+        if engine == "fsdp2_sharded":  # Trainer saves no folder of such
+            continue
+        ours, theirs = (
+            load_file(f / "final/adapter_model.safetensors") for f in (place / name, _folder() / f"one {name}  4")
+        )
+        assert ours.keys() == theirs.keys() and apart(ours, theirs) <= limit
+        manifest = read_manifest(place / name / "final")
+        assert manifest["checks"]["end"] == "every chosen target moved, and no frozen parameter did"
+
+
+def test_what_waits_and_what_changes_under_fsdp2_is_trained_saved_and_resumed():
+    through_and_on("fsdp2", [name for _, name in QUICK])
+
+
+@slow
+@pytest.mark.parametrize(("engine", "name"), CELLS)
+def test_processes_train_what_one_does_and_go_on(engine, name):
+    through_and_on(engine, [name])
+
+
+@slow
+@pytest.mark.parametrize("name", ["lora-grad", "lora-sched", "lisa"])
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_training(way, name):
+    found = in_ranks(_folder() / f"{way} {name}", "fsdp2", [{"name": name, "out": "run", **WAYS[way]}])
+    check_alike([rank[0] for rank in found], _alone(name, way), 5e-4)
+
+
+@slow
+@pytest.mark.parametrize("name", ["lora-grad", "lora-sched", "lisa"])
+def test_three_processes_and_going_on_in_three_where_two_began(name):
+    place, one = _folder() / f"three {name}", _alone(name, at_once=6)
+    two = in_ranks(place, "fsdp2", [{"name": name, "out": "run", "at_once": 6}])
+    runs = [
+        {"name": name, "out": "on", "at_once": 6, "checkpoint": "run/checkpoint-2"},
+        {"name": name, "out": "all", "at_once": 6},
+    ]
+    three = in_ranks(place, "fsdp2", runs, ranks=3)
+    for runs in ([rank[0] for rank in two], [rank[1] for rank in three], [rank[0] for rank in three]):
+        assert not isinstance(runs[0], str), runs[0]
+        assert all(apart(run["weights"], runs[0]["weights"]) == 0 for run in runs)
+        assert apart(runs[0]["weights"], one["weights"]) <= 5e-4
