@@ -24,10 +24,12 @@ from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
 from tests.helpers.processes import without_the_package
 from tests.helpers.repeating import some
+from tests.helpers.short import LAYERS, short_llama
 
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
-BRIEF = ['columns={text: "{answer}"}', "max_length=48"]  # rows of a third of their length
+SHORT = f"model_name_or_path={short_llama()}"  # five layers of twelve
+BRIEF = ['columns={text: "{answer}"}', "max_length=48", SHORT]  # rows of a third of their length
 FEWER = {  # classes, or passes in which the layers are measured
     "ir_tuning": ['columns={text: "{after}", label: "{coarse}"}'],
     "mean_bits": ["layerpeft.quant.select.num_batches=1", "per_device_train_batch_size=1"],
@@ -152,7 +154,7 @@ def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureF
 
 
 def test_the_choice_is_that_of_score_layers_on_the_first_batches(place: Path) -> None:
-    recipe = load_recipe(*_split(tiny("quickstart")))
+    recipe = load_recipe(*_split(tiny("quickstart", SHORT)))
     setup = prepare(recipe)
     model = load_model(setup)
     batches, setup = first_batches(setup, model, 8)
@@ -164,7 +166,12 @@ def test_the_choice_is_that_of_score_layers_on_the_first_batches(place: Path) ->
 
 def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["train", *tiny("revision", "layerpeft.select=last:2", 'columns={text: "{after}", label: "{coarse}"}')])
+        main(
+            [
+                "train",
+                *tiny("revision", "layerpeft.select=last:2", 'columns={text: "{after}", label: "{coarse}"}', SHORT),
+            ]
+        )
         == 0
     )
     text = capsys.readouterr().out
@@ -175,7 +182,7 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     trained = loaded.base_model.model.score.modules_to_save["default"].weight
     assert trained.shape == (2, 192)
     fresh = load_model(
-        prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}')), "score"))
+        prepare(load_recipe(*_split(tiny("revision", 'columns={text: "{after}", label: "{coarse}"}', SHORT)), "score"))
     )
     assert not torch.equal(trained, fresh.score.weight.to(trained.dtype))
     assert "layerpeft merge out-revision out-revision-merged " in text
@@ -185,7 +192,7 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     names = {0: "content", 1: "surface"}
     plain = layerpeft.load(place / "out-revision")
     assert plain.config.id2label == merged.config.id2label == names and plain.config.label2id["surface"] == 1
-    given = AutoModelForSequenceClassification.from_pretrained(shipped.resolve("layerpeft://llama-6m"), num_labels=2)
+    given = AutoModelForSequenceClassification.from_pretrained(str(short_llama()), num_labels=2)
     assert layerpeft.load(place / "out-revision", given).config.id2label == names
     guess = pipeline("text-classification", model=str(place / "out-revision-merged"))
     assert {found["label"] for found in guess(["A word.", "Another one, and longer."], batch_size=2)} <= {
@@ -205,7 +212,7 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
         "base = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)\n"
         "print(peft.PeftModel.from_pretrained(base, folder).base_model.model.score.modules_to_save['default'].weight.sum().item())"
     )
-    there = without_the_package(code, place / "out-revision", shipped.resolve("layerpeft://llama-6m"))
+    there = without_the_package(code, place / "out-revision", str(short_llama()))
     assert there.returncode == 0 and float(there.stdout) == pytest.approx(trained.sum().item(), abs=1e-4), there.stderr
 
 
@@ -342,11 +349,11 @@ def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     arms = {item["arm"]: item for item in found["runs"]}
     assert list(arms)[0] == "gradient_norm" and len(arms) == 5
-    assert arms["last"]["layers"] == [9, 10, 11] and arms["all"]["layers"] == list(range(12))
+    assert arms["last"]["layers"] == [2, 3, 4] and arms["all"]["layers"] == list(range(LAYERS))
     drawn = [item for name, item in arms.items() if name.startswith("random:")]
     assert [len(item["layers"]) for item in drawn] == [3, 3] and drawn[0]["layers"] != drawn[1]["layers"]
     assert {item["trainable"] for item in found["runs"] if item["arm"] != "all"} == {arms["last"]["trainable"]}
-    assert arms["all"]["trainable"] == 4 * arms["last"]["trainable"]
+    assert 3 * arms["all"]["trainable"] == LAYERS * arms["last"]["trainable"]
     assert found["verdict"]["kind"] in ("better", "worse", "no difference")
     assert found["before"] > 0 and len({item["value"] for item in found["runs"]}) == 5
     folder = place / "out-quickstart"
