@@ -37,6 +37,17 @@ ENGINES = {
     "fsdp2_ac": FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
     "fsdp2_bf16": FSDP2 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
 }
+ZERO3 = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,gradient_accumulation_steps,zero3_init_flag,mixed_precision",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
 BY_GRADIENTS = {"keep": 2, "by": "gradient_norm"}
 TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 2}
 ROWS = 48
@@ -127,10 +138,11 @@ def train(
         "save_strategy": "steps",
         "logging_steps": 1,
         "adam_epsilon": 1e-6,
+        "use_cpu": size == 1,
     } | options
     arguments = TrainingArguments(
         str(out), per_device_train_batch_size=at_once // size, learning_rate=2e-3, lr_scheduler_type="constant", seed=0,
-        report_to="none", disable_tqdm=True, optim="adamw_torch", train_sampling_strategy="sequential", use_cpu=size == 1,
+        report_to="none", disable_tqdm=True, optim="adamw_torch", train_sampling_strategy="sequential",
         dataloader_pin_memory=False, per_device_eval_batch_size=4, **told,
     )  # fmt: skip
     data = rows(count)
