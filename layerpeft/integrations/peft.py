@@ -181,9 +181,10 @@ def watch_wrapping(around: Callable[[nn.Module], AbstractContextManager[None]]) 
 
 
 CUT = (
-    "the weights are divided among the processes (fully_shard), and one process holds a part of each only; gather them in every "
-    "process, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) from "
-    "torch.distributed.checkpoint.state_dict, and then save in the first one: model.save_pretrained(folder, state_dict=state)"
+    "the weights are divided among the processes (fully_shard, ZeRO-3), and one process holds a part of each only; gather them in "
+    "every process, state = accelerator.get_state_dict(model), or without Accelerate get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) from torch.distributed.checkpoint.state_dict, and then save "
+    "in the first one: model.save_pretrained(folder, state_dict=state)"
 )
 
 

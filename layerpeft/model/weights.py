@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from layerpeft.integrations.engines.deepspeed import gathered
 from layerpeft.integrations.engines.known import whole
 from layerpeft.integrations.peft import dequantized
 from layerpeft.integrations.torch import widest
@@ -21,15 +20,14 @@ def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tens
     """
     module = find_module(model, target.name)
     is_parameter = target.kind in ("experts", "parameter")
-    with gathered(module.parameters(recurse=False)):
-        held = getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)
-        stored = whole(held).detach()
-        if target.kind == "experts":
-            for expert in range(target.shape[0]):
-                weight = stored[expert]
-                yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
-            return
-        yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
+    held = getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)
+    stored = whole(held).detach()
+    if target.kind == "experts":
+        for expert in range(target.shape[0]):
+            weight = stored[expert]
+            yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
+        return
+    yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
 
 
 def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """What followers hear of DeepSpeed: its optimizers step on flat parts of weights, and its checkpoints are read by nobody else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from os.path import isfile, join
 from typing import Any
@@ -12,7 +12,7 @@ from layerpeft.integrations.engines import zero
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.peft import reading
 from layerpeft.saving.manifest import MANIFEST
-from layerpeft.training.follower import Follower, alive, followers_of
+from layerpeft.training.follower import alive, followers_of
 from layerpeft.training.scheduled import Scheduled
 
 
@@ -23,7 +23,7 @@ def heard(before: Callable[[Optimizer], Any], after: Callable[[Optimizer], Any])
         before(optimizer)
         return {i for f in alive() if f.pending is not None for i in f.holdings.ids()}
 
-    return zero.Heard(prepare, after, _skipped, _resting, _waits, _loading, _saving)
+    return zero.Heard(prepare, after, _skipped, _resting, _waits, _loading, _saving, _gathering)
 
 
 def _skipped(optimizer: Optimizer, prepared: bool) -> None:
@@ -56,31 +56,40 @@ def _loading(model: nn.Module, folder: str) -> Iterator[None]:
         tensors = follower.holdings.tensors()
         if any(is_cut(p) for group in tensors.values() for p in group.values()):
             follower.method.keep(set(tensors))  # the file that is loaded holds no weights that would show what is new
-    with reading(folder if isfile(join(folder, MANIFEST)) else None):
+    with _opened(_resting_of(model)), reading(folder if isfile(join(folder, MANIFEST)) else None):
         yield
 
 
 @contextmanager
 def _saving(model: nn.Module) -> Iterator[None]:
     """What rests is saved like what trains, with its states."""
-    with ExitStack() as stack:
+    with _opened(_resting_of(model)), ExitStack() as stack:
         for follower in followers_of(model):
-            stack.enter_context(_awake(follower))
+            stack.enter_context(follower.schedule.states_here())
+        yield
+
+
+def _resting_of(model: nn.Module) -> list[nn.Parameter]:
+    """The pools of schedules."""
+    switching = [f for f in followers_of(model) if f.schedule.switches and f.pending is None]
+    return [p for f in switching for group in f.holdings.tensors().values() for p in group.values()]
+
+
+@contextmanager
+def _gathering(model: nn.Module) -> Iterator[None]:
+    """What a folder holds beside what trains is not left out as frozen (biases, a factor that is fixed)."""
+    marks = (".lora_", ".modules_to_save.")
+    with _opened(p for n, p in model.named_parameters() if any(mark in n for mark in marks)):
         yield
 
 
 @contextmanager
-def _awake(follower: Follower) -> Iterator[None]:
-    resting = (
-        []
-        if follower.pending is not None or not follower.schedule.switches
-        else [p for group in follower.holdings.tensors().values() for p in group.values() if not p.requires_grad]
-    )
-    with follower.schedule.states_here():
-        for parameter in resting:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in resting:
-                parameter.requires_grad_(False)
+def _opened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -144,7 +144,9 @@ def trained(rank, folder, number, method, select, again=False):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
         if step + 1 == SAVED and not again:
-            if number < 3 and rank == 0:
+            if (
+                rank == 0 and number < 3 and (select != "clears" or method == "galore")
+            ):  # without, as accelerator.save_state
                 model.save_pretrained(folder)
             dist.barrier()
             engine.save_checkpoint(folder, exclude_frozen_parameters=True)

@@ -34,7 +34,7 @@ class Heard:
     """Who listens. `before` a step gives ids of parameters that it must leave alone; `skipped(optimizer, prepared)`: it is none.
 
     `resting`: id -> layer, of what may come to rest; `waits`: because a choice is yet to be made. `loading`, `saving`:
-    around a checkpoint of DeepSpeed's own.
+    around a checkpoint of DeepSpeed's own; `gathering`: while stage 3 puts together what a folder is to hold.
     """
 
     before: Callable[[Optimizer], set[int]]
@@ -44,6 +44,7 @@ class Heard:
     waits: Callable[[], bool]
     loading: Callable[[nn.Module, str], AbstractContextManager[Any]]
     saving: Callable[[nn.Module], AbstractContextManager[Any]]
+    gathering: Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 class DividedOptimizer(Optimizer):
@@ -218,7 +219,9 @@ def _watch(heard: Heard) -> None:
         kind.step = _stepping(kind.step, heard, rests)
     DeepSpeedZeroOptimizer._optimizer_step = _by_group(DeepSpeedZeroOptimizer._optimizer_step)
     DeepSpeedEngine.load_checkpoint = _loading(DeepSpeedEngine.load_checkpoint, heard)
-    DeepSpeedEngine.save_checkpoint = _saving(DeepSpeedEngine.save_checkpoint, heard)
+    DeepSpeedEngine.save_checkpoint = _around(DeepSpeedEngine.save_checkpoint, heard.saving)
+    name = "_zero3_consolidated_16bit_state_dict"
+    setattr(DeepSpeedEngine, name, _around(getattr(DeepSpeedEngine, name), heard.gathering))
 
 
 def _making(init: Any, heard: Heard, rests: bool) -> Any:
@@ -315,10 +318,10 @@ def _loading(load: Any, heard: Heard) -> Any:
     return load_checkpoint
 
 
-def _saving(save: Any, heard: Heard) -> Any:
-    @functools.wraps(save)
-    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with heard.saving(self.module):
-            return save(self, *args, **kwargs)
+def _around(method: Any, listens: Callable[[nn.Module], AbstractContextManager[Any]]) -> Any:
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with listens(self.module):
+            return method(self, *args, **kwargs)
 
-    return save_checkpoint
+    return called
