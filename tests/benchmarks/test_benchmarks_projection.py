@@ -49,7 +49,7 @@ about: Two rows.
 kind: learning
 place: 7
 model: {shipped: llama-6m}
-batch: {rows: 2, length: 160, text: gsm8k}
+batch: {rows: 2, length: 64, text: gsm8k}
 lr: 0.03
 steps: 4
 warm_up: 2

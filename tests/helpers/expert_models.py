@@ -14,8 +14,8 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 RANK = 4
 
 
-def build(name="mixtral", how=None, dtype=torch.float32):
-    model = MODELS[name]().to(dtype).train()
+def build(name="mixtral", how=None, dtype=torch.float32, **options):
+    model = MODELS[name](**options).to(dtype).train()
     if how is not None:
         model.set_experts_implementation(how)
     return model

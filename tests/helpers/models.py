@@ -75,22 +75,22 @@ _JAMBA = {
 }
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+def _seeded(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build().train()
+        return build(**options).train()
 
 
-def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    """A builder of a transformers model by the names of its classes; a fresh config every time."""
-    return partial(_seeded, lambda: getattr(tf, model)(getattr(tf, config)(**options)))
+def _hf(model: str, config: str, **options: Any) -> Callable[..., nn.Module]:
+    """A builder of a transformers model by the names of its classes; a fresh config every time, with what is asked besides."""
+    return partial(_seeded, lambda **more: getattr(tf, model)(getattr(tf, config)(**options | more)))
 
 
-def _causal(family: str, **options: Any) -> Callable[[], nn.Module]:
+def _causal(family: str, **options: Any) -> Callable[..., nn.Module]:
     return _hf(f"{family}ForCausalLM", f"{family}Config", **options)
 
 
-def _classifier(family: str, **options: Any) -> Callable[[], nn.Module]:
+def _classifier(family: str, **options: Any) -> Callable[..., nn.Module]:
     return _hf(f"{family}ForSequenceClassification", f"{family}Config", num_labels=3, **options)
 
 
@@ -164,7 +164,7 @@ class NanoGPT(nn.Module):
         return NanoOutput(loss, logits)
 
 
-_CAUSAL: dict[str, Callable[[], nn.Module]] = {
+_CAUSAL: dict[str, Callable[..., nn.Module]] = {
     "llama": _causal("Llama", **_DECODER),
     "mistral": _causal("Mistral", **_DECODER),
     "qwen2": _causal("Qwen2", **_DECODER),
@@ -202,7 +202,7 @@ _CAUSAL: dict[str, Callable[[], nn.Module]] = {
     "zamba2": _causal("Zamba2", **{**_DECODER, **_ZAMBA}),
     "nanogpt": partial(_seeded, NanoGPT),
 }
-_CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
+_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "bert": _classifier("Bert", **_ENCODER),
     "roberta": _classifier("Roberta", **_ENCODER),
     "distilbert": _classifier(
@@ -223,7 +223,7 @@ _CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "modernbert": _classifier("ModernBert", **_ENCODER, cls_token_id=1, sep_token_id=2),
     "albert": _classifier("Albert", **_ENCODER, embedding_size=16),
 }
-_SEQUENCE: dict[str, Callable[[], nn.Module]] = {
+_SEQUENCE: dict[str, Callable[..., nn.Module]] = {
     "t5": _hf(
         "T5ForConditionalGeneration",
         "T5Config",
@@ -237,11 +237,11 @@ _SEQUENCE: dict[str, Callable[[], nn.Module]] = {
     ),
     "bart": _hf("BartForConditionalGeneration", "BartConfig", **_SEQ2SEQ, max_position_embeddings=64),
 }
-_IMAGES: dict[str, Callable[[], nn.Module]] = {
+_IMAGES: dict[str, Callable[..., nn.Module]] = {
     "vit": _hf("ViTForImageClassification", "ViTConfig", **_VISION, num_labels=3),
     "dinov2": _hf("Dinov2ForImageClassification", "Dinov2Config", **_VISION, num_labels=3),
 }
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     **_CAUSAL,
     **_CLASSIFIERS,
     **_SEQUENCE,

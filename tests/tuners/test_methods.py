@@ -22,14 +22,15 @@ from layerpeft.recipe.train import run
 from layerpeft.tuners.methods import METHODS, add
 from tests.helpers.loops import BY_GRADIENT, adamw, llama, make_batches, step
 from tests.helpers.scales import Kind, LayerScaleConfig
+from tests.helpers.short import short_llama
 
 RECIPE = """
 trainer: sft
-model_name_or_path: layerpeft://llama-6m
+model_name_or_path: {base}
 dataset_name: layerpeft://gsm8k_train.jsonl
-columns: {prompt: "Question: {question}", completion: " {answer}"}
+columns: {{prompt: "Question: {{question}}", completion: " {{answer}}"}}
 output_dir: whole
-layerpeft: {method: scale, select: {by: gradient_norm, keep: 2, num_batches: 1}, target_modules: [q_proj, down_proj]}
+layerpeft: {{method: scale, select: {{by: gradient_norm, keep: 2, num_batches: 1}}, target_modules: [q_proj, down_proj]}}
 max_steps: 4
 save_steps: 2
 save_strategy: steps
@@ -92,14 +93,14 @@ def test_what_would_not_train_is_refused() -> None:
 
 def test_it_is_planned_and_fitted_without_a_rank() -> None:
     config = LayerScaleConfig(select="all", target_modules=["q_proj"])
-    found = layerpeft.plan(llama(), config, batch_size=1, length=8)
-    assert found.trainable == 4 * 32 and all(row.trainable == 32 for row in found.rows)
+    found = layerpeft.plan(llama(num_hidden_layers=2), config, batch_size=1, length=8)
+    assert found.trainable == 2 * 32 and all(row.trainable == 32 for row in found.rows)
     with pytest.raises(ConfigError, match="one layer, one row at a time"):
-        fit(llama(), config, 1000, batch_size=1, length=8)
+        fit(llama(num_hidden_layers=2), config, 1000, batch_size=1, length=8)
 
 
 def test_a_recipe_names_it_and_resumes_as_if_unbroken(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("scale.yaml").write_text(RECIPE)
+    Path("scale.yaml").write_text(RECIPE.format(base=short_llama(3)))
     assert main(["plan", "scale.yaml", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     whole = run(load_recipe("scale.yaml"), print)

@@ -570,7 +570,12 @@ def scene(column: str, scenes: dict[str, Any], tmp: Any) -> Scene:
     return Scene(column, twin, logits(twin), off, tmp, start, bare, folder)
 
 
-REPEATED = ("lora, packed base", "projection, base on the CPU", "projection, schedule")  # what others show, too
+REPEATED = (
+    "lora, packed base",
+    "projection, base on the CPU",
+    "projection, schedule",
+    "full, schedule",
+)  # what others show, too
 
 
 @pytest.mark.parametrize("column", [pytest.param(c, marks=pytest.mark.slow) if c in REPEATED else c for c in COLUMNS])

@@ -162,11 +162,11 @@ def test_parameters_that_are_no_experts_are_refused():
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_plan_counts_experts_and_their_originals(name):
-    model = build(name, "batched_mm")
+    model = build(name, "batched_mm", num_hidden_layers=1)
     options = {"r": RANK, "target_modules": [], "target_parameters": EXPERTS, "select": "last:1"}
     lora = layerpeft.plan(model, LayerLoraConfig(**options), batch_size=2, length=8)
     ours = layerpeft.plan(model, LayerGaloreConfig(**options), batch_size=2, length=8)
-    layer = model.get_submodule("model.layers.2.mlp.experts")
+    layer = model.get_submodule("model.layers.0.mlp.experts")
     assert ours.trainable == 4 * RANK * (96 + 32) and lora.trainable == ours.trainable + 4 * RANK * (32 + 48)
     assert ours.flops < lora.flops
     assert ours.weights - lora.weights == layer.gate_up_proj.nbytes + layer.down_proj.nbytes
@@ -198,10 +198,10 @@ def test_autocast_and_factors_in_16_bit(how):
 
 
 def test_compiled_models_run_their_experts_as_they_are():
-    plain, model = wrap(update_proj_gap=2), wrap(update_proj_gap=2)
+    plain, model = (wrap(build(num_hidden_layers=1), "all", update_proj_gap=2) for _ in range(2))
     compiled, optimizer = torch.compile(model, backend="eager"), adamw(model)
-    run(compiled, 4, optimizer)
-    run(plain, 4)
+    run(compiled, 3, optimizer)
+    run(plain, 3)
     for one, other in zip(modules(model).values(), modules(plain).values(), strict=True):
         torch.testing.assert_close(trained_of(one), trained_of(other), atol=1e-5, rtol=1e-4)
         assert state_of(one).refreshes == state_of(other).refreshes >= 2 and state_of(one).failed == 0

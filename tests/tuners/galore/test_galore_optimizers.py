@@ -20,7 +20,7 @@ from tests.helpers.loops import llama, make_batches
 from tests.helpers.repeating import some
 
 bnb = pytest.importorskip("bitsandbytes").optim
-TARGETS, RANK, GAP, STEPS, SCALE = ["q_proj", "v_proj", "up_proj", "down_proj"], 4, 6, 24, 0.25
+TARGETS, RANK, GAP, STEPS, SCALE = ["q_proj", "v_proj", "up_proj", "down_proj"], 4, 3, 12, 0.25
 BATCHES = make_batches()
 
 
