@@ -16,21 +16,16 @@ from layerpeft.planning.trace import Step
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config
-from tests.helpers.models import MODELS
+from tests.helpers.loops import llama
 from tests.helpers.repeating import repeated
 from tests.helpers.short import short_llama
 
 FEW = ["max_steps=1", "max_train_samples=16", "max_eval_samples=2", "sample_tokens=0", "warmup_steps=0"]
 
 
-def peak(config, rows, checkpointing):
-    found = plan(MODELS["llama"](), config, batch_size=rows, length=64, checkpointing=checkpointing)
-    return found.peak_bytes
-
-
 def test_layers_are_kept_first_then_rank_then_rows_then_time():
-    model = MODELS["llama"]()
-    config = LayerLoraConfig(select="last:2", r=8, lora_alpha=16, target_modules="all-linear")
+    model = llama(num_hidden_layers=2)
+    config = LayerLoraConfig(select="last:2", r=8, lora_alpha=16, target_modules=["q_proj"])
 
     def fitted(limit):
         return fit(model, config, limit, batch_size=4, length=64, step=Step(accumulation=2))
@@ -57,12 +52,11 @@ def test_layers_are_kept_first_then_rank_then_rows_then_time():
 
 def test_what_is_given_up_last_is_won_back():
     """Where a layer has to go anyway, rank and rows are not given up for nothing."""
-    config = LayerLoraConfig(select="last:2", r=8, target_modules="all-linear")
-    room = plan(
-        MODELS["llama"](), LayerLoraConfig(select="last:2", r=4, target_modules="all-linear"), batch_size=1, length=64
-    )
+    model, options = llama(num_hidden_layers=2), {"select": "last:2", "target_modules": "all-linear"}
+    config = LayerLoraConfig(r=8, **options)
+    room = plan(model, LayerLoraConfig(r=4, **options), batch_size=1, length=64)
     limit = min(room.peak_bytes, room.peak_bytes - room.kept.peak + room.recomputed.peak) - 1
-    found = fit(MODELS["llama"](), config, limit, batch_size=1, length=64)
+    found = fit(model, config, limit, batch_size=1, length=64)
     assert sum(r.trains for r in found.plan.rows) == 1 and found.config.r == 8
     assert found.gave_up[0] == "1 instead of 2 layers" and found.plan.peak_bytes <= limit
 
@@ -73,12 +67,12 @@ def test_what_is_given_up_last_is_won_back():
         {"by": "gradient_norm", "keep": "auto"},
         {"by": "gradient_norm", "keep": "auto", "pick": "split", "split": "ir_tuning", "window": [0.3, 0.6]},
         repeated({"by": "outliers", "keep": "75%", "M": 5}),
-        "first:4",
+        "first:2",
         "all",
     ],
 )
 def test_fewer_layers_are_chosen_in_the_same_way(select):
-    shallow = short_llama()
+    shallow = short_llama(3)
     config = LayerLoraConfig(select=select, r=4, target_modules="all-linear")
     weights = plan(shallow, config, batch_size=1, length=8)
     limit = weights.peak_bytes - (weights.kept.peak - weights.recomputed.peak) - 100_000
@@ -94,12 +88,12 @@ def test_fewer_layers_are_chosen_in_the_same_way(select):
 
 
 @pytest.mark.parametrize(
-    "choice", [repeated("layerpeft.select=last:3"), "layerpeft.select={by: gradient_norm, keep: 3, num_batches: 1}"]
+    "choice", [repeated("layerpeft.select=last:2"), "layerpeft.select={by: gradient_norm, keep: 2, num_batches: 1}"]
 )
 def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["plan", "quickstart", *FEW, "micro_batch_size=8", "output_dir=out", "max_length=64", choice]
-    words.append(f"model_name_or_path={short_llama()}")
+    words = ["plan", "quickstart", *FEW, "micro_batch_size=2", "output_dir=out", "max_length=64", choice]
+    words.append(f"model_name_or_path={short_llama(3)}")
     assert main([*words, "--json"]) == 0
     limit = f"{0.75 * json.loads(capsys.readouterr().out)['peak_bytes'] / 1e6:.1f}MB"
     assert main([*words, "--fit", limit, "--json"]) == 0
@@ -112,7 +106,7 @@ def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, 
     recipe = load_recipe(given[0], given[1:])
     rows = found["per_device_train_batch_size"]
     assert recipe["per_device_train_batch_size"] == rows
-    assert recipe["gradient_accumulation_steps"] * rows == 8
+    assert recipe["gradient_accumulation_steps"] * rows == 2
     assert recipe["gradient_checkpointing"] is found["gradient_checkpointing"]
     config = layer_config(recipe)
     assert config.r == found["r"] and config.lora_alpha == 2 * config.r
@@ -129,7 +123,7 @@ def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, 
 def test_frozen_layers_are_packed_before_rows_and_time_are_given_up(capsys, tmp_path, monkeypatch):
     """More room than layers and rank need, less than 16-bit frozen layers take: the package's own answer, and it trains."""
     monkeypatch.chdir(tmp_path)
-    small = ["max_length=96", "gradient_accumulation_steps=1", "dtype=bfloat16", f"model_name_or_path={short_llama()}"]
+    small = ["max_length=96", "gradient_accumulation_steps=1", "dtype=bfloat16", f"model_name_or_path={short_llama(3)}"]
     words = ["plan", "quickstart", *FEW, *small, "output_dir=out", "layerpeft.select=last:2"]
     assert main([*words, "per_device_train_batch_size=1", "gradient_checkpointing=true", "--json"]) == 0
     least = json.loads(capsys.readouterr().out)["peak_bytes"]  # of 16-bit frozen layers
@@ -146,5 +140,5 @@ def test_frozen_layers_are_packed_before_rows_and_time_are_given_up(capsys, tmp_
 
 
 def test_a_size_that_nothing_fits_is_refused(capsys):
-    assert main(["plan", "quickstart", "--fit", "1MB", f"model_name_or_path={short_llama()}"]) == 2
+    assert main(["plan", "quickstart", "--fit", "1MB", f"model_name_or_path={short_llama(3)}"]) == 2
     assert "nothing fits into" in capsys.readouterr().err

@@ -59,15 +59,15 @@ def test_no_weight_is_read_and_the_model_is_left_alone(monkeypatch):
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(safetensors, "safe_open", forbidden)
-    found = plan(short_llama(), LayerLoraConfig(select={"by": "gradient_norm", "keep": 3}), batch_size=1, length=16)
-    assert sum(r.trains for r in found.rows) == 3 and found.rows[0].trains
+    found = plan(short_llama(3), LayerLoraConfig(select={"by": "gradient_norm", "keep": 2}), batch_size=1, length=16)
+    assert sum(r.trains for r in found.rows) == 2 and found.rows[0].trains
     assert "is not known yet: the lowest are assumed" in str(found)
     assert "backward pass: down to the bottom (the first layer trains)" in str(found)
 
 
 def test_fewer_layers_and_a_higher_cut_cost_less():
-    selects = ("last:1", "last:3", "all")
-    plans = [plan(short_llama(), LayerLoraConfig(select=s), batch_size=2, length=64) for s in selects]
+    selects = ("last:1", "last:2", "all")
+    plans = [plan(short_llama(3), LayerLoraConfig(select=s), batch_size=2, length=64) for s in selects]
     for cheap, dear in zip(plans, plans[1:], strict=False):
         assert cheap.flops < dear.flops and cheap.peak_bytes < dear.peak_bytes and cheap.trainable < dear.trainable
 
@@ -90,12 +90,12 @@ def test_recomputing_holds_one_layer_at_a_time():
     """Peaks grow with depth by what a layer keeps; with checkpointing by its input alone."""
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     plans = []
-    for depth in (2, 6):
+    for depth in (2, 4):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, num_hidden_layers=depth))
         plans.append(plan(model, LayerLoraConfig(target_modules="all-linear", r=4), batch_size=2, length=64))
     hidden = 2 * 64 * 64 * 4
-    assert plans[1].recomputed.peak - plans[0].recomputed.peak <= 4 * 2 * hidden
-    assert plans[1].kept.peak - plans[0].kept.peak >= 4 * 10 * hidden
+    assert plans[1].recomputed.peak - plans[0].recomputed.peak <= 2 * 2 * hidden
+    assert plans[1].kept.peak - plans[0].kept.peak >= 2 * 10 * hidden
     assert plans[1].recomputed.flops > plans[1].kept.flops
     assert "with checkpointing" in str(plans[0]) and "without checkpointing *" in str(plans[0])
 
@@ -118,7 +118,7 @@ def test_operations_are_those_of_torch_and_of_attention():
         ("t5", "encoder", "encoder.block.2"),
         ("t5", None, "decoder.block.2"),
         repeated(("bart", "encoder", "model.encoder.layers.2")),
-        ("whisper", "encoder", "model.encoder.layers.2"),
+        repeated(("whisper", "encoder", "model.encoder.layers.2")),
         ("vit", None, "vit.layers.2"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_quantized_base_is_planned_at_its_size(double):
 @pytest.mark.parametrize("fold", ["beside", "base"])
 def test_gradient_projection_is_planned_as_such(fold):
     config = LayerGaloreConfig(select="last:2", target_modules="all-linear", r=8, fold=fold, subspace="random")
-    base = AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(short_llama(3), dtype=torch.float32)
     found = plan(base, config, batch_size=2, length=32)
     real = get_peft_model(base, config).train()
     counted = trace(real, 2, 32)
@@ -175,11 +175,12 @@ def test_gradient_projection_is_planned_as_such(fold):
 
 
 def test_the_command_plans_a_recipe(capsys, tmp_path):
-    assert main(["plan", "quickstart", f"output_dir={tmp_path}", "layerpeft.select=last:2"]) == 0
+    words = ["plan", "quickstart", "layerpeft.select=last:2", f"model_name_or_path={short_llama(3)}"]
+    assert main([*words, f"output_dir={tmp_path}"]) == 0
     text = capsys.readouterr().out
-    assert "backward pass: down to layer 10" in text and "together" in text
+    assert "backward pass: down to layer 1" in text and "together" in text
     assert "optimizer, adamw_torch_fused" in text and "without checkpointing *" in text
-    assert main(["plan", "quickstart", "--json", "gradient_checkpointing=true", "layerpeft.select=last:2"]) == 0
+    assert main([*words, "--json", "gradient_checkpointing=true"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["checkpointing"] and found["recomputed"]["peak"] == found["parts"]["activations"]
     assert found["recomputed"]["peak"] < found["kept"]["peak"]
@@ -189,7 +190,7 @@ def test_a_plan_for_an_accelerator_is_made_without_one(capsys, tmp_path):
     """On one, TRL's default is bfloat16, and its head folds tiles in place."""
     text = shipped.recipes()["quickstart"].read_text().replace("bf16: false\n", "")
     (tmp_path / "r.yaml").write_text(text)
-    plans, folder = [], f"model_name_or_path={short_llama()}"
+    plans, folder = [], f"model_name_or_path={short_llama(3)}"
     for more in ([], ["--accelerator"]):
         assert main(["plan", str(tmp_path / "r.yaml"), "--json", "layerpeft.select=last:2", *more, folder]) == 0
         plans.append(json.loads(capsys.readouterr().out))
@@ -199,7 +200,7 @@ def test_a_plan_for_an_accelerator_is_made_without_one(capsys, tmp_path):
 def test_a_folder_without_weights_is_planned_and_not_trained(capsys, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
-    for file in short_llama().iterdir():
+    for file in short_llama(3).iterdir():
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
     settings = [f"model_name_or_path={folder}", f"output_dir={tmp_path / 'out'}"]
