@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ CELLS += [("zero3", "full"), ("zero2", "lisa")]
 def alone(folder: Path, engine: str, name: str) -> dict:
     """A run in a process of its own, as a launcher starts the only one of a machine; without a group where `engine` is empty."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"} if engine else {}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"} if engine else {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} if engine else {}
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     given = {**os.environ, **ENGINES.get(engine, {}), **place, "PYTHONPATH": path, "DS_BUILD_OPS": "0"}
     done = subprocess.run([sys.executable, __file__, str(folder), name], env=given, capture_output=True, text=True)
