@@ -85,11 +85,11 @@ def rows(model: Model, which: str, length: int) -> list[Example]:
     """The package's GSM8K rows as question and answer, at most `length` tokens each."""
     tokenizer = AutoTokenizer.from_pretrained(folder(model))
     path = Path(shipped.resolve(f"{shipped.SCHEME}gsm8k_{which}.jsonl"))
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        question = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-        answer = [*tokenizer(f" {row['answer']}")["input_ids"], tokenizer.eos_token_id]
+    found, read = [], [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    questions = tokenizer([f"Question: {row['question']}\nAnswer:" for row in read])["input_ids"]
+    answers = tokenizer([f" {row['answer']}" for row in read])["input_ids"]
+    for question, said in zip(questions, answers, strict=True):
+        answer = [*said, tokenizer.eos_token_id]
         found.append(((question + answer)[:length], ([-100] * len(question) + answer)[:length]))
     return found
 

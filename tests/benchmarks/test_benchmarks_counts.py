@@ -62,7 +62,7 @@ def test_no_count_has_grown(label):
     assert not grown, "python -m benchmarks.run guard writes new numbers, where they are meant to grow"
 
 
-@pytest.mark.parametrize("label", list(FOLDED.options.arms))
+@pytest.mark.parametrize("label", some(FOLDED.options.arms, [n for n in FOLDED.options.arms if "layerpeft" in n]))
 def test_no_count_of_projection_has_grown_after_two_folds(label):
     pytest.importorskip("galore_torch")
     stored = flat(result("guard_projection")["arms"][label])

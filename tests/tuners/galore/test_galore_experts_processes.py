@@ -29,7 +29,7 @@ def ids():
 
 
 def train(options, share, micro, parallel=None):
-    model = wrap(build(how="eager", dtype=torch.float64), update_proj_gap=3, **options)
+    model = wrap(build(how="eager", dtype=torch.float64, num_hidden_layers=2), update_proj_gap=3, **options)
     outer = model if parallel is None else parallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.0)
     for number in range(STEPS):
@@ -68,7 +68,7 @@ def test_two_processes_equal_one_with_accumulation(ranks, scene):
     assert ours["refreshes"] == theirs["refreshes"] and min(r for r, _ in ours["refreshes"]) >= 3
     alone = train(SCENES[scene], slice(0, 4), 2)
     assert alone["refreshes"] == ours["refreshes"] and {f for _, f in alone["refreshes"]} == {0}
-    start = dict(build(dtype=torch.float64).named_parameters())
+    start = dict(build(dtype=torch.float64, num_hidden_layers=2).named_parameters())
     movement = max(float((w - start[n]).abs().max()) for n, w in alone["weights"].items())
     difference = max(float((w - ours["weights"][n]).abs().max()) for n, w in alone["weights"].items())
     print(f"{scene}: {difference:.1e} apart after movements of {movement:.1e}")
