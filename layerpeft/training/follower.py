@@ -232,7 +232,6 @@ class Follower:
             verify.same_keys(self.model, self.holdings.ids(), state, prefix, found)
         if kept is not None:
             self.waiting.settle(kept)
-            return
         self.method.on_load(state, prefix, found, folder)
         if go_on(self.method, self.schedule, folder, carried):
             self.waiting.drop()

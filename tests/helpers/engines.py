@@ -29,6 +29,18 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
 }
+ZERO2 = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,gradient_accumulation_steps,zero3_init_flag,zero3_save_16bit_model,mixed_precision",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "DS_ACCELERATOR": "cpu",
+}
+ZERO1, ZERO3 = (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in "13")
 ENGINES = {
     "ddp": {"ACCELERATE_USE_CPU": "true"},
     "fsdp2": FSDP2,
@@ -36,6 +48,11 @@ ENGINES = {
     "fsdp2_sharded": FSDP2 | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     "fsdp2_ac": FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
     "fsdp2_bf16": FSDP2 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    "zero1": ZERO1,
+    "zero2": ZERO2,
+    "zero3": ZERO3,
+    "zero2_bf16": ZERO2 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    "zero3_bf16": ZERO3 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
 }
 ZERO3 = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -85,6 +102,10 @@ def as_devices(engine: str) -> ExitStack:
     stack.enter_context(mock.patch.dict(os.environ, ENGINES[engine]))
     if engine == "ddp":
         return stack
+    if engine.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled here
     gloo = ("gloo", state.DistributedType.MULTI_GPU)
     stack.enter_context(mock.patch.object(state.PartialState, "_prepare_backend", lambda *_, **__: gloo))
     stack.enter_context(
@@ -132,6 +153,7 @@ def train(
     from layerpeft.training.report import layer_report
 
     size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.get("gradient_accumulation_steps", 1))
     told = {
         "max_steps": 4,
         "save_steps": 2,

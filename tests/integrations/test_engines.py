@@ -20,6 +20,15 @@ CELLS = [
     *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
     *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
     ("fsdp2", "lora-outliers"),
+    *[("zero1", name) for name in ("lora-depth", "lora-grad", "lisa")],
+    *[
+        ("zero2", n)
+        for n in ("lora-depth", "lora-batches", "lora-grad", "lora-outliers", "lora-sched-clear", "lora-nf4")
+    ],
+    *[("zero2", name) for name in ("galore", "full", "full-grad", "lisa")],
+    *[("zero3", name) for name in ("lora-depth", "lora-batches", "full")],
+    *[(engine, "full") for engine in ("zero2_bf16", "zero3_bf16")],
+    ("zero2_bf16", "lisa"),
 ]
 QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
 # Runs of another kind: options of the trainer
@@ -100,11 +109,26 @@ def test_processes_train_what_one_does_and_go_on(engine, name):
 
 
 @slow
-@pytest.mark.parametrize("name", ["lora-grad", "lora-sched", "lisa"])
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [(e, n) for e in ("fsdp2", "zero2") for n in ("lora-grad", "lora-sched", "lisa")]
+    + [("zero2", "galore"), ("zero3", "lora-depth"), ("zero3", "full")],
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_training(way, name):
-    found = in_ranks(_folder() / f"{way} {name}", "fsdp2", [{"name": name, "out": "run", **WAYS[way]}])
-    check_alike([rank[0] for rank in found], _alone(name, way), 5e-4)
+def test_ways_of_training(way, engine, name):
+    runs, place = [{"name": name, "out": "run", **WAYS[way]}], _folder() / f"{way} {engine} {name}"
+    found = in_ranks(place, engine, runs)
+    # two processes fill the last batch up with rows of the first, each with others than one process
+    one = in_ranks(place / "ddp", "ddp", runs)[0][0] if "ragged" in way else _alone(name, way)
+    check_alike([rank[0] for rank in found], one, 5e-4)
+
+
+@slow
+@pytest.mark.parametrize("name", ["lora-grad", "lisa", "galore", "lora-nf4"])
+def test_what_stage_3_cannot_do_is_refused_with_a_way_out(name):
+    found = in_ranks(_folder() / f"no {name}", "zero3", [{"name": name, "out": "run"}])
+    for (said,) in found:
+        assert isinstance(said, str) and "DeepSpeed ZeRO-3" in said and "ZeRO-2" in said and "DDP" in said
 
 
 @slow

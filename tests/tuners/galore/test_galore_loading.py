@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import layerpeft
+from layerpeft import LayerGaloreConfig
 from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.peft import lora_layers
@@ -307,3 +308,14 @@ def test_a_pickle_is_the_same_model(gap):
     model = train(wrap(update_proj_gap=gap, stagger=False), 3)
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(logits(twin), logits(model)) and same(gradients(twin), gradients(model))
+
+
+def test_a_choice_that_waited_goes_on_with_what_was_folded(tmp_path):
+    select = {"by": "gradient_norm", "keep": 2}
+    options = {"r": 4, "update_proj_gap": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    one, other = (layerpeft.get_peft_model(llama(), LayerGaloreConfig(select=select, **options)).train() for _ in "12")
+    train(one, steps=4)
+    one.save_pretrained(tmp_path)
+    other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(state_of(layer).folds.count for layer in modules(other).values())
+    assert same(parameters(other), parameters(one))
