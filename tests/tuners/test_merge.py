@@ -193,7 +193,6 @@ def wrapped(base, config, kind=AutoModelForCausalLM, **options):
 
 
 @pytest.mark.matrix
-@pytest.mark.matrix
 @pytest.mark.parametrize("way", list(WAYS))
 def test_module_by_module_is_bit_for_bit_what_peft_merges(way, bases, tmp_path, monkeypatch):
     if way == "olora" and "bfloat16" in str(AutoModelForCausalLM.from_pretrained(bases / "llama").dtype):
