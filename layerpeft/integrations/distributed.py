@@ -32,6 +32,13 @@ def everywhere(fact: bool) -> bool:
     return int(add_up(torch.tensor([int(fact)]))) == world_size()
 
 
+def first_where(fact: bool) -> int | None:
+    """The first process that says so, None where none does; every process must ask."""
+    facts = torch.zeros(world_size(), dtype=torch.int64)
+    facts[rank()] = int(fact)
+    return next((i for i, n in enumerate(add_up(facts)) if n), None)
+
+
 def agreed(facts: list[bool]) -> list[bool]:
     """Which of these facts hold in every process; every process must ask, with facts of the same things."""
     return [int(n) == world_size() for n in add_up(torch.tensor(facts, dtype=torch.int64))] if facts else []

@@ -18,6 +18,8 @@ class Engine:
     or all in 16 bit with float32 copies of those that train, divided like the states ("stored"). `every_pass`: gradients are
     reduced in every pass of a step, and not in its last one only. `bucket`: elements that gradients are put together in to be
     reduced, None for as many as train; `buckets`: how many of those there are; `scatters`: a card receives its part of a sum only.
+    In elements: `persistent`, up to which a weight is whole for good; `reuse`, within which a weight that comes again stays whole;
+    `early`, how many are gathered ahead.
     """
 
     name: str
@@ -29,6 +31,9 @@ class Engine:
     bucket: int | None = None
     buckets: int = 1
     scatters: bool = True
+    persistent: int = 0
+    reuse: int = 0
+    early: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,8 @@ class Cards:
 
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
-PREFETCH = 50_000_000  # its stage3_prefetch_bucket_size
-REUSE = 1_000_000_000  # its stage3_max_reuse_distance, and stage3_max_live_parameters
-PERSISTENT = 100_000  # its stage3_param_persistence_threshold
+# its stage3_param_persistence_threshold, stage3_max_reuse_distance, stage3_prefetch_bucket_size
+STAGE3 = (100_000, 1_000_000_000, 50_000_000)
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -50,7 +54,18 @@ ENGINES = {
         Engine("fsdp2", "FSDP2", frozenset(("weights", "gradients", "states")), "blocks", "gathered"),
         Engine("zero1", "ZeRO-1", frozenset(("states",)), None, "stored", bucket=BUCKET),
         Engine("zero2", "ZeRO-2", frozenset(("gradients", "states")), None, "stored", True, BUCKET),
-        Engine("zero3", "ZeRO-3", frozenset(("weights", "gradients", "states")), "modules", "stored", True, BUCKET),
+        Engine(
+            "zero3",
+            "ZeRO-3",
+            frozenset(("weights", "gradients", "states")),
+            "modules",
+            "stored",
+            True,
+            BUCKET,
+            1,
+            True,
+            *STAGE3,
+        ),
     )
 }
 

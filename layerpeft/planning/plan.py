@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.parts import Wrapped, half, put_to_sleep, store, training
-from layerpeft.planning.share import Share, share
+from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
 from layerpeft.training import backward
@@ -147,19 +147,20 @@ def plan(
     )
 
 
-def one_of(
+def for_cards(
     model: nn.Module | str | Path,
     config: peft.PeftConfig,
+    processes: Sequence[int],
     *,
     batch_size: int,
     length: int,
     optimizer: str,
     checkpointing: bool,
     step: Step,
-) -> Share:
-    """`plan(...).share` alone: one trace instead of five. Raises: as `plan`."""
+) -> list[Share]:
+    """`plan(...).share` alone, for each of these numbers of cards: one trace instead of five. Raises: as `plan`."""
     found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
-    return share(found, optimizer, step, (batch_size, length), checkpointing)
+    return shares(found, optimizer, step, (batch_size, length), checkpointing, None, processes)
 
 
 def peak_bytes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from layerpeft.integrations.tracing import as_traced, is_stand_in, weight_bytes
 from layerpeft.planning import optimizer_bytes
-from layerpeft.planning.engines import PREFETCH, Cards
+from layerpeft.planning.engines import Cards
 from layerpeft.planning.parts import Wrapped
 from layerpeft.planning.trace import Step, recompute, trace
 from layerpeft.planning.units import (
@@ -108,31 +108,62 @@ def share(
     found: Wrapped, optimizer: str, step: Step, shape: tuple[int, int], checkpointing: bool, inputs: Any = None
 ) -> Share:
     """One card's share of a step under `step.cards`, `shape` being rows and tokens of one card. Traces one pass of a copy."""
-    cards = step.cards
-    assert cards is not None
-    engine, n, mixed = cards.engine, cards.processes, step.autocast is not None and step.autocast.itemsize < 4
-    tensors = list(_stored(found, cards, mixed))
-    model = _computing(found.model, cards, mixed, step)
+    assert step.cards is not None
+    return shares(found, optimizer, step, shape, checkpointing, inputs, (step.cards.processes,))[0]
+
+
+def shares(
+    found: Wrapped,
+    optimizer: str,
+    step: Step,
+    shape: tuple[int, int],
+    checkpointing: bool,
+    inputs: Any,
+    processes: Sequence[int],
+) -> list[Share]:
+    """A share for each of these numbers of cards, from one trace."""
+    assert step.cards is not None
+    engine, mixed = step.cards.engine, step.autocast is not None and step.autocast.itemsize < 4
+    model = _computing(found.model, step.cards, mixed, step)
     if checkpointing:
-        _checkpointed(model, cards, step)
+        _checkpointed(model, step.cards, step)
     run = step if engine.low == "autocast" else replace(step, autocast=None)
+    made = []
     with as_traced(model):
-        units = _UNITS[engine.gathers](model, n, step.fused_head)
+        units = _UNITS[engine.gathers](model, step.cards, step.fused_head)
         with watching(units) as visits:
             activations = trace(model, *shape, run, inputs).peak
-    gathers = block_gathers(units, visits, SPARED) if engine.gathers == "blocks" else module_gathers(units, visits)
+        for n in processes:
+            cards = Cards(engine, n)
+            units = _UNITS[engine.gathers](model, cards, step.fused_head)
+            made.append(_counted(found, cards, optimizer, replace(step, cards=cards), units, visits, activations))
+    return made
+
+
+def _counted(
+    found: Wrapped,
+    cards: Cards,
+    optimizer: str,
+    step: Step,
+    units: list[Unit],
+    visits: list[Visit],
+    activations: int,
+) -> Share:
+    engine, mixed = cards.engine, step.autocast is not None and step.autocast.itemsize < 4
+    tensors = list(_stored(found, cards, mixed))
+    blocks = engine.gathers == "blocks"
+    spared = SPARED and found.stop.layer is not None
+    gathers = block_gathers(units, visits, spared) if blocks else module_gathers(units, visits, engine.reuse)
     trained = [t for t in tensors if t.trains]
     small = step.autocast.itemsize if mixed and step.autocast is not None else 0
-    masters = (
-        4 * sum(_local(t, cards, "states") for t in trained) if engine.low == "stored" else _own(found, trained, cards)
-    )
+    copies = 4 * sum(_local(t, cards, "states") for t in trained)
     largest = max((u.bytes for u in units if not u.stays), default=0)
     heaviest = max((u.trained * (small or 4) for u in units), default=0)
     return Share(
         engine.title,
-        n,
+        cards.processes,
         _weights(found, tensors, cards),
-        masters,
+        copies if engine.low == "stored" else _own(found, trained, cards),
         _gradients(trained, cards, small, step.accumulation),
         optimizer_bytes.state_bytes(optimizer, _state_tensors(tensors, cards), step.optim_args),
         activations,
@@ -231,8 +262,7 @@ def _buffers(trained: Iterable[_Tensor], cards: Cards, small: int, largest: int,
         return (largest if cards.processes > 1 else 0) + 2 * heaviest
     size = small or max((t.size for t in trained), default=0)
     count = sum(prod(t.shape) for t in trained) if engine.bucket is None else engine.bucket
-    early = PREFETCH * (small or 4) if engine.gathers == "modules" else 0
-    return engine.buckets * count * size + early
+    return engine.buckets * count * size + engine.early * (small or 4)
 
 
 def _traffic(

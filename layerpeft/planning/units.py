@@ -16,7 +16,7 @@ from torch import nn
 from layerpeft.integrations.torch import running_backward, tensors_of
 from layerpeft.integrations.tracing import is_stand_in
 from layerpeft.model.layers import base_of
-from layerpeft.planning.engines import PERSISTENT, REUSE
+from layerpeft.planning.engines import Cards
 
 # a unit is entered and left in the forward pass, entered again where it is recomputed, needed when a gradient arrives at its output
 Kind = Literal["enter", "leave", "again", "done", "need"]
@@ -51,7 +51,7 @@ class Gathers:
 # ---- what is gathered together --------------------------------------------------------------------------------------
 
 
-def by_block(model: nn.Module, processes: int, fused_head: bool) -> list[Unit]:
+def by_block(model: nn.Module, cards: Cards, fused_head: bool) -> list[Unit]:
     """As Accelerate wraps a model for FSDP2: each block, the embeddings, the head, and the rest; cut along dimension 0."""
     base: Any = base_of(model)
     kinds: set[str] = {*(getattr(base, "_no_split_modules", None) or ())}
@@ -70,11 +70,11 @@ def by_block(model: nn.Module, processes: int, fused_head: bool) -> list[Unit]:
             read = modules == (head,) and fused_head  # TRL's loss reads the weight, and the module does not run
             runs = (model,) if read else modules
             lasts = model in runs or len(modules) > 1
-            found.append(_unit(names[id(modules[0])], runs, held, partial(_rows, processes), stays, lasts))
+            found.append(_unit(names[id(modules[0])], runs, held, partial(_rows, cards.processes), stays, lasts))
     return found
 
 
-def by_module(model: nn.Module, processes: int, fused_head: bool) -> list[Unit]:
+def by_module(model: nn.Module, cards: Cards, fused_head: bool) -> list[Unit]:
     """As ZeRO-3 hooks a model: each module with its own weights, those with a few elements apart, which stay whole."""
     head = getattr(base_of(model), "get_output_embeddings", lambda: None)()
     found, taken = [], set[int]()
@@ -83,9 +83,9 @@ def by_module(model: nn.Module, processes: int, fused_head: bool) -> list[Unit]:
         taken |= {id(p) for p in own}
         runs = (model,) if module is head and fused_head else (module,)
         for stays in (False, True):
-            held = [p for p in own if (p.numel() <= PERSISTENT) == stays]
+            held = [p for p in own if (p.numel() <= cards.engine.persistent) == stays]
             if held:
-                found.append(_unit(name, runs, held, partial(_flat, processes), stays, stays))
+                found.append(_unit(name, runs, held, partial(_flat, cards.processes), stays, stays))
     return found
 
 
@@ -196,16 +196,16 @@ def block_gathers(units: Sequence[Unit], visits: Iterable[Visit], spared: bool) 
         held.add(i)
         peak = max(peak, sum(units[j].bytes for j in held))
         if kind == "need":
-            place = len(ran) - 1 - ran[::-1].index(i)
-            early, last, ran = ran[place - 1] if place else -1, i, ran[:place]
+            place = len(ran) - 1 - ran[::-1].index(i) if i in ran else 0
+            early, last, ran = ran[place - 1] if place else -1, i, ran[:place] if i in ran else ran
             if early >= 0 and early not in held and (early in due or not spared):
                 backward.append(early)
                 held.add(early)
     return Gathers(tuple(forward), tuple(backward), peak)
 
 
-def module_gathers(units: Sequence[Unit], visits: Iterable[Visit]) -> Gathers:
-    """ZeRO-3's once it has seen a step: a unit stays whole where it is used again within so many elements (`REUSE`)."""
+def module_gathers(units: Sequence[Unit], visits: Iterable[Visit], reuse: int) -> Gathers:
+    """ZeRO-3's once it has seen a step: a unit stays whole where it is used again within so many elements (`reuse`)."""
     seen = list(visits)
     order = [i for kind, i in seen if kind in ("enter", "again", "need")]
     passed = list(accumulate((units[i].own for i in order), initial=0))
@@ -219,7 +219,7 @@ def module_gathers(units: Sequence[Unit], visits: Iterable[Visit]) -> Gathers:
 
     def release(i: int) -> None:
         nonlocal whole
-        soon = following[last_use[i]] < len(order) and passed[following[last_use[i]]] - passed[place + 1] < REUSE
+        soon = following[last_use[i]] < len(order) and passed[following[last_use[i]]] - passed[place + 1] < reuse
         if i in held and not units[i].stays and not soon:
             held.discard(i)
             whole -= units[i].bytes

@@ -14,7 +14,7 @@ import torch
 from layerpeft.errors import ElsewhereError, LayerpeftError, UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import kept_out
-from layerpeft.integrations.distributed import everywhere
+from layerpeft.integrations.distributed import first_where, rank
 from layerpeft.integrations.files import version_of
 from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
@@ -106,17 +106,17 @@ def env(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, purpose: str) -> Recipe:
     """The recipe, once every process has checked it: none goes on, and writes, while another still looks at the output folder.
-    Raises: RecipeError; ElsewhereError where only other processes refuse it."""
+    Raises: RecipeError in the first process that refuses it; ElsewhereError in the others."""
     recipe, refusal = None, None
     with _aside():
         try:
             recipe = load_recipe(args.recipe, args.settings, purpose)
         except LayerpeftError as error:
             refusal = error
-    sound = everywhere(refusal is None)
-    if refusal is not None or recipe is None:
-        raise refusal or ElsewhereError()
-    if not sound:
+    speaker = first_where(refusal is not None)
+    if refusal is not None and speaker == rank():
+        raise refusal
+    if recipe is None or speaker is not None:
         raise ElsewhereError()
     _settle(args, recipe)
     return recipe

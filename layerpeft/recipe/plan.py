@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from layerpeft.errors import LayerpeftError, Problem
+from layerpeft.errors import LayerpeftError, Problem, RecipeError
 from layerpeft.integrations import hub
+from layerpeft.integrations.engines import known
 from layerpeft.model.precisions import missing_packages
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.engines import Cards
@@ -88,6 +89,21 @@ def forecast(
     Raises: RecipeError with every problem of the recipe at once, those of rows and optimizer included; ConfigError where
     nothing fits.
     """
+    recipe, model, options = asked(source, settings, accelerator, cards)
+    config = layer_config(recipe)
+    engine = next((e for e in known.ENGINES if cards is not None and e.key == cards.engine.name), None)
+    if engine is not None and (refused := engine.refusals(sorted(config.needs(batches=True)))):
+        raise RecipeError(*refused)
+    options |= {} if limit is None else {"packing": _packing()}
+    found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
+    changed = found.settings if isinstance(found, Fit) else {}
+    return Forecast(recipe, found, command_of(recipe, changed))
+
+
+def asked(
+    source: str, settings: Sequence[str], accelerator: bool | None, cards: Cards | None
+) -> tuple[Recipe, nn.Module, dict[str, Any]]:
+    """A recipe, its model without weights, and what `plan` is told of it. Raises: RecipeError."""
     there = torch.accelerator.is_available()
     examined = examine(source, settings, "plan", bool(accelerator) and not there)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
@@ -96,12 +112,7 @@ def forecast(
         model = empty(setup)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
-    options["step"] = replace(options["step"], cards=cards)
-    config = layer_config(recipe)
-    options |= {} if limit is None else {"packing": _packing()}
-    found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
-    changed = found.settings if isinstance(found, Fit) else {}
-    return Forecast(recipe, found, command_of(recipe, changed))
+    return recipe, model, options | {"step": replace(options["step"], cards=cards)}
 
 
 def empty(setup: Setup) -> nn.Module:

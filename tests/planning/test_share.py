@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
+from layerpeft.integrations.engines import known
 from layerpeft.integrations.torch import tensors_of
-from layerpeft.planning.engines import cards
-from layerpeft.planning.plan import one_of, plan
+from layerpeft.planning.engines import ENGINES, cards
+from layerpeft.planning.plan import for_cards, plan
 from layerpeft.planning.trace import Step
 from tests.helpers.processes import in_two_ranks
 
@@ -59,7 +60,7 @@ def test_what_is_not_divided_is_whole_and_the_cut_is_seen():
     def one(engine, select="last:1", processes=4, **changes):
         step = Step(autocast=torch.bfloat16, cards=cards(engine, processes), **changes)
         given = {"batch_size": 2, "length": 16, "optimizer": "adamw_torch", "checkpointing": False, "step": step}
-        return one_of(model(), config(select), **given)
+        return for_cards(model(), config(select), [processes], **given)[0]
 
     ddp, first, second, third = (one(name) for name in ("ddp", "zero1", "zero2", "zero3"))
     assert ddp.weights > 1.9 * first.weights == 1.9 * second.weights > 3 * third.weights
@@ -85,6 +86,18 @@ def test_an_engine_that_there_is_not_is_told_with_the_nearest(capsys):
     assert (
         main(["plan", "quickstart", "--processes", "0"]) == 2 and "processes=0: at least 1" in capsys.readouterr().err
     )
+
+
+def test_what_an_engine_divides_is_said_alike_where_it_runs_and_where_it_is_planned():
+    running = {engine.key: engine for engine in known.ENGINES}
+    for name, engine in ENGINES.items():
+        assert engine.divides == running[name].divides
+
+
+def test_a_plan_refuses_what_the_engine_does(capsys):
+    words = ["plan", "lisa", "--processes", "2", "--engine"]
+    assert main([*words, "zero3"]) == 2
+    assert "layers cannot change while training under" in capsys.readouterr().err
 
 
 def measured(select, kind, checkpointing) -> dict:
