@@ -342,8 +342,11 @@ def show(wrapper: FullWrapper, trained: bool) -> None:
 
 
 def _under_one_name(wrapper: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets state dicts hold the weights once: torch.distributed.checkpoint takes two names of one weight for two weights."""
-    if len(wrapper.modules_to_save):
+    """Lets state dicts hold the weights once: torch.distributed.checkpoint takes two names of one weight for two weights.
+
+    While the originals are shown they go by both names: PEFT reads the base by one of them.
+    """
+    if len(wrapper.modules_to_save) and not wrapper._layerpeft.shows_original:
         for key in [k for k in state if k.startswith(f"{prefix}original_module.")]:
             del state[key]
 
