@@ -10,12 +10,13 @@ from torch import nn
 class Home:
     """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `marks`:
     what PEFT is told of it while it wraps; `tether`: what ties those who follow its adapters to its life; `lowered`: modules with
-    a flag that is turned off, and which."""
+    a flag that is turned off, and which; `floors`: divided blocks under which nothing is fetched in the backward pass."""
 
     blocks: tuple[tuple[str, ...], ...] = ()
     quantized: Any = None
     marks: frozenset[str] = frozenset()
     tether: Any = None
+    floors: list[nn.Module] = field(default_factory=list)
     lowered: dict[nn.Module, str] = field(default_factory=dict)
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.integrations import checkpointing
 from layerpeft.integrations.checkpointing import is_reentrant, modules_of, parameters_of
+from layerpeft.integrations.engines.fsdp import fetch_down_to
 from layerpeft.integrations.torch import tensors_of
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of, layer_map, stacks_of
@@ -163,6 +165,10 @@ def _sync(model: nn.Module) -> None:
     checkpointing.silence(modules, cut.silent)
     flags = checkpointing.gradient_flags(below, modules) if cut.silent else ()
     checkpointing.lower_flags(modules, flags, home_of(model).lowered)
+    found = known_of(model)
+    if found.floors or (cut.silent and any(isinstance(m, FSDPModule) for m in modules)):
+        lowest = [s.blocks[s.lowest] for s in stacks if s.lowest and cut.silent and _in_front(model, s) is None]
+        home_of(model).floors = fetch_down_to(lowest, found.floors)
     opened, straight = ({id(block) for block in blocks} for blocks in (cut.opened, cut.straight))
     for module in modules:
         checkpointing.go_straight(module, id(module) in straight)

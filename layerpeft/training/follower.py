@@ -40,6 +40,9 @@ NEEDS_UNUSED = (
 )
 
 
+SHARED_OUT = "not taken: each gradient is shared out over the processes before it can be seen"
+
+
 class Follower:
     """Watches the optimizer steps of one adapter of one model, which it does not keep alive."""
 
@@ -242,6 +245,10 @@ def _norms(follower: Follower) -> GradientNorms | None:
     """What watches the gradients of a training's every layer, where `select` asks for it."""
     select = follower.record.config.get("select") or {}
     if not select.get("log_gradients"):
+        return None
+    if follower.holdings.is_divided:
+        follower.record.checks["log_gradients"] = SHARED_OUT
+        note(f"log_gradients: {SHARED_OUT}")
         return None
     return GradientNorms(follower.model, select.get("stack"), follower.holdings.tensors())
 

@@ -215,7 +215,10 @@ class LayerLoraConfig(Chooses, LoraConfig):
         if self.is_scheduled:
             found.add("schedule")
         elif needs_batches(self.choosing):
-            found.add("batches" if batches and not live_only(self.choosing) else "wait")
+            waits = not batches or live_only(self.choosing)
+            found.add("wait" if waits else "batches")
+            if waits and self.quantizes:
+                found.add("packed_later")
         elif needs(self.choosing) == "weights":
             found.add("weights")
         return frozenset(found)

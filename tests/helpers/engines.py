@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,7 +68,7 @@ ZERO3 = {
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
 }
-BY_GRADIENTS = {"keep": 2, "by": "gradient_norm"}
+BY_GRADIENTS = {"keep": 2, "by": "gradient_norm", "layers": "2-5"}
 TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 2}
 ROWS = 48
 
@@ -129,10 +132,37 @@ def model() -> Any:
     return made
 
 
-def rows(count: int = ROWS) -> list[dict[str, torch.Tensor]]:
-    """Sequences of twelve tokens, with themselves as labels."""
+def rows(count: int = ROWS, ragged: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Sequences of twelve tokens, with themselves as labels, or with the last ones of them."""
     ids = torch.randint(0, 96, (count, 12), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in ids]
+    labels = ids.clone()
+    for i, row in enumerate(labels if ragged else ()):
+        row[: i * 5 % 11] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+
+
+@contextmanager
+def counting() -> Iterator[Counter[int]]:
+    """Of FSDP2: how often the weights of each layer are fetched in backward passes, while they run."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    found: Counter[int] = Counter()
+    fetch, backward, running = groups.foreach_all_gather, Accelerator.backward, [False]
+
+    def fetched(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        number = re.search(r"\.layers\.(\d+)\.", parameters[0]._param_fqn or "")
+        if running[0] and number:
+            found[int(number[1])] += 1
+        return fetch(parameters, *args, **kwargs)
+
+    def passed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running[0] = True
+        backward(self, *args, **kwargs)
+        running[0] = False
+
+    with mock.patch.object(groups, "foreach_all_gather", fetched), mock.patch.object(Accelerator, "backward", passed):
+        yield found
 
 
 def whole(p: torch.Tensor) -> torch.Tensor:
@@ -143,7 +173,13 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    name: str, out: Path, checkpoint: Path | None = None, at_once: int = 4, count: int = ROWS, **options: Any
+    name: str,
+    out: Path,
+    checkpoint: Path | None = None,
+    at_once: int = 4,
+    count: int = ROWS,
+    ragged: bool = False,
+    **options: Any,
 ) -> Any:
     """One run: weights by name, losses of the steps, and what was said of the layers. `at_once`: rows of all processes together."""
     from transformers import Trainer, TrainingArguments
@@ -167,21 +203,22 @@ def train(
         report_to="none", disable_tqdm=True, optim="adamw_torch", train_sampling_strategy="sequential",
         dataloader_pin_memory=False, per_device_eval_batch_size=4, **told,
     )  # fmt: skip
-    data = rows(count)
+    data = rows(count, ragged)
     each = at_once // size
     parts = [data[at_once * i + each * rank : at_once * i + each * (rank + 1)] for i in range(2)]
     batches = [{k: torch.stack([row[k] for row in part]) for k in part[0]} for part in parts]
     trainer = Trainer(
         get_peft_model(model(), config(name, batches)), arguments, train_dataset=data, eval_dataset=data[:8]
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with counting() as fetched:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     wrapped: Any = trainer.model
     weights = {clean(n): whole(p) for n, p in wrapped.named_parameters() if p.dtype.is_floating_point}
     trainer.save_model(str(out / "final"))
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     held_out = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
     steps = {row.layer: row.steps for row in layer_report(wrapped).rows}
-    return {"weights": weights, "losses": losses, "held_out": held_out, "steps": steps}
+    return {"weights": weights, "losses": losses, "held_out": held_out, "steps": steps, "fetched": dict(fetched)}
 
 
 def in_ranks(folder: Path, engine: str, runs: list[dict[str, Any]], ranks: int = 2) -> list[list[Any]]:

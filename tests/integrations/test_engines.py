@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from layerpeft import get_peft_model
+from layerpeft.errors import ConfigError
 from layerpeft.saving.manifest import read_manifest
-from tests.helpers.engines import in_ranks, train
+from tests.helpers.engines import config, in_ranks, model, train
 
 slow = pytest.mark.slow
 # Of all runs: the first goes through, the second goes on from its second step.
@@ -19,7 +21,7 @@ CELLS = [
     *[(e, n) for e in ("fsdp2_noram", "fsdp2_sharded") for n in ("lora-grad", "lora-sched", "full", "lisa")],
     *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
     *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
-    ("fsdp2", "lora-outliers"),
+    *[("fsdp2", name) for name in ("lora-outliers", "lora-nf4")],
     *[("zero1", name) for name in ("lora-depth", "lora-grad", "lisa")],
     *[
         ("zero2", n)
@@ -33,7 +35,7 @@ CELLS = [
 QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
 # Runs of another kind: options of the trainer
 WAYS: dict[str, dict[str, Any]] = {
-    "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 18, "max_steps": 5},
+    "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 20, "max_steps": 5, "ragged": True},
     "clipping": {"max_grad_norm": 0.05},
     "evaluation while training": {"eval_strategy": "steps", "eval_steps": 1},
     "the best is loaded at the end": {
@@ -96,10 +98,24 @@ def through_and_on(engine, cells):
         assert ours.keys() == theirs.keys() and apart(ours, theirs) <= limit
         manifest = read_manifest(place / name / "final")
         assert manifest["checks"]["end"] == "every chosen target moved, and no frozen parameter did"
+    return [found[0][2 * i] for i in range(len(cells))]
 
 
 def test_what_waits_and_what_changes_under_fsdp2_is_trained_saved_and_resumed():
-    through_and_on("fsdp2", [name for _, name in QUICK])
+    first, *_ = through_and_on("fsdp2", [name for _, name in QUICK])
+    lowest = min(layer for layer, steps in first["steps"].items() if steps)
+    # the pool in the pass that is measured; from then on nothing below the lowest that trains, not even ahead of its time
+    assert lowest > 1 and first["fetched"] == {layer: 4 if layer >= lowest else 1 for layer in range(2, 6)}
+
+
+@pytest.mark.parametrize(("version", "name"), [("2", "galore"), ("2", "lora-nf4-deferred"), ("1", "lora-grad")])
+def test_what_cannot_be_right_is_refused_at_wrapping(version, name, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    base = model()
+    with pytest.raises(ConfigError, match="(?s)FSDP.*use (DDP|fsdp_version: 2)"):
+        get_peft_model(base, config(name, None))
+    assert not any("lora" in n for n, _ in base.named_modules())
 
 
 @slow

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
-# that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights.
-Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed"]
+# that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights, and such
+# as are packed once a choice that waits is made.
+Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later"]
 Part = Literal["weights", "gradients", "states"]
 
 FIXED = (

@@ -1,9 +1,12 @@
 """torch's fully sharded data parallel: FSDP2 (`fully_shard`), through Accelerate or in a loop of one's own, and the old FSDP1."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.errors import SaveError
 from layerpeft.integrations.engines.engine import FIXED, Engine, launched
@@ -25,6 +28,21 @@ def _version(args: Any) -> int | None:
     return int(given.get("version", given.get("fsdp_version", 2)))
 
 
+def fetch_down_to(blocks: Iterable[nn.Module], before: list[nn.Module]) -> list[nn.Module]:
+    """Lets the backward pass fetch no weights ahead once it has come to these blocks; those of `before` fetch as others do again.
+
+    Each is told to fetch itself, which is whole by then. Returns the modules that were told.
+    """
+    sharded = ([m for m in (block, *block.children()) if isinstance(m, FSDPModule)] for block in blocks)
+    now: list[nn.Module] = [found[0] for found in sharded if found]
+    if [id(m) for m in now] != [id(m) for m in before]:
+        for module in before:
+            module.set_modules_to_backward_prefetch([])  # type: ignore[operator]
+        for module in now:
+            module.set_modules_to_backward_prefetch([module])  # type: ignore[operator]
+    return now
+
+
 def _cut_like(whole: torch.Tensor, like: Any) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
@@ -32,6 +50,18 @@ def _cut_like(whole: torch.Tensor, like: Any) -> torch.Tensor:
     return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
 
 
+NO_FOLD = (
+    "a fold of gradient projection goes into whole weights, and under {name} a process holds a part of each only; use DDP or "
+    "DeepSpeed ZeRO-2, or LayerLoraConfig"
+)
+LATE = (
+    "{name} has divided the weights before the first step shows which layers to choose, and parts of weights cannot be packed in "
+    "fewer bits; pass batches=… (to the config or to get_peft_model), or scores that were saved before (score_layers, by: "
+    "scores.json), or use DDP"
+)
+OLD = (
+    "{name} in its first version keeps weights in flat parts, in which layers cannot be told apart; use fsdp_version: 2"
+)
 _ALL = frozenset(("weights", "gradients", "states"))
 FSDP1 = Engine(
     key="fsdp1",
@@ -39,7 +69,7 @@ FSDP1 = Engine(
     argument="fsdp",
     asked=lambda args: _version(args) == 1,
     divides=_ALL,
-    cannot={"schedule": FIXED},
+    cannot={"schedule": FIXED, "wait": OLD, "projection": OLD},
 )
 FSDP2 = Engine(
     key="fsdp2",
@@ -51,4 +81,5 @@ FSDP2 = Engine(
     local=lambda t: t.to_local(),  # type: ignore[attr-defined]
     whole=lambda t: t.full_tensor(),  # type: ignore[attr-defined]
     cut_like=_cut_like,
+    cannot={"projection": NO_FOLD, "packed_later": LATE},
 )
