@@ -23,6 +23,11 @@ NOT_HELD = (
 )
 
 
+ALIKE = (
+    "not made: whether frozen weights changed between wrapping and the first update, when processes may be made alike"
+)
+
+
 class Checks:
     """Those of one adapter. State is real here: what the weights were, and what has stepped since."""
 
@@ -49,6 +54,8 @@ class Checks:
         self.asked = frozenset(n for n, p in self.method.model.named_parameters() if p.requires_grad)
         if partial and distributed.world_size() == 1:
             self.sealed.wrapped()
+        elif partial:
+            self.record.checks["wrapped"] = ALIKE
 
     def begin(self, resumed: bool, merges: bool) -> None:
         """A training begins; `merges`: the trainer folds the adapter into the chosen weights and out again."""

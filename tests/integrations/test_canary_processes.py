@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+import inspect
 
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from layerpeft import LayerLoraConfig
 from layerpeft.integrations.distributed import Part, awaits_every_gradient
 from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.peft import watch_saving
+from layerpeft.integrations.torch import in_states
 from layerpeft.training.optimizer_states import bring_back, divided, put_away
 from tests.helpers.loops import llama
 
@@ -30,6 +40,30 @@ def test_saving_is_watched_once_and_left_alone_for_others(tmp_path):
     assert PeftModel.save_pretrained is watched
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_names_that_divided_weights_hang_on_are_there():
+    for name in ("_load_from_checkpoint", "_load_best_model"):
+        assert callable(getattr(Trainer, name))
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters)[1] == "resume_from_checkpoint"
+    given = {"model", "config", "adapter_name", "state_dict"}
+    assert given <= set(inspect.signature(BaseTuner._get_adapter_state_dict).parameters)
+    assert callable(tuners_utils._get_tuner_state_dict_key_prefixes)
+    assert callable(FSDPModule.set_modules_to_backward_prefetch)
+    assert _CHECKPOINT_PREFIX == "_checkpoint_wrapped_module." and in_states(f"a.{_CHECKPOINT_PREFIX}b") == "a.b"
+
+
+def test_an_adapter_under_activation_checkpointing_is_saved_whole(tmp_path):
+    model = get_peft_model(llama(), LayerLoraConfig(select="last:1", target_modules=["q_proj"]))
+    names = set(get_peft_model_state_dict(model))
+    layers = model.base_model.model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    assert set(get_peft_model_state_dict(model)) == names and names
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(llama(), LayerLoraConfig(select="last:1", target_modules=["q_proj"]))
+    other.load_adapter(str(tmp_path), "default")
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == names
 
 
 def test_a_tensor_that_is_whole_is_its_own_part():
