@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, check_trained, get_peft_model
 from layerpeft.errors import ScoreError, TrainingError
@@ -32,7 +33,7 @@ SELECTS = {
 METHODS = {
     "lora": lambda **options: LayerLoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options),
     "galore": lambda **options: LayerGaloreConfig(r=4, target_modules=["q_proj", "v_proj"], scale=1.0, **options),
-    "full": lambda **options: LayerFullConfig(**options),
+    "full": lambda **options: LayerFullConfig(biases=False, **options),
 }
 # (stage, method, select); a stage of 3.5 divides the model before it is wrapped
 CELLS = [
@@ -78,7 +79,7 @@ def told(model, weights):
 def alone(method, select):
     """One process, all rows."""
     torch.manual_seed(1)
-    model = get_peft_model(llama(), config(method, select)).train()
+    model = get_peft_model(llama(attention_bias=True), config(method, select)).train()
     optimizer = adamw(model)
     for four in ROWS.split(4):
         model(input_ids=four, labels=four).loss.backward()
@@ -116,7 +117,7 @@ def wrapped(number, method, select, rank):
     import deepspeed
 
     torch.manual_seed(1)
-    base = llama()
+    base = llama(attention_bias=True)
     if number == 3.5:
         deepspeed.zero.Init(module=base, config_dict_or_path=settings(3))
     return get_peft_model(base, config(method, select, rank)).train()
@@ -152,6 +153,9 @@ def trained(rank, folder, number, method, select, again=False):
             engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     check_trained(model)
     base = base_logits(model, engine) if method != "lora" else None
+    state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if number >= 3 else None
+    if rank == 0:  # as Trainer saves
+        model.save_pretrained(f"{folder}/final", **({} if state is None else {"state_dict": state}))
     with zero.GatheredParameters(list(model.parameters())):
         found = told(model, {n: p.detach().clone() for n, p in model.named_parameters()}) | {"base": base}
     engine.destroy()
@@ -210,7 +214,8 @@ def run(folder, cells):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("zero"), CELLS)
+    folder = tmp_path_factory.mktemp("zero")
+    return run(folder, CELLS), folder
 
 
 def apart(one, other):
@@ -218,7 +223,7 @@ def apart(one, other):
     return max(float((one[n] - other[n]).abs().max()) for n in one)
 
 
-def compare(ranks, number, method, select):
+def compare(ranks, folder, number, method, select):
     (ours, again), (theirs, _) = (r[number, method, select] for r in ranks)
     one = alone(method, select)
     assert apart(ours["weights"], theirs["weights"]) == 0 and apart(ours["weights"], one["weights"]) <= 2e-5
@@ -226,24 +231,29 @@ def compare(ranks, number, method, select):
     assert ours["checks"]["end"] == one["checks"]["end"] and ours["checks"]["first_step"] == "every chosen target moved"
     assert len(ours["checks"]["not_made"]) == 1 and "not_made" not in one["checks"]
     assert apart(again["weights"], ours["weights"]) <= 1e-7
+    saved = load_file(folder / f"{number} {method} {select}" / "final" / "adapter_model.safetensors")
+    assert saved if method != "full" else {k.rpartition(".")[2] for k in saved} == {"weight", "bias"}
+    ends = ours["weights"].items()  # a folder has no names of adapters
+    held = {n.replace(".modules_to_save.default.", ".").replace(".default.", "."): p for n, p in ends}
+    assert method == "galore" or all(torch.equal(saved[k], held[k]) for k in saved)
     for found in (ours, again) if method != "lora" else ():
         torch.testing.assert_close(found["base"], one["base"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("number", "method", "select"), CELLS, ids=str)
 def test_two_processes_train_what_one_does_and_go_on_where_they_were_saved(number, method, select, ranks):
-    compare(ranks, number, method, select)
+    compare(*ranks, number, method, select)
 
 
 @pytest.mark.slow
 def test_so_they_do_for_every_method_on_every_stage_that_can(tmp_path):
     found = run(tmp_path, MORE)
     for cell in MORE:
-        compare(found, *cell)
+        compare(found, tmp_path, *cell)
 
 
 def test_what_cannot_be_right_is_refused_before_the_first_step_with_a_way_out(ranks):
-    for found in (r["refused"] for r in ranks):
+    for found in (r["refused"] for r in ranks[0]):
         assert "under DeepSpeed ZeRO-3" in found["turns"] and "use DDP or ZeRO-2" in found["turns"]
         assert "pass batches=" in found["waits"] and "ZeRO-2, FSDP2 or DDP" in found["waits"]
         assert "LambdaLR was made for the groups there were" in found["rates"] and "make it after" in found["rates"]

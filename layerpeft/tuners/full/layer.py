@@ -118,8 +118,11 @@ class FullWrapper(ModulesToSaveWrapper):
         return self.original_module
 
     def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is saved: nothing of a module that was never active, once another one was."""
-        if adapter_name not in self._adapters or not _is_saved(self):
+        """What is saved: nothing of a module that was never active, once another one was.
+
+        Nor of a state dict that is empty, as Trainer gives it where ZeRO-3 is told to gather nothing for a folder.
+        """
+        if adapter_name not in self._adapters or not _is_saved(self) or not state_dict:
             return {}
         found = {k: state_dict[f"modules_to_save.{adapter_name}.{k}"] for k in self.original_module.state_dict()}
         state = self._layerpeft
