@@ -123,7 +123,7 @@ def model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
     made = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=32, **sizes))
     with torch.no_grad():
         for size, layer in zip((1.0, 3.0, 1.5, 2.5, 1.2, 2.0), made.model.layers, strict=True):
