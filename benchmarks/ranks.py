@@ -170,6 +170,6 @@ if __name__ == "__main__":
     tallies = {}
     for label, (name, options) in given["arms"].items():
         tallies[label] = _one(given["engine"], name, options, Model(**given["model"]), Batch(**given["batch"]))
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(True)
     dist.barrier()
     print(json.dumps(tallies), flush=True)

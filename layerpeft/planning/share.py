@@ -28,8 +28,6 @@ from layerpeft.planning.units import (
     watching,
 )
 
-SPARED = False  # the block just below the cut comes early for nothing
-
 
 @dataclass(frozen=True)
 class Moved:
@@ -152,7 +150,7 @@ def _counted(
     engine, mixed = cards.engine, step.autocast is not None and step.autocast.itemsize < 4
     tensors = list(_stored(found, cards, mixed))
     blocks = engine.gathers == "blocks"
-    spared = SPARED and found.stop.layer is not None
+    spared = found.stop.layer is not None  # nothing is fetched ahead below the cut
     gathers = block_gathers(units, visits, spared) if blocks else module_gathers(units, visits, engine.reuse)
     trained = [t for t in tensors if t.trains]
     small = step.autocast.itemsize if mixed and step.autocast is not None else 0
