@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
+from layerpeft.integrations.distributed import world_size
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -235,8 +236,9 @@ def train(trainer: Any, checkpoint: str | None = None) -> float:
 
 
 def divides(trainer: Any) -> bool:
-    """Whether an engine takes the model apart when training begins, so that it cannot run before."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    """Whether an engine gets the model when training begins, so that it may not run before: it could not, or DDP would be left out,
+    since Trainer takes a model that was evaluated for one that is prepared."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or world_size() > 1)
 
 
 def held_out_numbers(trainer: Any) -> dict[str, float]:

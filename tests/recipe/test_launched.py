@@ -107,6 +107,7 @@ def test_the_config_files_ship_and_are_copied(tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    as_accelerators("ACCELERATE_USE_DEEPSPEED" in os.environ)
+    if os.environ["ACCELERATE_USE_CPU"] == "false":
+        as_accelerators("ACCELERATE_USE_DEEPSPEED" in os.environ)
     code = main(sys.argv[1:])
     Path(f"code{os.environ['RANK']}").write_text(str(code))
