@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(text: str, code: int = 2, before: str = "") -> int:
     """Says why a command ends, once where several processes run it. Returns the exit code."""
-    if saying.says(text):
+    if left_behind() or saying.says(text):  # what is no process of a launch is alone
         print(f"{before}layerpeft: {text}", file=sys.stderr)
     return code
 
