@@ -197,6 +197,8 @@ def train(
         "logging_steps": 1,
         "adam_epsilon": 1e-6,
         "use_cpu": size == 1,
+        # DeepSpeed's settings have to say the same
+        "bf16": "ACCELERATE_USE_DEEPSPEED" in os.environ and os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16",
     } | options
     arguments = TrainingArguments(
         str(out), per_device_train_batch_size=at_once // size, learning_rate=2e-3, lr_scheduler_type="constant", seed=0,
