@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.integrations.engines import zero
-from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.peft import reading
 from layerpeft.saving.manifest import MANIFEST
 from layerpeft.training.follower import alive, followers_of
@@ -53,9 +52,9 @@ def _waits() -> bool:
 def _loading(model: nn.Module, folder: str) -> Iterator[None]:
     """What lies beside the weights is read with them, where an adapter was saved there; of divided ones originals are kept."""
     for follower in followers_of(model):
-        tensors = follower.holdings.tensors()
-        if any(is_cut(p) for group in tensors.values() for p in group.values()):
-            follower.method.keep(set(tensors))  # the file that is loaded holds no weights that would show what is new
+        if follower.holdings.is_divided:
+            # the file that is loaded holds no weights that would show what is new
+            follower.method.keep(set(follower.holdings.tensors()))
     with _opened(_resting_of(model)), reading(folder if isfile(join(folder, MANIFEST)) else None):
         yield
 
