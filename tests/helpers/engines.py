@@ -41,7 +41,6 @@ ZERO2 = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    "DS_ACCELERATOR": "cpu",
 }
 ZERO1, ZERO3 = (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in "13")
 ENGINES = {
@@ -56,17 +55,6 @@ ENGINES = {
     "zero3": ZERO3,
     "zero2_bf16": ZERO2 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "zero3_bf16": ZERO3 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
-}
-ZERO3 = {
-    "ACCELERATE_MIXED_PRECISION": "no",
-    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,gradient_accumulation_steps,zero3_init_flag,mixed_precision",
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
 }
 BY_GRADIENTS = {"keep": 2, "by": "gradient_norm", "layers": "2-5"}
 TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 2}
@@ -106,6 +94,7 @@ def as_devices(engine: str) -> ExitStack:
     if engine == "ddp":
         return stack
     if engine.startswith("zero"):
+        stack.enter_context(mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}))
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled here

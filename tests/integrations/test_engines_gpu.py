@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.engines import FSDP2, ZERO3, train
+from tests.helpers.engines import ENGINES, train
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES = {"fsdp2": FSDP2, "zero2": ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero3": ZERO3}
 CELLS = [("fsdp2", n) for n in ("lora-grad", "lisa", "full")] + [("zero2", "lora-grad"), ("zero3", "lora-depth")]
 CELLS += [("zero3", "full"), ("zero2", "lisa")]
 
