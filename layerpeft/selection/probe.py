@@ -1,14 +1,14 @@
 """The gradient probe: what the gradient of a frozen weight is, without ever making it.
 
-A linear `y = x Wᵀ` gets a tap on its output that changes nothing. In the backward pass the tap sees `∂loss/∂y` and `x`, and
-takes the sketch `Ωᵀ G` of the weight gradient `G = (∂loss/∂y)ᵀ x`, shape (k, in), with `Ω` (out, k) Gaussian, from which `‖G‖²` is
+A linear `y = x Wᵀ` gets a tap on its output that changes nothing. In the backward pass the tap sees `∂loss/∂y` and `x`, and takes
+the sketch `Ωᵀ G` of the weight gradient `G = (∂loss/∂y)ᵀ x`, shape (k, in), with `Ω` (out, k) Gaussian, from which `‖G‖²` is
 estimated without bias. Nothing is a Parameter, so no optimizer, clipping norm, trainable count or file ever meets it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +25,45 @@ Key = tuple[str, int]  # target name, expert (0 where there are none)
 TapFunction = Callable[[torch.Tensor, torch.Tensor, "Mapping[Key, Any]"], torch.Tensor]
 
 
+class Statistic(Protocol):
+    """What is taken of the gradient of one weight, batch by batch, so that the gradient itself need not be kept.
+
+    `power`: of the loss's scale that a part grows with; `whole`: what is taken needs no more than its own sum over processes.
+    """
+
+    power: ClassVar[int]
+    whole: ClassVar[bool]
+
+    def part(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, out), (tokens, in) -> what is taken of `gyᵀ x`."""
+        ...
+
+    def kept(self, part: torch.Tensor) -> torch.Tensor:
+        """Of a part, what is added up over batches."""
+        ...
+
+    def value(self, kept: torch.Tensor, batches: int) -> float:
+        """The number that it comes to."""
+        ...
+
+
+class Mean:
+    """A statistic that is one number a batch, of which the mean is taken over batches."""
+
+    power: ClassVar[int] = 2
+    whole: ClassVar[bool] = True
+
+    def kept(self, part: torch.Tensor) -> torch.Tensor:
+        """The part itself."""
+        return part
+
+    def value(self, kept: torch.Tensor, batches: int) -> float:
+        """Its mean over the batches."""
+        return float(kept) / batches
+
+
 @dataclass(frozen=True)
-class Sketch:
+class Sketch(Mean):
     """Estimates `‖G‖²` from 2k Gaussian directions, drawn afresh for every batch from (seed, target, batch).
 
     The first k find G's row space, in which the energy is then taken exactly; the other k estimate what lies outside it. Unbiased
@@ -42,8 +79,8 @@ class Sketch:
         generator = torch.Generator().manual_seed(seed_of(f"{self.seed}|{key}|{batch}"))
         return torch.randn(out, self.k, generator=generator).to(device=like.device, dtype=like.dtype)
 
-    def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, out), (tokens, in) -> an estimate of `‖gyᵀ x‖²`, a scalar."""
+    def split(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, k): G in k directions of its row space; (k, in): k random combinations of the rows of what lies outside."""
         both = torch.cat(
             [self.omega(key, batch, gy.shape[1], gy), self.omega(key, f"{batch} rest", gy.shape[1], gy)], 1
         )
@@ -51,21 +88,25 @@ class Sketch:
         basis = torch.linalg.qr(sketch[: self.k].T)[0]  # (in, k) orthonormal
         inside = (gy.T @ (x @ basis.to(x.dtype))).float()  # (out, k): G in the basis
         rest = sketch[self.k :]
-        outside = rest - (rest @ basis) @ basis.T
+        return inside, rest - (rest @ basis) @ basis.T
+
+    def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, out), (tokens, in) -> an estimate of `‖gyᵀ x‖²`, a scalar."""
+        inside, outside = self.split(key, batch, gy, x)
         return _square(inside) + _square(outside) / self.k
 
-    def running(self, key: str, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(k, in): a share of ΩᵀG/√k with one Ω for all batches, so that shares of several batches may be added."""
-        return ((gy @ self.omega(key, "all", gy.shape[1], gy)).T @ x).float() / self.k**0.5
+    part = energy
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Mean):
     """Forms the gradient of one target at a time, and lets go of it at once."""
 
     def energy(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """(tokens, out), (tokens, in) -> `‖gyᵀ x‖²`, a scalar."""
         return _square((gy.T @ x).float())
+
+    part = energy
 
 
 @dataclass
@@ -78,21 +119,16 @@ class _Slot:
 
 
 class Probe:
-    """Taps on the outputs of targets; adds up `‖G_b‖²` over batches (with `signal`, sketches of G itself).
+    """Taps on the outputs of targets; adds up over batches what a statistic takes of their gradients (`‖G_b‖²`, …).
 
     State is real here: hooks are on the model between `attach` and `detach`. A batch counts once `next_batch` closes it; one
     with a gradient that is not finite is left out if `skip_bad` (a loss scaler skips that step, too). Where it is known by what
     the loss of every batch was multiplied on its way (accumulation, a loss scaler), that is divided out.
-    Raises: ScoreError for `signal` without a sketch, since that would hold every full gradient at once.
     """
 
-    def __init__(
-        self, targets: Mapping[str, Target], how: Sketch | Exact, *, signal: bool = False, skip_bad: bool = False
-    ) -> None:
-        if signal and not isinstance(how, Sketch):
-            raise ScoreError("signal: true adds gradients up over batches and cannot be exact without holding them all")
-        self.targets, self.how, self.signal, self.skip_bad = dict(targets), how, signal, skip_bad
-        self._fresh: dict[Key, torch.Tensor] = {}  # of the running batch: ‖G‖², or ΩᵀG
+    def __init__(self, targets: Mapping[str, Target], how: Statistic, *, skip_bad: bool = False) -> None:
+        self.targets, self.how, self.skip_bad = dict(targets), how, skip_bad
+        self._fresh: dict[Key, torch.Tensor] = {}  # of the running batch
         self._as_it_came: dict[Key, torch.Tensor] = {}
         self._unscaled: dict[Key, torch.Tensor] = {}
         self.scales_known = True
@@ -124,25 +160,26 @@ class Probe:
                 if slot.waiting:
                     self._count(key, slot.waiting)
             if not self.skip_bad or all(bool(torch.isfinite(v).all()) for v in self._fresh.values()):
-                factor = 1.0 if scale is None else 1 / scale if self.signal else 1 / scale**2
+                factor = 1.0 if scale is None else 1 / scale**self.how.power
                 self.scales_known &= scale is not None
                 for key, part in self._fresh.items():
-                    _add(self._as_it_came, key, part)
-                    _add(self._unscaled, key, part * factor)
+                    _add(self._as_it_came, key, self.how.kept(part))
+                    _add(self._unscaled, key, self.how.kept(part * factor))
                 self.batches += 1
         self._fresh = {}
         self._slots.clear()
         self._backward_began = False
 
-    def sums(self, *, unscaled: bool | None = None) -> dict[str, float]:
-        """Per target: the sum over batches of `‖G_b‖²`; with `signal`, `‖Σ over batches of G_b‖²`.
+    def kept(self, *, unscaled: bool | None = None) -> Mapping[Key, torch.Tensor]:
+        """Per weight, what was added up over batches; `unscaled`: with the losses' scales divided out (None: where all are
+        known)."""
+        return self._unscaled if (self.scales_known if unscaled is None else unscaled) else self._as_it_came
 
-        `unscaled`: with the losses' scales divided out (None: where all are known).
-        """
+    def sums(self, *, unscaled: bool | None = None, batches: int = 1) -> dict[str, float]:
+        """Per target: what the statistic comes to, summed over experts; with `batches` its mean over so many."""
         found: dict[str, float] = {}
-        parts = self._unscaled if (self.scales_known if unscaled is None else unscaled) else self._as_it_came
-        for (name, _), part in parts.items():
-            found[name] = found.get(name, 0.0) + float(_square(part) if self.signal else part)
+        for (name, _), kept in self.kept(unscaled=unscaled).items():
+            found[name] = found.get(name, 0.0) + self.how.value(kept, batches)
         return found
 
     def tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
@@ -182,11 +219,7 @@ class Probe:
         common = torch.bfloat16 if low else torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
         gy, x = gy.to(common), x.to(common)
         label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
-        if self.signal:
-            assert isinstance(self.how, Sketch)
-            _add(self._fresh, key, self.how.running(label, gy, x))
-        else:
-            _add(self._fresh, key, self.how.energy(label, self.batches, gy, x))
+        _add(self._fresh, key, self.how.part(label, self.batches, gy, x))
 
 
 def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:

@@ -1,10 +1,12 @@
 """The methods there are, by the name that recipes and manifests know them by: one row for each."""
 
 from layerpeft.integrations.peft import register
+from layerpeft.selection.scoring import HANDED
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore.config import LayerGaloreConfig
 from layerpeft.tuners.model import tuner_for
+from layerpeft.tuners.trial import run_steps
 
 METHODS: dict[str, type[LayerLoraConfig]] = {}
 DEFAULT = LayerLoraConfig.method
@@ -19,3 +21,4 @@ def add(config: type[LayerLoraConfig]) -> None:
 
 for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig):
     add(_config)
+HANDED.update(run_steps=run_steps)
