@@ -267,6 +267,9 @@ class Watching:
         self._model = request.outer or request.model
         self._handles: list[Any] = []
 
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model's forward pass, with these arguments; also where that has begun already when hooks are put on."""
+
     def next_batch(self, scale: float | None = None) -> None:
         """Counts the batch, if anything came through."""
         self.batches += self._running

@@ -103,9 +103,9 @@ class Follower:
         twin.schedule.copied(self.schedule, memo)
         return twin
 
-    def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
-        self.waiting.measure_anew()
+    def measure_anew(self, *call: Any) -> None:
+        """In a deep copy, which is called so: puts hooks of its own in the place of those that came along."""
+        self.waiting.measure_anew(*call)
         self.schedule.measure_anew()
 
     def retire(self) -> None:
@@ -286,9 +286,9 @@ def followers_of(model: nn.Module | None) -> list[Follower]:
     return [f for f in alive() if id(f.model) in inside]
 
 
-def _on_copy(model: nn.Module) -> None:
+def _on_copy(model: nn.Module, *call: Any) -> None:
     for follower in followers_of(model):
-        follower.measure_anew()
+        follower.measure_anew(*call)
 
 
 def before_forward(model: nn.Module, *_: Any) -> None:

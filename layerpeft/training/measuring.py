@@ -37,7 +37,7 @@ class Pending:
         self.decider: Callable[[Measured, int], Selection] = self._by_rule
         self.watches_backward = scoring.needs(self.select) == "backward"
         self.tensors: Callable[[], Tensors] = dict
-        self.on_copy: Callable[[nn.Module], None] = lambda _: None
+        self.on_copy: Callable[..., None] = lambda *_: None
         self.paced = False  # a Trainer says which micro-batch is the last of a step
         self.decided: Selection | None = None
         self.began = False  # a forward pass of training was seen
@@ -46,7 +46,7 @@ class Pending:
         self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self.begin)),
+            model.register_forward_pre_hook(_Hook(self.begin), with_kwargs=True),
             model.register_forward_hook(_Hook(self._finish), with_kwargs=True, always_call=True),
         ]
         self._start()
@@ -121,10 +121,10 @@ class Pending:
         why = "kept from the adapter that was loaded"
         return choose.selection_of(self.layers, held, why, self.select.to_dict())
 
-    def begin(self, model: nn.Module, *_: Any) -> None:
-        """Before every forward pass."""
+    def begin(self, model: nn.Module, *call: Any) -> None:
+        """Before every forward pass; `call`: the arguments, and those by name."""
         if model is not self.model:
-            self.on_copy(model)  # a deep copy, which brought these hooks along
+            self.on_copy(model, *call)  # a deep copy, which brought these hooks along
             return
         if not torch.is_grad_enabled() or not (model.training or self.watches_backward):
             return
@@ -137,6 +137,8 @@ class Pending:
         if not self.watches_backward:
             # The forward pass alone is watched, so that recomputing blocks in the backward pass counts nothing twice.
             self.measurement.attach()
+            if call and isinstance(self.measurement, scoring.Watching):
+                self.measurement.called(model, *call)  # which its own hooks come too late for
 
     def _finish(self, model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if model is not self.model or not self._forwards:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import SaveError, SelectionError, differences
@@ -33,10 +32,10 @@ class Once:
 
     switches = False
 
-    def __init__(self, method: Method, on_copy: Callable[[nn.Module], None]) -> None:
+    def __init__(self, method: Method, on_copy: Callable[..., None]) -> None:
         self.method, self.holdings = method, Holdings(method)
         self.record: Record = method.config._layerpeft
-        self.on_copy = on_copy  # told of a deep copy of the model, as soon as it is used
+        self.on_copy = on_copy  # told of a deep copy of the model as soon as it is used, and how it is called
         self._states_follow = False
 
     @property
@@ -108,7 +107,7 @@ class Scheduled(Once):
 
     switches = True
 
-    def __init__(self, method: Method, on_copy: Callable[[nn.Module], None], switcher: Switcher) -> None:
+    def __init__(self, method: Method, on_copy: Callable[..., None], switcher: Switcher) -> None:
         super().__init__(method, on_copy)
         self.switcher = self.record.schedule = switcher
         self._gauge: Pending | None = None  # what measures the running step for the next choice

@@ -30,12 +30,12 @@ class Waiting:
         if isinstance(self.schedule, Scheduled):
             pending.decider = self.schedule.first
 
-    def measure_anew(self) -> None:
-        """In a deep copy: puts hooks of its own in the place of those that came along."""
+    def measure_anew(self, *call: Any) -> None:
+        """In a deep copy, which is called so: puts hooks of its own in the place of those that came along."""
         if self.pending is not None:
             self.pending.close()
             self.wait(Pending(self.method.model, self.pending.examined))
-            self.pending.begin(self.method.model)
+            self.pending.begin(self.method.model, *call)
 
     def drop(self) -> None:
         """No more."""
