@@ -15,6 +15,7 @@ from layerpeft.recipe.yaml import dump, flow
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
+from layerpeft.tuners.soft import choosing_by
 
 TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
@@ -62,7 +63,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
 def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> LayerLoraConfig:
     """The PEFT config of a recipe, with another choice of layers when `select` is given. Raises: LayerpeftError."""
     other = select is not None and select is not recipe.select
-    config: LayerLoraConfig = recipe.config.changed(select=select) if other else recipe.config
+    config: LayerLoraConfig = choosing_by(recipe.config, select) if other else recipe.config
     return config.with_batches(batches)
 
 

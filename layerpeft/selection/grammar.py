@@ -31,6 +31,8 @@ def how_many(keep: Any, candidates: int) -> int | None:
     """
     if keep is None or keep == "auto":
         return None
+    if keep == "all":
+        return candidates
     share = _share(keep)
     number = max(1, math.floor(share * candidates + 0.5)) if share is not None else int(keep)
     if number > candidates:
@@ -104,7 +106,7 @@ def _share(keep: Any) -> float | None:
 def checked_keep(keep: Any, problems: Problems) -> Any:
     """`keep` as it is meant; None, and a problem, where it means nothing."""
     offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
-    if keep is None or keep == "auto":
+    if keep in (None, "auto", "all"):
         return keep
     if isinstance(keep, str) and re.fullmatch(r"\d{1,9}", keep):
         keep = int(keep)

@@ -27,21 +27,23 @@ from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.training.method import Method
 from layerpeft.tuners.lora.method import LoraMethod
+from layerpeft.tuners.soft import SOFT, Soft, check_soft
 from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, lora_fields, stock_config
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
-OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS)
+OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS, *SOFT)
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
 @dataclass
-class LayerLoraConfig(Chooses, LoraConfig):
+class LayerLoraConfig(Chooses, Soft, LoraConfig):
     """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
 
     `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
     `quantize_frozen`, `quantize_trained`: precision of the linears in layers that do not train, and that do; `quant`: a
-    `LayerQuantConfig` (or a dict), bits by a choice of its own. `batches`: model inputs with labels for data-driven choices; used
-    at run time, never written, never copied deep. Raises: ConfigError naming every problem at once.
+    `LayerQuantConfig` (or a dict), bits by a choice of its own. Fields of `Soft`: how much each layer trains. `batches`: model
+    inputs with labels for data-driven choices; used at run time, never written, never copied deep. Raises: ConfigError naming
+    every problem at once.
     """
 
     select: Any = checked(
@@ -79,6 +81,7 @@ class LayerLoraConfig(Chooses, LoraConfig):
         check(type(self), vars(self), problems)
         self.refuse(problems)
         _check_quant(self, problems)
+        check_soft(self, select, self.kind is LayerLoraConfig.kind, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
         self._batches = batches

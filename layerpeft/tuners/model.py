@@ -120,7 +120,9 @@ def _left_out(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> 
 
 def _tell(told: list[str], live: Recorded, record: Record) -> None:
     """What the user should know of what was wrapped."""
-    start = getattr(live, "init_lora_weights", None)
+    start, ranks = getattr(live, "init_lora_weights", None), getattr(live, "rank_pattern", {})
+    if record.config.get("ranks") and ranks:
+        note(f"ranks by score: {min(ranks.values())} to {max(ranks.values())}, in the place of {getattr(live, 'r', 0)}")
     for sentence in told:
         note(sentence)
     if record.new_tensors:
@@ -154,6 +156,8 @@ def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> E
         problems.add("target_parameters: experts are measured before they are wrapped")
     if config.bias != "none":
         problems.add(f"bias={config.bias!r} means biases in layers that are not chosen yet")
+    if config.ranks is not None:
+        problems.add(f"ranks={config.ranks!r} needs the scores when the layers are wrapped")
     if config.kasa_config is not None:
         problems.add("kasa_config takes something out of the weights of the unchosen layers")
     problems.raise_if_any(ConfigError)

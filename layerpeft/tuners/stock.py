@@ -23,6 +23,7 @@ from layerpeft.selection.select import Selection
 from layerpeft.text import note
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record, record_of, write_record
+from layerpeft.tuners import ranks
 
 NAMES = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # fields that name modules
 
@@ -110,7 +111,11 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
     there = {adapted(n): n for n, _ in base_of(model).named_modules()}
     for name in NAMES[:2]:  # PEFT looks for them under the names that compiled or divided blocks have
         given[name] = given[name] and type(given[name])(there.get(n, n) for n in given[name])
-    stock = config.stock(given, [t for t in targets if t.name in set(selection.targets)])
+    chosen = [t for t in targets if t.name in set(selection.targets)]
+    if config.ranks and selection.scores is not None:  # a plan knows of none yet, and counts as many parameters
+        found = ranks.by_score(dict(enumerate(selection.scores.values)), chosen, config.r, config.min_rank or 1)
+        given |= ranks.patterns(config, found)
+    stock = config.stock(given, chosen)
     return stock.recorded(Record(plain_config(config), config.method, selection, new_tensors=born, asked=config.bare()))
 
 
