@@ -20,10 +20,17 @@ from accelerate.state import AcceleratorState
 from benchmarks.arm import ARMS
 from benchmarks.model import Batch, Model, batches, build, num_layers
 from layerpeft.errors import LayerpeftError
+from layerpeft.model.layers import base_of, layer_map
 from layerpeft.selection import plugins
 
 Tally = dict[str, list[int]]  # what moved -> how often, and elements
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+ENGINES = (
+    "ddp",
+    "fsdp2",
+    "fsdp2_whole",
+    "zero2",
+    "zero3",
+)  # `_whole`: frozen blocks above the cut stay so after forward
 # so that a small model is divided as a large one is, of which DeepSpeed keeps a part whole that is small by comparison
 NOTHING_STAYS = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 STEPS = 3  # the first shows ZeRO-3 in which order modules run
@@ -100,7 +107,7 @@ def _prepared(engine: str, model: Any, optimizer: Any, batch: Batch) -> tuple[An
     from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
     options: dict[str, Any] = {}
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
         options["fsdp_plugin"] = plugin
     elif engine.startswith("zero"):
@@ -109,7 +116,19 @@ def _prepared(engine: str, model: Any, optimizer: Any, batch: Batch) -> tuple[An
         settings["train_micro_batch_size_per_gpu"] = batch.rows
         settings["zero_optimization"] |= dict.fromkeys(NOTHING_STAYS, 0)
     accelerator = Accelerator(cpu=engine == "ddp", **options)
-    return accelerator, *accelerator.prepare(model, optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if engine == "fsdp2_whole":
+        keep_frozen_whole(prepared)
+    return accelerator, prepared, optimizer
+
+
+def keep_frozen_whole(model: Any) -> None:
+    """Of FSDP2: frozen blocks above the lowest one that trains are not gathered again in the backward pass."""
+    blocks: list[Any] = [base_of(model).get_submodule(layer.name) for layer in layer_map(model).layers]
+    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    for block, trained in list(zip(blocks, trains, strict=True))[trains.index(True) :]:
+        if not trained:
+            block.set_reshard_after_forward(False)
 
 
 @contextmanager
@@ -135,7 +154,7 @@ def counting(engine: str, model: Any, found: Tally) -> Iterator[None]:
             setattr(owner, name, called)
             stack.callback(setattr, owner, name, original)
 
-        if engine == "fsdp2":
+        if engine.startswith("fsdp2"):
             import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
 
             watch(groups, "foreach_all_gather", lambda ps, *_: gathered(sum(p._orig_size.numel() for p in ps)))

@@ -20,7 +20,13 @@ from layerpeft.selection import plugins
 
 Say = Callable[[str], None]
 MOVED = ("forward", "backward", "reduced")
-TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+TITLES = {
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "fsdp2_whole": "FSDP2, frozen blocks whole",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,16 @@ def planned(engine: str, arm: Any, options: Options) -> dict[str, Any]:
     size = DTYPES[options.model.dtype].itemsize
     model = build(options.model, "meta")
     config = arm.module.config(arm.options, num_layers(model))
-    small = cards(engine, 2)
+    small = cards(engine.removesuffix("_whole"), 2)
     small = replace(small, engine=replace(small.engine, persistent=0, reuse=0))
     given = {"batch_size": options.batch.rows, "length": options.batch.length, "optimizer": "adamw_torch"}
     (found,) = for_cards(model, config, [2], **given, checkpointing=True, step=Step(cards=small))
     moved = found.traffic
-    return {"planned": {k: [getattr(moved, k).times, getattr(moved, k).bytes // size] for k in MOVED}}
+    said = {k: [getattr(moved, k).times, getattr(moved, k).bytes // size] for k in MOVED}
+    if engine.endswith("_whole") and found.kept is not None:
+        times, elements = said["backward"]
+        said["backward"] = [times - found.kept.units, elements - found.kept.saved // size]
+    return {"planned": said}
 
 
 def tables(result: Mapping[str, Any]) -> str:

@@ -29,7 +29,8 @@ def install(
     `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
     `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
     checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
-    `end(model, output_dir)` runs when it ends. `news(model)` is what trackers are told besides the trainer's own numbers.
+    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step.
+    `news(model)` is what trackers are told besides the trainer's own numbers.
     `resume(model, folder)` runs before a checkpoint is loaded, and says whether that is done by then.
     Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
     """
@@ -45,6 +46,7 @@ def install(
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
 
         model: Any = None
+        began = 0  # the step that training began at
 
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"records": state(self.model)}}
@@ -55,7 +57,7 @@ def install(
             built(kwargs.get("model"), asked_for(args))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.model = kwargs.get("model")
+            self.model, self.began = kwargs.get("model"), state.global_step
             saved = (state.stateful_callbacks or {}).get(NAME)
             # A checkpoint of a run without this callback has no place for it, and Trainer would fail when it saves the next.
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), NAME: saved or self.state()}
@@ -69,7 +71,7 @@ def install(
                 logs.update(news(self.model))  # the trackers come later in the list
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            end(self.model, args.output_dir)
+            end(self.model, args.output_dir, state.global_step > self.began)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.integrations.distributed import world_size
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
@@ -122,7 +123,12 @@ def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
 
 def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison:
     """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
-    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose."""
+    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose, and in several processes."""
+    if world_size() > 1:
+        raise RecipeError(
+            f"compare runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun; arms that "
+            "no one card takes are recipes of their own to train (layerpeft.select=…, one output_dir each)"
+        )
     select = recipe.config.choosing
     refuse_strangers(recipe.output_dir, COMPARED)
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,14 +1,17 @@
 """Whether what trains is what was chosen: asked around the first update of every target, and at the end."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
 
 from layerpeft.errors import TrainingError, raise_faults
 from layerpeft.integrations import distributed
+from layerpeft.integrations.engines.fsdp import give_up
 from layerpeft.integrations.engines.known import gradient, is_cut, is_stepped_apart, local
 from layerpeft.model.layers import layer_map
 from layerpeft.model.targets import is_routed, leave_out
-from layerpeft.text import note
+from layerpeft.text import note, some
 from layerpeft.training import verify
 from layerpeft.training.method import Step
 from layerpeft.training.optimizer_states import held_by, holders
@@ -21,11 +24,12 @@ NOT_HELD = (
     "holds none of the tensors that were chosen, so nothing would train: build it after get_peft_model, from the parameters "
     "that require a gradient"
 )
-
-
 ALIKE = (
     "not made: whether frozen weights changed between wrapping and the first update, when processes may be made alike"
 )
+OTHERS = "whether {what} since the first update: cast, divided or taken away meanwhile ({names})"
+QUIET = "whether chosen targets moved that had no gradient but zero in any of their steps ({names})"
+MOVED = "every chosen target moved"
 
 
 class Checks:
@@ -90,7 +94,9 @@ class Checks:
         if not self.sealed.start:
             self.sealed.begin(self.holdings.tensors(), others)
             self.method.keep(set(training))
-            self.record.checks |= {"not_made": [UNSEEN]} if apart else {}
+            self.record.checks.pop("not_made", None)
+            if apart:
+                self._not_made(UNSEEN)
 
     def after(self, held: set[int], blank: bool = False) -> None:
         """After an update; `blank`: it had nothing to show. Raises: TrainingError when a target did not move in its first one."""
@@ -109,7 +115,8 @@ class Checks:
                 faults, idle = self._still(fresh)
                 raise_faults("the first update left chosen targets as they were", faults)
                 self._idle(idle)
-                self.record.checks["first_step"] = "every chosen target moved"
+                if not self._hidden(fresh):
+                    self.record.checks["first_step"] = MOVED
         for layer, targets in self.holdings.by_layer(self.record.selection).items():
             there = [t for t in targets if t in training]
             first = next((p for t in there for p in training[t].values()), None)
@@ -126,6 +133,7 @@ class Checks:
                     f"nothing was trained: all {self.seen} optimizer steps had a learning rate of zero or were skipped"
                 )
             return
+        give_up(self.method.model)
         tensors, now = self.holdings.tensors(), self.sealed.parameters()
         trained = self.schedule.trained()
         if trained and trained <= self._unshown and not self.resumed:
@@ -146,7 +154,32 @@ class Checks:
         for name, parameter in still.items():
             note(f"{name} did not move: {verify.why_unmoved({name: parameter}, self._rate, self.method.in_place)}")
         self.record.checks["unmoved"] = sorted(still)
-        self.record.checks["end"] = "every chosen target moved, and no frozen parameter did"
+        self._conclude(trained, may_rest, now)
+
+    def _conclude(self, trained: set[str], may_rest: set[str], now: Mapping[str, torch.Tensor]) -> None:
+        """Writes down what was seen to hold in the end, and what could not be seen."""
+        quiet, lost = sorted(trained & may_rest), sorted(verify.outdated(self.sealed.frozen, now))
+        hidden = self._hidden(trained - may_rest)
+        if quiet:
+            self._not_made(QUIET.format(names=some(quiet)))
+        if lost:
+            self._not_made(OTHERS.format(what="frozen parameters changed", names=some(lost)))
+        seen = [] if quiet or hidden else [MOVED]
+        seen += [] if lost else ["no frozen parameter did" if seen else "no frozen parameter moved"]
+        self.record.checks["end"] = ", and ".join(seen) or "nothing could be compared"
+
+    def _not_made(self, check: str) -> None:
+        """Writes down a check that cannot be made, once."""
+        self.record.checks["not_made"] = list(dict.fromkeys([*self.record.checks.get("not_made", ()), check]))
+
+    def _hidden(self, among: Iterable[str]) -> list[str]:
+        """Those targets of which nothing can be compared with what it was, which is written down."""
+        tensors, moved = self.holdings.tensors(), self.method.moved()
+        seals = {t: s for t in among if (s := self.sealed.start.get(t)) and t not in moved}
+        found = sorted(t for t, s in seals.items() if len(verify.outdated(s, tensors[t])) == len(s))
+        if found:
+            self._not_made(OTHERS.format(what="chosen targets moved", names=some(found)))
+        return found
 
     def _shows_nothing(self) -> bool:
         """Whether the step has no gradient but zero for anything that trains, for a reason that other steps need not have."""

@@ -179,8 +179,8 @@ class Follower:
             self.schedule.start(inside)
 
     def check(self) -> None:
-        """What moved since the first step. Raises: TrainingError when a target did not move, or anything else did."""
-        if self.pending is not None and self.pending.began:
+        """What moved since the first step. Raises: TrainingError where a target did not, anything else did, or a choice waits."""
+        if self.pending is not None:
             raise TrainingError(f"training ended before the layers were chosen: {self.pending.progress()} came")
         self.checks.end()
 
@@ -204,11 +204,14 @@ class Follower:
         self._norms = _norms(self)
         self.start()
 
-    def end(self) -> None:
-        """A training has ended. Raises: TrainingError as `check`, and where nothing was trained."""
+    def end(self, stepped: bool = True) -> None:
+        """A training has ended, `stepped`: after steps. Raises: TrainingError as `check`, and where nothing was trained."""
         if not self.checks.seen and not self.checks.resumed and self.pending is None:
             raise TrainingError(f"the optimizer {NOT_HELD}")
-        self.check()
+        if self.pending is not None and not (self.pending.began or stepped):
+            self.checks.end()
+        else:
+            self.check()
         if self._norms is not None:
             self._norms.close()
             self._norms = None

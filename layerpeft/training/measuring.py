@@ -45,6 +45,7 @@ class Pending:
         self._forwards = 0  # since the last backward pass
         self._scales: list[Callable[[], float | None]] = []  # one per forward pass of the running batch
         self._unstepped = False  # a backward pass was seen since the last optimizer step
+        self._everywhere = 0  # batches that all processes have measured
         self._handles = [
             model.register_forward_pre_hook(_Hook(self.begin), with_kwargs=True),
             model.register_forward_hook(_Hook(self._finish), with_kwargs=True, always_call=True),
@@ -81,7 +82,7 @@ class Pending:
         """
         self._next_batch()
         processes = distributed.world_size()
-        batches = int(distributed.add_up(torch.tensor([self.measurement.batches])))
+        batches = self._everywhere = int(distributed.add_up(torch.tensor([self.measurement.batches])))
         if batches < (self.select.num_batches or 1) * processes:
             return None
         if processes > 1:
@@ -103,7 +104,7 @@ class Pending:
 
         Raises: TrainingError where not one batch was seen, and more steps would not help.
         """
-        if not self.measurement.batches and self.barren is None and distributed.world_size() == 1:
+        if not self._everywhere and self.barren is None:
             raise TrainingError(
                 f"the choice by {self.select.by} has seen no batch with a finite gradient before the first optimizer step "
                 "(a model left in evaluation mode, a closure without a backward pass, or a loss computed without calling "

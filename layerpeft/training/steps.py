@@ -155,13 +155,13 @@ def _resume(model: nn.Module | None, folder: str) -> bool:
     return resume(followers_of(model), model, folder)
 
 
-def _train_end(model: nn.Module | None, output_dir: str) -> None:
+def _train_end(model: nn.Module | None, output_dir: str, stepped: bool) -> None:
     followers = followers_of(model)
     for pending in (f.pending for f in followers if f.pending is not None):
         pending.paced = False
     try:
         for follower in followers:
-            follower.end()
+            follower.end(stepped)
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
         rescue = unused(output_dir, "unverified")

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -53,9 +54,20 @@ ENGINES = {
     "zero1": ZERO1,
     "zero2": ZERO2,
     "zero3": ZERO3,
+    "zero3_apart": ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
     "zero2_bf16": ZERO2 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "zero3_bf16": ZERO3 | {"ACCELERATE_MIXED_PRECISION": "bf16"},
 }
+# DeepSpeed's own files, as users have them, with the optimizer in the CPU's memory
+FILES = {
+    f"zero{stage}_file": {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, where DeepSpeed's own would be compiled
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+    }
+    for stage in (2, 3)
+}  # fmt: skip
+ENGINES |= {name: ZERO2 | {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file"} for name in FILES}
 BY_GRADIENTS = {"keep": 2, "by": "gradient_norm", "layers": "2-5"}
 TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 2}
 ROWS = 48
@@ -91,6 +103,10 @@ def as_devices(engine: str) -> ExitStack:
 
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(os.environ, ENGINES[engine]))
+    if engine in FILES:
+        file = Path(stack.enter_context(TemporaryDirectory()), "zero.json")
+        file.write_text(json.dumps(FILES[engine]))
+        stack.enter_context(mock.patch.dict(os.environ, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}))
     if engine == "ddp":
         return stack
     if engine.startswith("zero"):

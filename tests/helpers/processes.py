@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -36,11 +37,11 @@ def without_the_package(code: str, *arguments: object, **options: Any) -> subpro
     return _ask(_server("peft"), code, arguments, **options)
 
 
-def in_two_ranks(file: str, folder: Path) -> list[Any]:
+def in_two_ranks(file: str, folder: Path, imports: Sequence[str] = ()) -> list[Any]:
     """Two processes of a group run a test file as torchrun would have them do; what each left in `folder`."""
     import torch
 
-    done = in_a_process(str(Path(file).resolve()), folder, cwd=folder, ranks=2)
+    done = in_a_process(str(Path(file).resolve()), folder, cwd=folder, ranks=2, imports=imports)
     assert done.returncode == 0, done.stderr[-12000:]
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
 
@@ -61,6 +62,7 @@ def _ask(
     arguments: tuple[object, ...],
     cwd: Path | None = None,
     ranks: int = 0,
+    imports: Sequence[str] = (),
     timeout: int = 500,
 ) -> subprocess.CompletedProcess[str]:
     assert server.stdin is not None and server.stdout is not None
@@ -71,6 +73,7 @@ def _ask(
             "cwd": str(cwd or Path.cwd()),
             "environment": {**os.environ, **STARTS},
             "ranks": ranks,
+            "imports": list(imports),
             "seconds": timeout,
             "said": said,
         }
@@ -101,7 +104,25 @@ def _serve(names: list[str]) -> None:
 
 
 def _run(asked: dict[str, Any]) -> int:
-    """The exit code of what was asked for; where one rank fails, the others are ended."""
+    """The exit code of what was asked for; what it `imports` besides is imported once, by a process that ranks are forked from."""
+    if not asked["imports"]:
+        return _ranks(asked)
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        os.environ.update(asked["environment"])
+        for name in asked["imports"]:
+            import_module(name)
+        code = _ranks(asked)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code & 0xFF)
+
+
+def _ranks(asked: dict[str, Any]) -> int:
+    """The exit code of all ranks; where one fails, the others are ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

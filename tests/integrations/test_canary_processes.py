@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
@@ -49,8 +51,23 @@ def test_names_that_divided_weights_hang_on_are_there():
     given = {"model", "config", "adapter_name", "state_dict"}
     assert given <= set(inspect.signature(BaseTuner._get_adapter_state_dict).parameters)
     assert callable(tuners_utils._get_tuner_state_dict_key_prefixes)
-    assert callable(FSDPModule.set_modules_to_backward_prefetch)
+    assert callable(FSDPModule.set_modules_to_backward_prefetch) and callable(FSDPModule.reshard)
     assert _CHECKPOINT_PREFIX == "_checkpoint_wrapped_module." and in_states(f"a.{_CHECKPOINT_PREFIX}b") == "a.b"
+
+
+def test_fsdp2_gathers_from_storage_of_its_own():
+    """Why projection, in which a weight changes places with another by its storage, is refused where weights are divided."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        linear, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+        fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+        with torch.no_grad():
+            before = linear(x)
+            linear.reshard()
+            linear.weight.data = torch.zeros_like(linear.weight)
+            assert torch.equal(linear(x), before) and bool(before.any())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_adapter_under_activation_checkpointing_is_saved_whole(tmp_path):

@@ -30,7 +30,10 @@ CELLS = [
     *[("zero2", name) for name in ("galore", "full", "full-grad", "lisa")],
     *[("zero3", name) for name in ("lora-depth", "lora-batches", "full")],
     *[(engine, "full") for engine in ("zero2_bf16", "zero3_bf16")],
-    ("zero2_bf16", "lisa"),
+    *[("zero2_bf16", name) for name in ("lisa", "full-grad", "lora-grad")],
+    *[("zero2_file", name) for name in ("lora-depth", "lora-grad", "lisa", "galore")],
+    ("zero3_file", "full"),
+    *[("zero3_apart", name) for name in ("lora-depth", "full")],
 ]
 QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
 # Runs of another kind: options of the trainer
@@ -90,7 +93,7 @@ def through_and_on(engine, cells):
         for rank in found:
             assert not isinstance(rank[2 * i + 1], str), rank[2 * i + 1]
             assert apart(rank[2 * i + 1]["weights"], rank[2 * i]["weights"]) <= 2e-6
-        if engine == "fsdp2_sharded":  # Trainer saves no folder of such
+        if engine in ("fsdp2_sharded", "zero3_apart"):  # Trainer saves no folder of such
             continue
         ours, theirs = (
             load_file(f / "final/adapter_model.safetensors") for f in (place / name, _folder() / f"one {name}  4")

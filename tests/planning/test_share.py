@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.ranks import keep_frozen_whole
 from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
 from layerpeft.integrations.engines import known
@@ -44,6 +46,10 @@ def test_a_share_is_what_each_of_two_processes_holds_and_sends(tmp_path):
     first, second = in_two_ranks(__file__, tmp_path)
     for name, case in CASES.items():
         said, found, other = of_two(*case), first[name], second[name].pop("held")
+        again, there = found.pop("kept", None), second[name].pop("kept", None)
+        if said.kept is not None:  # frozen blocks above the cut stayed whole after the forward pass
+            kept, backward = said.kept, said.traffic.backward
+            assert again == there == [backward.times - kept.units, backward.bytes - kept.saved] and kept.units, name
         assert said is not None and found.pop("held") == (held := {k: getattr(said, k) for k in PARTS}), name
         assert found == second[name] and all(other[k] <= held[k] for k in PARTS), (
             name
@@ -147,9 +153,15 @@ def measured(select, kind, checkpointing) -> dict:
         unit.register_forward_pre_hook(whole)
         unit.register_forward_hook(later)
     ids = torch.arange(32).reshape(2, 16)
-    loss = wrapped(input_ids=ids, labels=ids).loss
-    phase = "backward"
-    accelerator.backward(loss)
+
+    def passes():
+        nonlocal phase
+        phase = "forward"
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        phase = "backward"
+        accelerator.backward(loss)
+
+    passes()
     groups.foreach_all_gather, groups.foreach_reduce = gather, reduce
     optimizer.step()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
@@ -159,6 +171,14 @@ def measured(select, kind, checkpointing) -> dict:
         "gradients": nbytes(p.grad for p in trained),
         "states": nbytes(states),
     }
+    if select == [1, 3]:
+        counted = copy.deepcopy(found)
+        found["backward"] = [0, 0]
+        keep_frozen_whole(wrapped)
+        groups.foreach_all_gather = gathered
+        passes()
+        groups.foreach_all_gather = gather
+        found = counted | {"kept": found["backward"]}
     accelerator.free_memory()
     return found
 

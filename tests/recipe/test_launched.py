@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks.ranks import as_accelerators
 from layerpeft.cli import main
+from layerpeft.recipe import compare
 from layerpeft.recipe.advice import launched
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import launch_files
@@ -28,13 +30,15 @@ WORDS = [
 FILES = launch_files()
 
 
-def in_two(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> tuple[list[int], str]:
-    """The exit codes of both processes, and all that they said."""
+def in_two(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, *words: str, ranks: int = 2
+) -> tuple[list[int], str]:
+    """The exit codes of both processes (or of so many), and all that they said."""
     for key, value in environment(FILES[f"accelerate/{name}"]).items():
         monkeypatch.setenv(key, value)
-    done = in_a_process(str(Path(__file__).resolve()), *words, cwd=place, ranks=2)
+    done = in_a_process(str(Path(__file__).resolve()), *words, cwd=place, ranks=ranks)
     assert done.returncode == 0, done.stderr[-8000:]
-    return [int((place / f"code{rank}").read_text()) for rank in (0, 1)], done.stdout + done.stderr
+    return [int((place / f"code{rank}").read_text()) for rank in range(ranks)], done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,56 @@ def test_what_both_processes_refuse_is_said_once_and_ends_both(tmp_path, monkeyp
     assert codes == [2, 2] and said.count("2 problems") == 1 and said.count("out is not empty") == 1
     codes, said = in_two(tmp_path, monkeypatch, "ddp", "train", "no-such-recipe")
     assert codes == [2, 2] and said.count("no such file") == 1
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_a_run_goes_on_in_three_processes_where_two_began(name, tmp_path, monkeypatch):
+    words = [*WORDS, "max_steps=4", "save_steps=2"]
+    assert main([*words, f"output_dir={tmp_path / 'alone'}", "per_device_train_batch_size=6"]) == 0
+    codes, said = in_two(
+        tmp_path, monkeypatch, name, *words, "max_steps=2", "output_dir=out", "per_device_train_batch_size=3"
+    )
+    assert codes == [0, 0], said[-8000:]
+    again = [*words, "output_dir=out", "resume_from_checkpoint=true", "per_device_train_batch_size=2"]
+    codes, said = in_two(tmp_path, monkeypatch, name, *again, ranks=3)
+    assert codes == [0, 0, 0], said[-8000:]
+    found, wanted = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("out", "alone"))
+    assert found.keys() == wanted.keys() and max(float((found[k] - wanted[k]).abs().max()) for k in wanted) < 5e-4
+
+
+@SLOW
+@pytest.mark.parametrize("program", ["accelerate", "torchrun"])
+def test_launchers_start_the_command_itself(program, alone, tmp_path):
+    """As a user types it; on CPUs, which Accelerate gives DDP."""
+    launch = {
+        "accelerate": "-m accelerate.commands.launch --config_file ddp.yaml --num_processes 2 --cpu --mixed_precision no",
+        "torchrun": "-m torch.distributed.run --nproc_per_node 2",
+    }[program]
+    assert main(["recipes", "copy", "accelerate/ddp", str(tmp_path)]) == 0
+    words = [*WORDS, "output_dir=out", "per_device_train_batch_size=2", "use_cpu=true"]
+    command = [sys.executable, *launch.split(), "-m", "layerpeft", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    found, wanted = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "out", alone))
+    assert found.keys() == wanted.keys() and max(float((found[k] - wanted[k]).abs().max()) for k in wanted) < 5e-4
+    assert (done.stdout + done.stderr).count("written to out") == 1
+
+
+def test_arms_are_compared_in_one_process_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "world_size", lambda: 2)
+    assert main(["compare", "quickstart", f"output_dir={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert "compare runs in one process, and there are 2: start it without accelerate launch" in said
+    assert not (tmp_path / "out").exists()
+
+
+@SLOW
+def test_that_is_said_once_by_two(tmp_path, monkeypatch):
+    codes, said = in_two(tmp_path, monkeypatch, "ddp", "compare", *WORDS[1:], "output_dir=out")
+    assert codes == [2, 2] and said.count("compare runs in one process") == 1, said[-4000:]
 
 
 def test_one_process_beside_several_accelerators_is_told_the_command_for_all(monkeypatch, tmp_path, capsys):

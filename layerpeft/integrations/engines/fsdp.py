@@ -43,6 +43,13 @@ def fetch_down_to(blocks: Iterable[nn.Module], before: list[nn.Module]) -> list[
     return now
 
 
+def give_up(model: nn.Module) -> None:
+    """Between steps: no weights stay gathered, as those outside of blocks do after a pass without gradients."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _cut_like(whole: torch.Tensor, like: Any) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
