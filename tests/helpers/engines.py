@@ -221,7 +221,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     wrapped: Any = trainer.model
     weights = {clean(n): whole(p) for n, p in wrapped.named_parameters() if p.dtype.is_floating_point}
-    trainer.save_model(str(out / "final"))
+    if told["save_strategy"] != "no":
+        trainer.save_model(str(out / "final"))
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     held_out = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
     steps = {row.layer: row.steps for row in layer_report(wrapped).rows}

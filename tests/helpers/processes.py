@@ -5,6 +5,7 @@ One with the package and one without it (plain PEFT) are started where the first
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -24,7 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 STARTS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # module, and a name of it where it resolves names on use
 PEFT = ["torch.distributed", "peft", "transformers:AutoModelForCausalLM", "transformers:LlamaForCausalLM"]
-OURS = [*PEFT, "layerpeft:get_peft_model", "layerpeft:load", "pytest", "transformers:Trainer", "trl:SFTTrainer"]
+PICTURES = "tests.helpers.pictures"  # drawn once
+OURS = [
+    *PEFT,
+    PICTURES,
+    "layerpeft:get_peft_model",
+    "layerpeft:load",
+    "pytest",
+    "transformers:Trainer",
+    "trl:SFTTrainer",
+]
 
 
 def in_a_process(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -97,10 +107,17 @@ def _serve(names: list[str]) -> None:
         found = import_module(module)
         if attribute:
             getattr(found, attribute)
+    _keep()
     for line in sys.stdin:
         asked = json.loads(line)
         answers.write(f"{_run(asked)}\n")
         answers.flush()
+
+
+def _keep() -> None:
+    """What was imported stays; none of the collectors of those that are forked need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _run(asked: dict[str, Any]) -> int:
@@ -115,6 +132,7 @@ def _run(asked: dict[str, Any]) -> int:
         os.environ.update(asked["environment"])
         for name in asked["imports"]:
             import_module(name)
+        _keep()
         code = _ranks(asked)
     except BaseException:
         traceback.print_exc()

@@ -84,7 +84,8 @@ def through_and_on(engine, cells):
     """Every cell goes through, is like one process, is saved as one process saves it, and goes on to the same end."""
     runs = []
     for name in cells:
-        runs += [{"name": name, "out": name}, {"name": name, "out": f"{name}-on", "checkpoint": f"{name}/checkpoint-2"}]
+        goes_on = {"name": name, "out": f"{name}-on", "checkpoint": f"{name}/checkpoint-2", "save_strategy": "no"}
+        runs += [{"name": name, "out": name}, goes_on]
     place = _folder() / engine / cells[0]
     found = in_ranks(place, engine, runs)
     for i, name in enumerate(cells):

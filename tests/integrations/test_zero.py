@@ -209,7 +209,7 @@ def run(folder, cells):
     (folder / "cells.json").write_text(json.dumps(cells))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        return in_two_ranks(__file__, folder)
+        return in_two_ranks(__file__, folder, ["deepspeed"])
 
 
 @pytest.fixture(scope="module")
