@@ -212,7 +212,7 @@ class Request:
     """What a scorer is asked: the targets of one model, and a seed of its own; `live`: training itself is being watched.
 
     `before`: what is known of every layer by now (empty: nothing yet); `outer`: the model as training calls it, with what wraps
-    `model`. `run_steps`: trains adapters on all targets for some steps and leaves no trace.
+    `model`. `run_steps`: trains adapters on all targets for some steps and leaves no trace; `change_of`: scores of a run's folder.
     """
 
     model: nn.Module
@@ -223,6 +223,7 @@ class Request:
     before: tuple[float | None, ...] = ()
     outer: nn.Module | None = None
     run_steps: Callable[..., Any] | None = field(default_factory=lambda: HANDED.get("run_steps"))
+    change_of: Callable[..., Scores] | None = field(default_factory=lambda: HANDED.get("change_of"))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The methods there are, by the name that recipes and manifests know them by: one row for each."""
 
 from layerpeft.integrations.peft import register
+from layerpeft.saving.change import change_of
 from layerpeft.selection.scoring import HANDED
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
@@ -21,4 +22,4 @@ def add(config: type[LayerLoraConfig]) -> None:
 
 for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig):
     add(_config)
-HANDED.update(run_steps=run_steps)
+HANDED.update(run_steps=run_steps, change_of=change_of)

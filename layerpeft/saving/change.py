@@ -1,0 +1,142 @@
+"""How far the layers of an earlier run moved, as scores, from what its folder holds: one tensor is read at a time."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.errors import Problems, ScoreError
+from layerpeft.integrations.files import read_json, version_of
+from layerpeft.integrations.peft import dequantized
+from layerpeft.model import weights
+from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
+from layerpeft.model.names import adapted
+from layerpeft.saving.manifest import CONFIG, WEIGHTS, read_manifest
+from layerpeft.saving.shards import Checkpoint, entries_of
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.select import Selection
+
+PREFIX = "base_model.model."  # of PEFT's names
+_FACTOR = re.compile(r"^(?P<module>.+?)(?:\.base_layer)*\.lora_A\.weight$")
+# options of LoRA with which B·A is not the change
+_ODD = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "use_qalora", "lora_bias")
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One weight: its layer, `‖ΔW‖²`, and the name of the weight of the base."""
+
+    name: str
+    layer: int
+    square: float
+
+
+def change_of(folder: str | Path, model: nn.Module, relative: bool = False) -> Scores:
+    """`‖ΔW‖` of every layer over what trained in it, 0 of those that did not; `relative`: over `‖W‖` of the same weights.
+
+    `model`: the base that the run began with. LoRA and projections: ΔW = scale · B·A; full weights: what was saved less the base.
+    Raises: SaveError for a folder that is damaged; ScoreError for one of another architecture, or of which B·A is not the change.
+    """
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    if manifest.get("selection") is None:
+        raise ScoreError(f"{folder} was saved before its layers were chosen, so nothing trained in it")
+    selection = Selection.from_dict(manifest["selection"])
+    layers = layer_map(model, selection.stack)
+    if selection.fingerprint != layers.fingerprint:
+        raise ScoreError(f"the run in {folder} trained another model: names or shapes of its targets differ")
+    if not (folder / WEIGHTS[0]).is_file():
+        raise ScoreError(f"{folder} holds no {WEIGHTS[0]}")
+    config = read_json(folder / CONFIG)
+    _refuse_odd(folder, config)
+    stored = Checkpoint(folder, entries_of(folder / WEIGHTS[0]))
+    squares = [0.0] * len(layers)
+    bases = [0.0] * len(layers)
+    parts: dict[str, float] = {}
+    for moved, base in _all(stored, config, model, layers, relative):
+        squares[moved.layer] += moved.square
+        bases[moved.layer] += base
+        parts[moved.name] = (moved.square / (base or 1.0 if relative else 1.0)) ** 0.5
+    if not any(squares):
+        raise ScoreError(f"{folder} holds nothing that moved in the layers of {selection.stack!r}")
+    values = tuple((s / (b or 1.0 if relative else 1.0)) ** 0.5 for s, b in zip(squares, bases, strict=True))
+    origin = {"model_type": layers.model_type, "folder": str(folder), "method": manifest["method"]}
+    origin |= {package: version_of(package) for package in ("layerpeft", "torch", "transformers")}
+    return Scores(values, "change", layers.fingerprint, layers.stack, {"relative": relative}, parts, origin)
+
+
+def _refuse_odd(folder: Path, config: Mapping[str, Any]) -> None:
+    problems = Problems(f"how far the layers of {folder} moved cannot be told from its files")
+    for key in _ODD:
+        if config.get(key):
+            problems.add(f"{key}={config[key]!r}: B·A is not the change")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_REWRITES_BASE):
+        problems.add(f"init_lora_weights={start!r}: the adapter began with something of the base, or other than 0")
+    problems.raise_if_any(ScoreError)
+
+
+def _all(
+    stored: Checkpoint, config: Mapping[str, Any], model: nn.Module, layers: LayerMap, relative: bool
+) -> Iterator[tuple[Moved, float]]:
+    """What moved, and `‖W‖²` of its base where that is asked for."""
+    targets = {adapted(t.name): t for t in layers.targets}
+    parameters = dict(base_of(model).named_parameters())
+    owned: dict[str, list[Target]] = {}
+    for target in layers.targets:
+        owned.setdefault(adapted(target.name.rpartition(".")[0]), []).append(target)
+    for key in stored.entries:
+        name = key.removeprefix(PREFIX)
+        factor = _FACTOR.match(name)
+        if factor is not None:
+            a, b = stored.read(key).double(), stored.read(key.replace(".lora_A.", ".lora_B.")).double()
+            target = targets.get(factor["module"]) or _experts(owned.get(factor["module"], []), a, b)
+            if target is not None:
+                square = _product(a, b, target) * _scale(config, target, a) ** 2
+                yield Moved(target.name, target.layer, square), weights.squared_norm(model, target) if relative else 0.0
+        elif ".lora_" not in name:
+            layer = next((i for i, n in enumerate(layers.names) if name.startswith(f"{adapted(n)}.")), None)
+            if layer is not None:
+                change, base = weights.change_of(_base(model, parameters, name), stored.read(key))
+                yield Moved(name, layer, change), base
+
+
+def _base(model: nn.Module, parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A weight of the base as numbers."""
+    if name.endswith(".weight"):
+        module = find_module(model, name.removesuffix(".weight"))
+        if isinstance(module, nn.Linear) or hasattr(module, "W_q"):
+            return dequantized(module)
+    if name not in parameters:
+        raise ScoreError(f"the run has trained {name}, which this model does not have")
+    return parameters[name]
+
+
+def _experts(held: list[Target], a: torch.Tensor, b: torch.Tensor) -> Target | None:
+    """Which of a module's weights of experts these factors are of: PEFT does not name it, its sizes tell."""
+    sizes = sorted((a.shape[1], b.shape[0]))
+    return next((t for t in held if sorted(t.shape[-2:]) == sizes), None)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, target: Target) -> float:
+    """`‖B·A‖²`, of experts summed, from products of the rank's size."""
+    if target.kind != "experts":
+        a, b = a.flatten(1), b.flatten(1)
+        return float(((b.T @ b) * (a @ a.T)).sum())
+    a, b = a.reshape(target.shape[0], -1, a.shape[1]), b.reshape(b.shape[0], -1, target.shape[0]).permute(2, 0, 1)
+    return float(((b.mT @ b) * (a @ a.mT)).sum())
+
+
+def _scale(config: Mapping[str, Any], target: Target, a: torch.Tensor) -> float:
+    """That of B·A, as PEFT finds it."""
+    patterns = config.get("alpha_pattern") or {}
+    own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", target.name))
+    alpha = next(own, config["lora_alpha"])
+    rank = a.shape[0] / (target.shape[0] if target.kind == "experts" else 1)
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
