@@ -75,6 +75,24 @@ def _kept_traces():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _brisk_libraries():
+    """Accelerate has the collector look at all there is whenever a trainer begins and ends, and asks for versions ever again;
+    no test pulls a plug, so nothing has to reach the disk."""
+    import functools
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    from accelerate.utils import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(metadata, "distribution", functools.cache(metadata.distribution))
+        patch.setattr(metadata.Distribution, "metadata", property(functools.cache(metadata.Distribution.metadata.fget)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama_path() -> Path:
     return LLAMA
@@ -107,6 +125,15 @@ def _short():
 def short(_short):
     """Its first five layers of twelve."""
     return copy.deepcopy(_short)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe names by `layerpeft://` is short: the Llama's first five layers, the first rows of each file."""
+    from layerpeft.recipe import shipped
+    from tests.helpers.short import short_home
+
+    monkeypatch.setattr(shipped, "_HERE", short_home())
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from tests.helpers.processes import without_the_package
 from tests.helpers.repeating import some
 from tests.helpers.short import LAYERS, short_llama
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
 SHORT = f"model_name_or_path={short_llama()}"  # five layers of twelve
@@ -97,7 +99,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "quickstart", "--arms", "rnd,last:3"], ["2 problems", "unknown arm 'rnd'", "'last:3'"]),
         (["compare", "quickstart", "--seeds", "many"], ["--seeds", "'many'"]),
         (["score", "last_layers"], ["chooses by place", "gradient_norm"]),
-        (["compare", "quickstart", "layerpeft.select=all"], ["trains all 12 layers", "no choice to compare"]),
+        (["compare", "quickstart", "layerpeft.select=all"], ["trains all 5 layers", "no choice to compare"]),
     ],
 )
 def test_wrong_command_lines(words: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import LLAMA
+from tests.conftest import DATA, LLAMA
 
 LAYERS = 5
+ROWS = 160
 
 
 @cache
@@ -22,6 +23,19 @@ def short_llama(layers: int = LAYERS) -> Path:
     held = tempfile.mkdtemp(prefix="short-llama-")
     atexit.register(shutil.rmtree, held, ignore_errors=True)
     return shorten(Path(held) / "llama", layers)
+
+
+@cache
+def short_home() -> Path:
+    """What ships inside the package, with the short Llama in the place of the whole one, and the first rows of all."""
+    home = short_llama().parent / "home"
+    (home / "data").mkdir(parents=True)
+    for path in DATA.glob("*.jsonl"):
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS]
+        (home / "data" / path.name).write_text("".join(rows), encoding="utf-8")
+    (home / "data" / LLAMA.name).symlink_to(short_llama())
+    (home / "recipes").symlink_to(DATA.parent / "recipes")
+    return home
 
 
 def shorten(folder: Path, layers: int = LAYERS) -> Path:

@@ -14,6 +14,8 @@ from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.read import load_recipe
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 BASE: dict[str, Any] = {
     "trainer": "sft",
     "model_name_or_path": "layerpeft://llama-6m",
@@ -39,7 +41,7 @@ def packed(**settings: Any) -> dict[str, Any]:
 
 UNIFORM = {"pick": "uniform", "keep": 2, "reselect_steps": 20}
 CYCLE = {"pick": "cycle", "keep": 1, "reselect_steps": 50, "state": "clear"}
-PATTERN = r"{'.*\.layers\.11\..*q_proj$': 32}"
+PATTERN = r"{'.*\.layers\.4\..*q_proj$': 32}"
 NO_FLASH = {"attn_implementation": "sdpa"}  # flash_attn is not installed where the tests run
 
 # a line of a recipe: what is to be written in its place
@@ -48,8 +50,8 @@ CURES: dict[str, dict[str, Any]] = {
     "finetuning_type: lora": block(method="lora"),
     "finetuning_type: full": full(select="all"),
     "finetuning_type: freeze": full(select="last:2"),
-    "finetuning_type: freeze\nfreeze_trainable_layers: -8": full(select="first:8"),
-    "freeze_trainable_layers: -8": full(select="first:8"),
+    "finetuning_type: freeze\nfreeze_trainable_layers: -4": full(select="first:4"),
+    "freeze_trainable_layers: -4": full(select="first:4"),
     "freeze_trainable_layers: 3": full(select="last:3"),
     "freeze_trainable_layers: 0": full(select="last:2"),
     "freeze_trainable_modules: all": OUT,
@@ -91,18 +93,18 @@ CURES: dict[str, dict[str, Any]] = {
     "adapter: qlora": block(method="lora", quantize_trained="nf4"),
     "lora_target_linear: true": block(target_modules="all-linear"),
     "lora_target_linear: false": OUT,
-    f"lora_rank_pattern: {PATTERN}": block(rank_pattern={r".*\.layers\.11\..*q_proj$": 32}),
-    r"lora_alpha_pattern: {'layers\.1[01]\..*': 4}": block(alpha_pattern={r"layers\.1[01]\..*": 4}),
+    f"lora_rank_pattern: {PATTERN}": block(rank_pattern={r".*\.layers\.4\..*q_proj$": 32}),
+    r"lora_alpha_pattern: {'layers\.[34]\..*': 4}": block(alpha_pattern={r"layers\.[34]\..*": 4}),
     "lora_modules_to_save: [embed_tokens]": block(modules_to_save=["embed_tokens"]),
-    "peft_layers_to_transform: [10, 11]": block(select=[10, 11]),
+    "peft_layers_to_transform: [3, 4]": block(select=[3, 4]),
     "unfrozen_parameters: [model.layers.3.mlp]": full(select=[3], target_modules=["mlp"]),
-    r"unfrozen_parameters: ['^lm_head.weight$', '^model.embed_tokens.weight$[:100]', 'model.layers.[4-7].self_attn']": full(
-        select="4-7", target_modules=["self_attn"], modules_to_save=["lm_head", "embed_tokens"]
+    r"unfrozen_parameters: ['^lm_head.weight$', '^model.embed_tokens.weight$[:100]', 'model.layers.[2-4].self_attn']": full(
+        select="2-4", target_modules=["self_attn"], modules_to_save=["lm_head", "embed_tokens"]
     ),
-    r"unfrozen_parameters: [model.layers.3.mlp, model.layers.5.self_attn]": full(
-        select=[3, 5], target_modules=["3.mlp", "5.self_attn"]
+    r"unfrozen_parameters: [model.layers.3.mlp, model.layers.4.self_attn]": full(
+        select=[3, 4], target_modules=["3.mlp", "4.self_attn"]
     ),
-    "unfrozen_parameters: ['model.layers.1[01]']": full(select=[10, 11]),
+    "unfrozen_parameters: ['model.layers.[34]']": full(select=[3, 4]),
     "load_in_8bit: false": OUT,
     "load_in_4bit: true": packed(load_in_4bit=True),
     "bf16: auto": {"bf16": False},  # there is no accelerator where the tests run
@@ -179,8 +181,8 @@ INSIDE: dict[str, dict[str, Any]] = {
     "lora_target: 'q_proj,v_proj'": {"target_modules": ["q_proj", "v_proj"]},
     "layers_to_transform: [1]": {"select": [1]},
     "layers_pattern: h": OUT,
-    "layers: [3, 4, 5]": {"select": {"layers": [3, 4, 5]}},
-    "exclude: 10": {"select": {"layers": "last:2", "exclude": 10}},
+    "layers: [2, 3, 4]": {"select": {"layers": [2, 3, 4]}},
+    "exclude: 3": {"select": {"layers": "last:2", "exclude": 3}},
     "keep: 1": {"select": {"layers": "last:2", "keep": 1}},
     "r:": OUT,
     "task_type: CAUSAL_LM": OUT,

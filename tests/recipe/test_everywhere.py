@@ -15,6 +15,8 @@ from layerpeft.cli import main
 from tests.conftest import DATA, LLAMA
 from tests.helpers.processes import without_the_package
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 PLAIN = """
 import json, sys
 

@@ -17,6 +17,8 @@ from layerpeft.recipe.yaml import DEPTH, PLACES, parse
 from tests.conftest import LLAMA
 from tests.recipe.test_broken_recipes import GOOD, HEAD, block
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 EVIL = """\

@@ -13,6 +13,9 @@ from layerpeft.recipe.model import empty_model, loading
 from layerpeft.recipe.plan import arguments_of, options_of
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.trainer import load_model, prepare
+from tests.helpers.short import LAYERS
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 SFT = """\
 trainer: sft
@@ -25,15 +28,15 @@ CLASSES = SFT.replace("sft", "classification").replace("rows.jsonl", "classes.js
 INIT = "model_init_kwargs: "
 # a recipe's settings: the type of its weights, layers, kind of attention
 MEANINGS: dict[str, tuple[torch.dtype, int, str]] = {
-    "": (torch.float32, 12, "sdpa"),
-    "dtype: bfloat16": (torch.bfloat16, 12, "sdpa"),
-    "dtype: auto": (torch.bfloat16, 12, "sdpa"),
-    INIT + "{dtype: bfloat16}": (torch.bfloat16, 12, "sdpa"),
-    INIT + "{torch_dtype: float16}": (torch.float16, 12, "sdpa"),
-    "attn_implementation: eager": (torch.float32, 12, "eager"),
-    INIT + "{num_hidden_layers: 5, dtype: bfloat16}": (torch.bfloat16, 5, "sdpa"),
-    INIT + "{use_cache: false, device_map: cpu}": (torch.float32, 12, "sdpa"),
-    "model_revision: main": (torch.float32, 12, "sdpa"),
+    "": (torch.float32, LAYERS, "sdpa"),
+    "dtype: bfloat16": (torch.bfloat16, LAYERS, "sdpa"),
+    "dtype: auto": (torch.bfloat16, LAYERS, "sdpa"),
+    INIT + "{dtype: bfloat16}": (torch.bfloat16, LAYERS, "sdpa"),
+    INIT + "{torch_dtype: float16}": (torch.float16, LAYERS, "sdpa"),
+    "attn_implementation: eager": (torch.float32, LAYERS, "eager"),
+    INIT + "{num_hidden_layers: 3, dtype: bfloat16}": (torch.bfloat16, 3, "sdpa"),
+    INIT + "{use_cache: false, device_map: cpu}": (torch.float32, LAYERS, "sdpa"),
+    "model_revision: main": (torch.float32, LAYERS, "sdpa"),
 }
 # what cannot be meant: where, and what is said
 WRONG: dict[str, tuple[str, str]] = {

@@ -22,6 +22,8 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.train import run
 from tests.helpers.short import LAYERS, short_llama
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("hqq")
 TINY = ["max_steps=4", "max_train_samples=16", "max_eval_samples=4", "per_device_train_batch_size=2", "max_length=48"]
@@ -139,7 +141,7 @@ def test_a_run_that_is_resumed_keeps_its_precisions(budgeted, tmp_path):
             ["unknown key 'bitz'", "did you mean 'bits'"],
         ),
         (["layerpeft.quant={bits: 4}"], ["two ways to say the same"]),
-        (["layerpeft.select=all"], ["all 12 layers train", "quantize_trained='nf4'"]),
+        (["layerpeft.select=all"], [f"all {LAYERS} layers train", "quantize_trained='nf4'"]),
         (["model_init_kwargs={quantization_config: {load_in_4bit: true}}"], ["quantizes the whole model already"]),
         (["layerpeft.select={pick: uniform, keep: 2, reselect_steps: 2}"], ["needs its original 16-bit weights"]),
         (["layerpeft.quantize_frozen=null", "layerpeft.quant={mean_bits: 1.2}"], ["cheapest choice"]),
@@ -156,7 +158,7 @@ def test_what_cannot_be_is_said_before_weights_load(settings, words, monkeypatch
 def test_a_plan_states_bits_bytes_and_the_peak_of_loading(capsys):
     assert main(["plan", "frozen_nf4", "layerpeft.select=last:2"]) == 0
     text = capsys.readouterr().out
-    assert "nf4 where nothing trains (70 linears)" in text and "already peaks at" in text
+    assert "nf4 where nothing trains (21 linears)" in text and "already peaks at" in text
 
 
 def test_a_plan_of_weights_is_what_a_step_holds():

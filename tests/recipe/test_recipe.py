@@ -20,6 +20,8 @@ from layerpeft.recipe.yaml import dump, flow, override, parse, spelled
 from layerpeft.selection.typecheck import Setting, complaint, fits, settings_of
 from layerpeft.selection.typecheck import build as build_value
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 # ---- YAML -----------------------------------------------------------------------------------------------------------
 
 

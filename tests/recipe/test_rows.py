@@ -26,6 +26,8 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import DEEPEST, text_of
 from layerpeft.recipe.trainer import make_trainer, prepare, tokenized
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 SFT = """\
 trainer: sft

@@ -22,6 +22,8 @@ from layerpeft.recipe import score as scoring
 from layerpeft.recipe import train as training
 from layerpeft.recipe import trainer as trainer_module
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 RECIPE = """\
 trainer: sft
 model_name_or_path: layerpeft://llama-6m

@@ -198,10 +198,10 @@ def test_autocast_and_factors_in_16_bit(how):
 
 
 def test_compiled_models_run_their_experts_as_they_are():
-    plain, model = (wrap(build(num_hidden_layers=1), "all", update_proj_gap=2) for _ in range(2))
+    plain, model = (wrap(build(num_hidden_layers=1), "all", update_proj_gap=1) for _ in range(2))
     compiled, optimizer = torch.compile(model, backend="eager"), adamw(model)
-    run(compiled, 3, optimizer)
-    run(plain, 3)
+    run(compiled, 2, optimizer)
+    run(plain, 2)
     for one, other in zip(modules(model).values(), modules(plain).values(), strict=True):
         torch.testing.assert_close(trained_of(one), trained_of(other), atol=1e-5, rtol=1e-4)
         assert state_of(one).refreshes == state_of(other).refreshes >= 2 and state_of(one).failed == 0
