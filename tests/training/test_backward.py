@@ -169,7 +169,8 @@ def test_compiled_code_is_cut_without_an_eager_call_before_and_has_equal_gradien
         torch.compiler.reset()
     assert besides == [0, 1]  # plain PEFT's backward runs down to the embeddings' output
     assert found[0].keys() == found[1].keys() and len(found[0]) == 2
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]) if both else torch.allclose(gradient, found[1][name], atol=1e-6)
 
 
 # it follows what trains, and what the user does
