@@ -49,6 +49,7 @@ def wrong(tmp_path: Path, text: str) -> str:
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", case.names())
 def test_every_case_that_ships_loads(name):
     found = case.load(name)
@@ -56,6 +57,7 @@ def test_every_case_that_ships_loads(name):
     assert found.kind in plugins.names(case.KINDS)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_there_are_cases_of_all_three_sizes_with_every_arm():
     small, middle, large = (case.load(name) for name in ("backward_cut", "llama6m", "llama2_7b"))
     assert {"full", "peft_all", "peft_layers", "galore_torch", "lisa", "layerpeft"} <= set(small.options.arms)

@@ -106,6 +106,7 @@ def nothing_else():
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.freeze()  # what was imported stays out of the collector's sight
 
 
 def trained(method, state, late, select=UNIFORM):
