@@ -10,7 +10,8 @@ from torch import nn
 class Home:
     """`blocks`: names of the blocks of every stack, where the backward pass is cut; `quantized`: what was packed last; `marks`:
     what PEFT is told of it while it wraps; `tether`: what ties those who follow its adapters to its life; `lowered`: modules with
-    a flag that is turned off, and which; `floors`: divided blocks under which nothing is fetched in the backward pass."""
+    a flag that is turned off, and which; `floors`: divided blocks under which nothing is fetched in the backward pass; `within`:
+    whether layers train in part."""
 
     blocks: tuple[tuple[str, ...], ...] = ()
     quantized: Any = None
@@ -18,6 +19,7 @@ class Home:
     tether: Any = None
     floors: list[nn.Module] = field(default_factory=list)
     lowered: dict[nn.Module, str] = field(default_factory=dict)
+    within: bool = False
 
 
 def home_of(model: nn.Module) -> Home:

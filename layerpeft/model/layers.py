@@ -38,23 +38,32 @@ class Target:
 
 @dataclass(frozen=True)
 class Layer:
-    """One repeated block. `params` counts weights that an earlier layer already holds (shared ones) only there."""
+    """One repeated block. `params` counts weights that an earlier layer already holds (shared ones) only there.
+
+    `block`: of a unit below a layer, the layer that it lies in.
+    """
 
     index: int
     name: str
     kind: str
     targets: tuple[Target, ...]
     params: int
+    block: int = -1
 
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The layers of one stack, numbered from 0 at the input; `stacks` lists every stack as `name=path`."""
+    """The layers of one stack, numbered from 0 at the input; `stacks` lists every stack as `name=path`.
+
+    Or units below the layers (model/units.py), in their place: `unit` says of what kind, `of` is the map that they lie in.
+    """
 
     model_type: str
     stack: str
     stacks: tuple[str, ...]
     layers: tuple[Layer, ...]
+    unit: str = "layer"
+    of: LayerMap | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -63,6 +72,19 @@ class LayerMap:
     def names(self) -> tuple[str, ...]:
         """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
+
+    @property
+    def whole(self) -> LayerMap:
+        """The layers, of whichever units this is the map."""
+        return self.of or self
+
+    def block(self, index: int) -> Layer:
+        """The layer that a unit lies in, or is."""
+        return self.of.layers[self.layers[index].block] if self.of else self.layers[index]
+
+    def place(self, name: str, index: int) -> str:
+        """The name, inside its layer, of something that lies in this unit: `self_attn.q_proj`."""
+        return name[len(self.block(index).name) + 1 :]
 
     @cached_property
     def targets(self) -> tuple[Target, ...]:

@@ -1,5 +1,7 @@
 """What a module is called in the user's own model, whatever adapters, compilers and sharders have put around it."""
 
+from collections.abc import Callable, Iterable
+
 from torch import nn
 
 # under these names a wrapper keeps the one module that it stands for
@@ -18,6 +20,18 @@ def upwards(name: str) -> list[str]:
     """The name, and those of the modules around it, the nearest first."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def modules_in(unit: str) -> tuple[str, ...]:
+    """The modules that a unit's name stands for: `….3.fc1+fc2` for two beside each other, any other for itself."""
+    above, dot, last = unit.rpartition(".")
+    return tuple(above + dot + part for part in last.split("+"))
+
+
+def lying_in(units: Iterable[str]) -> Callable[[str], bool]:
+    """Whether something of this name is, or lies in, one of these units."""
+    inside = tuple(f"{module}." for unit in units for module in modules_in(unit))
+    return lambda name: f"{name}.".startswith(inside)
 
 
 def adapted(name: str) -> str:

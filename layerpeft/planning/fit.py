@@ -89,10 +89,10 @@ def fit(
     found = _largest(asked, most, chosen, frozen, ranks or (config.r,), lambda trial: size(trial) <= room)
     if found is None:
         least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=1)
-        rank = f" at rank {least.rank}" if ranks else ""
+        rank = f"{config.choosing.unit} at rank {least.rank}" if ranks else config.choosing.unit
         how = [rank, ", one row at a time", ", with checkpointing" * recompute, f", the others in {packing}" * able]
         raise ConfigError(
-            f"nothing fits into {size_text(room)}: one layer{''.join(how)}, takes {size_text(size(least))} (the weights as they "
+            f"nothing fits into {size_text(room)}: one {''.join(how)}, takes {size_text(size(least))} (the weights as they "
             f"are loaded: {size_text(weights)}). Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), "
             "or in 4 bit (model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
         )
@@ -152,7 +152,8 @@ def _fewer(config: LayerLoraConfig, chosen: Sequence[int], count: int) -> Any:
     """The same choice with `count` layers: the score's best, or those nearest to the output."""
     select = config.choosing
     if select.keep is None:
-        return {"layers": list(chosen[-count:])} | ({"stack": select.stack} if select.stack else {})
+        own = {"stack": select.stack} if select.stack else {}
+        return {"layers": list(chosen[-count:])} | own | ({"unit": select.unit} if select.unit != "layer" else {})
     plain = dict(config.select) if isinstance(config.select, Mapping) else select.to_dict()
     if select.rule == "split":  # decides the number itself, so the best take its place
         own = {"pick", *vars(options_of(select, PICKS))}
@@ -167,7 +168,8 @@ def _said(
     words: list[str] = []
     settings: dict[str, Any] = {}
     if found.layers is not None:
-        words.append(f"{found.layers} instead of {layers} layers")
+        of = f" of each {config.choosing.within}" if config.choosing.within else ""
+        words.append(f"{found.layers} instead of {layers} {config.choosing.unit}s{of}")
         keeps = isinstance(config.select, Mapping) and dict(config.select) | {"keep": found.layers} == final.select
         place = isinstance(final.select, dict) and set(final.select) == {"layers"}  # a plain list says it
         short = final.select["layers"] if place else final.select

@@ -13,12 +13,13 @@ from layerpeft.errors import ConfigError
 from layerpeft.integrations.tracing import stand_in, weight_bytes
 from layerpeft.model import precisions
 from layerpeft.model.layers import LayerMap, base_of, find_module
+from layerpeft.model.names import clean, lying_in
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.text import size_text
 from layerpeft.training.backward import Stop
-from layerpeft.training.method import Method
+from layerpeft.training.method import Method, Tensors
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ def training(wrapped: Wrapped, optimizer: str, optim_args: str | None) -> Traini
     )
 
 
-def put_to_sleep(wrapped: nn.Module, layers: Sequence[str]) -> frozenset[str]:
-    """Keeps gradients out of layers that do not train at the costliest moment; names of what would train in them."""
-    base = base_of(wrapped)
-    held = {id(p) for name in layers for p in base.get_submodule(name).parameters() if p.requires_grad}
+def put_to_sleep(wrapped: nn.Module, layers: Sequence[str], tensors: Tensors) -> frozenset[str]:
+    """Keeps gradients out of layers that do not train at the costliest moment; names of what would train in them.
+
+    `tensors`: those of the adapter, by target.
+    """
+    rests = lying_in(layers)
+    held = {id(p) for n, p in base_of(wrapped).named_parameters() if p.requires_grad and rests(clean(n))}
+    held |= {id(p) for t, group in tensors.items() if rests(t) for p in group.values() if p.requires_grad}
     found = {n: p for n, p in wrapped.named_parameters() if id(p) in held}
     for parameter in found.values():
         parameter.requires_grad_(False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -18,7 +19,9 @@ from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
+from layerpeft.model.units import kind_of
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.parts import Wrapped, half, put_to_sleep, store, training
 from layerpeft.planning.share import Share, share, shares
@@ -34,13 +37,27 @@ from layerpeft.tuners.precision import asked, decides_early
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer: whether it trains, with how many tensors' elements, and its weights in bytes."""
+    """One layer: whether it trains, with how many tensors' elements, and its weights in bytes.
+
+    `units`: how many of the smaller units in it train, and of how many, where such were chosen.
+    """
 
     layer: int
     name: str
     trains: bool
     trainable: int
     weight_bytes: int
+    units: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {k: v for k, v in vars(self).items() if k != "units" or v is not None}
+
+
+class _Unit(NamedTuple):
+    layer: int
+    kind: str
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -188,12 +205,16 @@ def peak_bytes(
 def layers_that_train(
     model: nn.Module | str | Path, config: peft.PeftConfig, step: Step
 ) -> tuple[list[int], bool, int, bool]:
-    """Without tracing a step: the layers, whether the model can recompute its activations, bytes of weights, and whether other
-    layers rest. Raises: as `plan`."""
+    """Without tracing a step: the layers (or smaller units; of those that are kept within groups, as many as of one), whether the
+    model can recompute its activations, bytes of weights, and whether others rest. Raises: as `plan`."""
     found, _ = _wrapped(model, config, [], step)
-    rows = _rows(found)
-    trained = [row.layer for row in rows if row.trains]
-    return trained, recompute(found.model, step), found.weights, len(trained) < len(rows)
+    units = _units(found)
+    trains = [u.trains for u in units] or [row.trains for row in _rows(found)]
+    trained = [i for i, on in enumerate(trains) if on]
+    if isinstance(config, LayerLoraConfig) and (within := config.choosing.within) is not None:
+        kept = Counter(u.kind if within == "kind" else u.layer for u in units if u.trains)
+        trained = list(range(max(kept.values())))
+    return trained, recompute(found.model, step), found.weights, not all(trains)
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
@@ -241,12 +262,14 @@ def _wrap(config: peft.PeftConfig, empty: nn.Module, step: Step) -> Wrapped:
     method.place()
     wrapped: Any = peft.get_peft_model(empty, live).train()
     method.wrap(layers.targets if layers is not None else ())
-    resting = put_to_sleep(wrapped, resolved.asleep)
+    resting = put_to_sleep(wrapped, resolved.asleep, method.tensors())
     if step.fused_head and step.quantization is not None:
         half(wrapped)
     stop = backward.Stop(None, "the model has no repeated blocks")
     if layers is not None:
-        stop = backward.install(wrapped, layers.stack, stacks.blocks())
+        record = record_of(live)
+        within = record is not None and record.selection is not None and record.selection.in_parts
+        stop = backward.install(wrapped, layers.stack, stacks.blocks(), within)
     said = (*assumed, *method.assumed())
     return Wrapped(wrapped, method, layers, said, stop, resting, resolved.keeps_states)
 
@@ -292,7 +315,7 @@ def _layers(stacks: Stacks, config: peft.PeftConfig) -> LayerMap | None:
 
 
 def _rows(wrapped: Wrapped) -> tuple[PlanRow, ...]:
-    base, layers = base_of(wrapped.model), wrapped.layers
+    base, layers, units = base_of(wrapped.model), wrapped.layers, _units(wrapped)
     found = []
     for layer in layers.layers if layers is not None else ():
         block: Any = base.get_submodule(layer.name)
@@ -300,5 +323,24 @@ def _rows(wrapped: Wrapped) -> tuple[PlanRow, ...]:
         trained = sum(p.numel() for p in held if p.requires_grad)
         beside = [p for p in held if p.requires_grad] if not wrapped.method.in_place else []
         added = sum(p.numel() * p.element_size() for p in beside)
-        found.append(PlanRow(layer.index, layer.name, trained > 0, trained, weight_bytes(block) - added))
+        own = [u.trains for u in units if u.layer == layer.index]
+        size, part = weight_bytes(block) - added, (sum(own), len(own)) if units else None
+        found.append(PlanRow(layer.index, layer.name, trained > 0, trained, size, part))
     return tuple(found)
+
+
+def _units(wrapped: Wrapped) -> list[_Unit]:
+    """The units that were chosen from, below layers; none where layers were."""
+    record, layers = record_of(wrapped.method.config), wrapped.layers
+    if layers is None or record is None or record.selection is None or not record.selection.in_parts:
+        return []
+    tensors = wrapped.method.tensors().items()
+    training = [t for t, group in tensors if any(p.requires_grad for p in group.values())]
+    found = []
+    for layer in layers.layers:
+        inside = lying_in([layer.name])
+        own = list(filter(inside, training))
+        for name in filter(inside, record.selection.layer_names):
+            trains = any(map(lying_in([name]), own))
+            found.append(_Unit(layer.index, kind_of(name[len(layer.name) + 1 :]), trains))
+    return found

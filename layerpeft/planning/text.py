@@ -9,15 +9,12 @@ from layerpeft.text import grid, size_text
 
 def plan_lines(found: Any) -> list[str]:
     """The lines of a Plan: layers, parts with and without checkpointing, the cut, operations, what is assumed."""
-    rows = [
-        (str(r.layer), r.name, "yes" if r.trains else "no", f"{r.trainable:,}", size_text(r.weight_bytes))
-        for r in found.rows
-    ]
+    rows = [(str(r.layer), r.name, _trains(r), f"{r.trainable:,}", size_text(r.weight_bytes)) for r in found.rows]
     elsewhere = found.trainable - sum(row.trainable for row in found.rows)
     if rows and elsewhere:
         rest = found.weights - sum(row.weight_bytes for row in found.rows)
         rows.append(("", "outside of these", "yes", f"{elsewhere:,}", size_text(rest)))
-    widths = (5, max([28, *(len(row.name) for row in found.rows)]), 6, 12, 10)
+    widths = (5, max([28, *(len(row.name) for row in found.rows)]), max([6, *(len(row[2]) for row in rows)]), 12, 10)
     lines = grid([("layer", "name", "trains", "trainable", "weights"), *rows], "><<>", widths) if rows else []
     lines.append(f"trainable: {found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.2f} %)")
     lines += _parts(found)
@@ -25,6 +22,10 @@ def plan_lines(found: Any) -> list[str]:
     lines.append(f"backward pass: down to {where} ({found.stop.why})")
     lines += [f"assumed: {text}" for text in found.assumed]
     return lines if found.share is None else [*lines, "", *share_lines(found.share)]
+
+
+def _trains(row: Any) -> str:
+    return "{} of {}".format(*row.units) if row.units else "yes" if row.trains else "no"
 
 
 def share_lines(found: Any) -> list[str]:

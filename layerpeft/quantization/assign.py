@@ -15,7 +15,9 @@ from layerpeft.errors import ConfigError, Problems
 from layerpeft.integrations import distributed
 from layerpeft.model import precisions, rounding
 from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, find_module, stacks_of
+from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import KEPT
+from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.budget import (
     Bits,
@@ -86,12 +88,12 @@ def by_training(
     """What `quantize_frozen` and `quantize_trained` mean: linears in layers that train (names in `training`), and all others.
     Raises: ConfigError where that leaves nothing to quantize."""
     found = able(model, stacks.layers(stack), stacks=stacks)
-    blocks = tuple(f"{name}." for name in training)
+    trains = lying_in(training)
     kinds = {True: precisions.named(trained or 16), False: precisions.named(frozen or 16)}
-    modules = {t.name: kinds[t.name.startswith(blocks)] for t in found.targets}
+    modules = {t.name: kinds[trains(t.name)] for t in found.targets}
     if not any(p != KEPT for p in modules.values()):
         raise ConfigError(_nothing(frozen, found, modules, training))
-    counts = {side: sum(t.name.startswith(blocks) is side for t in found.targets) for side in (False, True)}
+    counts = {side: sum(trains(t.name) is side for t in found.targets) for side in (False, True)}
     why = f"{kinds[False]} where nothing trains ({counts[False]} linears), {kinds[True]} where it does ({counts[True]})"
     choice = {k: v for k, v in (("quantize_frozen", frozen), ("quantize_trained", trained)) if v is not None}
     return Quantized(modules, left=found.left, why=why, choice=choice)
@@ -100,7 +102,7 @@ def by_training(
 def _blind(config: LayerQuantConfig) -> LayerQuantConfig:
     """The same, with a choice that needs neither weights nor data."""
     twin, asked = copy.deepcopy(config), config.choosing
-    plain = {k: getattr(asked, k) for k in ("layers", "exclude", "stack", "seed")}
+    plain = {k: getattr(asked, k) for k in ("layers", "exclude", "stack", "seed", "unit", "within")}
     if config.has_budget and not decided_early(config):
         twin._select = Select(by="random", keep=1, **plain)
         twin.select, twin.objective = {"by": "random"}, "scores"
@@ -137,8 +139,8 @@ def _scope(config: LayerQuantConfig, found: Able, training: Collection[str] | No
             f"quant: apply_to={config.apply_to!r} is of a training config, which says which layers train: "
             "LayerLoraConfig(select=…, quant={…})"
         )
-    blocks = tuple(f"{name}." for name in training)
-    return {n for n in found.names if n.startswith(blocks) is (config.apply_to == "trained")}
+    trains = lying_in(training)
+    return {n for n in found.names if trains(n) is (config.apply_to == "trained")}
 
 
 def _untouched(config: LayerQuantConfig, model: nn.Module, target: Target, inside: Collection[str]) -> str:
@@ -167,7 +169,7 @@ def _picked(
     batches: Iterable[Any] | None,
     progress: bool,
 ) -> dict[str, str]:
-    targets = _own(config, layers, found, inside)
+    layers, targets = in_units(layers, config.choosing.unit, _own(config, layers, found, inside))
     if config.listed is not None:
         by_layer = _listed(config.listed, len(layers))
         return {t.name: by_layer[t.layer] for t in targets if t.layer in by_layer}

@@ -236,6 +236,8 @@ def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
         problems.add(
             f"bits={config.bits!r}: a budget gives every layer its bits; leave bits out, or write choices", "bits"
         )
+    if config.has_budget and config.choosing.unit != "layer":
+        problems.add(f"select: unit: {config.choosing.unit} is of layers that are picked; a budget has `per`", "select")
     if isinstance(config.choices, list | tuple):
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -17,9 +18,10 @@ from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import like
+from layerpeft.model.units import in_units
 from layerpeft.recipe.recipe import Recipe, layer_config
-from layerpeft.selection.choose import candidates
-from layerpeft.selection.grammar import how_many, layer_numbers
+from layerpeft.selection.choose import candidates, lowest
+from layerpeft.selection.grammar import layer_numbers
 from layerpeft.selection.scores import Scores
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
@@ -53,14 +55,19 @@ def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[
     except LayerpeftError as error:
         return _at(error, "select", *(("stack",) if select.stack else ()))
     found: list[Problem] = []
+    targets, wrong = _named(config, model, layers)
+    if select.unit != "layer" and not wrong:
+        try:
+            layers, targets = in_units(layers, select.unit, targets)
+        except LayerpeftError as error:
+            return _at(error, "select", "unit")
     for name in ("layers", "exclude"):
         value = getattr(select, name)
-        if value is not None:
-            found += _tried(lambda value=value, name=name: layer_numbers(value, len(layers), name), "select", name)
-    if isinstance(select.by, Scores):
-        scores = select.by
-        found += _tried(lambda: scores.check(layers), "select", "by")
-    targets, wrong = _named(config, model, layers)
+        if value is not None and (select.unit == layers.unit):
+            grammar = partial(layer_numbers, value, len(layers), name, layers.unit)
+            found += _tried(grammar, "select", name)
+    if isinstance(select.by, Scores) and select.unit == layers.unit:
+        found += _tried(partial(select.by.check, layers), "select", "by")
     if (
         wrong and config.target_modules is None and not config.works_by.in_place
     ):  # PEFT may have no default; what else is wrong?
@@ -69,7 +76,7 @@ def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[
     found += wrong
     certain = not any(problem.path[-1] in ("layers", "exclude") for problem in found)
     found += _tried(
-        lambda: how_many(select.keep, len(candidates(select, layers, targets)) if certain else len(layers)),
+        lambda: lowest(select, layers, candidates(select, layers, targets) if certain else range(len(layers))),
         "select",
         "keep",
     )

@@ -31,9 +31,8 @@ from layerpeft.recipe.trainer import (
     wrap,
 )
 from layerpeft.saving.owned import room, vouch
-from layerpeft.selection.choose import choose_among
+from layerpeft.selection.choose import choose_among, lowest
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import grid, note
@@ -41,6 +40,7 @@ from layerpeft.tuners.precision import batches_wanted
 
 Say = Callable[[str], None]
 ARMS = ("random", "last", "first", "all")
+AMONG = ("layers", "exclude", "stack", "unit")  # what `select` says of the candidates
 NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -94,9 +94,10 @@ class Comparison:
     runs: tuple[Run, ...]
     verdict: Verdict
     num_layers: int
+    unit: str = "layer"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "unit" or v != "layer"}
 
 
 def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
@@ -157,11 +158,10 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
             runs.append(run := _train(setup, arm, layers, trainer, model))
             del trainer, model
             gc.collect()
-        say(
-            f"[{index + 1}/{len(plans)}] {arm}: layers {_numbers(layers, num_layers)}: {name} {run.value:.4f} ({run.seconds:.0f} s)"
-        )
+        shown = f"{select.unit}s {_numbers(layers, num_layers)}"
+        say(f"[{index + 1}/{len(plans)}] {arm}: {shown}: {name} {run.value:.4f} ({run.seconds:.0f} s)")
     verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
-    found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers)
+    found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers, select.unit)
     folder = _write(recipe, found)
     say("\n" + table(found) + "\n\n" + verdict.sentence)
     say(f"\nwritten: {folder / 'compare.png'}, compare.json")
@@ -204,7 +204,10 @@ def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
 def table(found: Comparison) -> str:
     """One line per run, and one for the random draws together."""
     name = NAMES[found.measure]
-    rows = [("arm", "layers", "trainable", name, "seconds"), ("before training", "", "", f"{found.before:.4f}", "")]
+    rows = [
+        ("arm", f"{found.unit}s", "trainable", name, "seconds"),
+        ("before training", "", "", f"{found.before:.4f}", ""),
+    ]
     for run in found.runs:
         layers = _numbers(run.layers, found.num_layers)
         rows.append((run.arm, layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
@@ -218,7 +221,7 @@ def table(found: Comparison) -> str:
 def _plan(recipe: Recipe, choose: Choose, examined: Examined, batches: Any, arms: Sequence[Arm]) -> list[Plan]:
     """Every run, the recipe's first. Raises: RecipeError when there is nothing to choose."""
     select = examined.select
-    among = {k: getattr(select, k) for k in ("layers", "exclude", "stack") if getattr(select, k) is not None}
+    among = {k: getattr(select, k) for k in AMONG if getattr(select, k) is not None}
     ours = choose(select, batches)
     by_place = select.by == "depth" and select.keep is None
     if by_place:  # the grammar is the choice itself: other arms draw from the whole stack
@@ -227,10 +230,12 @@ def _plan(recipe: Recipe, choose: Choose, examined: Examined, batches: Any, arms
     everything = choose({**among, "layers": among.get("layers", f"0-{ours.num_layers - 1}")}).layers
     if keep == len(everything):
         raise RecipeError(
-            f"select: the recipe trains all {keep} layers that it may choose from, so there is no choice to compare"
+            f"select: the recipe trains all {keep} {select.unit}s that it may choose from, so there is no choice to compare"
         )
     own = str(ours.scores.by if ours.scores else recipe.select if isinstance(recipe.select, str) else "by place")
     plans = [(own, ours.layers)]
+    if select.within is not None and select.keep != "auto":  # as many of each kind, or of each layer
+        keep, among = select.keep, among | {"within": select.within}
     for arm in arms:
         if arm.kind == "random":
             plans += _draws(choose, {**among, "by": "random", "keep": keep}, arm.draws)
@@ -239,7 +244,12 @@ def _plan(recipe: Recipe, choose: Choose, examined: Examined, batches: Any, arms
         else:
             pick = "top" if arm.kind == "last" else "bottom"
             plans.append((arm.kind, choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers))
-    return [(arm, layers, {"layers": list(layers), "stack": select.stack}) for arm, layers in plans]
+    return [(arm, layers, _placed(select, layers)) for arm, layers in plans]
+
+
+def _placed(select: Select, layers: Sequence[int]) -> dict[str, Any]:
+    """What `select` says of a choice by place."""
+    return {"layers": list(layers), "stack": select.stack, "unit": select.unit}
 
 
 def _scheduled(_: Recipe, choose: Choose, examined: Examined, batches: Any, arms: Sequence[Arm]) -> list[Plan]:
@@ -252,10 +262,10 @@ def _scheduled(_: Recipe, choose: Choose, examined: Examined, batches: Any, arms
             "compare with keep: N"
         )
     schedule = schedule_of(select, examined.layers, examined.targets)
-    keep = how_many(select.keep, len(schedule.among)) or 0
+    keep: Any = select.keep if select.within else len(lowest(select, examined.layers, schedule.among))
     own = ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
     clock = {k: v for k, v in select.to_dict().items() if k not in own}
-    among = {k: clock[k] for k in ("layers", "exclude", "stack") if k in clock}
+    among = {k: clock[k] for k in (*AMONG, "within") if k in clock}
     plans: list[Plan] = [(f"{select.rule} every {select.reselect_steps}", schedule.pool, select.to_dict())]
     for arm in arms:
         if arm.kind == "random":
@@ -263,11 +273,11 @@ def _scheduled(_: Recipe, choose: Choose, examined: Examined, batches: Any, arms
             for s in range(1, arm.draws + 1):
                 plans.append((f"random:{s}", schedule.pool, uniform | {"seed": select.seed + s}))
         elif arm.kind == "all":
-            plans.append(("all", schedule.pool, {"layers": list(schedule.pool), "stack": select.stack}))
+            plans.append(("all", schedule.pool, _placed(select, schedule.pool)))
         else:
             pick = "top" if arm.kind == "last" else "bottom"
             layers = choose({**among, "by": "depth", "keep": keep, "pick": pick}).layers
-            plans.append((arm.kind, layers, {"layers": list(layers), "stack": select.stack}))
+            plans.append((arm.kind, layers, _placed(select, layers)))
     return plans
 
 
@@ -284,7 +294,9 @@ def _draws(choose: Choose, select: Mapping[str, Any], number: int) -> list[tuple
         found.setdefault(choose({**select, "seed": seed}).layers, f"random:{seed}")
         if len(found) == number:
             return [(name, layers) for layers, name in found.items()]
-    raise RecipeError(f"--arms: there are only {len(found)} different choices of {select['keep']} layers, not {number}")
+    raise RecipeError(
+        f"--arms: there are only {len(found)} different choices of {select['keep']} {select['unit']}s, not {number}"
+    )
 
 
 def _unpacked(setup: Setup, layers: Sequence[int], num_layers: int) -> Setup:
@@ -346,7 +358,7 @@ def draw(found: Comparison, path: Path) -> None:
             axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
         layers = runs[0].layers
         drawn = len(runs) > 1
-        shown = f"{len(runs)} draws of {len(layers)} layers" if drawn else _numbers(layers, found.num_layers)
+        shown = f"{len(runs)} draws of {len(layers)} {found.unit}s" if drawn else _numbers(layers, found.num_layers)
         labels.append(f"{arm}\n{shown}")
     axes.axvline(found.runs[0].value, color="C1", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(labels)), labels)

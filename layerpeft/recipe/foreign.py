@@ -15,7 +15,7 @@ from layerpeft.selection.typecheck import Setting
 METHOD_ROADS = {
     "lisa": "`method: full, select: {pick: uniform, keep: 2, reselect_steps: 20}` (`layerpeft train lisa` is an example)",
     "badam": "`method: full, select: {pick: cycle, keep: 1, reselect_steps: 50, state: clear}` (`layerpeft train badam`)",
-    "spectrum": "`method: full, select: {by: snr, keep: 25%}`",
+    "spectrum": "`method: full, select: {by: snr, keep: 25%}`, or by kind of linear (`layerpeft train spectrum`)",
     "freeze": "`method: full, select: last:2`",
     "quant": "`method: lora, select: last:4, quantize_frozen: nf4`, or with `quant: {mean_bits: 4.5}` instead",
     "qlora": "`method: lora, select: all, quantize_trained: nf4`",

@@ -114,7 +114,7 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
     options = options_of(recipe, training_arguments(recipe), accelerated)
     options |= {"batch_size": seen.shape[0], "length": seen.shape[1]}
     record = getattr(wrapped.peft_config["default"], "_layerpeft", None)
-    chosen = {"layers": list(record.selection.layers), "stack": record.selection.stack} if record else recipe.select
+    chosen = record.selection.placed if record else recipe.select
     found = plan(bare, layer_config(recipe, chosen), **options)
     parts = (
         Part("weights", found.weights, seen.weights),

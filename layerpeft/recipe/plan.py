@@ -61,6 +61,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         plain = asdict(self.plan) | {"peak_bytes": self.plan.peak_bytes, "parts": dict(self.plan.parts)}
+        plain["rows"] = [row.to_dict() for row in self.plan.rows]
         plain["share"] = self.plan.share and self.plan.share.to_dict()
         if isinstance(self.found, Plan):
             return plain

@@ -45,15 +45,18 @@ def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen, names = set(selection.layers), selection.layer_names
     table = [Row(i, names[i], value, i in chosen, None, None) for i, value in enumerate(scores.values)]
-    write_csv(table, folder / "scores.csv")
-    drawn = write_png(table, folder / "scores.png", f"{scores.by} per layer")
+    write_csv(table, folder / "scores.csv", scores.unit)
+    drawn = write_png(table, folder / "scores.png", f"{scores.by} per {scores.unit}", scores.unit)
     vouch(folder / "scores.json", scores.to_dict(), SCORED[1:])
     rows = [(str(row.layer), row.name, f"{row.score:.6g}", "yes" if row.chosen else "") for row in table]
-    for line in grid([("layer", "name", scores.by, "chosen"), *rows], "><><", (5, max(map(len, names)), 13, 6)):
+    for line in grid(
+        [(scores.unit, "name", scores.by, "chosen"), *rows], "><><", (len(scores.unit), max(map(len, names)), 13, 6)
+    ):
         say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
-    select = {"by": str(folder / "scores.json"), "keep": recipe.config.choosing.keep}
+    own = {k: v for k, v in recipe.config.choosing.to_dict().items() if k in ("keep", "unit", "within")}
+    select = {"by": str(folder / "scores.json"), **own}
     say("\nnext:")
     say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', 'layerpeft.select': select})}")
     say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")

@@ -90,14 +90,16 @@ def _run(recipe: Recipe, say: Say) -> Result:
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
         stored = _stored(recipe, recorded) if recorded else None
-        choice = recipe.select if kept is None else {"layers": list(kept.layers), "stack": kept.stack}
+        choice = recipe.select if kept is None else kept.placed
         note(f"loading the model {recipe['model_name_or_path']}")
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
     if (record := record_of(model.peft_config["default"])) is not None:
         record.rows = {what: asdict(found) for what, found in setup.counts.items()}
     chosen = record.selection if record is not None else None
-    layers = "all layers" if chosen is None else f"layers {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
+    layers = (
+        "all layers" if chosen is None else f"{chosen.unit}s {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
+    )
     note(f"trains {layers}")
     if is_first():
         model.print_trainable_parameters()
@@ -240,7 +242,7 @@ def _wrapped(
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup
-    wrapped = wrap(setup, model, {"layers": list(kept.layers), "stack": kept.stack}, None, stored)
+    wrapped = wrap(setup, model, kept.placed, None, stored)
     record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
     record.selection = kept
     record.config["select"] = recipe.config.choosing.to_dict()

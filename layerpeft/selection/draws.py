@@ -39,6 +39,11 @@ def seed_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
+def seed_within(seed: int, group: str) -> int:
+    """The seed of one of several groups that are drawn from; the only one, which has no name, has the seed itself."""
+    return seed_of(f"layerpeft within {group} {seed}") if group else seed
+
+
 def window_seed(seed: int, window: int) -> int:
     """The seed of one window, equal in every process and in a run that is resumed; window 0 has the seed itself."""
     if not window:

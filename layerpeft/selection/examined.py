@@ -11,7 +11,7 @@ from layerpeft.selection.select import Select
 
 @dataclass(frozen=True)
 class Examined:
-    """How layers are chosen, and from what: the layers of one stack, and the targets in them that may train.
+    """How layers are chosen, and from what: the layers of one stack (or smaller units), and the targets in them that may train.
 
     `blocks`: names of the blocks of every stack, of the default one first.
     """

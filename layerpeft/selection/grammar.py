@@ -8,23 +8,23 @@ from typing import Any
 from layerpeft.errors import Problem, Problems, SelectionError
 
 
-def layer_numbers(value: Any, count: int, key: str = "layers") -> tuple[int, ...]:
-    """The layers that a grammar (the value of `key`) names in a stack of `count`, ascending.
+def layer_numbers(value: Any, count: int, key: str = "layers", unit: str = "layer") -> tuple[int, ...]:
+    """The layers (or smaller units) that a grammar (the value of `key`) names in a stack of `count`, ascending.
 
     `3`, `-1`, `[3, 7]`, `"8-15"`, `"first:2"`, `"last:25%"`, `"first:10+last:2"`, `"stride:4"`, `"all"`.
     Raises: SelectionError for what is out of range, matches nothing, or cannot be read.
     """
-    problems = Problems(f"layers of a stack of {count}")
+    problems = Problems(f"{unit}s of a stack of {count}")
     found: set[int] = set()
     for part in _parts(value):
-        found.update(_part(part, count, problems))
+        found.update(_part(part, count, problems, unit))
     problems.raise_if_any(SelectionError)
     if not found:
-        raise SelectionError(Problem((key,), f"{key}: {value!r} names no layer"))
+        raise SelectionError(Problem((key,), f"{key}: {value!r} names no {unit}"))
     return tuple(sorted(found))
 
 
-def how_many(keep: Any, candidates: int) -> int | None:
+def how_many(keep: Any, candidates: int, unit: str = "layer") -> int | None:
     """Number of layers that `keep` means among `candidates`; None for "auto". Shares are rounded half up, at least 1.
 
     Raises: SelectionError when more are asked for than there are.
@@ -36,7 +36,7 @@ def how_many(keep: Any, candidates: int) -> int | None:
     share = _share(keep)
     number = max(1, math.floor(share * candidates + 0.5)) if share is not None else int(keep)
     if number > candidates:
-        text = f"keep: {keep} layers are asked for, and there are {candidates} to choose from"
+        text = f"keep: {keep} {unit}s are asked for, and there are {candidates} to choose from"
         raise SelectionError(Problem(("keep",), text))
     return number
 
@@ -51,23 +51,23 @@ def _parts(value: Any) -> list[Any]:
     return [value]
 
 
-def _part(part: Any, count: int, problems: Problems) -> range:
+def _part(part: Any, count: int, problems: Problems, unit: str = "layer") -> range:
     if isinstance(part, int) and not isinstance(part, bool):
-        return _index(part, part, count, problems)
+        return _index(part, part, count, problems, unit)
     text = str(part)
     if text == "all":
         return range(count)
     if re.fullmatch(r"-?\d{1,9}", text):
-        return _index(int(text), part, count, problems)
+        return _index(int(text), part, count, problems, unit)
     if between := re.fullmatch(r"(\d{1,9})-(\d{1,9})", text):
         low, high = int(between[1]), int(between[2])
         if low > high:
             problems.add(f"{part!r} runs backwards; write {high}-{low}")
         elif high >= count:
-            problems.add(f"{part!r} is out of range; layers are 0 to {count - 1}")
+            problems.add(f"{part!r} is out of range; {unit}s are 0 to {count - 1}")
         return range(low, min(high + 1, count))
     if ends := re.fullmatch(r"(first|last):(\d{1,9}(?:\.\d{1,9})?)(%?)", text):
-        number = _end_count(ends[2], ends[3], count, part, problems)
+        number = _end_count(ends[2], ends[3], count, part, problems, unit)
         return range(number) if ends[1] == "first" else range(count - number, count)
     if (stride := re.fullmatch(r"stride:(\d{1,9})", text)) and int(stride[1]) >= 1:
         return range(0, count, int(stride[1]))
@@ -77,21 +77,21 @@ def _part(part: Any, count: int, problems: Problems) -> range:
     return range(0)
 
 
-def _index(index: int, part: Any, count: int, problems: Problems) -> range:
+def _index(index: int, part: Any, count: int, problems: Problems, unit: str) -> range:
     if -count <= index < count:
         return range(index % count, index % count + 1)
-    problems.add(f"{part} is out of range; layers are 0 to {count - 1} (or -1 to -{count})")
+    problems.add(f"{part} is out of range; {unit}s are 0 to {count - 1} (or -1 to -{count})")
     return range(0)
 
 
-def _end_count(number: str, percent: str, count: int, part: Any, problems: Problems) -> int:
+def _end_count(number: str, percent: str, count: int, part: Any, problems: Problems, unit: str) -> int:
     value = float(number)
     if percent and not 0 < value <= 100 or not percent and (value != int(value) or value < 1):
         problems.add(f"{part!r} takes a whole number from 1, or a share above 0 % up to 100 %")
         return 0
     found = max(1, math.floor(count * value / 100 + 0.5)) if percent else int(value)
     if found > count:
-        problems.add(f"{part!r} asks for {found} layers of {count}")
+        problems.add(f"{part!r} asks for {found} {unit}s of {count}")
         return 0
     return found
 

@@ -12,8 +12,8 @@ from typing import Any
 from layerpeft.errors import SelectionError
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection import plugins
-from layerpeft.selection.choose import candidates
-from layerpeft.selection.draws import window_seed
+from layerpeft.selection.choose import candidates, groups, lowest
+from layerpeft.selection.draws import seed_within, window_seed
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.select import PICKS, SCORERS, Select, options_of
@@ -34,6 +34,9 @@ class Schedule:
     decay: float
     state: str
     measured: bool  # on batches
+    groups: Mapping[str, Sequence[int]] = field(
+        default_factory=dict
+    )  # places in `among` of what is chosen from at a time
 
     def window(self, step: int) -> int | None:
         """The window that a step lies in; None during the warm-up, in which the whole pool trains."""
@@ -63,15 +66,15 @@ def schedule_of(select: Select, layers: LayerMap, targets: Sequence[Target]) -> 
 
     Raises: SelectionError for layers out of range, or more of them than there are.
     """
-    always = layer_numbers(select.always, len(layers)) if select.always is not None else ()
+    always = layer_numbers(select.always, len(layers), unit=layers.unit) if select.always is not None else ()
     holding = {t.layer for t in targets}
     bare = sorted(set(always) - holding)
     if bare:
-        raise SelectionError(f"always: layer(s) {', '.join(map(str, bare))} hold no target")
+        raise SelectionError(f"always: {layers.unit}(s) {', '.join(map(str, bare))} hold no target")
     among = tuple(i for i in candidates(select, layers, tuple(targets)) if i not in always)
     if not among:
-        raise SelectionError(f"always: {select.always!r} leaves no layer to choose from")
-    how_many(select.keep, len(among))
+        raise SelectionError(f"always: {select.always!r} leaves no {layers.unit} to choose from")
+    lowest(select, layers, among)
     assert select.reselect_steps is not None
     data = needs(select) in ("forward", "backward") and not scoreless(select)
     rescore = select.rescore_steps
@@ -87,6 +90,7 @@ def schedule_of(select: Select, layers: LayerMap, targets: Sequence[Target]) -> 
         decay=DECAY if select.decay is None else float(select.decay),
         state=select.state or "offload",
         measured=data,
+        groups={n: [among.index(i) for i in g] for n, g in groups(select, layers, among).items()},
     )
 
 
@@ -105,6 +109,17 @@ def take(select: Select, schedule: Schedule, turn: Turn) -> Taken:
 
     Raises: SelectionError for a rule that cannot be met, or that answers with what was not asked.
     """
+    if select.within is None:
+        return _take(select, turn)
+    positions, state = [], {}
+    for name, group in schedule.groups.items():
+        taken = _take(select, _part(select, turn, name, group))
+        positions += [group[i] for i in taken.positions]
+        state |= {name: dict(taken.state)} if taken.state else {}
+    return Taken(tuple(sorted(positions)), state)
+
+
+def _take(select: Select, turn: Turn) -> Taken:
     rule: Any = plugins.get(PICKS, select.rule)
     options = options_of(select, PICKS)
     if hasattr(rule, "again"):
@@ -112,9 +127,23 @@ def take(select: Select, schedule: Schedule, turn: Turn) -> Taken:
     else:
         taken = Taken(tuple(rule.pick(turn.scores, turn.keep, turn.seed, options)), turn.state)
     positions = tuple(sorted(set(taken.positions)))
-    if not positions or positions[-1] >= len(schedule.among):
-        raise SelectionError(f"pick: {select.rule} has chosen {taken.positions} of {len(schedule.among)} layers")
+    if not positions or positions[-1] >= len(turn.scores):
+        raise SelectionError(f"pick: {select.rule} has chosen {taken.positions} of {len(turn.scores)} {select.unit}s")
     return replace(taken, positions=positions)
+
+
+def _part(select: Select, turn: Turn, name: str, group: Sequence[int]) -> Turn:
+    """What a rule is told of one of the groups that it chooses from (`within`)."""
+    return replace(
+        turn,
+        seed=seed_within(turn.seed, name),
+        base_seed=seed_within(turn.base_seed, name),
+        keep=how_many(select.keep, len(group), select.unit),
+        scores=tuple(turn.scores[i] for i in group),
+        chosen=tuple(n for n, i in enumerate(group) if i in turn.chosen),
+        counts=tuple(turn.counts[i] for i in group),
+        state=turn.state.get(name, {}),
+    )
 
 
 def turn_of(

@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """One finite number per layer of a stack; higher means "train this first".
+    """One finite number per layer of a stack (or smaller `unit`); higher means "train this first".
 
     `targets` holds the parts a layer's number was made from (same unit as the scorer documents), `fingerprint` the
     architecture it belongs to.
@@ -32,12 +32,13 @@ class Scores:
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "layer"
 
     def __post_init__(self) -> None:
         bad = [i for i, v in enumerate(self.values) if not math.isfinite(v)]
         if bad:
             raise ScoreError(
-                f"{self.by}: the score is not finite for layer(s) {', '.join(map(str, bad))}. "
+                f"{self.by}: the score is not finite for {self.unit}(s) {', '.join(map(str, bad))}. "
                 "Look for overflow (fp16 without a loss scaler) or batches whose labels are all ignored."
             )
 
@@ -48,8 +49,10 @@ class Scores:
     def check(self, layers: LayerMap) -> None:
         """Raises: ScoreError when these scores were made on another architecture or another stack."""
         problems = Problems(f"these {self.by} scores do not belong to this model")
-        if len(self.values) != len(layers):
-            problems.add(f"they hold {len(self.values)} layers, the stack {layers.stack!r} has {len(layers)}")
+        if self.unit != layers.unit:
+            problems.add(f"they are of {self.unit}s, and the choice is among {layers.unit}s")
+        elif len(self.values) != len(layers):
+            problems.add(f"they hold {len(self.values)} {self.unit}s, the stack {layers.stack!r} has {len(layers)}")
         elif self.stack != layers.stack:
             problems.add(f"they were made on the stack {self.stack!r}, the choice is in {layers.stack!r}")
         elif self.fingerprint != layers.fingerprint:
@@ -60,7 +63,10 @@ class Scores:
         problems.raise_if_any(ScoreError)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "values": list(self.values)}
+        plain = {"format": FORMAT, **asdict(self), "values": list(self.values)}
+        if self.unit == "layer":
+            del plain["unit"]
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:

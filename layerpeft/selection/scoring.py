@@ -23,6 +23,7 @@ from layerpeft.integrations.torch import eager
 from layerpeft.model.evaluating import nothing_trains, to_model
 from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
 from layerpeft.model.targets import Names, find_targets, measured_for
+from layerpeft.model.units import in_units
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
@@ -43,6 +44,7 @@ def score_layers(
     num_batches: int = DEFAULT_BATCHES,
     seed: int = 0,
     stack: str | None = None,
+    unit: str = "layer",
     progress: bool = True,
     **options: Any,
 ) -> Scores:
@@ -50,11 +52,13 @@ def score_layers(
 
     `batches`: any iterable of model inputs with labels; the first `num_batches` are used. `target_modules` as in LoRA: None
     means PEFT's default for the model type, or "all-linear" where PEFT has none. `options` are the scorer's own.
-    Raises: ScoreError, SelectionError, LayerMapError.
+    `unit`: what is scored (layer, sublayer, target, expert). Raises: ScoreError, SelectionError, LayerMapError, ConfigError.
     """
-    select = Select.parse({"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, **options})
+    given = {"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, "unit": unit, **options}
+    select = Select.parse(given)
     layers = layer_map(model, select.stack)
     targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
+    layers, targets = in_units(layers, select.unit, targets)
     return score(model, select, layers, targets, batches, progress)
 
 
@@ -103,6 +107,7 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
         targets=dict(measured.targets),
         origin={"model_type": layers.model_type, **versions, "seed": select.seed, "num_batches": num_batches}
         | dict(measured.facts),
+        unit=layers.unit,
     )
 
 
@@ -143,7 +148,9 @@ def score(
         )
     measurement = start(model, select, layers, targets)
     apart = without_engine(model)
-    with layer_by_layer(model, [find_module(base_of(model), n) for n in layers.names]) if apart else nullcontext():
+    with (
+        layer_by_layer(model, [find_module(base_of(model), n) for n in layers.whole.names]) if apart else nullcontext()
+    ):
         given = _alike(batches) if apart else batches
         count, title = select.num_batches or DEFAULT_BATCHES, f"score {select.by}"
         used = _run(model, measurement, given, count, needed, title, progress)
@@ -211,6 +218,7 @@ HANDED: dict[str, Callable[..., Any]] = {}  # what packages above hand in for sc
 class Request:
     """What a scorer is asked: the targets of one model, and a seed of its own; `live`: training itself is being watched.
 
+    `layers`: what is scored, of the kind `layers.unit`; of units below a layer `layers.whole` is the map of the layers.
     `before`: what is known of every layer by now (empty: nothing yet); `outer`: the model as training calls it, with what wraps
     `model`. `run_steps`: trains adapters on all targets for some steps and leaves no trace; `change_of`: scores of a run's folder.
     """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
+from layerpeft.model.names import lying_in
 from layerpeft.selection import plugins
 from layerpeft.selection.grammar import check_grammar, checked_keep
 from layerpeft.selection.scores import Scores
@@ -16,6 +17,9 @@ from layerpeft.selection.typecheck import check, checked, read_fields, settings_
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
 DEFAULT_BATCHES = 8
+Unit = Literal["layer", "sublayer", "target", "expert"]
+# units that cannot be chosen yet, and why
+LATER = {"head": "attention heads are chosen with method: head alone, which is not there yet"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Select:
     keep: int | float | str | None = None
     pick: str | None = None
     layers: Any = "all"
+    unit: Unit = checked("layer")
+    within: Literal["kind", "layer"] | None = checked(None)
     exclude: Any = None
     reselect_steps: int | None = checked(None, least=1)
     rescore_steps: int | Literal["never"] | None = checked(None, least=1)
@@ -69,7 +75,7 @@ class Select:
     def is_all(self) -> bool:
         """True where nothing is left out: plain PEFT."""
         whole = self.layers == "all" and self.exclude is None and self.keep is None
-        return self.by == "depth" and whole and self.reselect_steps is None
+        return self.by == "depth" and whole and self.reselect_steps is None and self.unit == "layer"
 
     @property
     def is_scheduled(self) -> bool:
@@ -86,12 +92,17 @@ class Select:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
         if isinstance(self.by, Scores):
             plain["by"] = self.by.to_dict()
+        if self.unit == "layer":
+            del plain["unit"]
         return {k: v for k, v in plain.items() if v is not None} | dict(self.options)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers and targets chosen, out of which, and why. Plain data; survives JSON."""
+    """The layers and targets chosen, out of which, and why. Plain data; survives JSON.
+
+    Of a choice below layers, `unit` says of what, and layers are these units everywhere here.
+    """
 
     layers: tuple[int, ...]
     targets: tuple[str, ...]
@@ -102,9 +113,10 @@ class Selection:
     why: str
     scores: Scores | None = None
     select: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "layer"
 
     def to_dict(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unit" or self.unit != "layer"}
         plain["scores"] = self.scores.to_dict() if self.scores else None
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
@@ -113,16 +125,26 @@ class Selection:
         """Names of the chosen layers."""
         return tuple(self.layer_names[i] for i in self.layers)
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether layers train in part."""
+        return self.unit != "layer"
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """What `select` says to choose the same again, by place."""
+        unit = {"unit": self.unit} if self.in_parts else {}
+        return {"layers": list(self.layers), "stack": self.stack, **unit}
+
     def by_layer(self, targets: Iterable[str]) -> dict[int, list[str]]:
         """The chosen layers, each with those of the targets that lie in it."""
-        names = {i: f"{self.layer_names[i]}." for i in self.layers}
         targets = list(targets)
-        return {i: [t for t in targets if t.startswith(name)] for i, name in names.items()}
+        return {i: list(filter(lying_in([self.layer_names[i]]), targets)) for i in self.layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
         """Raises: SelectionError when a key is missing, or holds something else."""
-        missing = [f.name for f in fields(cls) if f.name not in data and f.name not in ("scores", "select")]
+        missing = [f.name for f in fields(cls) if f.name not in data and f.default is f.default_factory is MISSING]
         if missing:
             raise SelectionError(f"a recorded selection needs the keys {', '.join(missing)}")
         found = read_fields(cls, {**data, "scores": None}, SelectionError, "a recorded selection")
@@ -145,6 +167,7 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     if pick is not None and pick not in plugins.names(PICKS):
         problems.add(unknown("pick", pick, plugins.names(PICKS)), "pick")
         known["pick"] = None
+    _check_unit(known, problems)
     check(cls, {k: v for k, v in known.items() if v is not None}, problems, ": ")
     _check_together(known, bare, problems)
     _check_schedule(known, problems)
@@ -185,6 +208,30 @@ def _check_by(by: Any, problems: Problems) -> Any:
             return "depth"
     problems.add(unknown("scorer", by, plugins.names(SCORERS)) + " A path of saved scores (.json) works too.", "by")
     return "depth"
+
+
+def _check_unit(known: dict[str, Any], problems: Problems) -> None:
+    """What is chosen, whether the scorer has a score of it, and what is compared with what."""
+    if known.get("unit") is None:
+        known.pop("unit", None)
+    unit, by = known.get("unit", "layer"), known["by"]
+    if str(unit) in LATER:
+        units = ", ".join(get_args(Unit))
+        problems.add(f"unit: {LATER[known.pop('unit')]}. Allowed: {units}.", "unit")
+        return
+    if isinstance(by, str) and unit in get_args(Unit) and unit not in plugins.traits(SCORERS, by).units:
+        able = [name for name in plugins.names(SCORERS) if unit in plugins.traits(SCORERS, name).units]
+        own = " and ".join(f"{u}s" for u in plugins.traits(SCORERS, by).units)
+        problems.add(f"by: {by} gives a score to {own}, not to {unit}s; to those do {', '.join(able)}", "by")
+    if known.get("within") is None:
+        return
+    if unit == "layer":
+        problems.add(
+            "within: is of units below a layer, which are compared with those of their kind, or of their layer, alone; give a unit",
+            "within",
+        )
+    if known.get("keep") is None and by == "depth":
+        problems.add("within: needs keep, which says how many of each kind, or of each layer", "within")
 
 
 def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> None:

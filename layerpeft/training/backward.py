@@ -7,6 +7,8 @@ Reentrant checkpointing needs an input that requires a gradient; it gets one at 
 detached: where something below really trains (embeddings, prompt tokens, another adapter or stack), its gradients flow on.
 A stack need not run: a batch without images reaches nothing that trains in a vision tower. The hooks would have made its output
 require a gradient; so it does, and a backward pass that has nothing to do does nothing.
+Where a layer trains in part, autograd stops inside of it, at the lowest tensor that trains; reentrant checkpointing goes
+through the whole of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,15 +65,20 @@ class _Cut:
     straight: tuple[nn.Module, ...] = ()  # what has nothing to recompute for, of which torch would warn
 
 
-def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names] = ()) -> Stop:
+def install(
+    model: nn.Module, stack: str | None = None, blocks: Sequence[_Names] = (), within: bool | None = None
+) -> Stop:
     """Watches the model's forward passes and keeps the cut where the lowest trainable layer is, in every stack.
 
     Does nothing, hooks included, where the first layer trains or nothing does; call it again when that has changed. `blocks`:
-    those of every stack, which are looked for otherwise unless they are known by now; `stack` is then a path.
+    those of every stack, which are looked for otherwise unless they are known by now; `stack` is then a path. `within`: layers
+    train in part (None: as it was said before), so that there may be something to cut in the first one, too.
     Raises: LayerMapError for a model without blocks.
     """
     base = base_of(model)
     names: tuple[_Names, ...] = tuple(dict.fromkeys([*blocks, *known_of(base).blocks]))
+    if within is not None and within != known_of(base).within:
+        home_of(base).within = within
     if not names and stack is None and _all_firsts_train(base):
         return Stop(None, "the first layer trains")
     own = next((n for n in names if stack is None or n[0].rpartition(".")[0] == stack), None)
@@ -82,7 +89,7 @@ def install(model: nn.Module, stack: str | None = None, blocks: Sequence[_Names]
     if blocks:
         home_of(base).blocks = names
     watched = any(hook is _before_forward for hook in base._forward_pre_hooks.values())
-    if watched or _partly([_stack(base, each) for each in names]):
+    if watched or _partly(base, [_stack(base, each) for each in names]):
         home_of(base).blocks = names
         if not watched:
             base.register_forward_pre_hook(_before_forward)
@@ -161,7 +168,7 @@ def _sync(model: nn.Module) -> None:
     stacks = [found for names in known_of(model).blocks if (found := _stack(model, names)).blocks]
     modules = list(modules_of(model))
     below = _inside(block for stack in stacks for block in stack.below)
-    cut = _cut(model, stacks) if _partly(stacks) and not _awaited(modules, below) else _Cut(silent=False)
+    cut = _cut(model, stacks) if _partly(model, stacks) and not _awaited(modules, below) else _Cut(silent=False)
     checkpointing.silence(modules, cut.silent)
     flags = checkpointing.gradient_flags(below, modules) if cut.silent else ()
     checkpointing.lower_flags(modules, flags, home_of(model).lowered)
@@ -184,9 +191,10 @@ def _cut(model: nn.Module, stacks: Sequence[_Stack]) -> _Cut:
     return _Cut(True, tuple(filter(is_reentrant, entries)), tuple(filter(is_reentrant, idle)))
 
 
-def _partly(stacks: Sequence[_Stack]) -> bool:
-    """Whether some layers train and, in some stack, the lowest do not."""
-    return any(s.lowest is not None for s in stacks) and any(s.lowest != 0 for s in stacks)
+def _partly(model: nn.Module, stacks: Sequence[_Stack]) -> bool:
+    """Whether some layers train and, in some stack, the lowest do not, or not as a whole."""
+    below = known_of(model).within or any(s.lowest != 0 for s in stacks)
+    return any(s.lowest is not None for s in stacks) and below
 
 
 def _in_front(model: nn.Module, stack: _Stack) -> str | None:

@@ -253,7 +253,9 @@ def _norms(follower: Follower) -> GradientNorms | None:
         follower.record.checks["log_gradients"] = SHARED_OUT
         note(f"log_gradients: {SHARED_OUT}")
         return None
-    return GradientNorms(follower.model, select.get("stack"), follower.holdings.tensors())
+    selection, pending = follower.record.selection, follower.pending
+    names = selection.layer_names if selection is not None else pending.layers.names if pending is not None else ()
+    return GradientNorms(names, follower.holdings.tensors())
 
 
 def _take_over(schedule: Once, restored: dict[str, Any]) -> None:

@@ -1,27 +1,27 @@
 """Norms of what trains, layer by layer, before anything clips them: seen where each gradient has just been added up."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from layerpeft.integrations import trainer
-from layerpeft.model.layers import layer_map
+from layerpeft.model.names import lying_in
 from layerpeft.training.method import Tensors
 
 
 class GradientNorms:
-    """Watches the trained tensors in the layers of one stack. State is real here: hooks on the tensors, until `close`.
+    """Watches the trained tensors in layers (or smaller units), by their names. State is real here: hooks, until `close`.
 
     The norms are those of this process (before DDP takes the mean), in the unit of the loss as it was scaled.
     """
 
-    def __init__(self, model: nn.Module, stack: str | None, tensors: Tensors) -> None:
-        names = [f"{layer.name}." for layer in layer_map(model, stack).layers]
+    def __init__(self, layers: Sequence[str], tensors: Tensors) -> None:
+        names = [lying_in([name]) for name in layers]
         self._squares: dict[int, dict[str, torch.Tensor]] = {i: {} for i in range(len(names))}
         self._handles = []
         for target, group in tensors.items():
-            for parts in (self._squares[i] for i, name in enumerate(names) if target.startswith(name)):
+            for parts in (self._squares[i] for i, inside in enumerate(names) if inside(target)):
                 for name, parameter in group.items():
                     if parameter.requires_grad:
                         see = partial(_see, parts, f"{target}|{name}")

@@ -9,9 +9,8 @@ from typing import Any
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import replace_file
-from layerpeft.training.report import COLUMNS, Row
+from layerpeft.training.report import LayerReport, Row, columns
 
-SWITCHES = ("step", *COLUMNS, "optimizer_bytes")
 _CHOSEN, _OTHER, _CHANGE, _INK = "#0072B2", "#C9CED3", "#D55E00", "#222222"  # Okabe-Ito, told apart in grey too
 Plain = Mapping[str, Any]  # of a `Standing`
 
@@ -28,25 +27,26 @@ def spans(standing: Plain) -> Iterator[tuple[int, int, list[int], list[float | N
         yield entry["step"], end, entry["layers"], scores, entry.get("optimizer_bytes")
 
 
-def write_switches(standing: Plain, names: Sequence[str], rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+def write_switches(standing: Plain, report: LayerReport, path: str | os.PathLike[str]) -> None:
     """`layers.csv` of a schedule: a row per switch and layer, and at the end one per layer with what it trained in all."""
     lines: list[tuple[Any, ...]] = [
         (start, layer, name, scores[layer] if scores else None, str(layer in active).lower(), None, None, used)
         for start, _, active, scores, used in spans(standing)
-        for layer, name in enumerate(names)
+        for layer, name in enumerate(row.name for row in report.rows)
     ]
-    lines += [(standing["step"], *_cells(row), None) for row in rows]
-    _write_table(path, SWITCHES, lines)
+    lines += [(standing["step"], *_cells(row), None) for row in report.rows]
+    _write_table(path, ("step", *columns(report.unit), "optimizer_bytes"), lines)
 
 
-def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike[str], title: str) -> bool:
+def write_heatmap(standing: Plain, report: LayerReport, path: str | os.PathLike[str]) -> bool:
     """Draws layer × step, the active windows filled, by their score where there is one; False where nothing can be drawn."""
-    figure = new_figure(9, max(2.4, min(12.0, 0.22 * len(names) + 1.6)))
+    number = len(report.rows)
+    figure = new_figure(9, max(2.4, min(12.0, 0.22 * number + 1.6)))
     if figure is None:
         return False
     found = list(spans(standing))
     steps = max(standing["step"], 1)
-    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(max(len(names), 6), 2))
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(max(number, 6), 2))
     first = found[0][0] if found else steps
     if first:  # before the first choice everything trains
         axes.axvspan(0, first, color="#d9d9d9", lw=0)
@@ -57,21 +57,21 @@ def write_heatmap(standing: Plain, names: Sequence[str], path: str | os.PathLike
             axes.broken_barh(
                 [(start, max(end - start, 0.0))], (layer - 0.45, 0.9), color=(0.12, 0.38, 0.65, strength), lw=0
             )
-    axes.set(ylabel="layer", ylim=(-0.5, len(names) - 0.5), xlim=(0, steps), title=title)
+    axes.set(ylabel=report.unit, ylim=(-0.5, number - 0.5), xlim=(0, steps), title=report.why)
     axes.title.set_size(9)
-    axes.set_yticks(range(0, len(names), max(1, len(names) // 12)))
+    axes.set_yticks(range(0, number, max(1, number // 12)))
     points = [(start, len(active)) for start, _, active, _, _ in found]
     if points:
         below.step(*zip(*points, (steps, points[-1][1]), strict=True), where="post", color="#1f61a6")
-    below.set(xlabel="optimizer step", ylabel="active", ylim=(0, len(names) + 0.5))
+    below.set(xlabel="optimizer step", ylabel="active", ylim=(0, number + 0.5))
     below.grid(alpha=0.3)
     write_figure(figure, path)
     return True
 
 
-def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
+def write_csv(rows: Iterable[Row], path: str | os.PathLike[str], unit: str = "layer") -> None:
     """Write layer,name,score,chosen,steps,change with a header; unknown values stay empty. Replaces the file whole."""
-    _write_table(path, COLUMNS, map(_cells, rows))
+    _write_table(path, columns(unit), map(_cells, rows))
 
 
 def _cells(row: Row) -> tuple[Any, ...]:
@@ -84,16 +84,16 @@ def _write_table(path: str | os.PathLike[str], columns: Sequence[str], lines: It
     replace_file(Path(path), text.getvalue().encode())
 
 
-def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str) -> bool:
+def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str, unit: str = "layer") -> bool:
     """Draw scores (or a strip of the chosen layers) and any known changes; False when nothing could be drawn."""
     rows = sorted(rows, key=lambda row: row.layer)
-    figure = _figure(rows, title) if rows else None
+    figure = _figure(rows, title, unit) if rows else None
     if figure is not None:
         write_figure(figure, path)
     return figure is not None
 
 
-def _figure(rows: Sequence[Row], title: str) -> Any:
+def _figure(rows: Sequence[Row], title: str, unit: str) -> Any:
     """A figure with one panel for scores or chosen layers and, when any is known, one for changes; None without matplotlib."""
     scored = any(row.score is not None for row in rows)
     changed = any(row.change is not None for row in rows)
@@ -124,7 +124,7 @@ def _figure(rows: Sequence[Row], title: str) -> Any:
         panel.spines[["left", "bottom"]].set_color("#888888")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].spines["left"].set_visible(scored)
-    panels[-1].set_xlabel("layer", color=_INK)
+    panels[-1].set_xlabel(unit, color=_INK)
     panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
     panels[-1].set_xticks(layers[:: 1 if len(rows) <= 24 else 5 if len(rows) <= 100 else 10])
     keys = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_OTHER, label="not chosen")]

@@ -35,8 +35,8 @@ class Table:
     def save(self, folder: str, found: LayerReport) -> dict[str, Any]:
         """`layers.csv`, `layers.png`."""
         table, picture = (os.path.join(folder, name) for name in PICTURES)
-        pictures.write_csv(found.rows, table)
-        pictures.write_png(found.rows, picture, found.why)
+        pictures.write_csv(found.rows, table, found.unit)
+        pictures.write_png(found.rows, picture, found.why, found.unit)
         return {}
 
 

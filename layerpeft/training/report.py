@@ -11,11 +11,17 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerMapError, unknown
 from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.model.layers import base_of, layer_map
-from layerpeft.model.names import clean
+from layerpeft.model.names import clean, lying_in
 from layerpeft.model.weights import PIECE
 from layerpeft.text import grid, some
 
 COLUMNS = ("layer", "name", "score", "chosen", "steps", "change")
+
+
+def columns(unit: str) -> tuple[str, ...]:
+    """The heads of a table of such units."""
+    return (unit, *COLUMNS[1:])
+
 
 # Methods whose get_delta_weight() is what merging adds to the weight. Others multiply it (OFT, BOFT, IA3, …).
 _ADDITIVE = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA"})
@@ -27,7 +33,7 @@ _KNOWN_VARIANTS = ("use_dora", "velora_config", "monteclora_config")
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: `steps` is None when nothing followed the training, `change` is ‖ΔW‖/‖W‖ over its chosen targets."""
+    """One layer, or unit: `steps` is None when nothing followed the training, `change` is ‖ΔW‖/‖W‖ over its chosen targets."""
 
     layer: int
     name: str
@@ -45,9 +51,10 @@ class LayerReport:
     by: str | None
     why: str
     notes: tuple[str, ...] = ()
+    unit: str = "layer"
 
     def __str__(self) -> str:
-        lines = _table(self.rows)
+        lines = _table(self.rows, self.unit)
         lines.append(f"{self.by}: {self.why}" if self.by else self.why)
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -85,7 +92,7 @@ def layer_report(model: nn.Module, adapter_name: str = "default") -> LayerReport
     changes = _changes(_by_layer(selection.layer_names, chosen), selection.layer_names, config, adapter_name, notes)
     notes += record.schedule.notes() if record.schedule is not None else []
     by = selection.scores.by if selection.scores else None if record.schedule else selection.select.get("by")
-    return LayerReport(tuple(_record_rows(record, changes)), by, selection.why, tuple(notes))
+    return LayerReport(tuple(_record_rows(record, changes)), by, selection.why, tuple(notes), selection.unit)
 
 
 def rows(source: Any, adapter_name: str = "default") -> list[Row]:
@@ -124,8 +131,9 @@ def _wrapped(model: nn.Module, adapter_name: str) -> list[_Wrapped]:
 def _by_layer(layer_names: Sequence[str], wrapped: Sequence[_Wrapped]) -> dict[int, list[_Wrapped]]:
     """Targets by the layer whose name they start with; what lies outside every layer is left out."""
     groups: dict[int, list[_Wrapped]] = {}
+    units = [lying_in([name]) for name in layer_names]
     for target in wrapped:
-        index = next((i for i, name in enumerate(layer_names) if f"{target.name}.".startswith(f"{name}.")), None)
+        index = next((i for i, inside in enumerate(units) if inside(target.name)), None)
         if index is not None:
             groups.setdefault(index, []).append(target)
     return groups
@@ -284,9 +292,9 @@ def _squared(tensor: torch.Tensor) -> float:
 # ---- table and picture ----------------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row], unit: str) -> list[str]:
     """The rows as aligned text with a header; '-' is unknown."""
-    cells: list[tuple[str, ...]] = [COLUMNS]
+    cells: list[tuple[str, ...]] = [columns(unit)]
     for row in rows:
         score = "-" if row.score is None else f"{row.score:.4g}"
         change = "-" if row.change is None else f"{100 * row.change:.3g}%"

@@ -13,6 +13,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.saving.manifest import PICTURES
 from layerpeft.selection import scoring
+from layerpeft.selection.choose import lowest
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import Schedule, remembered, schedule_of, scoreless, take, turn_of
@@ -160,9 +161,9 @@ class Switcher:
         """Its part in the record: optimizer states that are away, `layers.csv` and `layers.png`, and where it stands."""
         states.save_store(folder, self.store)
         table, picture = (os.path.join(folder, name) for name in PICTURES)
-        standing, names = self.plain(), [row.name for row in found.rows]
-        pictures.write_switches(standing, names, found.rows, table)
-        pictures.write_heatmap(standing, names, picture, found.why)
+        standing = self.plain()
+        pictures.write_switches(standing, found, table)
+        pictures.write_heatmap(standing, found, picture)
         return {"schedule": standing}
 
     def ever(self) -> set[int]:
@@ -238,9 +239,10 @@ def sizes(switcher: Switcher, tensors: Tensors) -> str:
     by_layer = dict.fromkeys(schedule.pool, 0)
     for target, group in tensors.items():
         by_layer[switcher.layer_of[target]] += sum(p.numel() for p in group.values())
-    text = f"{sum(by_layer.values()):,} weights in a pool of {len(by_layer)} layers"
-    keep = how_many(switcher.select.keep, len(schedule.among))
-    if keep is None:
+    layers = switcher.examined.layers
+    text = f"{sum(by_layer.values()):,} weights in a pool of {len(by_layer)} {layers.unit}s"
+    keep = len(lowest(switcher.select, layers, schedule.among))
+    if how_many(switcher.select.keep, keep) is None:
         return f"{text}, of which train as many at a time as the scores say"
     largest = sorted((by_layer[i] for i in schedule.among), reverse=True)[:keep]
     return f"{text}, at most {sum(largest) + sum(by_layer[i] for i in schedule.always):,} of them train at a time"

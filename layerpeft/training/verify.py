@@ -260,7 +260,7 @@ def same_targets(what: str, theirs: set[str], ours: set[str]) -> None:
         raise SelectionError(
             f"{what} trains other targets than this model. Only there: {_named(theirs - ours)}; only here: "
             f"{_named(ours - theirs)}. To go on with that choice, pass its record: select={{'layers': [...]}} with the layers "
-            "of its layerpeft.json."
+            "(and the unit, where there is one) of its layerpeft.json."
         )
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from layerpeft.model.layers import Stacks
 from layerpeft.selection import choose, scoring
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.grammar import how_many
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select
 from layerpeft.tuners.config import LayerLoraConfig
@@ -60,13 +59,14 @@ def fixed(config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = Non
 
 def _costliest(examined: Examined) -> tuple[Examined, tuple[str, ...]]:
     among = choose.candidates(examined.select, examined.layers, examined.targets)
-    number = how_many(examined.select.keep, len(among)) or len(among)
-    note = f"which {number} of {len(among)} layers is not known yet: the lowest are assumed, the costliest choice"
-    return _by_place(examined, among[:number]), (note,)
+    found = choose.lowest(examined.select, examined.layers, among)
+    of = f"{len(found)} of {len(among)} {examined.layers.unit}s"
+    note = f"which {of} is not known yet: the lowest are assumed, the costliest choice"
+    return _by_place(examined, found), (note,)
 
 
 def _by_place(examined: Examined, layers: Sequence[int]) -> Examined:
-    return replace(examined, select=Select(layers=list(layers), stack=examined.layers.stack))
+    return replace(examined, select=Select(layers=list(layers), stack=examined.layers.stack, unit=examined.select.unit))
 
 
 def _scheduled(config: LayerLoraConfig, examined: Examined, model: nn.Module) -> Fixed:
@@ -74,12 +74,12 @@ def _scheduled(config: LayerLoraConfig, examined: Examined, model: nn.Module) ->
     select, layers = examined.select, examined.layers
     schedule = schedule_of(select, layers, examined.targets)
     check_schedule(config, layers, schedule.pool)
-    number = how_many(select.keep, len(schedule.among)) or len(schedule.among)
-    awake = set(schedule.pool if schedule.warmup else (*schedule.among[:number], *schedule.always))
+    costliest = choose.lowest(select, layers, schedule.among)
+    awake = set(schedule.pool if schedule.warmup else (*costliest, *schedule.always))
     found: Any = config.settled(model, examined=_by_place(examined, schedule.pool))
     sleeping = tuple(layers.names[i] for i in schedule.pool if i not in awake)
     when = "during the warm-up" if schedule.warmup else "at a time, the lowest assumed, the costliest choice"
-    notes = [f"{len(awake)} of {len(schedule.pool)} layers train {when}"]
+    notes = [f"{len(awake)} of {len(schedule.pool)} {layers.unit}s train {when}"]
     if sleeping and schedule.state == "offload":
-        notes.append("optimizer states of layers that rest are taken to the CPU")
+        notes.append(f"optimizer states of {layers.unit}s that rest are taken to the CPU")
     return Fixed(found, tuple(notes), sleeping, schedule.state == "keep")

@@ -17,6 +17,7 @@ from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import find_targets, not_wrapped
+from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
 from layerpeft.selection.choose import choose_among
@@ -25,6 +26,7 @@ from layerpeft.selection.examined import Examined
 from layerpeft.selection.scoring import live_only, needs, needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
+from layerpeft.text import some
 from layerpeft.training.method import Method
 from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.soft import SOFT, Soft, check_soft
@@ -179,7 +181,8 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         seen = stacks or stacks_of(model)
         layers = seen.layers(self.choosing.stack)
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
-        return Examined(self.choosing, layers, self.targets_in(model, layers), blocks)
+        targets = self.targets_in(model, layers)
+        return Examined(self.choosing, *_in_units(self, layers, targets), blocks)
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
         """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
@@ -243,7 +246,21 @@ LayerLoraConfig.batches = property(lambda self: self._batches)  # type: ignore[a
 
 def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dict[str, str]:
     """What "all-linear" does not mean in this model, and why."""
-    return not_wrapped(model, layers) if config.target_modules == "all-linear" and not config.works_by.in_place else {}
+    if config.target_modules != "all-linear" or config.works_by.in_place:
+        return {}
+    return not_wrapped(model, layers.whole)
+
+
+def _in_units(
+    config: LayerLoraConfig, layers: LayerMap, targets: tuple[Target, ...]
+) -> tuple[LayerMap, tuple[Target, ...]]:
+    """What is chosen from, and the targets in it. Raises: ConfigError for targets asked for by name that no unit holds."""
+    units, held = in_units(layers, config.choosing.unit, targets)
+    left = sorted({t.name for t in targets} - {t.name for t in held})
+    if left and config.target_modules not in (None, "all-linear"):
+        sentence = f"{some(left)} lie in no {units.unit}, and would never train; leave them out, or choose another unit"
+        raise ConfigError(Problem(("target_modules",), f"target_modules: {sentence}"))
+    return units, held
 
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:

@@ -384,7 +384,9 @@ def load(
     method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable)
     if is_trainable:
         steps.follow(method, tuner)
-        backward.install(tuner.model, record.selection.stack if record.selection is not None else None)
+        chosen = record.selection
+        within = chosen is not None and chosen.in_parts
+        backward.install(tuner.model, chosen.stack if chosen is not None else None, within=within)
     else:
         steps.watch(tuner.model)
     return loaded

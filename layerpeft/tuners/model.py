@@ -12,7 +12,7 @@ from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of
 from layerpeft.model.layers import Stacks, base_of, stacks_of
-from layerpeft.model.names import clean
+from layerpeft.model.names import clean, lying_in
 from layerpeft.quantization.apply import Quantized
 from layerpeft.selection import choose, schedule, scoring
 from layerpeft.selection.examined import Examined
@@ -142,7 +142,8 @@ def _follow(method: Method, tuner: nn.Module, found: Prepared) -> None:
     elif found.stock._layerpeft.selection is None:
         pending = measuring.Pending(method.model, examined)
     steps.follow(method, tuner, pending, switcher)
-    backward.install(method.model, examined.layers.stack, examined.blocks)
+    within = examined.layers.of is not None
+    backward.install(method.model, examined.layers.stack, examined.blocks, within)
 
 
 def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> Examined:
@@ -185,7 +186,7 @@ def scheduled_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) ->
 def pool_config(config: LayerLoraConfig, model: nn.Module, examined: Examined) -> Recorded:
     """What PEFT sees of a pool. Its record has a selection where that is all there is to choose: under a schedule."""
     select, layers, pool = examined.select, examined.layers, examined.targets
-    whole = Select(layers=sorted({t.layer for t in pool}), stack=layers.stack)
+    whole = Select(layers=sorted({t.layer for t in pool}), stack=layers.stack, unit=select.unit)
     selection = choose.make_selection(whole, layers, pool, None)
     stock = config.stock_for(base_of(model), selection, examined)
     record = stock._layerpeft
@@ -212,7 +213,8 @@ def pool_selection(select: Select, selection: Selection) -> Selection:
     by = "" if schedule.scoreless(select) else f" by {name}"
     every = f"every {select.reselect_steps} steps" if select.reselect_steps != 1 else "every step"
     keep = "as many as the scores say" if select.keep in (None, "auto") else select.keep
-    why = f"{keep} of {len(selection.layers)} layers at a time, chosen again {every}{by} (pick: {select.rule})"
+    within = f" within each {select.within}" if select.within else ""
+    why = f"{keep} of {len(selection.layers)} {select.unit}s{within} at a time, chosen again {every}{by} (pick: {select.rule})"
     return replace(selection, why=why, select=select.to_dict() | {"by": name})
 
 
@@ -221,9 +223,9 @@ def _freeze_biases_elsewhere(model: nn.Module, names: tuple[str, ...], chosen: t
 
     The copies that PEFT trains of `modules_to_save` are whole, biases included.
     """
-    prefixes = tuple(f"{names[i]}." for i in chosen)
+    inside = lying_in(names[i] for i in chosen)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] != "bias" or ".modules_to_save." in name:
             continue
-        if not clean(name).startswith(prefixes):
+        if not inside(clean(name)):
             parameter.requires_grad_(False)

@@ -10,6 +10,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problems, QuantizationError
 from layerpeft.model.home import known_of
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import PRECISIONS, named
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.assign import allot, by_training, decided_early, wants_batches
@@ -68,8 +69,8 @@ def asked(
 def _refuse(config: LayerLoraConfig, wanted: Quantized, training: Collection[str]) -> None:
     """Raises: ConfigError for what PEFT would refuse, or do wrongly, once the weights are packed."""
     problems = Problems("packed layers")
-    blocks = tuple(f"{name}." for name in training)
-    under = {p for n, p in wanted.assignment.items() if n.startswith(blocks)}  # packed, and to be wrapped
+    trains = lying_in(training)
+    under = {p for n, p in wanted.assignment.items() if trains(n)}  # packed, and to be wrapped
     by_hqq = any(PRECISIONS[p].package == "hqq" for p in under)
     if not config.works_by.in_place and (not isinstance(config.r, int) or config.r < 1):
         problems.add(f"r={config.r!r} is not a whole number above 0")
@@ -161,15 +162,15 @@ def check_schedule(config: LayerLoraConfig, layers: LayerMap, pool: Collection[i
     both = config.quantize_frozen is not None and config.quantize_trained is not None
     if both and len(pool) == len(layers) and named(config.quantize_frozen) != named(config.quantize_trained):
         raise ConfigError(
-            f"quantize_frozen={config.quantize_frozen!r} would do nothing: all {len(layers)} layers may train, and have the "
-            f"precision of quantize_trained; give {config.quantize_trained!r} for both"
+            f"quantize_frozen={config.quantize_frozen!r} would do nothing: all {len(layers)} {layers.unit}s may train, and have "
+            f"the precision of quantize_trained; give {config.quantize_trained!r} for both"
         )
     if frozen_only and len(pool) == len(layers):
         raise ConfigError(
             "layers that change while training, and quantizing those that rest, do not go together: every one of the "
-            f"{len(layers)} layers may train, and a layer that is switched on needs its original 16-bit weights, all of which "
-            "would have to wait on the CPU. Give quantize_trained the same precision (adapters over quantized layers), or let "
-            'fewer layers take part (select={"layers": "last:8", …}): those outside are quantized'
+            f"{len(layers)} {layers.unit}s may train, and a {layers.unit} that is switched on needs its original 16-bit "
+            "weights, all of which would have to wait on the CPU. Give quantize_trained the same precision (adapters over "
+            'quantized layers), or let fewer layers take part (select={"layers": "last:8", …}): those outside are quantized'
         )
 
 

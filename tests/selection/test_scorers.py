@@ -16,7 +16,8 @@ from tests.helpers.short import LAYERS
 
 SCORERS = plugins.names("layerpeft.scorers")
 OF_A_RUN = {"change"}  # scores nothing without the folder of an earlier run: tests/saving/test_change.py
-BEFOREHAND = [n for n in SCORERS if not plugins.traits("layerpeft.scorers", n).live_only and n not in OF_A_RUN]
+TRAITS = {n: plugins.traits("layerpeft.scorers", n) for n in SCORERS}
+BEFOREHAND = [n for n, t in TRAITS.items() if not t.live_only and "layer" in t.units and n not in OF_A_RUN]
 OPTIONS = {"outliers": {"M": 4}}
 
 
@@ -42,7 +43,8 @@ def llama(short):
 
 def test_the_list_of_scorers():
     assert {"depth", "gradient_norm", "outliers", "random", "snr"} <= set(BEFOREHAND)
-    assert set(SCORERS) - set(BEFOREHAND) - OF_A_RUN == {"adapter_gradient", "importance"}
+    assert {n for n, t in TRAITS.items() if t.live_only} == {"adapter_gradient", "importance"}
+    assert set(SCORERS) - set(BEFOREHAND) - OF_A_RUN == {"adapter_gradient", "importance", "routing"}  # experts alone
 
 
 @pytest.mark.parametrize("by", BEFOREHAND)

@@ -1,4 +1,5 @@
-"""How many layers to take, from the scores themselves: a two-class split (Otsu 1979), or IR-Tuning's windowed one."""
+"""How many layers to take, from the scores themselves: a two-class split (Otsu 1979), IR-Tuning's windowed one, or as many as
+make up a share of the sum (ESFT, arXiv 2407.01906: of the routing of a layer, `within: layer`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +7,7 @@ from typing import Literal
 
 from layerpeft.errors import SelectionError
 from layerpeft.selection.picks import Traits
+from layerpeft.selection.typecheck import checked
 
 TRAITS = Traits(decides=True)  # the scores say how many
 
@@ -13,22 +15,39 @@ TRAITS = Traits(decides=True)  # the scores say how many
 @dataclass(frozen=True)
 class Options:
     """`split`: `otsu` weighs both classes by their size; `ir_tuning` (arXiv 2510.00268) adds the unweighted variances and
-    looks only at cuts within `window` (shares of the number of layers)."""
+    looks only at cuts within `window` (shares of the number of layers); `cumulative` takes the best until they make up `share` of
+    the sum (ESFT's p: 0.2 of tokens, 0.1 of gates)."""
 
-    split: Literal["otsu", "ir_tuning"] = "otsu"
+    split: Literal["otsu", "ir_tuning", "cumulative"] = "otsu"
     window: tuple[float, float] = (0.35, 0.65)
+    share: float = checked(0.2, above=0, most=1)
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:
     """Positions of the high class, best first.
 
-    Raises: SelectionError when all scores are equal, so that there is nothing to split.
+    Raises: SelectionError when all scores are equal, so that there is nothing to split, or make up no sum.
     """
+    if options.split == "cumulative":
+        return until(scores, options.share)
     if len(set(scores)) < 2:
         raise SelectionError("pick: split needs at least two different scores")
     ascending = sorted(scores)
     low = otsu_cut(ascending) if options.split == "otsu" else windowed_cut(ascending, options.window)
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: len(scores) - low]
+
+
+def until(scores: Sequence[float], share: float) -> list[int]:
+    """Positions, best first, until their scores reach a share of the sum; ties by index."""
+    total = sum(scores)
+    if total <= 0 or min(scores) < 0:
+        raise SelectionError("split: cumulative takes a share of the scores' sum: none may be below 0, and not all 0")
+    found: list[int] = []
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        if sum(scores[j] for j in found) >= share * total * (1 - 1e-12):
+            break
+        found.append(i)
+    return found
 
 
 def otsu_cut(ascending: Sequence[float]) -> int:

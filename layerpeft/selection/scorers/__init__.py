@@ -19,14 +19,18 @@ from dataclasses import dataclass
 
 from layerpeft.selection.typecheck import checked
 
+OF_TARGETS = ("layer", "sublayer", "target", "expert")  # of a score that is made of parts, one for every target
+
 HOLDS = (("needs(options)",), ("score(request, options)", "start(request, options)"))  # of each, one or more
 
 
 @dataclass(frozen=True)
 class Traits:
     """`live_only`: watches training itself, and cannot score a model before it; `of_whole`: a score is of all of a layer's weights
-    together, not of a share of them; `unseen`: what a layer counts as that has no score yet."""
+    together, not of a share of them; `unseen`: what a layer counts as that has no score yet; `units`: what can be scored (`unit`
+    in `select`). Of units below a layer `request.layers` is their map, `request.layers.whole` that of the layers."""
 
     live_only: bool = False
     of_whole: bool = False
     unseen: float = checked(0.0)
+    units: tuple[str, ...] = checked(("layer",))

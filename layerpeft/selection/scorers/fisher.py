@@ -14,8 +14,10 @@ one backward pass over each batch, with the gradient probe of `gradient_norm`: `
 from dataclasses import dataclass
 from typing import Literal
 
-from layerpeft.selection.scorers import gradient_norm
+from layerpeft.selection.scorers import OF_TARGETS, Traits, gradient_norm
 from layerpeft.selection.scoring import Measured, Request, per_layer
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,12 @@ from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.credit import Credit
 from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request, per_layer
 from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
 from layerpeft.text import some
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,11 @@ import torch
 from layerpeft.errors import ScoreError
 from layerpeft.model.layers import Target
 from layerpeft.model.weights import matrices
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
 from layerpeft.text import some
+
+TRAITS = Traits(units=OF_TARGETS)
 
 FEWEST = 5  # eigenvalues that make a spectrum
 BINS = 100

@@ -1,6 +1,7 @@
 """Layer outlier distribution (OWL, arXiv 2310.05175; OwLore, arXiv 2405.18380): how much of a layer stands far above its mean.
 
 `D_l = 100 · count(A > M · mean(A)) / numel`, in percent, over all weights of the layer's targets, with `A_ij = ‖X_j‖₂ · |W_ij|`.
+Of units below a layer the mean is that of the layer they lie in, so that their shares, weighted by size, make up the layer's.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,11 @@ from layerpeft.model.layers import Target
 from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import weight_slices
 from layerpeft.selection.probe import Key, attach_taps
-from layerpeft.selection.scoring import Measured, Request, Watching
+from layerpeft.selection.scorers import OF_TARGETS, Traits
+from layerpeft.selection.scoring import Measured, Request, Watching, per_layer
 from layerpeft.text import some
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,12 @@ start = InputNorms
 
 
 def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tensor] | None) -> Measured:
-    values, highest = [], 0.0
-    parts: dict[str, float] = {}
-    for layer in range(len(request.layers)):
-        targets = [t for t in request.targets if t.layer == layer]
-        if not targets:
-            values.append(0.0)
-            continue
+    highest = 0.0
+    outliers: dict[str, float] = {}
+    blocks: dict[int, list[Target]] = {}
+    for target in request.targets:
+        blocks.setdefault(request.layers.block(target.layer).index, []).append(target)
+    for targets in blocks.values():
         total, count = 0.0, 0
         for _, block in _blocks(request, targets, squares):
             total += float(block.sum(dtype=widest(block.device)))
@@ -104,15 +107,17 @@ def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tens
         for name, block in _blocks(request, targets, squares):
             above[name] += int((block > options.M * mean).sum())
             highest = max(highest, float(block.max()) / mean if mean else 0.0)
-        values.append(100.0 * sum(above.values()) / count)
-        parts |= {t.name: 100.0 * above[t.name] / t.params for t in targets}
+        outliers |= above
+    sums = per_layer(request.layers, request.targets, outliers)
+    sizes = per_layer(request.layers, request.targets, {t.name: float(t.params) for t in request.targets})
+    values = tuple(100.0 * n / size if size else 0.0 for n, size in zip(sums, sizes, strict=True))
     if not any(values):
         lower = next((m for m in (10, 7, 5, 4, 3, 2) if m < min(highest, options.M)), round(0.8 * highest, 2))
         raise ScoreError(
             f"no weight of any layer is an outlier at M = {options.M:g}: the largest is {highest:.1f} times its layer's mean. "
             f"Lower it, for example M: {lower}."
         )
-    return Measured(tuple(values), parts)
+    return Measured(values, {t.name: 100.0 * outliers[t.name] / t.params for t in request.targets})
 
 
 def _blocks(

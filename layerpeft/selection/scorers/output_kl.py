@@ -13,11 +13,11 @@ import torch
 from layerpeft.errors import ScoreError
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.rounding import check_roundable, divergences, per_token
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scorers.quantization_error import Rounding
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 
-TRAITS = Traits(of_whole=True)
+TRAITS = Traits(of_whole=True, units=OF_TARGETS)
 Options = Rounding
 
 

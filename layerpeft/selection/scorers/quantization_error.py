@@ -20,11 +20,11 @@ from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, na
 from layerpeft.model.targets import MATRICES
 from layerpeft.model.weights import matrices
 from layerpeft.selection.probe import Key
-from layerpeft.selection.scorers import Traits, outliers
+from layerpeft.selection.scorers import OF_TARGETS, Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
 from layerpeft.text import some
 
-TRAITS = Traits(of_whole=True)  # a sum over weights
+TRAITS = Traits(of_whole=True, units=OF_TARGETS)  # a sum over weights
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 import random
 
 from layerpeft.selection.picks import NoOptions as Options
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 def needs(options: Options) -> str:

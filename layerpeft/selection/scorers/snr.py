@@ -3,11 +3,12 @@
 Per weight, from its singular values S: `sigma = IQR(S) / 1.349`, `eps = sigma · (1 + sqrt(β))` with β the smaller over
 the larger size, `SNR = ΣS above eps / ΣS up to eps` (over 1 where none is), divided by the largest S. Spectrum ranks
 within one type of module, since the ratios of different shapes lie orders of magnitude apart, and may train other
-layers for every type. Here a layer is one unit: `across: rank` takes the mean over its targets of the share of the
-type's other weights that lie lower (0 to 1), `across: mean` the mean of the ratios themselves, which the types with the
-largest ratios decide. Despite its name no Marchenko-Pastur test: sigma is the spread of the singular values, not the
-noise of an element, so pure noise in a wide matrix counts as all signal. Not shared: infinite ratios, head and
-embedding that always train, and full training where a name does not match.
+layers for every type: `unit: target` with `within: kind` (it rounds the number down, `keep` half up). Where a layer is
+one unit, `across: rank` takes the mean over its targets of the share of the type's other weights that lie lower (0 to
+1), `across: mean` the mean of the ratios themselves, which the types with the largest ratios decide. Despite its name
+no Marchenko-Pastur test: sigma is the spread of the singular values, not the noise of an element, so pure noise in a
+wide matrix counts as all signal. Not shared: infinite ratios, head and embedding that always train, and full training
+where a name does not match.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ import torch
 
 from layerpeft.model.layers import Target
 from layerpeft.model.weights import weight_slices
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def target_ratio(request: Request, target: Target) -> float:
 
 
 def _type(request: Request, target: Target) -> str:
-    """Its name inside of its layer, such as `.self_attn.q_proj`."""
-    return target.name[len(request.layers.layers[target.layer].name) :]
+    """Its name inside of its layer, such as `self_attn.q_proj`."""
+    return request.layers.place(target.name, target.layer)
 
 
 def _place(mine: float, alike: list[float]) -> float:

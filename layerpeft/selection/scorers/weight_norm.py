@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerpeft.model.weights import squared_norm
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request, per_layer
+
+TRAITS = Traits(units=OF_TARGETS)
 
 
 @dataclass(frozen=True)

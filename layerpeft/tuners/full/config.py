@@ -3,7 +3,7 @@
 import copy
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -111,7 +111,9 @@ class LayerFullConfig(LayerLoraConfig):
         """LoRA without a target, and the modules as PEFT's modules_to_save; with the record. Raises: ConfigError."""
         base = base_of(model)
         wanted, chosen = self.wanted(base), set(selection.targets)
-        wholes = wholes_of(base, examined.layers, wanted, [t for t in examined.targets if t.name in chosen])
+        layers = examined.layers
+        held = [replace(t, layer=layers.block(t.layer).index) for t in examined.targets if t.name in chosen]
+        wholes = wholes_of(base, layers.whole, wanted, held)
         shared = {n: copy.deepcopy(getattr(self, n)) for n in ("task_type", "base_model_name_or_path", "revision")}
         stock = RecordedLoraConfig(
             target_modules=DUMMY_TARGET_MODULES,
