@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, Problem
 from layerpeft.model.layers import Layer, LayerMap, Target
 from layerpeft.model.names import lying_in, upwards
 from layerpeft.model.targets import MATRICES, MODULE
@@ -41,7 +41,7 @@ def in_units(layers: LayerMap, unit: str, targets: Sequence[Target]) -> tuple[La
             units.append(Layer(index, name, kind_of(name[len(layer.name) + 1 :]), matrices, params, layer.index))
             held += [replace(t, layer=index) for t in own if names.get(t.name) == name]
     if not units:
-        raise ConfigError(f"unit: {unit}: {_missing(layers, unit, targets)}")
+        raise ConfigError(Problem(("unit",), f"unit: {unit}: {_missing(layers, unit, targets)}"))
     return LayerMap(layers.model_type, layers.stack, layers.stacks, tuple(units), unit, layers), tuple(held)
 
 
