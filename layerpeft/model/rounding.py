@@ -5,6 +5,7 @@ A linear computes the same with a rounded weight as with the packed one, so any 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from layerpeft.errors import ConfigError, NothingSeenError, Problems, ScoreError
+from layerpeft.errors import ConfigError, Problems, ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.engines.known import is_cut
-from layerpeft.integrations.losses import DIVIDING, IGNORED
-from layerpeft.integrations.torch import widest
 from layerpeft.model.evaluating import evaluating, to_model
-from layerpeft.model.layers import base_of, find_module
+from layerpeft.model.layers import find_module
+from layerpeft.model.outputs import compared, kl, logits_of, per_token
 from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, precision_of, rounded
 
 Assignment = Mapping[str, str]  # full name of a linear -> precision
-ROWS = 64  # tokens whose distributions are compared at a time, in float64
 NUDGED = "nudged"  # no precision: every weight moved by its last bit, which only a model in 16 bit can feel
 
 
@@ -120,74 +119,10 @@ def divergences(
 
     `run` gives the model's output on `inputs`; it is to be called in evaluation mode. Raises: ScoreError without logits.
     """
-    logits = _logits(run())
-    counted = counted_tokens(model, inputs, logits)
-    before = logits[counted]
-    del logits
-    found = []
-    for assignment in assignments:
-        with rounded_weights(model, assignment, storage):
-            after = _logits(run())[counted]
-        found.append(_kl(before, after))
-        tick()
-    return found, before.shape[0]
-
-
-def per_token(sums: Sequence[float], tokens: float) -> list[float]:
-    """The means. Raises: NothingSeenError where no token counts."""
-    if not tokens:
-        raise NothingSeenError(
-            "output KL: no token counts, since all labels are ignored or all of the input is padding"
-        )
-    return [s / tokens for s in sums]
-
-
-def counted_tokens(model: nn.Module, inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
-    """Which distributions count, as booleans of the logits' shape without the last dimension.
-
-    With labels for each token, those that predict one (a causal model's predict the next token's); else those not masked.
-    """
-    places = logits.shape[:-1]
-    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if isinstance(labels, torch.Tensor) and labels.shape == places and len(places) > 1:
-        return _ahead(labels != IGNORED, model).to(logits.device)
-    if isinstance(mask, torch.Tensor) and mask.shape == places:
-        return (mask != 0).to(logits.device)
-    return torch.ones(places, dtype=torch.bool, device=logits.device)
-
-
-def _ahead(labelled: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    base = base_of(model)
-    aligned = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    loss = getattr(getattr(base, "loss_function", None), "__name__", "")
-    if aligned or DIVIDING.get(loss, 1) == 0:
-        return labelled
-    return torch.cat([labelled[..., 1:], torch.zeros_like(labelled[..., :1])], -1)
-
-
-def _logits(output: Any) -> torch.Tensor:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple):
-        found = next((t for t in output if isinstance(t, torch.Tensor) and t.dim() > 1), None)
-    if not isinstance(found, torch.Tensor) or found.dim() < 2:
-        raise ScoreError(
-            "output KL compares the distributions that a model gives out, and this one's output holds no logits "
-            f"({type(output).__name__}); load it with a head, and without fused losses"
-        )
-    return found
+    changes = [partial(rounded_weights, model, assignment, storage) for assignment in assignments]
+    return compared(run, model, inputs, changes, kl, logits_of, tick)
 
 
 def _nudged(weight: torch.Tensor) -> torch.Tensor:
     """Every number of a 16-bit tensor up or down by its last bit; a two-hundredth of what nf4 changes."""
     return (weight.view(torch.int16) ^ 1).view(weight.dtype)
-
-
-def _kl(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Σ over rows of Σ p · (log p - log q), p and q the softmax of (rows, classes) logits."""
-    wide = widest(before.device)
-    total = torch.zeros((), dtype=wide, device=before.device)
-    for start in range(0, before.shape[0], ROWS):
-        p = torch.log_softmax(before[start : start + ROWS].to(wide), -1)
-        q = torch.log_softmax(after[start : start + ROWS].to(wide), -1)
-        total += (p.exp() * (p - q)).sum()
-    return float(total)

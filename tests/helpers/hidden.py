@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import nn
 
+from layerpeft import score_layers
 from layerpeft.model.layers import find_module, layer_map
 from layerpeft.selection.scoring import Request
 from tests.helpers.models import MODELS, batch
@@ -71,3 +72,17 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def scored(model: nn.Module, by: str, batches: list[dict[str, Any]], **options: Any) -> tuple[float, ...]:
+    return score_layers(model, by, batches=batches, target_modules="all-linear", progress=False, **options).values
+
+
+def texts(model: nn.Module, batches: list[dict[str, Any]]) -> list[list[tuple[numpy.ndarray, numpy.ndarray]]]:
+    """By layer, what enters and leaves it, text by text without padding."""
+    found: list[list[Any]] = [[] for _ in layer_map(model).layers]
+    for one in batches:
+        for layer, (before, after) in enumerate(passages(model, one)):
+            for x, y, real in zip(before, after, one["attention_mask"] != 0, strict=True):
+                found[layer].append((x[real].numpy(), y[real].numpy()))
+    return found

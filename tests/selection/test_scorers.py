@@ -18,7 +18,7 @@ SCORERS = plugins.names("layerpeft.scorers")
 OF_A_RUN = {"change"}  # scores nothing without the folder of an earlier run: tests/saving/test_change.py
 TRAITS = {n: plugins.traits("layerpeft.scorers", n) for n in SCORERS}
 BEFOREHAND = [n for n, t in TRAITS.items() if not t.live_only and "layer" in t.units and n not in OF_A_RUN]
-OPTIONS = {"outliers": {"M": 4}}
+OPTIONS = {"outliers": {"M": 4}, "probe": {"folds": 2}}
 
 
 class Blocks(torch.nn.Module):
@@ -49,8 +49,12 @@ def test_the_list_of_scorers():
 
 @pytest.mark.parametrize("by", BEFOREHAND)
 def test_every_scorer_is_finite_deterministic_and_documented(llama, gsm8k_batches, by):
+    more = {"classes": torch.tensor([0, 1])} if by == "probe" else {}
+
     def run():
-        return score_layers(llama, by, batches=gsm8k_batches[:2], progress=False, **OPTIONS.get(by, {}))
+        return score_layers(
+            llama, by, batches=[b | more for b in gsm8k_batches[:2]], progress=False, **OPTIONS.get(by, {})
+        )
 
     first, second = run(), run()
     assert first == second

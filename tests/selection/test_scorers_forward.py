@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerpeft import layer_map, score_layers
 from layerpeft.errors import ScoreError
 from layerpeft.selection.scorers import cka
-from tests.helpers.hidden import llama, looks, padded, passages, same
+from tests.helpers.hidden import llama, looks, padded, same, scored, texts
 from tests.helpers.models import batch
 from tests.helpers.repeating import some
 from tests.model.test_architectures import CASES, build, targets_of
@@ -31,20 +31,6 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def batches(model: nn.Module) -> list[dict[str, Any]]:
     return [padded("llama", model, seed=seed) for seed in range(3)]
-
-
-def scored(model: nn.Module, by: str, batches: list[dict[str, Any]], **options: Any) -> tuple[float, ...]:
-    return score_layers(model, by, batches=batches, target_modules="all-linear", progress=False, **options).values
-
-
-def texts(model: nn.Module, batches: list[dict[str, Any]]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """By layer, what enters and leaves it, text by text without padding."""
-    found: list[list[Any]] = [[] for _ in range(N)]
-    for one in batches:
-        for layer, (before, after) in enumerate(passages(model, one)):
-            for x, y, real in zip(before, after, one["attention_mask"] != 0, strict=True):
-                found[layer].append((x[real].numpy(), y[real].numpy()))
-    return found
 
 
 # ---- influence, cka --------------------------------------------------------------------------------------------------
@@ -121,12 +107,26 @@ def test_too_few_texts_for_cka_are_told(model, batches):
 
 # ---- every architecture ----------------------------------------------------------------------------------------------
 
-ALL: dict[str, dict[str, Any]] = {"influence": {}, "cka": {}}
+ALL: dict[str, dict[str, Any]] = {
+    "influence": {},
+    "cka": {},
+    "lens": {"measure": "kl"},
+    "representation": {"measure": "invariance"},
+    "linearity": {},
+    "intrinsic_dimension": {},
+    "removal": {},
+    "probe": {"form": "gain", "folds": 2},
+    "language": {"measure": "gap"},
+}
 FEW = [("llama", None), ("t5", None), ("mamba", None), ("vit", None), ("gemma3_vlm", "vision"), ("whisper", "encoder")]
 
 
 def refused(by: str, name: str, stack: str | None) -> str:
     """Why a scorer refuses an architecture; empty where it does not."""
+    if name == "llama_bare" and by in ("lens", "removal"):
+        return "holds no logits"
+    if name in ("vit", "dinov2", "whisper") and by == "representation":
+        return "have no input_ids; take measure: entropy or curvature"
     return ""
 
 
@@ -137,6 +137,8 @@ def test_finite_deterministic_and_without_a_trace(name, stack):
     before = looks(model)
     for by, options in ALL.items():
         inputs = [batch(name, model, rows=8, length=16, seed=seed) for seed in range(2)]
+        if by == "probe":
+            inputs = [one | {"classes": torch.arange(8) % 2} for one in inputs]
         asked: dict[str, Any] = {"batches": inputs, "stack": stack, "progress": False, **targets_of(name), **options}
         why = refused(by, name, stack)
         if why:
@@ -145,7 +147,7 @@ def test_finite_deterministic_and_without_a_trace(name, stack):
         else:
             first = score_layers(model, by, **asked)
             assert len(first.values) == count and all(map(math.isfinite, first.values)), by
-            assert len(set(first.values)) > 1, by
+            assert by == "probe" or len(set(first.values)) > 1, by
             assert score_layers(model, by, **asked) == first, by
         assert same(looks(model), before), by
 
@@ -167,3 +169,31 @@ def test_no_more_than_the_forward_passes(model, batches, by):
     cost = operations(lambda: scored(model, by, batches))
     handle.remove()
     assert len(calls) == len(batches) and plain <= cost <= 1.1 * plain
+
+
+COSTS: dict[str, tuple[dict[str, Any], int]] = {  # forward passes besides those that are watched, of N layers
+    "representation": ({"measure": "invariance"}, 1),
+    "removal": ({}, 1 + N),
+    "removal, greedy": ({"greedy": True}, N * (N + 3) // 2),
+    "linearity": ({}, 0),
+    "intrinsic_dimension": ({}, 0),
+    "language": ({}, 0),
+}
+
+
+@pytest.mark.parametrize("by", COSTS)
+def test_forward_passes_of_the_others(model, batches, by):
+    options, more = COSTS[by]
+    calls: list[int] = []
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    scored(model, by.partition(",")[0], batches, **options)
+    handle.remove()
+    assert len(calls) == len(batches) * (1 + more)
+
+
+def test_the_lens_runs_the_head_for_every_layer_and_no_layer_again(model, batches):
+    plain = operations(lambda: [model(**one) for one in batches])
+    states = [torch.zeros(*one["input_ids"].shape, model.config.hidden_size) for one in batches]
+    head = operations(lambda: [model.lm_head(s) for s in states])
+    cost = operations(lambda: scored(model, "lens", batches))
+    assert cost == plain + (N + 1) * head

@@ -9,8 +9,9 @@ import torch
 
 from layerpeft import layer_map, score_layers
 from layerpeft.errors import ConfigError, ScoreError
+from layerpeft.model.outputs import counted_tokens
 from layerpeft.model.precisions import KEPT, Storage, rounded
-from layerpeft.model.rounding import counted_tokens, output_kl, rounded_weights
+from layerpeft.model.rounding import output_kl, rounded_weights
 from layerpeft.quantization.budget import Unit, kl_table
 from layerpeft.selection.scorers import output_kl as output_kl_scorer
 from layerpeft.selection.scorers import quantization_error

@@ -20,7 +20,16 @@ from tests.helpers.models import MODELS, batch
 from tests.helpers.repeating import some
 from tests.helpers.together import Group
 
-LIVE: dict[str, dict[str, Any]] = {"influence": {}, "cka": {}, "entropy": {"clusters": 5}}
+LIVE: dict[str, dict[str, Any]] = {
+    "influence": {},
+    "cka": {},
+    "entropy": {"clusters": 5},
+    "lens": {"measure": "kl"},
+    "representation": {"measure": "invariance"},
+    "linearity": {},
+    "intrinsic_dimension": {"tokens": 10_000},
+    "removal": {},
+}
 
 
 def rows_of(one: dict[str, Any], mask: torch.Tensor) -> list[dict[str, Any]]:
@@ -217,8 +226,8 @@ def test_a_batch_that_overflows_while_training_is_left_out(by):
             weight.data = weight.data * (float("nan") if bad else 1)
             with torch.no_grad():
                 model(**padded("llama", model))
+            measurement.next_batch()  # some run the batch once more
             weight.data = kept
-            measurement.next_batch()
         measurement.detach()
         assert measurement.batches == 1
         values.append(measurement.result().values)
@@ -232,7 +241,8 @@ def test_processes_make_one_score_of_all_they_have_seen(by, monkeypatch):
     kind = plugins.get("layerpeft.scorers", by)
 
     def run(model: nn.Module, given: list[dict[str, Any]], add: Any = None) -> tuple[float, ...]:
-        options = kind.Options(**LIVE[by] | ({"tokens": 10_000} if by == "entropy" else {}))
+        more = {"entropy": {"tokens": 10_000}, "representation": {"measure": "entropy"}}  # whose draws do not matter
+        options = kind.Options(**LIVE[by] | more.get(by, {}))
         measurement = kind.start(request_of(model, outer=model), options)
         measurement.attach()
         with torch.no_grad():

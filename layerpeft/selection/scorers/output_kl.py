@@ -12,7 +12,8 @@ import torch
 
 from layerpeft.errors import ScoreError
 from layerpeft.model.evaluating import evaluating
-from layerpeft.model.rounding import check_roundable, divergences, per_token
+from layerpeft.model.outputs import per_token
+from layerpeft.model.rounding import check_roundable, divergences
 from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scorers.quantization_error import Rounding
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
