@@ -20,14 +20,20 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import launch_files
 from tests.helpers.launching import environment
 from tests.helpers.processes import in_a_process
+from tests.helpers.short import short_llama
 
 WORDS = [
     "train", "quickstart", "max_steps=2", "warmup_steps=0", "max_train_samples=8", "max_eval_samples=2", "sample_tokens=3",
     "learning_rate=2e-3", "adam_epsilon=1e-6", "train_sampling_strategy=sequential", "gradient_accumulation_steps=1",
     "layerpeft.select={by: gradient_norm, keep: 2, num_batches: 1}", "layerpeft.lora_dropout=0", "save_strategy=steps",
-    "save_steps=1", "logging_steps=1", "max_length=256",
+    "save_steps=1", "logging_steps=1", "max_length=128",
 ]  # fmt: skip
 FILES = launch_files()
+
+
+def short() -> str:
+    """The model: in the process that tests, whose folder the others read."""
+    return f"model_name_or_path={short_llama()}"
 
 
 def in_two(
@@ -44,7 +50,7 @@ def in_two(
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "out"
-    assert main([*WORDS, f"output_dir={folder}", "per_device_train_batch_size=4"]) == 0
+    assert main([*WORDS, short(), f"output_dir={folder}", "per_device_train_batch_size=4"]) == 0
     return folder
 
 
@@ -55,7 +61,7 @@ SLOW = pytest.mark.slow
 def test_each_config_file_trains_what_one_process_trains(name, alone, tmp_path, monkeypatch):
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
-    words = [*WORDS, "output_dir=out", "per_device_train_batch_size=2"]
+    words = [*WORDS, short(), "output_dir=out", "per_device_train_batch_size=2"]
     codes, said = in_two(tmp_path, monkeypatch, name, *words)
     assert codes == [0, 0], said[-8000:]
     folder = tmp_path / "out"
@@ -92,7 +98,7 @@ def test_what_both_processes_refuse_is_said_once_and_ends_both(tmp_path, monkeyp
 @SLOW
 @pytest.mark.parametrize("name", ["fsdp2", "ddp"])
 def test_a_run_goes_on_in_three_processes_where_two_began(name, tmp_path, monkeypatch):
-    words = [*WORDS, "max_steps=4", "save_steps=2"]
+    words = [*WORDS, short(), "max_steps=4", "save_steps=2"]
     assert main([*words, f"output_dir={tmp_path / 'alone'}", "per_device_train_batch_size=6"]) == 0
     codes, said = in_two(
         tmp_path, monkeypatch, name, *words, "max_steps=2", "output_dir=out", "per_device_train_batch_size=3"
@@ -114,7 +120,7 @@ def test_launchers_start_the_command_itself(program, alone, tmp_path):
         "torchrun": "-m torch.distributed.run --nproc_per_node 2",
     }[program]
     assert main(["recipes", "copy", "accelerate/ddp", str(tmp_path)]) == 0
-    words = [*WORDS, "output_dir=out", "per_device_train_batch_size=2", "use_cpu=true"]
+    words = [*WORDS, short(), "output_dir=out", "per_device_train_batch_size=2", "use_cpu=true"]
     command = [sys.executable, *launch.split(), "-m", "layerpeft", *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
