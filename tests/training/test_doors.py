@@ -83,7 +83,6 @@ CASES = [("lora", "nf4"), ("galore", "int8"), ("full", 3)]
 CASES += [pytest.param(m, p, marks=pytest.mark.slow) for m, p in [("lora", 2), ("galore", "nf4"), ("full", "nf4")]]
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize(("method", "precision"), CASES)
 def test_every_door_trains_the_same_elements_to_the_same_values(recipe, method, precision):
     rank = {} if method == "full" else {"r": 4}
