@@ -23,9 +23,15 @@ def place(tmp_path, monkeypatch):
     ("select", "words"),
     [
         ("{unit: head, layers: 0}", "unit: attention heads are chosen with method: head alone"),
-        ("{unit: sublayers, layers: 0}", "unknown unit 'sublayers'. Did you mean 'sublayer'"),
+        pytest.param(
+            "{unit: sublayers, layers: 0}", "unknown unit 'sublayers'. Did you mean 'sublayer'", marks=pytest.mark.slow
+        ),
         ("{unit: sublayer, layers: 24}", "layers: .*24 is out of range; sublayers are 0 to 23"),
-        ("{unit: target, by: snr, keep: 85}", "keep: 85 targets are asked for, and there are 84 to choose from"),
+        pytest.param(
+            "{unit: target, by: snr, keep: 85}",
+            "keep: 85 targets are asked for, and there are 84 to choose from",
+            marks=pytest.mark.slow,
+        ),
         ("{unit: target, by: snr, keep: 13, within: kind}", "keep: 13 targets are asked for, and there are 12"),
         ("{unit: expert, layers: 0}", "unit: expert: the model has no experts"),
     ],

@@ -77,8 +77,11 @@ ADDITIVE = {  # how the numbers of a layer's units make up its own
 }
 
 
-@pytest.mark.parametrize("unit", ["sublayer", "target"])
-@pytest.mark.parametrize("by", ADDITIVE)
+SUMS = [(by, "sublayer") for by in ADDITIVE] + [("gradient_norm", "target")]
+SUMS += [pytest.param(by, "target", marks=pytest.mark.slow) for by in ADDITIVE if by != "gradient_norm"]
+
+
+@pytest.mark.parametrize(("by", "unit"), SUMS)
 def test_the_sum_of_the_parts_is_the_layers_score(by, unit):
     model, options = llama(), {"precision": "int8"} if by == "quantization_error" else {}
     options |= {"M": 2.0} if by == "outliers" else {}
