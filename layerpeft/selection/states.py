@@ -19,7 +19,9 @@ from layerpeft.integrations.losses import IGNORED
 from layerpeft.integrations.torch import eager, widest
 from layerpeft.model.architectures import stack_labels, text_config
 from layerpeft.model.layers import find_module
+from layerpeft.model.units import LAYER, in_units
 from layerpeft.selection.scoring import Measured, Request, Watching
+from layerpeft.selection.sublayers import Stream
 from layerpeft.text import some
 
 Add = Callable[[torch.Tensor], torch.Tensor]
@@ -96,6 +98,9 @@ class StatesWatching(Watching):
         """Puts the hooks on."""
         for module in {id(m): m for m in (self._model, self.request.model)}.values():  # the innermost call counts
             self._handles.append(module.register_forward_pre_hook(eager(self.called), with_kwargs=True))
+        if self.request.layers.unit != LAYER:
+            self._handles += self._streams()
+            return
         for layer in self.layers:
             block = find_module(self.request.model, self.request.layers.layers[layer].name)
             if self.entering:
@@ -138,15 +143,32 @@ class StatesWatching(Watching):
     def _leave(self, layer: int) -> Any:
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             after, before = states_in(output), self._entered.pop(layer, None)
-            if after is None or self.entering and before is None:
-                return
-            with torch.no_grad():
-                passage = self._passage(layer, after.detach(), before)
-                if passage.real is None or bool(passage.real.any()):
-                    self._running = True
-                    self.see(passage)
+            if after is not None and (before is not None or not self.entering):
+                self._passed(layer, before, after)
 
         return eager(leave)
+
+    def _streams(self) -> list[Any]:
+        """Hooks on the parts of layers, which are scored instead of those."""
+        layers, found = self.request.layers, list[Any]()
+        places = {layers.names[i]: i for i in self.layers}
+
+        def told(part: str, before: torch.Tensor, after: torch.Tensor) -> None:
+            if part in places:
+                self._passed(places[part], before, after)
+
+        every = in_units(layers.whole, layers.unit, layers.whole.targets)[0]  # also those that hold no target
+        for block in {layers.block(i).index: layers.block(i) for i in self.layers}.values():
+            parts = [unit.name for unit in every.layers if unit.block == block.index]
+            found += Stream(self.request.model, block.name, parts, told).attach(entering_states, states_in)
+        return found
+
+    def _passed(self, layer: int, before: torch.Tensor | None, after: torch.Tensor) -> None:
+        with torch.no_grad():
+            passage = self._passage(layer, after.detach(), before)
+            if passage.real is None or bool(passage.real.any()):
+                self._running = True
+                self.see(passage)
 
     def _passage(self, layer: int, after: torch.Tensor, before: torch.Tensor | None) -> Passage:
         name = self.request.layers.layers[layer].name

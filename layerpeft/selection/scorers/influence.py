@@ -6,6 +6,8 @@ LS-LoRA ("Where to adapt matters"), which puts LoRA into the layers whose cosine
 gradient. ShortGPT removes the layers of least influence, IR-Tuning's cosine mode and CKA-LoRA train those of most: four lines
 of work agree that a layer which turns the state far matters, so a high score is trained first; `first: low` turns the sign.
 
+Of a sub-layer (`unit: sublayer`) what enters and leaves is the residual stream before and after it (`selection/sublayers.py`).
+
 Costs the forward passes and nothing beside: one cosine for each token and layer.
 """
 
@@ -14,7 +16,10 @@ from typing import Literal
 
 import torch
 
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.states import First, LayerSums, Passage, cosines
+
+TRAITS = Traits(units=("layer", "sublayer"))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ hidden states of a model without a head.
 `greedy: true` is its search: the layer that moves the output least is left out for good, and the others are judged without it,
 to the end. A layer's score is then how far the output has moved by the time it is gone, together with all that went before.
 
+A sub-layer (`unit: sublayer`) is left out by silencing the matrices that write its result to the stream.
+
 Costs, for n layers, 1 + n forward passes over every batch besides the one that is watched; the search n(n + 3)/2, over all
 batches once they are through, whose inputs are kept. Tokens that count are those with a label, or without labels those that are
 no padding.
@@ -29,11 +31,13 @@ from layerpeft.integrations.engines.gathers import without_engine
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
 from layerpeft.model.outputs import Distance, compared, kl, logits_of, per_token
+from layerpeft.model.units import LAYER
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 from layerpeft.selection.states import First, cosines, entering_states, given, states_in, with_states
 
-TRAITS = Traits(of_whole=True)
+TRAITS = Traits(of_whole=True, units=("layer", "sublayer"))
+LAST = ("o", "down", "out")  # by role, the matrices of a sub-layer that write to the stream
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,11 @@ class Removal(WatchingCalls):
         """Distances summed over tokens, one for each set of layers left out, and the tokens."""
         args, kwargs, dtype = call
         read = partial(logits_of, what="removal") if self.options.distance in ("js", "kl") else _numbers
-        changes = [partial(left_out, [self._block(layer) for layer in layers]) for layers in sets]
+        below = self.request.layers.unit != LAYER
+        parts = [
+            [m for layer in layers for m in (self._last(layer) if below else [self._block(layer)])] for layers in sets
+        ]
+        changes = [partial(silent if below else left_out, modules) for modules in parts]
         with evaluating(self._model, dtype):
             found, tokens = compared(
                 lambda: self._model(*args, **kwargs),
@@ -142,6 +150,16 @@ class Removal(WatchingCalls):
                 read,
             )
         return torch.tensor([*found, tokens], dtype=torch.float64)
+
+    def _last(self, unit: int) -> list[nn.Module]:
+        """What writes a sub-layer's result to the stream. Raises: ScoreError where that is not known."""
+        targets = [t for t in self.request.layers.layers[unit].targets if t.role.rpartition(".")[2] in LAST]
+        if not targets:
+            raise ScoreError(
+                f"removal: it is not known which matrix of {self.request.layers.names[unit]} is its last; choose whole layers "
+                "(unit: layer)"
+            )
+        return [find_module(self.request.model, t.name) for t in targets]
 
     def _block(self, layer: int) -> nn.Module:
         return find_module(self.request.model, self.request.layers.layers[layer].name)
@@ -177,6 +195,22 @@ def left_out(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for block in blocks:
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(block.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def silent(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, these modules give out zeros."""
+
+    def zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+        states = states_in(output)
+        return output if states is None else with_states(output, torch.zeros_like(states))
+
+    handles = [module.register_forward_hook(zeros) for module in modules]
+    try:
         yield
     finally:
         for handle in handles:
