@@ -14,6 +14,7 @@ from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, plan
 from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.names import clean, lying_in
 from layerpeft.model.precisions import KEPT, precision_of
+from layerpeft.planning.fit import _fewer
 from layerpeft.planning.plan import layers_that_train
 from layerpeft.planning.trace import Step
 from layerpeft.training import backward
@@ -176,6 +177,12 @@ def test_plans_count_what_is_wrapped(method):
 def test_plans_assume_the_costliest_units(select, trained):
     found = layers_that_train(llama(), config("lora", select), Step())
     assert found[0] == trained and found[3]
+
+
+def test_what_fits_takes_fewer_units():
+    placed, scored = {"layers": [3, 5, 9], "unit": "target"}, SELECTS["target"] | {"keep": 4}
+    assert _fewer(config("lora", placed), [3, 5, 9], 2) == {"layers": [5, 9], "unit": "target"}
+    assert _fewer(config("lora", scored), range(4), 2) == scored | {"keep": 2}
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
