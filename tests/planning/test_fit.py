@@ -68,7 +68,7 @@ def test_what_is_given_up_last_is_won_back():
         {"by": "gradient_norm", "keep": "auto", "pick": "split", "split": "ir_tuning", "window": [0.3, 0.6]},
         repeated({"by": "outliers", "keep": "75%", "M": 5}),
         "first:2",
-        "all",
+        repeated("all"),
     ],
 )
 def test_fewer_layers_are_chosen_in_the_same_way(select):

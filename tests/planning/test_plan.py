@@ -116,7 +116,7 @@ def test_operations_are_those_of_torch_and_of_attention():
     ("name", "stack", "trained"),
     [
         ("t5", "encoder", "encoder.block.2"),
-        ("t5", None, "decoder.block.2"),
+        repeated(("t5", None, "decoder.block.2")),
         repeated(("bart", "encoder", "model.encoder.layers.2")),
         repeated(("whisper", "encoder", "model.encoder.layers.2")),
         ("vit", None, "vit.layers.2"),
@@ -141,7 +141,7 @@ def _elsewhere(found):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_a_quantized_base_is_planned_at_its_size(double):
-    llama_path = short_llama()
+    llama_path = short_llama(3)
     pytest.importorskip("bitsandbytes")
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
     config = LayerLoraConfig(select="last:2", target_modules="all-linear", r=4)
