@@ -141,7 +141,7 @@ def _elsewhere(found):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_a_quantized_base_is_planned_at_its_size(double):
-    llama_path = short_llama(3)
+    llama_path = short_llama()
     pytest.importorskip("bitsandbytes")
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
     config = LayerLoraConfig(select="last:2", target_modules="all-linear", r=4)
