@@ -21,6 +21,8 @@ from tests.helpers.models import MODELS, batch
 from tests.helpers.repeating import repeated, some
 from tests.helpers.short import short_llama
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 NAMES = ["llama", "gpt2", "qwen3", "gemma2", "opt", "phi3", "gpt_neox", "mistral"]
 
 

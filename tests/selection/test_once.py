@@ -35,6 +35,8 @@ from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS
 from tests.helpers.short import short_llama
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 KINDS: dict[str, Any] = {"lora": LayerLoraConfig, "galore": LayerGaloreConfig, "full": LayerFullConfig}
 SAVED = {"by": "scores.json", "keep": 2}
 BY_DATA = {"by": "gradient_norm", "keep": 2}

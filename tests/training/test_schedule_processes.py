@@ -23,6 +23,8 @@ from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
 from tests.helpers.scheduling import pool_tensors, switcher_of, trainer_of
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 STEPS = 9
 UNIFORM = {"pick": "uniform", "keep": 1, "reselect_steps": 2}
 # `exact`: sketches draw other directions for the second micro-batch of one process than for the first of another

@@ -21,6 +21,8 @@ from tests.helpers.models import MODELS
 from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 NAMES = ["llama", "gpt2", "qwen3", "gemma2", "phi3", "mixtral", "gpt_oss"]
 LAYERS = 3
 
@@ -165,7 +167,7 @@ def test_a_recipe_scores_as_it_would_train(tmp_path, capsys):
         ("{method: full, select: all, target_modules: [nrom]}", "'nrom' matches nothing in the layers"),
         ("{method: full, select: last:2, lora_dropout: 0.1}", "lora_dropout=0.1: LoRA's own"),
         ("{method: full, select: last:2, master_weights: 2}", "master_weights: expected true or false"),
-        ("{method: full, select: last:20}", "asks for 20 layers of 12"),
+        ("{method: full, select: last:20}", "asks for 20 layers of 5"),
         ("{method: lora, select: last:2, master_weights: true}", "belongs to method: full"),
     ],
 )
