@@ -28,6 +28,7 @@ _PLACES = {
     "get_peft_model": "tuners.wrap",
     "last_checkpoint": "saving.checkpoints",
     "layer_map": "model.layers",
+    "layer_rates": "training.steps",
     "layer_report": "training.report",
     "load": "tuners.load",
     "load_model": "tuners.load",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from layerpeft.selection.select import Selection as Selection
     from layerpeft.training.report import layer_report as layer_report
     from layerpeft.training.steps import check_trained as check_trained
+    from layerpeft.training.steps import layer_rates as layer_rates
     from layerpeft.tuners.config import LayerLoraConfig as LayerLoraConfig
     from layerpeft.tuners.full.config import LayerFullConfig as LayerFullConfig
     from layerpeft.tuners.galore.config import LayerGaloreConfig as LayerGaloreConfig

@@ -27,6 +27,7 @@ NAMES = [
     "get_peft_model",
     "last_checkpoint",
     "layer_map",
+    "layer_rates",
     "layer_report",
     "load",
     "load_model",

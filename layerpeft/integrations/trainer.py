@@ -23,24 +23,25 @@ def install(
     news: Callable[..., dict[str, float]],
     packed: Callable[[Any], bool],
     resume: Callable[[Any, str], bool],
+    made: Callable[[Any, Any], Any],
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
     `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
     `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
     checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
-    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step.
-    `news(model)` is what trackers are told besides the trainer's own numbers.
-    `resume(model, folder)` runs before a checkpoint is loaded, and says whether that is done by then.
-    Models that are `packed` go without DataParallel, of which transformers keeps what it has quantized itself.
+    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step. `news(model)`: what trackers
+    are told. `resume(model, folder)` runs before a checkpoint is loaded, and says whether that is done by then. `made(model,
+    optimizer)` runs when a trainer has built its optimizer, before its scheduler. Models that are `packed` go without DataParallel,
+    of which transformers keeps what it has quantized itself.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
-
     _watch_checkpoints(trainer.Trainer, resume)
+    _watch_optimizers(trainer.Trainer, made)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
@@ -89,6 +90,21 @@ def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool]) -> None:
         return None if resume(self.model, self.state.best_model_checkpoint) else load_best(self)
 
     kind._load_from_checkpoint, kind._load_best_model = _load_from_checkpoint, _load_best_model
+
+
+def _watch_optimizers(kind: Any, made: Callable[[Any, Any], Any]) -> None:
+    """Trainer offers no moment between its optimizer and the scheduler of that."""
+    create = kind.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self.optimizer is None
+        found = create(self, *args, **kwargs)
+        if own and self.optimizer is not None:
+            made(self.model, self.optimizer)
+        return found
+
+    kind.create_optimizer = create_optimizer
 
 
 def records_in(folder: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from layerpeft.training.gradients import GradientNorms
 from layerpeft.training.inside import Inside, refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method, Step
+from layerpeft.training.rates import Rates
 from layerpeft.training.scheduled import Once, Scheduled
 from layerpeft.training.switching import Switcher, sizes
 from layerpeft.training.waiting import Waiting
@@ -52,7 +53,7 @@ class Follower:
         self.record, self.holdings = self.schedule.record, self.schedule.holdings
         self._tuner = weakref.ref(tuner) if tuner is not None else lambda: None
         self.checks, self.waiting = Checks(self.schedule), Waiting(self.schedule, self._tuner)
-        self.inside = Inside(self.schedule, self.checks, self.waiting)
+        self.inside, self.rates = Inside(self.schedule, self.checks, self.waiting), Rates(self.schedule, self.waiting)
         self._norms: GradientNorms | None = None
         self._step: Step | None = None  # where it is a real one
 
@@ -137,6 +138,7 @@ class Follower:
                 raise TrainingError(f"the optimizer {NOT_HELD}")
             return
         refuse_fused(optimizer)
+        self.rates.step(optimizer, held)
         number = running_backward()
         if number is not None:
             self._step = self.inside.before_step(optimizer, held, number)
@@ -220,7 +222,7 @@ class Follower:
     def news(self) -> dict[str, float]:
         """What trackers are told of the switches since they were last told, and of gradients."""
         norms = self._norms.take() if self._norms is not None else {}
-        return self.schedule.news() | {f"layers/grad_norm/{layer}": norm for layer, norm in norms.items()}
+        return self.schedule.news() | self.rates.news() | {f"layers/grad_norm/{i}": norm for i, norm in norms.items()}
 
     def on_load(self, state: Mapping[str, Any], prefix: str, carried: Carried | None = None) -> None:
         """Keeps the choice of an adapter that is loaded. Raises: SelectionError where it is another one."""

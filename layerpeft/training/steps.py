@@ -61,7 +61,7 @@ def _install() -> None:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     zero.watch(_HEARD)
     watch_saving(is_cut)
-    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume)
+    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume, _made)
 
 
 def check_trained(model: nn.Module) -> None:
@@ -71,6 +71,20 @@ def check_trained(model: nn.Module) -> None:
     """
     for follower in followers_of(model):
         follower.check()
+
+
+def layer_rates(model: nn.Module, optimizer: Optimizer) -> None:
+    """Divides an optimizer into a group for every layer, with the share of its learning rate that the config asks for.
+
+    Trainers do this by themselves; in a loop of your own call it just after the optimizer is built, before its scheduler.
+    Raises: TrainingError where no adapter of the model asks for it, and for an optimizer that sets its rate itself.
+    """
+    if not _made(model, optimizer):
+        raise TrainingError("no adapter of this model asks for learning rates by layer (layer_lr, layer_lr_decay)")
+
+
+def _made(model: nn.Module | None, optimizer: Optimizer) -> bool:
+    return any([follower.rates.divide(optimizer) for follower in followers_of(model)])
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

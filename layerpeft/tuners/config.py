@@ -73,7 +73,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
             select = self.choosing
         except LayerpeftError as error:
             problems.absorb(error, "select")
-        if not select.is_all or self.quantizes:
+        if not select.is_all or self.quantizes or self.is_rated:
             for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
                 if getattr(self, name) is not None:
                     problems.add(
@@ -197,7 +197,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
     @property
     def is_plain(self) -> bool:
         """True where this is a stock LoRA config: all layers, nothing to record."""
-        return self.kind is LayerLoraConfig.kind and self.choosing.is_all and not self.quantizes
+        return self.kind is LayerLoraConfig.kind and self.choosing.is_all and not (self.quantizes or self.is_rated)
 
     @property
     def quantizes(self) -> bool:
@@ -215,7 +215,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
 
     def needs(self, batches: bool) -> frozenset[Need]:
         """What an engine must be able to do for it; `batches`: whether some are there before training, for scores."""
-        found: set[Need] = set(self.works_by.needs)
+        found: set[Need] = {*self.works_by.needs, *(("rates",) if self.is_rated else ())}
         if self.quantizes:
             found.add("packed")
         if self.is_scheduled:

@@ -157,8 +157,8 @@ def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> E
         problems.add("target_parameters: experts are measured before they are wrapped")
     if config.bias != "none":
         problems.add(f"bias={config.bias!r} means biases in layers that are not chosen yet")
-    if config.ranks is not None:
-        problems.add(f"ranks={config.ranks!r} needs the scores when the layers are wrapped")
+    for name in (n for n in ("ranks", "layer_lr") if getattr(config, n) is not None):
+        problems.add(f"{name}={getattr(config, name)!r} needs the scores when the layers are wrapped")
     if config.kasa_config is not None:
         problems.add("kasa_config takes something out of the weights of the unchosen layers")
     problems.raise_if_any(ConfigError)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import Engine, launched
+from layerpeft.integrations.engines.engine import RATES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 _HF = "transformers.integrations.deepspeed"
@@ -157,12 +157,12 @@ def _engine(number: int, **more: Any) -> Engine:
     )
 
 
-ZERO1, ZERO2 = _engine(1), _engine(2)
+ZERO1, ZERO2 = (_engine(i, cannot={"rates": RATES}) for i in (1, 2))
 ZERO3 = _engine(
     3,
     is_part=is_part,
     local=lambda t: t.ds_tensor,
     whole=whole,
-    cannot={"wait": LATE, "schedule": FOR_GOOD, "projection": NO_FOLD, "packed": PACKED},
+    cannot={"wait": LATE, "schedule": FOR_GOOD, "projection": NO_FOLD, "packed": PACKED, "rates": RATES},
 )
 ZERO = (ZERO1, ZERO2, ZERO3)

@@ -9,14 +9,15 @@ import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
 # that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights, and such
-# as are packed once a choice that waits is made.
-Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later"]
+# as are packed once a choice that waits is made; learning rates by layer.
+Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later", "rates"]
 Part = Literal["weights", "gradients", "states"]
 
 FIXED = (
     "layers cannot change while training under {name}, which divides the optimizer among the processes for good; use DDP "
     "(torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
 )
+RATES = "learning rates by layer were not tried under {name}, which regroups what the optimizer holds; use DDP"
 
 
 @dataclass(frozen=True)

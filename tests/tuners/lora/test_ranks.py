@@ -118,6 +118,14 @@ def test_a_wrapped_model_has_them_and_plain_peft_reads_them(tmp_path):
     assert record(layerpeft.load(tmp_path, llama())).config["min_rank"] == 2
 
 
+def test_targets_have_ranks_of_their_own():
+    select = {"by": "random", "keep": "all", "unit": "target"}
+    model = layerpeft.get_peft_model(llama(), config(select))
+    even = layerpeft.get_peft_model(llama(), LayerLoraConfig(select="all", **OPTIONS))
+    found = {m.r["default"] for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert len(found) > 4 and trained(even) - 64 < trained(model) <= trained(even)
+
+
 def test_by_data_and_with_the_scale_of_rslora():
     select = {"by": "fisher", "keep": 3}
     model = layerpeft.get_peft_model(llama(), config(select, use_rslora=True), batches=make_batches()[:2])
