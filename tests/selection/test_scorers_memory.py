@@ -1,0 +1,62 @@
+"""Scorers that read weights hold one matrix at a time, over a checkpoint of 2 GB, which loading maps and does not copy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LAYERS, WIDTH, INNER = 20, 2048, 5504
+MORE = 200  # MB, besides one matrix in float32
+# what a process holds by itself; pages of the checkpoint's files are the system's, which takes them back when it needs them
+CHILD = """
+import json, sys, threading, time
+from transformers import AutoModelForCausalLM
+from layerpeft import layer_map, score_layers
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+imports, peak, found = held(), [0.0], {}
+def watch():
+    while True:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for by, options in json.loads(sys.argv[2]).items():
+    peak[0] = 0.0
+    values = score_layers(model, by, target_modules="all-linear", **options).values
+    found[by] = peak[0] - imports, len(values)
+print(json.dumps(found))
+"""
+ASKED = {"weight_norm": {}, "heavy_tail": {"form": "averaged", "window": 8, "places": 2}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_matrix_at_a_time(tmp_path):
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 16}
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=True, dtype="bfloat16", **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
+    drawn = {s: torch.randn(s, generator=torch.Generator().manual_seed(len(s))).bfloat16() for s in {*shapes.values()}}
+    where, total = {}, 0
+    for i in range(-1, LAYERS):
+        names = [n for n in shapes if (f".layers.{i}." in n if i >= 0 else ".layers." not in n)]
+        file = f"model-{i + 2:05d}-of-{LAYERS + 1:05d}.safetensors"
+        save_file({n: drawn[shapes[n]].clone() for n in names}, tmp_path / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+        total += sum(2 * shapes[n].numel() for n in names)
+    assert total > 2e9
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    ran = [sys.executable, "-c", CHILD, str(tmp_path), json.dumps(ASKED)]
+    found = json.loads(subprocess.run(ran, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
+    for by, (more, layers) in found.items():
+        assert layers == LAYERS and more < 4 * WIDTH * INNER / 2**20 + MORE, (by, more)
