@@ -98,7 +98,7 @@ def test_what_both_processes_refuse_is_said_once_and_ends_both(tmp_path, monkeyp
 @SLOW
 @pytest.mark.parametrize("name", ["fsdp2", "ddp"])
 def test_a_run_goes_on_in_three_processes_where_two_began(name, tmp_path, monkeypatch):
-    words = [*WORDS, short(), "max_steps=4", "save_steps=2"]
+    words = [*WORDS, short(), "max_steps=4", "save_steps=2", "max_train_samples=24", "lr_scheduler_type=constant"]
     assert main([*words, f"output_dir={tmp_path / 'alone'}", "per_device_train_batch_size=6"]) == 0
     codes, said = in_two(
         tmp_path, monkeypatch, name, *words, "max_steps=2", "output_dir=out", "per_device_train_batch_size=3"
@@ -114,9 +114,9 @@ def test_a_run_goes_on_in_three_processes_where_two_began(name, tmp_path, monkey
 @SLOW
 @pytest.mark.parametrize("program", ["accelerate", "torchrun"])
 def test_launchers_start_the_command_itself(program, alone, tmp_path):
-    """As a user types it; on CPUs, which Accelerate gives DDP."""
+    """As a user types it; the recipe says that these are CPUs, which Accelerate gives DDP."""
     launch = {
-        "accelerate": "-m accelerate.commands.launch --config_file ddp.yaml --num_processes 2 --cpu --mixed_precision no",
+        "accelerate": "-m accelerate.commands.launch --config_file ddp.yaml --num_processes 2 --mixed_precision no",
         "torchrun": "-m torch.distributed.run --nproc_per_node 2",
     }[program]
     assert main(["recipes", "copy", "accelerate/ddp", str(tmp_path)]) == 0
