@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from layerpeft import LayerLoraConfig, get_peft_model
-from layerpeft.errors import ScoreError
+from layerpeft.errors import RecipeError, ScoreError
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.trainer import batches_for
 from layerpeft.selection.scorers import intrinsic_dimension, language, linearity, probe, representation
 from layerpeft.selection.states import Passage
 from tests.helpers.hidden import llama, padded, passages, request_of, scored, texts
@@ -334,3 +337,6 @@ def test_rows_without_a_partner_are_told(model, batches):
     select = {"by": "language", "keep": 1}
     with pytest.raises(ScoreError, match=r"a trainer shuffles them; pass them as batches="):
         get_peft_model(llama(), LayerLoraConfig(select=select, r=2, target_modules="all-linear"))
+    recipe: Any = SimpleNamespace(recipe=load_recipe("quickstart", ["layerpeft.select.by=language"]))
+    with pytest.raises(RecipeError, match="which a recipe's trainer shuffles.*by: scores.json"):
+        batches_for(recipe, model, recipe.recipe.select)

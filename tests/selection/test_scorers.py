@@ -12,6 +12,7 @@ from layerpeft.errors import ScoreError, SelectionError
 from layerpeft.selection import plugins
 from layerpeft.selection.scorers import outliers
 from layerpeft.selection.scoring import Request
+from tests.helpers.repeating import repeated
 from tests.helpers.short import LAYERS
 
 SCORERS = plugins.names("layerpeft.scorers")
@@ -19,6 +20,8 @@ OF_A_RUN = {"change"}  # scores nothing without the folder of an earlier run: te
 TRAITS = {n: plugins.traits("layerpeft.scorers", n) for n in SCORERS}
 BEFOREHAND = [n for n, t in TRAITS.items() if not t.live_only and "layer" in t.units and n not in OF_A_RUN]
 OPTIONS = {"outliers": {"M": 4}, "probe": {"folds": 2}}
+# tests/selection/test_scorers_forward.py asks the same of these, of every architecture
+FORWARD = {"lens", "removal", "linearity", "intrinsic_dimension", "representation", "probe", "language"}
 
 
 class Blocks(torch.nn.Module):
@@ -47,7 +50,7 @@ def test_the_list_of_scorers():
     assert set(SCORERS) - set(BEFOREHAND) - OF_A_RUN == {"adapter_gradient", "importance", "routing"}  # experts alone
 
 
-@pytest.mark.parametrize("by", BEFOREHAND)
+@pytest.mark.parametrize("by", [repeated(n) if n in FORWARD else n for n in BEFOREHAND])
 def test_every_scorer_is_finite_deterministic_and_documented(llama, gsm8k_batches, by):
     more = {"classes": torch.tensor([0, 1])} if by == "probe" else {}
 

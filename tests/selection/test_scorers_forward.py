@@ -118,7 +118,7 @@ ALL: dict[str, dict[str, Any]] = {
     "probe": {"form": "gain", "folds": 2},
     "language": {"measure": "gap"},
 }
-FEW = [("llama", None), ("t5", None), ("mamba", None), ("vit", None), ("gemma3_vlm", "vision"), ("whisper", "encoder")]
+FEW = [("llama", None), ("t5", None), ("mamba", None), ("vit", None)]
 
 
 def refused(by: str, name: str, stack: str | None) -> str:

@@ -22,9 +22,12 @@ from typing import Literal
 import torch
 
 from layerpeft.errors import ScoreError
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Request
 from layerpeft.selection.states import First, Passage, RowSums
 from layerpeft.selection.typecheck import checked
+
+TRAITS = Traits(ordered=True)
 
 
 @dataclass(frozen=True)
