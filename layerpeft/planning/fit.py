@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerpeftError
-from layerpeft.planning.plan import Plan, layers_that_train, peak_bytes, plan
+from layerpeft.planning.plan import Plan, bare, layers_that_train, peak_bytes, plan
 from layerpeft.planning.trace import Step
 from layerpeft.selection.select import PICKS, options_of
 from layerpeft.text import size_of, size_text
@@ -63,7 +63,7 @@ def fit(
 
     Raises: ConfigError when one layer at the lowest rank, one row at a time, is still too large; it says by how much.
     """
-    step, room = step or Step(), _bytes(limit)
+    step, room, model = step or Step(), _bytes(limit), bare(model)
     given: dict[str, Any] = {"length": length, "optimizer": optimizer}
     asked = _Trial(None, config.r, batch_size, checkpointing)
     chosen: list[int] = []

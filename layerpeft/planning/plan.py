@@ -18,7 +18,8 @@ from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problem
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
-from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.costs import Load, costs_of
+from layerpeft.model.layers import LayerMap, Stacks, base_of, layer_map, stacks_of
 from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
@@ -142,7 +143,7 @@ def plan(
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
-    full_kept, fullrecomputed = _passes(full, batch_size, length, step, inputs)
+    everything = _everything(full, batch_size, length, step, inputs)
     cost = training(found, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
@@ -156,7 +157,7 @@ def plan(
         optimizer=optimizer,
         kept=kept,
         recomputed=recomputed,
-        everything=(full_kept.flops, fullrecomputed and fullrecomputed.flops),
+        everything=everything,
         checkpointing=checkpointing,
         stop=found.stop,
         assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
@@ -215,6 +216,21 @@ def layers_that_train(
         kept = Counter(u.kind if within == "kind" else u.layer for u in units if u.trains)
         trained = list(range(max(kept.values())))
     return trained, recompute(found.model, step), found.weights, not all(trains)
+
+
+def _everything(
+    full: nn.Module, batch_size: int, length: int, step: Step, inputs: Mapping[str, Any] | None
+) -> tuple[int, int | None]:
+    """Operations of training all weights, as it is and with checkpointing: in closed form where there is one, otherwise traced."""
+    try:
+        if inputs is not None:
+            raise LayerMapError("shapes of a batch say nothing of tokens")
+        layers, loads = layer_map(full), [Load(batch_size, length, again, step.fused_head) for again in (False, True)]
+        kept, again = (costs_of(full, layers, layers.targets, load).everything for load in loads)
+        return kept, again if recompute(full, step) else None
+    except LayerMapError:
+        kept, recomputed = _passes(full, batch_size, length, step, inputs)
+        return kept.flops, recomputed and recomputed.flops
 
 
 def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
@@ -294,6 +310,12 @@ def _built(model: nn.Module | str | Path) -> nn.Module:
     if empty and not any(isinstance(m, BaseTunerLayer) for m in base.modules()):
         return base
     return type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
+
+
+def bare(model: nn.Module | str | Path) -> nn.Module:
+    """It without storage or adapters, for more than one plan. Raises: ConfigError."""
+    with torch.device("meta"):
+        return _built(model)
 
 
 def _packed(built: nn.Module, quantization: Any) -> nn.Module:

@@ -198,6 +198,9 @@ def _parsed(config: LayerQuantConfig, problems: Problems) -> Select:
     except LayerpeftError as error:
         problems.absorb(error, "select")
         return Select()
+    if select.per is not None or select.budget is not None:
+        name = "keep" if select.per is None else "per"
+        problems.add(f"select.{name}: costs of a step are of layers that train; leave them out", "select", name)
     if select.is_scheduled:
         problems.add("select.reselect_steps: precisions are chosen once; leave it out", "select", "reselect_steps")
     return select

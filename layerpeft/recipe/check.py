@@ -17,6 +17,7 @@ from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection import plugins
+from layerpeft.selection.budget import counted
 from layerpeft.selection.select import SCORERS
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.config import LayerLoraConfig
@@ -74,7 +75,9 @@ class Check:
             done.notices.append(
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
-        method, select, fields, config = self.block(good.get("layerpeft"), trainer, path.parent)
+        length = good.get("max_length", known["max_length"].default if "max_length" in known else None)
+        block = counted(good.get("layerpeft"), length)
+        method, select, fields, config = self.block(block, trainer, path.parent)
         self.add_all(surroundings.engine_problems(good, config))
         if trainer:
             judged = "columns" not in self.wrong

@@ -284,7 +284,7 @@ def _scheduled(_: Recipe, choose: Choose, examined: Examined, batches: Any, arms
 def _choice(model: Any, examined: Examined, select: Select | Mapping[str, Any], batches: Any = None) -> Selection:
     """What a way to choose means among the recipe's targets."""
     parsed = select if isinstance(select, Select) else Select.parse(select)
-    return choose_among(model, parsed, examined.layers, examined.targets, batches)
+    return choose_among(model, parsed, examined.layers, examined.targets, batches, costs=examined.costs)
 
 
 def _draws(choose: Choose, select: Mapping[str, Any], number: int) -> list[tuple[str, tuple[int, ...]]]:

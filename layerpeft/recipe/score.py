@@ -32,7 +32,7 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
         model = load_model(setup)
         batches, _ = batches_for(setup, model, recipe.select)
         found = recipe.config.examine(model)
-        selection = choose_among(model, select, found.layers, found.targets, batches)
+        selection = choose_among(model, select, found.layers, found.targets, batches, costs=found.costs)
     if is_first():
         _write_scores(recipe, selection, say)
     return selection

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import SelectionError
+from layerpeft.errors import LayerMapError, Problem, ScoreError, SelectionError
 from layerpeft.integrations import distributed
+from layerpeft.model.costs import Costs, Load, Work, costs_of
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection import plugins
+from layerpeft.selection.budget import Budget, best_within
 from layerpeft.selection.draws import seed_within
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
@@ -23,17 +25,38 @@ def choose_among(
     targets: tuple[Target, ...],
     batches: Batches | None = None,
     progress: bool = True,
+    costs: Costs | None = None,
 ) -> Selection:
     """The layers (or the units that `layers` is a map of) that `select` means, among these targets.
 
     In several processes the first one's choice is everybody's.
+
+    `costs`: as `weighed` gives them.
 
     Raises: SelectionError when batches are needed and none are given, or when nothing can be chosen as asked.
     """
     if select.by == "depth" and select.keep is None:
         return make_selection(select, layers, targets, None)
     scores = score(model, select, layers, targets, batches, progress)
-    return distributed.from_first(make_selection(select, layers, targets, scores))
+    return distributed.from_first(make_selection(select, layers, targets, scores, costs))
+
+
+def weighed(
+    model: nn.Module, select: Select, layers: LayerMap, targets: tuple[Target, ...], work: Work
+) -> Costs | None:
+    """What layers cost, where the choice weighs it; `work`: what is trained of a target.
+
+    Raises: SelectionError for a model of which that does not follow from shapes.
+    """
+    name = "per" if select.per is not None else "keep"
+    if select.per is None and select.budget is None:
+        return None
+    load = Load(length=select.budget.length) if select.budget is not None else Load()
+    try:
+        return costs_of(model, layers, targets, load, work)
+    except LayerMapError as error:
+        sentence = f"{name}: the operations of a layer are not known: {error}; write keep as a number, without per"
+        raise SelectionError(Problem((name,), sentence)) from error
 
 
 def candidates(select: Select, layers: LayerMap, targets: tuple[Target, ...]) -> list[int]:
@@ -69,27 +92,67 @@ def lowest(select: Select, layers: LayerMap, among: Sequence[int]) -> list[int]:
 
     Raises: SelectionError where there are not so many.
     """
-    found = groups(select, layers, among).values()
-    return sorted(i for group in found for i in group[: how_many(select.keep, len(group), layers.unit)])
+    rule, options = plugins.get(PICKS, select.rule), options_of(select, PICKS)
+
+    def most(count: int) -> int | None:
+        keep = how_many(select.keep, count, layers.unit)
+        return rule.most(keep or count, count, options) if hasattr(rule, "most") else keep
+
+    return sorted(i for group in groups(select, layers, among).values() for i in group[: most(len(group))])
 
 
-def make_selection(select: Select, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None) -> Selection:
-    """Applies the rule to the scores of the candidates (None: takes all of them).
+def make_selection(
+    select: Select, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None, costs: Costs | None = None
+) -> Selection:
+    """Applies the rule to the scores of the candidates (None: takes all of them); `costs`: as `weighed` gives them.
 
     Raises: ScoreError for scores of another architecture; SelectionError for a rule that cannot be met.
     """
     among = candidates(select, layers, targets)
-    chosen = among
+    chosen, more = among, ""
     if scores is not None:
         scores.check(layers)
-        rule, options, chosen = plugins.get(PICKS, select.rule), options_of(select, PICKS), []
-        for name, group in groups(select, layers, among).items():
-            keep = how_many(select.keep, len(group), layers.unit)
-            picked = rule.pick([scores.values[i] for i in group], keep, seed_within(select.seed, name), options)
-            chosen += [group[i] for i in picked]
+        if select.budget is not None:
+            chosen, more = _within(select.budget, among, scores, costs)
+        else:
+            chosen = []
+            for name, group in groups(select, layers, among).items():
+                keep = how_many(select.keep, len(group), layers.unit)
+                chosen += _picked(select, group, keep, seed_within(select.seed, name), scores, costs)
     held = [t for t in targets if t.layer in set(chosen)]
     asked = select.to_dict() | {"by": scores.by if scores else "depth"}
-    return selection_of(layers, held, _why(select, scores, len(chosen), layers), asked, scores)
+    return selection_of(layers, held, _why(select, scores, len(chosen), layers) + more, asked, scores)
+
+
+def _within(budget: Budget, among: list[int], scores: Scores, costs: Costs | None) -> tuple[list[int], str]:
+    """The best set that a budget holds, and what it takes."""
+    assert costs is not None
+    chosen = best_within([scores.values[i] for i in among], among, costs, budget.room(costs))
+    taken = f"{100 * costs.of(chosen) / costs.of(range(len(costs.layers))):.1f} %"
+    return list(chosen), f": {taken} of the operations of training all layers, rows of {budget.length} tokens"
+
+
+def _picked(
+    select: Select, group: list[int], keep: int | None, seed: int, scores: Scores, costs: Costs | None
+) -> list[int]:
+    """Those of a group that the rule takes."""
+    values = [scores.values[i] for i in group]
+    if select.per is not None:
+        assert costs is not None
+        if min(values) < 0:
+            raise ScoreError(f"per: cost divides scores, and some of {scores.by} are negative; choose without it")
+        values = [value / costs.added(i) for value, i in zip(values, group, strict=True)]
+    rule, options = plugins.get(PICKS, select.rule), options_of(select, PICKS)
+    if not hasattr(rule, "joint"):
+        picked = rule.pick(values, keep, seed, options)
+    elif scores.overlaps:
+        picked = rule.joint(values, [[scores.overlaps[i][j] for j in group] for i in group], keep, options)
+    else:
+        raise SelectionError(
+            f"pick: {select.rule} weighs scores against overlaps of layers, which these {scores.by} scores do not hold; score "
+            f"again with pick: {select.rule}"
+        )
+    return [group[i] for i in picked]
 
 
 def selection_of(
@@ -119,4 +182,5 @@ def _why(select: Select, scores: Scores | None, chosen: int, layers: LayerMap) -
     batches = scores.origin.get("num_batches")
     data = f", {batches} batch{'es' if batches != 1 else ''}" if batches else ""
     within = f", within each {select.within}" if select.within else ""
-    return f"{chosen} of {count}, by {scores.by} (pick: {select.rule}{within}{data})"
+    by = scores.by if select.per is None else f"{scores.by} over {select.per}"
+    return f"{chosen} of {count}, by {by} (pick: {select.rule}{within}{data})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
+from layerpeft.model.costs import Costs
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection.select import Select
 
@@ -13,13 +14,14 @@ from layerpeft.selection.select import Select
 class Examined:
     """How layers are chosen, and from what: the layers of one stack (or smaller units), and the targets in them that may train.
 
-    `blocks`: names of the blocks of every stack, of the default one first.
+    `blocks`: names of the blocks of every stack, of the default one first; `costs`: of all of its layers, where those are weighed.
     """
 
     select: Select
     layers: LayerMap
     targets: tuple[Target, ...]
     blocks: tuple[tuple[str, ...], ...] = ()
+    costs: Costs | None = None
 
     def among(self, layers: Container[int]) -> Examined:
         """The same, with the targets of these layers alone."""

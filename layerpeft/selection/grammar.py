@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerpeft.errors import Problem, Problems, SelectionError
@@ -25,11 +25,12 @@ def layer_numbers(value: Any, count: int, key: str = "layers", unit: str = "laye
 
 
 def how_many(keep: Any, candidates: int, unit: str = "layer") -> int | None:
-    """Number of layers that `keep` means among `candidates`; None for "auto". Shares are rounded half up, at least 1.
+    """Number of layers that `keep` means among `candidates`; None for "auto" and for a budget. Shares are rounded half up, at
+    least 1.
 
     Raises: SelectionError when more are asked for than there are.
     """
-    if keep is None or keep == "auto":
+    if keep is None or keep == "auto" or isinstance(keep, Mapping):
         return None
     if keep == "all":
         return candidates
@@ -105,7 +106,7 @@ def _share(keep: Any) -> float | None:
 
 def checked_keep(keep: Any, problems: Problems) -> Any:
     """`keep` as it is meant; None, and a problem, where it means nothing."""
-    offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), or 'auto'"
+    offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), a budget ({time: 50%}), or 'auto'"
     if keep in (None, "auto", "all"):
         return keep
     if isinstance(keep, str) and re.fullmatch(r"\d{1,9}", keep):

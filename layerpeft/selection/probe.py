@@ -123,11 +123,19 @@ class Probe:
 
     State is real here: hooks are on the model between `attach` and `detach`. A batch counts once `next_batch` closes it; one
     with a gradient that is not finite is left out if `skip_bad` (a loss scaler skips that step, too). Where it is known by what
-    the loss of every batch was multiplied on its way (accumulation, a loss scaler), that is divided out.
+    the loss of every batch was multiplied on its way (accumulation, a loss scaler), that is divided out. `also` is told
+    (target, ∂loss/∂y, x) of what is counted, but for experts.
     """
 
-    def __init__(self, targets: Mapping[str, Target], how: Statistic, *, skip_bad: bool = False) -> None:
-        self.targets, self.how, self.skip_bad = dict(targets), how, skip_bad
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        how: Statistic,
+        *,
+        skip_bad: bool = False,
+        also: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        self.targets, self.how, self.skip_bad, self.also = dict(targets), how, skip_bad, also
         self._fresh: dict[Key, torch.Tensor] = {}  # of the running batch
         self._as_it_came: dict[Key, torch.Tensor] = {}
         self._unscaled: dict[Key, torch.Tensor] = {}
@@ -218,6 +226,8 @@ class Probe:
         low = gy.dtype == x.dtype == torch.bfloat16
         common = torch.bfloat16 if low else torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
         gy, x = gy.to(common), x.to(common)
+        if self.also is not None and self.targets[name].kind != "experts":
+            self.also(name, gy, x)
         label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
         _add(self._fresh, key, self.how.part(label, self.batches, gy, x))
 

@@ -22,7 +22,7 @@ class Scores:
     """One finite number per layer of a stack (or smaller `unit`); higher means "train this first".
 
     `targets` holds the parts a layer's number was made from (same unit as the scorer documents), `fingerprint` the
-    architecture it belongs to.
+    architecture it belongs to, `overlaps` (layers, layers) how much of the same each two of them do, where that was measured.
     """
 
     values: tuple[float, ...]
@@ -33,6 +33,7 @@ class Scores:
     targets: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     unit: str = "layer"
+    overlaps: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         bad = [i for i, v in enumerate(self.values) if not math.isfinite(v)]
@@ -66,7 +67,8 @@ class Scores:
         plain = {"format": FORMAT, **asdict(self), "values": list(self.values)}
         if self.unit == "layer":
             del plain["unit"]
-        return plain
+        overlaps = plain.pop("overlaps")
+        return plain | {"overlaps": [list(row) for row in overlaps]} if overlaps else plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
@@ -77,7 +79,10 @@ class Scores:
         missing = {"values", "by", "fingerprint", "stack"} - set(given)
         if missing:
             raise ScoreError(f"a scores file needs the keys {', '.join(sorted(missing))}")
-        return cls(**{**given, "values": tuple(map(float, given["values"]))})
+        overlaps = tuple(tuple(map(float, row)) for row in given.pop("overlaps", ()))
+        if overlaps and any(len(row) != len(given["values"]) for row in (overlaps, *overlaps)):
+            raise ScoreError("a scores file's overlaps need a row and a column for each layer")
+        return cls(**{**given, "values": tuple(map(float, given["values"])), "overlaps": overlaps})
 
     def save(self, path: str | Path) -> None:
         """Writes the scores as JSON; a file that is there stays whole until the new one is."""

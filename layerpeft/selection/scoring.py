@@ -28,7 +28,7 @@ from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.select import DEFAULT_BATCHES, SCORERS, Select, options_of
+from layerpeft.selection.select import DEFAULT_BATCHES, PICKS, SCORERS, Select, options_of
 
 Batches = Iterable[Any]
 
@@ -90,8 +90,10 @@ def start(
     seed: int | None = None,
 ) -> Measurement:
     """A measurement that waits for batches (`live`: those of training itself); `before`: what is known of the layers by now."""
-    among = measured_for(layers, targets)
-    request = Request(base_of(model), layers, among, select.seed if seed is None else seed, live, before, model)
+    among, wanted = measured_for(layers, targets), plugins.traits(PICKS, select.rule).overlaps
+    request = Request(
+        base_of(model), layers, among, select.seed if seed is None else seed, live, before, model, overlaps=wanted
+    )
     return plugins.get(SCORERS, str(select.by)).start(request, options_of(select, SCORERS))
 
 
@@ -105,6 +107,7 @@ def make_scores(select: Select, layers: LayerMap, measured: Measured, num_batche
         stack=layers.stack,
         options=asdict(options_of(select, SCORERS)),
         targets=dict(measured.targets),
+        overlaps=measured.overlaps,
         origin={"model_type": layers.model_type, **versions, "seed": select.seed, "num_batches": num_batches}
         | dict(measured.facts),
         unit=layers.unit,
@@ -221,6 +224,7 @@ class Request:
     `layers`: what is scored, of the kind `layers.unit`; of units below a layer `layers.whole` is the map of the layers.
     `before`: what is known of every layer by now (empty: nothing yet); `outer`: the model as training calls it, with what wraps
     `model`. `run_steps`: trains adapters on all targets for some steps and leaves no trace; `change_of`: scores of a run's folder.
+    `overlaps`: what layers do the same is wanted besides.
     """
 
     model: nn.Module
@@ -232,16 +236,18 @@ class Request:
     outer: nn.Module | None = None
     run_steps: Callable[..., Any] | None = field(default_factory=lambda: HANDED.get("run_steps"))
     change_of: Callable[..., Scores] | None = field(default_factory=lambda: HANDED.get("change_of"))
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a scorer answers: one number per layer of the map, the parts they were made from, and what else is to be known of
-    them."""
+    """What a scorer answers: one number per layer of the map, the parts they were made from, what else is to be known of
+    them, and, where they were asked for, overlaps (layers, layers)."""
 
     values: tuple[float | None, ...]
     targets: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # plain data
+    overlaps: tuple[tuple[float, ...], ...] = ()
 
 
 class Measurement(Protocol):

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
 from layerpeft.model.names import lying_in
 from layerpeft.selection import plugins
+from layerpeft.selection.budget import Budget
 from layerpeft.selection.grammar import check_grammar, checked_keep
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.typecheck import check, checked, read_fields, settings_of
@@ -30,8 +31,9 @@ class Select:
     """
 
     by: str | Scores = "depth"
-    keep: int | float | str | None = None
+    keep: int | float | str | Mapping[str, Any] | None = None
     pick: str | None = None
+    per: Literal["cost"] | None = checked(None)
     layers: Any = "all"
     unit: Unit = checked("layer")
     within: Literal["kind", "layer"] | None = checked(None)
@@ -81,6 +83,11 @@ class Select:
     def is_scheduled(self) -> bool:
         """True where layers are chosen again during training."""
         return self.reselect_steps is not None
+
+    @property
+    def budget(self) -> Budget | None:
+        """What `keep: {time: …}` means; None where `keep` says how many."""
+        return Budget.parse(self.keep, Problems("keep")) if isinstance(self.keep, Mapping) else None
 
     @property
     def rule(self) -> str:
@@ -161,7 +168,12 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
     given = {k: v for k, v in given.items() if v is not None}  # null: not given
     bare = known.get("keep") is None
-    known["keep"] = checked_keep(known.get("keep"), problems)
+    keep = known.get("keep")
+    if isinstance(keep, Mapping):
+        Budget.parse(keep, problems)
+        known["keep"] = dict(keep)
+    else:
+        known["keep"] = checked_keep(keep, problems)
     known["by"] = by = _check_by(known.get("by", "depth"), problems)
     pick = known.get("pick")
     if pick is not None and pick not in plugins.names(PICKS):
@@ -243,15 +255,52 @@ def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> No
         problems.add(
             "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
         )
+    _check_cost(known, problems)
     if pick is None:
         return
     rule = plugins.traits(PICKS, pick)
+    if rule.overlaps:
+        able = [name for name in plugins.names(SCORERS) if plugins.traits(SCORERS, name).overlaps]
+        if isinstance(by, str) and by not in able:
+            problems.add(
+                f"pick: {pick} needs overlaps of layers, which by: {' or '.join(able)} measures, not {by}", "pick"
+            )
+        if again:
+            problems.add(
+                f"pick: {pick} weighs overlaps in a choice that is made once; leave reselect_steps out", "pick"
+            )
     if keep == "auto" and not rule.decides:
         problems.add(f"keep: auto lets the scores decide, so pick is 'split', not {pick!r}", "keep")
     if rule.again_only and not again:
         problems.add(f"pick: {pick} chooses again and again during training; say how often with reselect_steps", "pick")
-    if rule.decides and keep not in (None, "auto"):
+    if rule.decides and keep not in (None, "auto") and not isinstance(keep, Mapping):
         problems.add(f"pick: {pick} decides the number itself; write keep: auto instead of keep: {keep}", "pick")
+
+
+def _check_cost(known: dict[str, Any], problems: Problems) -> None:
+    """A budget says how many and which, and what a layer costs is of a choice that is made once."""
+    within, per, pick = isinstance(known.get("keep"), Mapping), known.get("per"), known.get("pick")
+    if within and pick not in (None, "top"):
+        problems.add(
+            f"pick: a budget (keep: {{time: …}}) takes the best set within it, by pick: top, not {pick!r}", "pick"
+        )
+    if within and per is not None:
+        problems.add("per: a budget (keep: {time: …}) counts what layers cost already; leave one of them out", "per")
+    if per is not None and known.get("keep") is None:
+        problems.add("per: divides scores, of which the best are kept; say how many with keep", "per")
+    if per is not None and pick is not None and plugins.traits(PICKS, pick).scoreless:
+        problems.add(f"per: divides scores, and pick: {pick} looks at none", "per")
+    unit = known.get("unit") or "layer"
+    weighs = [
+        ("keep", within),
+        ("per", per is not None),
+        ("pick", pick is not None and plugins.traits(PICKS, pick).overlaps),
+    ]
+    for name in (n for n, on in weighs if on and unit != "layer"):
+        problems.add(f"{name}: costs and overlaps are those of layers, not of unit: {unit}", name)
+    for name in ("keep",) * within + ("per",) * (per is not None):
+        if known.get("reselect_steps") is not None:
+            problems.add(f"{name}: costs are weighed in a choice that is made once; leave reselect_steps out", name)
 
 
 def _check_schedule(known: dict[str, Any], problems: Problems) -> None:

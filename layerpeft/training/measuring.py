@@ -73,7 +73,7 @@ class Pending:
 
     def _by_rule(self, measured: Measured, batches: int) -> Selection:
         scores = scoring.make_scores(self.select, self.layers, measured, batches)
-        return choose.make_selection(self.select, self.layers, self.pool, scores)
+        return choose.make_selection(self.select, self.layers, self.pool, scores, self.examined.costs)
 
     def measured(self) -> tuple[Measured, int] | None:
         """What was measured, on how many batches; None while more are wanted. Every process must ask. Raises: ScoreError.

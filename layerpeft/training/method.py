@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.integrations.engines.engine import Need
+from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
@@ -59,6 +60,11 @@ class Method:
     def ranks(cls, asked: int) -> tuple[int, ...]:
         """The ranks that may be tried, of which the one asked for comes first; none where nothing has a rank."""
         return ()
+
+    @classmethod
+    def work(cls, config: Any) -> Work:
+        """What it trains of a target, as far as operations go."""
+        return Work()
 
     def tensors(self) -> Tensors:
         """Target -> what trains in it."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from layerpeft.model.layers import Stacks
 from layerpeft.selection import choose, scoring
+from layerpeft.selection.budget import best_within
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select
@@ -59,6 +60,10 @@ def fixed(config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = Non
 
 def _costliest(examined: Examined) -> tuple[Examined, tuple[str, ...]]:
     among = choose.candidates(examined.select, examined.layers, examined.targets)
+    if examined.select.budget is not None and examined.costs is not None:
+        room = examined.select.budget.room(examined.costs)
+        held = best_within([1.0] * len(among), among, examined.costs, room)
+        return _by_place(examined, held), ("which layers is not known yet: as many as the budget holds are assumed",)
     found = choose.lowest(examined.select, examined.layers, among)
     of = f"{len(found)} of {len(among)} {examined.layers.unit}s"
     note = f"which {of} is not known yet: the lowest are assumed, the costliest choice"

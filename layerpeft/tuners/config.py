@@ -14,13 +14,14 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType, default_targets
+from layerpeft.model.costs import Costs
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import find_targets, not_wrapped
 from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
-from layerpeft.selection.choose import choose_among
+from layerpeft.selection.choose import choose_among, weighed
 from layerpeft.selection.chooses import Chooses
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scoring import live_only, needs, needs_batches
@@ -169,7 +170,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
             )
         given = batches if batches is not None else self._batches
         found = examined or self.examine(model)
-        selection = choose_among(model, found.select, found.layers, found.targets, given, progress)
+        selection = choose_among(model, found.select, found.layers, found.targets, given, progress, found.costs)
         return self.stock_for(model, selection, found)
 
     def examine(self, model: nn.Module, stacks: Stacks | None = None) -> Examined:
@@ -182,7 +183,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         layers = seen.layers(self.choosing.stack)
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
         targets = self.targets_in(model, layers)
-        return Examined(self.choosing, *_in_units(self, layers, targets), blocks)
+        return Examined(self.choosing, *_in_units(self, layers, targets), blocks, _costs(self, model, layers, targets))
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
         """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
@@ -249,6 +250,10 @@ def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dic
     if config.target_modules != "all-linear" or config.works_by.in_place:
         return {}
     return not_wrapped(model, layers.whole)
+
+
+def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]) -> Costs | None:
+    return weighed(model, config.choosing, layers, targets, config.works_by.work(config))
 
 
 def _in_units(

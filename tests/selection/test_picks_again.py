@@ -69,8 +69,8 @@ def test_another_seed_and_another_window_draw_otherwise(name):
 
 def test_rules_say_what_they_need():
     assert {n for n, t in TRAITS.items() if t.scoreless} == {"uniform", "cycle"}
-    assert {n for n, t in TRAITS.items() if t.again_only} == {"cycle", "dirichlet", "ir_tuning"}
-    assert {n for n, r in RULES.items() if not hasattr(r, "pick")} == {"cycle", "dirichlet", "ir_tuning"}
+    assert {n for n, t in TRAITS.items() if t.again_only} == {"cycle", "dirichlet", "grow", "ir_tuning"}
+    assert {n for n, r in RULES.items() if not hasattr(r, "pick")} == {"cycle", "dirichlet", "grow", "ir_tuning"}
     assert {n for n, t in TRAITS.items() if t.decides} == {"split", "ir_tuning"}
 
 

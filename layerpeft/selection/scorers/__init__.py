@@ -27,12 +27,14 @@ HOLDS = (("needs(options)",), ("score(request, options)", "start(request, option
 @dataclass(frozen=True)
 class Traits:
     """`live_only`: watches training itself, and cannot score a model before it; `of_whole`: a score is of all of a layer's weights
-    together, not of a share of them; `unseen`: what a layer counts as that has no score yet; `units`: what can be scored (`unit`
-    in `select`). Of units below a layer `request.layers` is their map, `request.layers.whole` that of the layers. `ordered`: the
-    order of rows says something, and a trainer shuffles them."""
+    together, not of a share of them; `overlaps`: measures what layers do the same, where `request.overlaps` asks for it; `unseen`:
+    what a layer counts as that has no score yet; `units`: what can be scored (`unit` in `select`). Of units below a layer
+    `request.layers` is their map, `request.layers.whole` that of the layers. `ordered`: the order of rows says something, and a
+    trainer shuffles them."""
 
     live_only: bool = False
     of_whole: bool = False
+    overlaps: bool = False
     unseen: float = checked(0.0)
     units: tuple[str, ...] = checked(("layer",))
     ordered: bool = False

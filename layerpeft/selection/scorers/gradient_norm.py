@@ -21,7 +21,7 @@ one forward pass over each batch, and `steps` forward and backward passes with a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,13 +30,14 @@ from layerpeft.errors import NothingSeenError, Problems, ScoreError
 from layerpeft.model.targets import is_routed, leave_out
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.credit import Credit
+from layerpeft.selection.overlaps import overlaps_for
 from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
 from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request, per_layer
 from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
 from layerpeft.text import some
 
-TRAITS = Traits(units=OF_TARGETS)
+TRAITS = Traits(overlaps=True, units=OF_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,25 @@ class GradientNorm:
 
     def __init__(self, request: Request, options: Options) -> None:
         self.request, self.options = request, options
+        self.overlaps = overlaps_for(request)
+        saw = self.overlaps.see if self.overlaps is not None else None
         targets = {t.name: t for t in request.targets}
-        self.probe = Probe(targets, options.how(request.seed), skip_bad=request.live)
+        self.probe = Probe(targets, options.how(request.seed), skip_bad=request.live, also=saw)
         self._sums: dict[str, float] | None = None
         self._left: dict[str, float] | None = None
-        self.next_batch, self.detach = self.probe.next_batch, self.probe.detach
+        self.detach = self.probe.detach
 
     @property
     def batches(self) -> int:
         """Batches whose backward pass has been seen."""
         return self.probe.batches
+
+    def next_batch(self, scale: float | None = None) -> None:
+        """Closes the running batch."""
+        before = self.batches
+        self.probe.next_batch(scale)
+        if self.overlaps is not None:
+            self.overlaps.next_batch(counts=self.batches > before)
 
     def attach(self) -> None:
         """Puts the probe on the model."""
@@ -130,9 +140,15 @@ class GradientNorm:
         self.probe.reached = {n for n, c in zip(names, counts[1:], strict=True) if c}
         self._sums = dict(zip(names, sums.tolist(), strict=True))
         self._left = dict(zip(names, left.tolist(), strict=True))
+        if self.overlaps is not None:
+            self.overlaps.combine(add)
 
     def result(self) -> Measured:
         """Numbers per layer and per target. Raises: ScoreError when a target was never reached by a backward pass."""
+        found = self._result()
+        return found if self.overlaps is None else replace(found, overlaps=self.overlaps.result())
+
+    def _result(self) -> Measured:
         refuse_unreached(self.request, self.probe.reached)
         targets, layers = self.request.targets, self.request.layers
         if self.options.statistic == "agreement":
@@ -198,5 +214,7 @@ def refuse_unreached(request: Request, reached: set[str]) -> None:
 def start(request: Request, options: Options) -> GradientNorm | Credit:
     """Begins the measurement."""
     if options.statistic == "credit":
+        if request.overlaps:
+            raise ScoreError("pick: complement needs gradients of every token, and statistic: credit looks at none")
         return Credit(request, options, lambda reached: refuse_unreached(request, reached))
     return GradientNorm(request, options)

@@ -10,6 +10,7 @@ from torch import nn
 
 from layerpeft.integrations.peft import lora_layers
 from layerpeft.integrations.tracing import is_stand_in
+from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
 from layerpeft.model.names import COMPILED, clean
 from layerpeft.text import size_text
@@ -36,6 +37,10 @@ class GaloreMethod(LoraMethod):
         super().__init__(model, adapter, config)
         self.asked = config._layerpeft.asked
         self.refresher = Refresher(self, self.asked.refreshing, watcher)
+
+    @classmethod
+    def work(cls, config: Any) -> Work:
+        return Work(config.r, fixed=True)
 
     def wrap(self, targets: Iterable[Target]) -> None:
         """Turns the LoRA modules into projected ones."""

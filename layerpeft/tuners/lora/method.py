@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layers, unwrap_layer
+from layerpeft.model.costs import Work
 from layerpeft.model.names import clean
 from layerpeft.training.method import Method, Tensors
 
@@ -19,6 +20,10 @@ class LoraMethod(Method):
     def ranks(cls, asked: int) -> tuple[int, ...]:
         """Halves, down to the lowest that is worth a try."""
         return (asked, *(asked >> i for i in range(1, asked.bit_length()) if asked >> i >= LOWEST_RANK))
+
+    @classmethod
+    def work(cls, config: Any) -> Work:
+        return Work(config.r)
 
     def tensors(self) -> Tensors:
         """Target -> the adapter's tensors in it, with the bias that LoRA trains."""
