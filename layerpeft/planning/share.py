@@ -186,7 +186,10 @@ def _checkpointed(model: Any, cards: Cards, step: Step) -> None:
 
 def _computing(model: nn.Module, cards: Cards, mixed: bool, step: Step) -> nn.Module:
     """A copy with weights in the type that they are computed in."""
-    model = copy.deepcopy(model)
+    packed = {
+        id(m.weight): m.weight for m in model.modules() if is_stand_in(m)
+    }  # which cannot be copied without storage
+    model = copy.deepcopy(model, packed)
     if mixed and cards.engine.low != "autocast":
         for module in model.modules():
             for parameter in module.parameters(recurse=False):

@@ -85,6 +85,14 @@ def test_what_is_not_divided_is_whole_and_the_cut_is_seen():
     )
 
 
+def test_what_is_packed_is_counted_as_it_is_on_every_card():
+    step = Step(autocast=torch.bfloat16, cards=cards("zero2", 2))
+    given = {"batch_size": 2, "length": 16, "optimizer": "adamw_torch", "checkpointing": False, "step": step}
+    few = LayerLoraConfig(select="last:1", r=3, target_modules="all-linear", quantize_frozen="nf4")
+    packed, plain = (for_cards(model(), c, [2], **given)[0] for c in (few, config("last:1")))
+    assert packed.weights < 0.8 * plain.weights and packed.states == plain.states
+
+
 def test_an_engine_that_there_is_not_is_told_with_the_nearest(capsys):
     assert main(["plan", "quickstart", "--processes", "8", "--engine", "fdsp2"]) == 2
     said = capsys.readouterr().err
