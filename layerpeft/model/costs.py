@@ -18,7 +18,7 @@ from torch import nn
 
 from layerpeft.errors import LayerMapError
 from layerpeft.model.architectures import text_config
-from layerpeft.model.layers import Layer, LayerMap, Target, base_of, stacks_of
+from layerpeft.model.layers import Layer, LayerMap, Target, base_of
 
 LENGTH = 512  # tokens of a row where nobody says how many
 
@@ -219,7 +219,7 @@ def _is_image(base: nn.Module) -> bool:
 
 def _outside(base: nn.Module, layers: LayerMap, load: Load) -> tuple[int, int]:
     """The head over all tokens, and patches of an image; what else stands outside reads one token of a row, or none."""
-    if len(stacks_of(base).blocks()) > 1:
+    if len(layers.stacks) > 1:
         raise LayerMapError("the model has several stacks, and what one takes goes with what trains in the other")
     if not hasattr(base, "get_output_embeddings"):
         raise LayerMapError(f"{type(base).__name__} does not say what its head is (get_output_embeddings)")

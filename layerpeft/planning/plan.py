@@ -19,7 +19,7 @@ from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.costs import Load, costs_of
-from layerpeft.model.layers import LayerMap, Stacks, base_of, layer_map, stacks_of
+from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
@@ -143,7 +143,7 @@ def plan(
     kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
-    everything = _everything(full, batch_size, length, step, inputs)
+    everything = _everything(full, found.layers, batch_size, length, step, inputs)
     cost = training(found, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
@@ -219,13 +219,13 @@ def layers_that_train(
 
 
 def _everything(
-    full: nn.Module, batch_size: int, length: int, step: Step, inputs: Mapping[str, Any] | None
+    full: nn.Module, layers: LayerMap | None, batch_size: int, length: int, step: Step, inputs: Mapping[str, Any] | None
 ) -> tuple[int, int | None]:
     """Operations of training all weights, as it is and with checkpointing: in closed form where there is one, otherwise traced."""
     try:
-        if inputs is not None:
+        if inputs is not None or layers is None:
             raise LayerMapError("shapes of a batch say nothing of tokens")
-        layers, loads = layer_map(full), [Load(batch_size, length, again, step.fused_head) for again in (False, True)]
+        loads = [Load(batch_size, length, again, step.fused_head) for again in (False, True)]
         kept, again = (costs_of(full, layers, layers.targets, load).everything for load in loads)
         return kept, again if recompute(full, step) else None
     except LayerMapError:
