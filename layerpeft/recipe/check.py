@@ -168,8 +168,18 @@ class Check:
         return method, select, fields, self.config(trainer, method, select, fields) if sound else None
 
     def placed(self, select: Any, home: Path, *path: str) -> tuple[Any, bool]:
-        """`select` with the place of the file that `by` names, and whether it is there; a scorer's code is loaded."""
+        """`select` with the place of the file that `by` names, or the run that `of` does, and whether it is there; a scorer's code
+        is loaded."""
         by = select.get("by") if isinstance(select, Mapping) else None
+        if by == "change":  # of other scorers `of` is no folder
+            if not isinstance(run := select.get("of"), str) or not run:
+                sentence = "by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}"
+                self.add(sentence, BLOCK, *path, "by")
+                return select, False
+            found = {**select, "of": beside(run, home)}
+            if not (there := expanded(found["of"]).is_dir()):
+                self.add(f"of: no folder {run!r} ({looked_for(run, home)})", BLOCK, *path, "of")
+            return found, there
         if not isinstance(by, str) or not by.endswith((".json", ".py")) or not by.isprintable():
             return select, True
         if by.endswith(".py"):

@@ -20,9 +20,12 @@ from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import like
 from layerpeft.model.units import in_units
 from layerpeft.recipe.recipe import Recipe, layer_config
+from layerpeft.selection import plugins
 from layerpeft.selection.choose import candidates, lowest
 from layerpeft.selection.grammar import layer_numbers
 from layerpeft.selection.scores import Scores
+from layerpeft.selection.scoring import needs_batches
+from layerpeft.selection.select import SCORERS, Select
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.precision import asked
@@ -48,6 +51,16 @@ def choice_problems(recipe: Recipe) -> list[Problem]:
     return found or _dry_run(recipe, config, model, stacks)
 
 
+def shuffled(select: Select) -> str | None:
+    """What is wrong with a scorer that goes by the order of rows: a recipe's trainer has shuffled them by then."""
+    if not isinstance(select.by, str) or not needs_batches(select) or not plugins.traits(SCORERS, select.by).ordered:
+        return None
+    return (
+        f"by: {select.by} goes by the order of rows, which a recipe's trainer shuffles; score them beforehand "
+        f"(score_layers(model, by='{select.by}', batches=…).save('scores.json')) and write by: scores.json"
+    )
+
+
 def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[Problem]:
     select = config.choosing
     try:
@@ -55,6 +68,8 @@ def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[
     except LayerpeftError as error:
         return _at(error, "select", *(("stack",) if select.stack else ()))
     found: list[Problem] = []
+    if sentence := shuffled(select):
+        found.append(Problem((BLOCK, "select", "by"), sentence))
     targets, wrong = _named(config, model, layers)
     if select.unit != "layer" and not wrong:
         try:

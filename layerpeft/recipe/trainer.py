@@ -19,6 +19,7 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows, tokens
+from layerpeft.recipe.choice import shuffled
 from layerpeft.recipe.model import (
     allow,
     auto_class,
@@ -31,10 +32,9 @@ from layerpeft.recipe.model import (
     model_path,
 )
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
-from layerpeft.selection import plugins
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
-from layerpeft.selection.select import DEFAULT_BATCHES, SCORERS
+from layerpeft.selection.select import DEFAULT_BATCHES
 from layerpeft.text import note, some
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
@@ -162,11 +162,8 @@ def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] 
     config = layer_config(setup.recipe, select)
     most, choice = batches_wanted(config), config.choosing
     if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
-        if plugins.traits(SCORERS, str(choice.by)).ordered:
-            raise RecipeError(
-                f"select.by: {choice.by} goes by the order of rows, which a recipe's trainer shuffles; score them beforehand "
-                f"(score_layers(model, by='{choice.by}', batches=…).save('scores.json')) and write by: scores.json"
-            )
+        if sentence := shuffled(choice):  # an arm of a comparison; a recipe's own choice was checked before
+            raise RecipeError(f"select.{sentence}")
         most = max(most, choice.num_batches or DEFAULT_BATCHES)
         note(f"scoring layers by {choice.by} on {most} batches")
     return first_batches(setup, model, most) if most else (None, setup)

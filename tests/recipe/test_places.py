@@ -89,6 +89,29 @@ def test_saved_scores_lie_beside_the_recipe(home: Path) -> None:
     assert "do not belong to this model" in str(error.value) and "no file" not in str(error.value)
 
 
+def test_an_earlier_run_lies_beside_the_recipe(home: Path) -> None:
+    (home / "runs/first").mkdir(parents=True)
+    recipe = str(home / "recipe.yaml")
+    change = ["layerpeft.select.by=change", "layerpeft.select.of=runs/first"]
+    assert load_recipe(recipe, change).select["of"] == str(home / "runs/first")
+    Path("runs/first").mkdir(parents=True)
+    assert load_recipe(recipe, change).select["of"] == "runs/first"  # the current folder comes first
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe, [change[0], "layerpeft.select.of=runs/frist"])
+    places = f"(looked for {Path.cwd() / 'runs/frist'} and {home / 'runs/frist'})"
+    assert f"of: no folder 'runs/frist' {places}" in str(error.value)
+    for settings in ([], ["layerpeft.select.of=3"]):  # before any weight is loaded
+        with pytest.raises(RecipeError, match="needs the folder of an earlier run"):
+            load_recipe(recipe, [change[0], *settings])
+
+
+def test_a_score_by_the_order_of_rows_is_refused_before_weights_load(home: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"command line: by: language goes by the order of rows.*write by: scores.json"
+    ):
+        load_recipe(str(home / "recipe.yaml"), ["layerpeft.select.by=language"])
+
+
 def test_a_scorer_is_a_file_beside_the_recipe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(home / "recipe.yaml")
     assert main(["plan", recipe]) == 2

@@ -8,6 +8,7 @@ Cost: the adapter's file is read once, tensor by tensor; products are of the ran
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from layerpeft.errors import ScoreError
 from layerpeft.selection.scoring import Measured, Request
@@ -28,7 +29,7 @@ def needs(options: Options) -> str:
 
 def score(request: Request, options: Options) -> Measured:
     """Numbers per layer, and per weight that trained. Raises: ScoreError, SaveError."""
-    if not options.of:
+    if not options.of or not isinstance(options.of, str | Path):  # a path from Python
         raise ScoreError("by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}")
     if request.change_of is None:
         raise ScoreError("by: change reads folders of runs, which whoever asks must hand in (Request.change_of)")
