@@ -55,7 +55,11 @@ print(json.dumps(found))
 """
 NAMES = """
 import json, sys
-libraries, pickled = set(json.loads(sys.argv[1])), bytes.fromhex(sys.argv[2])
+
+def loaded():
+    return {name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names
+
+libraries, pickled, before = set(json.loads(sys.argv[1])), bytes.fromhex(sys.argv[2]), loaded()
 import layerpeft
 from layerpeft import LayerpeftError
 assert {*layerpeft.__all__, "__version__", "__doc__"} <= set(dir(layerpeft))
@@ -70,8 +74,10 @@ try:
 except ImportError:
     pass
 assert not hasattr(layerpeft, "nothing_like_it")
-assert not libraries & {name.split(".")[0] for name in sys.modules}
+assert not libraries & loaded()
+assert loaded() - before == {"layerpeft"}
 import pickle, peft
+theirs = loaded()
 config = pickle.loads(pickled)
 assert all(kind in table for kind in (config.peft_type, "LAYER_GALORE", "LAYER_FULL", "LAYER_QUANT") for table in (
     peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING))
@@ -80,6 +86,7 @@ exec("from layerpeft import *", names)
 assert set(layerpeft.__all__) <= set(names), set(layerpeft.__all__) - set(names)
 assert all(names[name] is getattr(layerpeft, name) for name in layerpeft.__all__)
 assert type(config) is names["LayerLoraConfig"]
+assert loaded() == theirs, loaded() - theirs  # nothing that PEFT does not bring in
 print("all is well")
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from benchmarks import chart, count, table
 from benchmarks.arm import Arm, Unavailable, read_arms
 from benchmarks.case import Case
-from benchmarks.model import Batch, Model, build, folder
+from benchmarks.model import Batch, Model, build
 from benchmarks.model import check as check_model
+from benchmarks.questions import Example, collated, held_out, loss, rows
 from layerpeft.errors import Problems, unknown
-from layerpeft.recipe import shipped
 
 Say = Callable[[str], None]
-Example = tuple[list[int], list[int]]  # tokens, and labels with -100 over the question
-HELD_OUT_ROWS = 16  # in one batch
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,14 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     """The arms' rows: losses by seed, decreases, their mean, and its ratio to those of other arms."""
     options: Options = case.options
     torch.set_num_threads(options.threads)
-    train, held_out = rows(options.model, "train", options.batch.length), _held_out(options)
+    train = rows(options.model, "train", options.batch.length)
+    kept = held_out(options.model, options.batch.length, options.held_out)
     arms = read_arms(options.arms, Problems(case.name))
     found: dict[str, dict[str, Any]] = {arm.label: {"runs": []} for arm in arms}
     for seed in options.seeds:
         for arm in arms:
             try:
-                run = _run(arm, options, seed, train, held_out)
+                run = _run(arm, options, seed, train, kept)
             except Unavailable as error:
                 found[arm.label] = {"skipped": str(error)}
                 continue
@@ -81,44 +78,14 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     return {"arms": {arm.label: arm.to_dict() | _summary(arm.label, found, options.against) for arm in arms}}
 
 
-def rows(model: Model, which: str, length: int) -> list[Example]:
-    """The package's GSM8K rows as question and answer, at most `length` tokens each."""
-    tokenizer = AutoTokenizer.from_pretrained(folder(model))
-    path = Path(shipped.resolve(f"{shipped.SCHEME}gsm8k_{which}.jsonl"))
-    found, read = [], [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    questions = tokenizer([f"Question: {row['question']}\nAnswer:" for row in read])["input_ids"]
-    answers = tokenizer([f" {row['answer']}" for row in read])["input_ids"]
-    for question, said in zip(questions, answers, strict=True):
-        answer = [*said, tokenizer.eos_token_id]
-        found.append(((question + answer)[:length], ([-100] * len(question) + answer)[:length]))
-    return found
-
-
-def collated(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """One batch, padded to its longest row."""
-    longest = max(len(ids) for ids, _ in examples)
-    padded = {"input_ids": [], "attention_mask": [], "labels": []}
-    for ids, labels in examples:
-        rest = longest - len(ids)
-        padded["input_ids"].append(ids + [0] * rest)
-        padded["attention_mask"].append([1] * len(ids) + [0] * rest)
-        padded["labels"].append(labels + [-100] * rest)
-    return {name: torch.tensor(values) for name, values in padded.items()}
-
-
-def _held_out(options: Options) -> list[dict[str, torch.Tensor]]:
-    found = rows(options.model, "eval", options.batch.length)[: options.held_out]
-    return [collated(found[i : i + HELD_OUT_ROWS]) for i in range(0, len(found), HELD_OUT_ROWS)]
-
-
-def _run(arm: Arm, options: Options, seed: int, train: list[Example], held_out: list[Any]) -> dict[str, Any]:
+def _run(arm: Arm, options: Options, seed: int, train: list[Example], kept: list[Any]) -> dict[str, Any]:
     """One arm from the pre-trained weights on."""
     torch.manual_seed(seed)
     if any(field.name == "seed" for field in fields(arm.options)):
         arm = replace(arm, options=replace(arm.options, seed=seed))
     ready = arm.build(build(options.model, seed=seed))
     ready.model.train()
-    draw, losses = torch.Generator().manual_seed(seed), [_loss(ready.model, held_out)]
+    draw, losses = torch.Generator().manual_seed(seed), [loss(ready.model, kept)]
     for number in range(options.steps):
         rate = options.lr * min(1.0, (number + 1) / options.warm_up) * (1 - number / options.steps)
         for group in ready.optimizer.param_groups:
@@ -126,19 +93,10 @@ def _run(arm: Arm, options: Options, seed: int, train: list[Example], held_out: 
         chosen = torch.randint(0, len(train), (options.batch.rows,), generator=draw).tolist()
         count.step(ready, collated([train[i] for i in chosen]), number)
         if (number + 1) % options.look_every == 0 or number + 1 == options.steps:
-            losses.append(_loss(ready.model, held_out))
+            losses.append(loss(ready.model, kept))
     looked = [0, *range(options.look_every, options.steps, options.look_every), options.steps]
     decrease = round(losses[0] - losses[-1], 5)
     return {"seed": seed, "steps": looked, "losses": [round(loss, 5) for loss in losses], "decrease": decrease}
-
-
-@torch.no_grad()
-def _loss(model: Any, held_out: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """The mean over batches."""
-    model.eval()
-    found = statistics.mean(float(model(**batch).loss) for batch in held_out)
-    model.train()
-    return found
 
 
 def _summary(label: str, found: Mapping[str, Any], against: Sequence[str]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 import layerpeft
 from benchmarks import table
 from benchmarks.case import Case
-from benchmarks.kinds.learning import HELD_OUT_ROWS, _loss, collated, rows
 from benchmarks.model import LINEARS, Batch, Model, build, num_layers
 from benchmarks.model import check as check_model
+from benchmarks.questions import collated, held_out, loss, rows
 from layerpeft.errors import LayerpeftError, Problems
 from layerpeft.planning.trace import trace
 from layerpeft.selection.select import Select
@@ -60,16 +60,14 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     """By label and seed: the layers, what a step of theirs takes, how many steps there were, and what was learned."""
     options: Options = case.options
     torch.set_num_threads(options.threads)
-    train, kept = rows(options.model, "train", options.batch.length), rows(options.model, "eval", options.batch.length)
-    held_out = [
-        collated(kept[: options.held_out][i : i + HELD_OUT_ROWS]) for i in range(0, options.held_out, HELD_OUT_ROWS)
-    ]
+    train = rows(options.model, "train", options.batch.length)
+    kept = held_out(options.model, options.batch.length, options.held_out)
     everything = f"0-{num_layers(build(options.model)) - 1}"
     whole = trace(_wrapped(options, everything, 0, train), options.batch.rows, options.batch.length).flops
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in options.sets}
     for seed in options.seeds:
         for label, select in options.sets.items():
-            run = _run(options, select, seed, train, held_out, whole)
+            run = _run(options, select, seed, train, kept, whole)
             found[label].append(run)
             say(
                 f"{label}, seed {seed}: {run['steps']} steps of {run['layers']}, the loss fell by {run['decrease']:.4f}"
@@ -98,7 +96,7 @@ def _wrapped(options: Options, select: Any, seed: int, train: Sequence[Any]) -> 
 
 
 def _run(
-    options: Options, select: Any, seed: int, train: Sequence[Any], held_out: Sequence[Any], whole: int
+    options: Options, select: Any, seed: int, train: Sequence[Any], kept: Sequence[Any], whole: int
 ) -> dict[str, Any]:
     """One set from the pre-trained weights on."""
     model = _wrapped(options, select, seed, train)
@@ -106,7 +104,7 @@ def _run(
     taken = trace(model, options.batch.rows, options.batch.length).flops
     steps = max(1, round(options.steps * whole / taken))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr, weight_decay=0.0)
-    draw, before = torch.Generator().manual_seed(seed), _loss(model, held_out)
+    draw, before = torch.Generator().manual_seed(seed), loss(model, kept)
     for number in range(steps):
         rate = options.lr * min(1.0, 10 * (number + 1) / steps) * (1 - number / steps)
         for group in optimizer.param_groups:
@@ -115,7 +113,7 @@ def _run(
         model(**collated([train[i] for i in drawn])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = _loss(model, held_out)
+    after = loss(model, kept)
     return {
         "seed": seed,
         "layers": layers,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import case, report, run
+from benchmarks import case, questions, report, run
 from benchmarks.arm import Ready, read_arms
 from benchmarks.count import step
 from benchmarks.kinds import learning
@@ -198,13 +198,13 @@ def test_learning_is_compared_over_seeds(tmp_path):
 
 
 def test_answers_alone_are_learned():
-    train = learning.rows(Model(shipped="llama-6m"), "train", 64)
+    train = questions.rows(Model(shipped="llama-6m"), "train", 64)
     assert len(train) == 3000
     for ids, labels in train[:50]:
         assert len(ids) == len(labels) <= 64
         asked = sum(label == -100 for label in labels)
         assert asked > 0 and labels[asked:] == ids[asked:]
-    batch = learning.collated([([5, 6, 7], [-100, 6, 7]), ([8], [8])])
+    batch = questions.collated([([5, 6, 7], [-100, 6, 7]), ([8], [8])])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
