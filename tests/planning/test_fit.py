@@ -13,7 +13,6 @@ from layerpeft.errors import ConfigError
 from layerpeft.planning.fit import fit
 from layerpeft.planning.plan import plan
 from layerpeft.planning.trace import Step
-from layerpeft.recipe.measure import measure
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config
 from tests.helpers.loops import llama
@@ -112,8 +111,6 @@ def test_the_command_that_is_printed_trains_what_fits(choice, capsys, tmp_path, 
     assert recipe["gradient_checkpointing"] is found["gradient_checkpointing"]
     config = layer_config(recipe)
     assert config.r == found["r"] and config.lora_alpha == 2 * config.r
-    real = measure(recipe)
-    assert sum(part.measured for part in real.parts[:4]) <= 1.02 * float(limit[:-2]) * 1e6
     assert main(shlex.split(command)[1:]) == 0
     capsys.readouterr()
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
