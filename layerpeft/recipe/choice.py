@@ -47,28 +47,32 @@ def choice_problems(recipe: Recipe) -> list[Problem]:
         return _of_names(error, "target_modules")
     stacks = stacks_of(model)
     plain = config.choosing.is_all and not config.works_by.in_place
-    found = _plain_targets(recipe, model) if plain else _against(config, model, stacks)
+    found = _plain_targets(recipe, model) if plain else _against(config, model, stacks, recipe.trainer)
     return found or _dry_run(recipe, config, model, stacks)
 
 
-def shuffled(select: Select) -> str | None:
-    """What is wrong with a scorer that goes by the order of rows: a recipe's trainer has shuffled them by then."""
-    if not isinstance(select.by, str) or not needs_batches(select) or not plugins.traits(SCORERS, select.by).ordered:
+def unfit(select: Select, trainer: str) -> str | None:
+    """What is wrong with a scorer that needs of rows what a recipe's trainer does not give: their order, or their classes."""
+    if not isinstance(select.by, str) or not needs_batches(select):
         return None
-    return (
-        f"by: {select.by} goes by the order of rows, which a recipe's trainer shuffles; score them beforehand "
+    traits = plugins.traits(SCORERS, select.by)
+    wrong = "goes by the order of rows, which a recipe's trainer shuffles" if traits.ordered else None
+    if traits.classes and trainer != "classification":
+        wrong = f"needs a class for every row (`classes` in batches), which trainer: {trainer} does not read"
+    return wrong and (
+        f"by: {select.by} {wrong}; score them beforehand "
         f"(score_layers(model, by='{select.by}', batches=…).save('scores.json')) and write by: scores.json"
     )
 
 
-def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> list[Problem]:
+def _against(config: LayerLoraConfig, model: nn.Module, stacks: Stacks, trainer: str) -> list[Problem]:
     select = config.choosing
     try:
         layers = stacks.layers(select.stack)
     except LayerpeftError as error:
         return _at(error, "select", *(("stack",) if select.stack else ()))
     found: list[Problem] = []
-    if sentence := shuffled(select):
+    if sentence := unfit(select, trainer):
         found.append(Problem((BLOCK, "select", "by"), sentence))
     targets, wrong = _named(config, model, layers)
     if select.unit != "layer" and not wrong:

@@ -19,7 +19,7 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import rows, tokens
-from layerpeft.recipe.choice import shuffled
+from layerpeft.recipe.choice import unfit
 from layerpeft.recipe.model import (
     allow,
     auto_class,
@@ -162,7 +162,9 @@ def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] 
     config = layer_config(setup.recipe, select)
     most, choice = batches_wanted(config), config.choosing
     if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
-        if sentence := shuffled(choice):  # an arm of a comparison; a recipe's own choice was checked before
+        if sentence := unfit(
+            choice, setup.recipe.trainer
+        ):  # an arm of a comparison; a recipe's own choice was checked before
             raise RecipeError(f"select.{sentence}")
         most = max(most, choice.num_batches or DEFAULT_BATCHES)
         note(f"scoring layers by {choice.by} on {most} batches")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Budget:
             if name not in KEYS:
                 trial.add(unknown("budget", name, KEYS), str(name))
         share, length = _share(keep.get("time")), keep.get("length", LENGTH)
-        if share is None:
+        if share is None and ("time" in keep or not trial.items):  # a misspelt key is one problem
             trial.add(f"time: {keep.get('time')!r} is not a share between 0 and 1 (0.5, '50%')", "time")
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             trial.add(f"length: {length!r} is not a whole number from 1", "length")
@@ -84,11 +85,12 @@ def best_within(values: Sequence[float], among: Sequence[int], costs: Costs, roo
         front = _undominated([*front, *(f for f in wider if fixed + f[1] <= room)])
     if best is None:
         least = min(among, key=lambda i: costs.of([i]))
+        share = math.ceil(100 * costs.of([least]) / costs.of(range(len(costs.layers))))
         raise SelectionError(
             Problem(
                 ("keep",),
                 f"keep: the budget of {room:.4g} operations holds no layer; the cheapest, {least}, takes "
-                f"{costs.of([least]):.4g}",
+                f"{costs.of([least]):.4g}: write time: {share}% or more",
             )
         )
     return best[2]

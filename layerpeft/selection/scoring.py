@@ -54,12 +54,21 @@ def score_layers(
     means PEFT's default for the model type, or "all-linear" where PEFT has none. `options` are the scorer's own.
     `unit`: what is scored (layer, sublayer, target, expert). Raises: ScoreError, SelectionError, LayerMapError, ConfigError.
     """
+    _refuse_live(by)
     given = {"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, "unit": unit, **options}
     select = Select.parse(given)
     layers = layer_map(model, select.stack)
     targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
     layers, targets = in_units(layers, select.unit, targets)
     return score(model, select, layers, targets, batches, progress)
+
+
+def _refuse_live(by: Any) -> None:
+    if isinstance(by, str) and by in plugins.names(SCORERS) and plugins.traits(SCORERS, by).live_only:
+        raise ScoreError(
+            f"by: {by} is measured on adapters while they train, and cannot be measured beforehand; write it with "
+            "reselect_steps and let a trainer measure it, or choose by gradient_norm"
+        )
 
 
 def needs_batches(select: Select) -> bool:
@@ -134,11 +143,7 @@ def score(
         select.by.check(layers)
         return select.by
     scorer = plugins.get(SCORERS, str(select.by))
-    if live_only(select):
-        raise ScoreError(
-            f"by: {select.by} is measured on adapters while they train, and cannot be measured beforehand; write it with "
-            "reselect_steps and let a trainer measure it, or choose by gradient_norm"
-        )
+    _refuse_live(select.by)
     options = options_of(select, SCORERS)
     needed = scorer.needs(options)
     if needed in ("nothing", "weights"):

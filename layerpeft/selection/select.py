@@ -256,6 +256,11 @@ def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> No
             "keep: missing; say how many layers train at a time (reselect_steps chooses them again and again)", "keep"
         )
     _check_cost(known, problems)
+    if isinstance(by, str) and plugins.traits(SCORERS, by).again_only and not again:
+        problems.add(
+            f"by: {by} is nothing before adapters have trained; say with reselect_steps how often layers are chosen",
+            "by",
+        )
     if pick is None:
         return
     rule = plugins.traits(PICKS, pick)

@@ -110,6 +110,12 @@ def test_a_score_by_the_order_of_rows_is_refused_before_weights_load(home: Path)
         RecipeError, match=r"command line: by: language goes by the order of rows.*write by: scores.json"
     ):
         load_recipe(str(home / "recipe.yaml"), ["layerpeft.select.by=language"])
+    with pytest.raises(
+        RecipeError, match=r"by: probe needs a class for every row.*trainer: sft.*write by: scores.json"
+    ):
+        load_recipe(str(home / "recipe.yaml"), ["layerpeft.select.by=probe"])
+    with pytest.raises(RecipeError, match=r"by: importance is nothing before adapters have trained; .*reselect_steps"):
+        load_recipe(str(home / "recipe.yaml"), ["layerpeft.select.by=importance"])
 
 
 def test_a_scorer_is_a_file_beside_the_recipe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

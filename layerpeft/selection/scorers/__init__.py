@@ -30,7 +30,7 @@ class Traits:
     together, not of a share of them; `overlaps`: measures what layers do the same, where `request.overlaps` asks for it; `unseen`:
     what a layer counts as that has no score yet; `units`: what can be scored (`unit` in `select`). Of units below a layer
     `request.layers` is their map, `request.layers.whole` that of the layers. `ordered`: the order of rows says something, and a
-    trainer shuffles them."""
+    trainer shuffles them; `classes`: every row needs a class; `again_only`: says nothing before adapters have trained."""
 
     live_only: bool = False
     of_whole: bool = False
@@ -38,3 +38,5 @@ class Traits:
     unseen: float = checked(0.0)
     units: tuple[str, ...] = checked(("layer",))
     ordered: bool = False
+    classes: bool = False
+    again_only: bool = False

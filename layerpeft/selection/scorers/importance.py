@@ -33,7 +33,7 @@ from layerpeft.selection.draws import sigmoid, successive
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 
-TRAITS = Traits(live_only=True)
+TRAITS = Traits(live_only=True, again_only=True)
 TRIES = 1000  # draws that may repeat a subset before the missing ones are taken in order
 
 

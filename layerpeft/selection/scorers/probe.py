@@ -23,8 +23,11 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ScoreError
+from layerpeft.selection.scorers import Traits
 from layerpeft.selection.states import First, Passage, RowSums
 from layerpeft.selection.typecheck import checked
+
+TRAITS = Traits(classes=True)
 
 
 @dataclass(frozen=True)
