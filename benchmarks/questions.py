@@ -11,11 +11,20 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.model import Model, folder
+from benchmarks.model import Batch, Model, folder
+from benchmarks.model import check as check_model
+from layerpeft.errors import Problems
 from layerpeft.recipe import shipped
 
 Example = tuple[list[int], list[int]]  # tokens, and labels with -100 over the question
 HELD_OUT_ROWS = 16  # in one batch
+
+
+def check(kind: str, model: Model, batch: Batch, problems: Problems) -> None:
+    """Adds why a kind of measurement cannot learn from these rows."""
+    check_model(model, batch, problems)
+    if model.shipped is None or batch.text != "gsm8k":
+        problems.add(f"model: {kind} needs a model that knows something (shipped) and real rows (batch.text: gsm8k)")
 
 
 def rows(model: Model, which: str, length: int) -> list[Example]:

@@ -24,13 +24,8 @@ from layerpeft.model.layers import base_of, layer_map
 from layerpeft.selection import plugins
 
 Tally = dict[str, list[int]]  # what moved -> how often, and elements
-ENGINES = (
-    "ddp",
-    "fsdp2",
-    "fsdp2_whole",
-    "zero2",
-    "zero3",
-)  # `_whole`: frozen blocks above the cut stay so after forward
+# `_whole`: frozen blocks above the cut stay so after forward
+ENGINES = ("ddp", "fsdp2", "fsdp2_whole", "zero2", "zero3")
 # so that a small model is divided as a large one is, of which DeepSpeed keeps a part whole that is small by comparison
 NOTHING_STAYS = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 STEPS = 3  # the first shows ZeRO-3 in which order modules run

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import chart, count, table
+from benchmarks import chart, count, questions, table
 from benchmarks.arm import Arm, Unavailable, read_arms
 from benchmarks.case import Case
 from benchmarks.model import Batch, Model, build
-from benchmarks.model import check as check_model
 from benchmarks.questions import Example, collated, held_out, loss, rows
 from layerpeft.errors import Problems, unknown
 
@@ -44,9 +43,7 @@ class Options:
 
 def check(options: Options, problems: Problems) -> None:
     """Adds what is wrong with the options."""
-    check_model(options.model, options.batch, problems)
-    if options.model.shipped is None or options.batch.text != "gsm8k":
-        problems.add("model: learning needs a model that knows something (shipped) and real rows (batch.text: gsm8k)")
+    questions.check("learning", options.model, options.batch, problems)
     read_arms(options.arms, problems)
     for label in options.against:
         if label not in options.arms:

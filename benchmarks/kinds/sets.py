@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 import layerpeft
-from benchmarks import table
+from benchmarks import questions, table
 from benchmarks.case import Case
 from benchmarks.model import LINEARS, Batch, Model, build, num_layers
-from benchmarks.model import check as check_model
 from benchmarks.questions import collated, held_out, loss, rows
 from layerpeft.errors import LayerpeftError, Problems
 from layerpeft.planning.trace import trace
@@ -43,9 +42,7 @@ class Options:
 
 def check(options: Options, problems: Problems) -> None:
     """Adds what is wrong with the options."""
-    check_model(options.model, options.batch, problems)
-    if options.model.shipped is None or options.batch.text != "gsm8k":
-        problems.add("model: this needs a model that knows something (shipped) and real rows (batch.text: gsm8k)")
+    questions.check("sets", options.model, options.batch, problems)
     for label, select in options.sets.items():
         try:
             Select.parse(select)

@@ -1,12 +1,15 @@
 """Giving memory back: glibc keeps what was freed in blocks below 32 MB, which are most of a model's."""
 
 import ctypes
+import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Kind = TypeVar("_Kind")
 
 
 def give_back() -> None:
@@ -84,3 +87,20 @@ def _text(dtype: torch.dtype | None) -> str | None:
 
 def _dtype(text: str | None) -> Any:
     return None if text is None else getattr(torch, text)
+
+
+def add_to(sums: dict[Any, torch.Tensor], key: Any, part: torch.Tensor) -> None:
+    """Adds a tensor to the sum that has this key; the first one is the sum."""
+    sums[key] = sums[key] + part if key in sums else part
+
+
+def instances_of(kind: type[_Kind]) -> list[_Kind]:
+    """The objects of a class, or of one below it, that the garbage collector shows."""
+    kinds = {kind, *_below(kind)}  # of all the objects there are, a look in a set is quicker than issubclass
+    return [found for found in gc.get_objects() if type(found) in kinds]
+
+
+def _below(kind: type) -> Iterator[type]:
+    for below in type.__subclasses__(kind):
+        yield below
+        yield from _below(below)

@@ -34,6 +34,12 @@ def lying_in(units: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: f"{name}.".startswith(inside)
 
 
+def place_among(units: Iterable[str]) -> Callable[[str], int | None]:
+    """The place of the first of these units that something of this name is, or lies in."""
+    each = [lying_in([unit]) for unit in units]
+    return lambda name: next((i for i, inside in enumerate(each) if inside(name)), None)
+
+
 def adapted(name: str) -> str:
     """A name in a model with adapters, without what compilers and sharders have put around modules."""
     return ".".join(part for part in name.split(".") if part not in _FORWARDING)

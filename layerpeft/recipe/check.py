@@ -18,6 +18,7 @@ from layerpeft.recipe.strange import unknown_field, unknown_key
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import counted
+from layerpeft.selection.scorers import change
 from layerpeft.selection.select import SCORERS
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.config import LayerLoraConfig
@@ -173,8 +174,7 @@ class Check:
         by = select.get("by") if isinstance(select, Mapping) else None
         if by == "change":  # of other scorers `of` is no folder
             if not isinstance(run := select.get("of"), str) or not run:
-                sentence = "by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}"
-                self.add(sentence, BLOCK, *path, "by")
+                self.add(change.NO_RUN, BLOCK, *path, "by")
                 return select, False
             found = {**select, "of": beside(run, home)}
             if not (there := expanded(found["of"]).is_dir()):

@@ -162,9 +162,7 @@ def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] 
     config = layer_config(setup.recipe, select)
     most, choice = batches_wanted(config), config.choosing
     if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
-        if sentence := unfit(
-            choice, setup.recipe.trainer
-        ):  # an arm of a comparison; a recipe's own choice was checked before
+        if sentence := unfit(choice, setup.recipe.trainer):  # of an arm; a recipe's own choice was checked before
             raise RecipeError(f"select.{sentence}")
         most = max(most, choice.num_batches or DEFAULT_BATCHES)
         note(f"scoring layers by {choice.by} on {most} batches")

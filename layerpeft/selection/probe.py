@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from layerpeft.errors import LayerpeftError, ScoreError
-from layerpeft.integrations.torch import eager, widest
+from layerpeft.integrations.torch import add_to, eager, widest
 from layerpeft.model.experts import Use, Uses, flat, rows_of
 from layerpeft.model.layers import Target, find_module
 from layerpeft.selection.draws import seed_of
@@ -171,8 +171,8 @@ class Probe:
                 factor = 1.0 if scale is None else 1 / scale**self.how.power
                 self.scales_known &= scale is not None
                 for key, part in self._fresh.items():
-                    _add(self._as_it_came, key, self.how.kept(part))
-                    _add(self._unscaled, key, self.how.kept(part * factor))
+                    add_to(self._as_it_came, key, self.how.kept(part))
+                    add_to(self._unscaled, key, self.how.kept(part * factor))
                 self.batches += 1
         self._fresh = {}
         self._slots.clear()
@@ -229,11 +229,7 @@ class Probe:
         if self.also is not None and self.targets[name].kind != "experts":
             self.also(name, gy, x)
         label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
-        _add(self._fresh, key, self.how.part(label, self.batches, gy, x))
-
-
-def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
-    sums[key] = sums[key] + part if key in sums else part
+        add_to(self._fresh, key, self.how.part(label, self.batches, gy, x))
 
 
 def _square(t: torch.Tensor) -> torch.Tensor:

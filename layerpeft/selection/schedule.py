@@ -36,7 +36,7 @@ class Schedule:
     measured: bool  # on batches
     groups: Mapping[str, Sequence[int]] = field(
         default_factory=dict
-    )  # places in `among` of what is chosen from at a time
+    )  # places in `among`, of what is chosen from at a time
 
     def window(self, step: int) -> int | None:
         """The window that a step lies in; None during the warm-up, in which the whole pool trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -322,3 +322,14 @@ def per_layer(layers: LayerMap, targets: Iterable[Target], parts: Mapping[str, f
     for target in targets:
         sums[target.layer] += parts.get(target.name, 0.0)
     return sums
+
+
+def over(sums: Iterable[float], sizes: Iterable[float]) -> list[float]:
+    """Each over its size, 0 where that is 0."""
+    return [s / n if n else 0.0 for s, n in zip(sums, sizes, strict=True)]
+
+
+def per_weight(layers: LayerMap, targets: Sequence[Target], parts: Mapping[str, float]) -> list[float]:
+    """Sums of `parts` over the targets of each layer, over the number of their weights."""
+    sizes = per_layer(layers, targets, {t.name: float(t.params) for t in targets})
+    return over(per_layer(layers, targets, parts), sizes)

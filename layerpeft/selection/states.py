@@ -16,7 +16,7 @@ from torch import nn
 from layerpeft.errors import NothingSeenError, ScoreError
 from layerpeft.integrations import distributed
 from layerpeft.integrations.losses import IGNORED
-from layerpeft.integrations.torch import eager, widest
+from layerpeft.integrations.torch import add_to, eager, widest
 from layerpeft.model.architectures import stack_labels, text_config
 from layerpeft.model.layers import find_module
 from layerpeft.model.units import LAYER, in_units
@@ -33,6 +33,12 @@ class First:
     """`first`: which end of the scale is trained first; `low` turns the sign of every score."""
 
     first: Literal["high", "low"] = "high"
+
+
+def signed(options: Any, values: Iterable[float]) -> Measured:
+    """One number per layer; `first: low` turns the sign."""
+    sign = -1.0 if getattr(options, "first", "high") == "low" else 1.0
+    return Measured(tuple(0.0 + sign * value for value in values))
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,8 @@ class StatesWatching(Watching):
             )
 
     def measured(self, values: Mapping[int, float]) -> Measured:
-        """One number per layer; 0 for layers without targets. `first: low` turns the sign."""
-        sign = -1.0 if getattr(self.options, "first", "high") == "low" else 1.0
-        return Measured(tuple(0.0 + sign * values.get(i, 0.0) for i in range(len(self.request.layers))))
+        """One number per layer; 0 for layers without targets."""
+        return signed(self.options, (values.get(i, 0.0) for i in range(len(self.request.layers))))
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what the layers' padding is told by."""
@@ -229,21 +234,21 @@ class LayerSums(StatesWatching):
         raise NotImplementedError
 
     def value(self, sums: torch.Tensor) -> float:
-        """A layer's score from its sums, high first. Raises: ScoreError where they say nothing."""
-        raise NotImplementedError
+        """A layer's score from its sums, high first: the mean, where they are a sum and a number. Raises: ScoreError where they say
+        nothing."""
+        return float(sums[0] / sums[1])
 
     def see(self, passage: Passage) -> None:
         """Adds its part up."""
         part = self.part(passage).cpu().double()
-        sums = self._fresh if self.request.live else self.sums
-        sums[passage.layer] = sums[passage.layer] + part if passage.layer in sums else part
+        add_to(self._fresh if self.request.live else self.sums, passage.layer, part)
 
     def next_batch(self, scale: float | None = None) -> None:
         """Counts the batch, if anything came through that is finite."""
         self._running &= all(bool(part.isfinite().all()) for part in self._fresh.values())
         if self._running:
             for layer, part in self._fresh.items():
-                self.sums[layer] = self.sums[layer] + part if layer in self.sums else part
+                add_to(self.sums, layer, part)
         self._fresh.clear()
         super().next_batch(scale)
 
@@ -316,8 +321,7 @@ class RowSums(LayerSums):
         sums = dict(self.sums)
         for layer, rows in self.waiting.items():
             if len(rows) >= self.least:
-                part = self.close(rows)
-                sums[layer] = sums[layer] + part if layer in sums else part
+                add_to(sums, layer, self.close(rows))
         if short := [len(rows) for layer, rows in self.waiting.items() if layer not in sums]:
             raise ScoreError(
                 f"{self.name} needs {self.least} {self.what} at least, and the batches hold {short[0]}; give more batches "
@@ -328,7 +332,7 @@ class RowSums(LayerSums):
     def _wait(self, layer: int, rows: torch.Tensor) -> None:
         while len(rows) >= self.size:
             part, rows = self.close(rows[: self.size]), rows[self.size :]
-            self.sums[layer] = self.sums[layer] + part if layer in self.sums else part
+            add_to(self.sums, layer, part)
         if len(rows):
             self.waiting[layer] = rows
 

@@ -1,6 +1,5 @@
 """What becomes of an optimizer's states of tensors that stop training for a while: kept, cleared, or taken to the CPU."""
 
-import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -17,6 +16,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.distributed import Part, part_of, put_together
 from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.files import note_in, replacing
+from layerpeft.integrations.torch import instances_of
 
 FILE = "layerpeft_optimizer.safetensors"
 Store = dict[str, dict[str, Any]]  # tensor's name -> its state, on the CPU
@@ -26,15 +26,8 @@ def holders(ids: Set[int], stepping: Optimizer | None = None) -> list[Optimizer]
     """The live optimizers that hold some of these tensors; the one that steps alone where it holds them all."""
     if stepping is not None and ids <= held_by(stepping):
         return [stepping]
-    kinds = {Optimizer, *_kinds(Optimizer)}  # of all the objects there are, a look in a set is quicker than issubclass
-    live = [o for o in gc.get_objects() if type(o) in kinds and hasattr(o, "param_groups")]
+    live = [o for o in instances_of(Optimizer) if hasattr(o, "param_groups")]
     return [o for o in live if not held_by(o).isdisjoint(ids)]
-
-
-def _kinds(above: type) -> Iterator[type]:
-    for kind in type.__subclasses__(above):
-        yield kind
-        yield from _kinds(kind)
 
 
 def held_by(optimizer: Optimizer) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import TrainingError
+from layerpeft.model.names import place_among
 from layerpeft.selection import scoring
 from layerpeft.selection.select import Select
 from layerpeft.text import note
@@ -36,10 +37,6 @@ class Shares:
     names: tuple[str, ...]
     factors: tuple[float, ...]
     every: bool
-
-    def layer_of(self, target: str) -> int | None:
-        """The layer that a target lies in."""
-        return next((i for i, name in enumerate(self.names) if f"{target}.".startswith(f"{name}.")), None)
 
 
 def shares_of(record: Record, names: tuple[str, ...]) -> Shares | None:
@@ -73,7 +70,8 @@ def divide(optimizer: Optimizer, tensors: Tensors, shares: Shares) -> None:
 
     Raises: TrainingError for an optimizer that sets its rate itself, or has a scheduler already.
     """
-    layers = {id(p): shares.layer_of(target) for target, group in tensors.items() for p in group.values()}
+    place = place_among(shares.names)
+    layers = {id(p): place(target) for target, group in tensors.items() for p in group.values()}
     added: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         held: dict[int | None, list[int]] = {}

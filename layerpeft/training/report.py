@@ -11,7 +11,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerMapError, unknown
 from layerpeft.integrations.peft import BaseTunerLayer, dequantized
 from layerpeft.model.layers import base_of, layer_map
-from layerpeft.model.names import clean, lying_in
+from layerpeft.model.names import clean, place_among
 from layerpeft.model.weights import PIECE
 from layerpeft.text import grid, some
 
@@ -131,9 +131,9 @@ def _wrapped(model: nn.Module, adapter_name: str) -> list[_Wrapped]:
 def _by_layer(layer_names: Sequence[str], wrapped: Sequence[_Wrapped]) -> dict[int, list[_Wrapped]]:
     """Targets by the layer whose name they start with; what lies outside every layer is left out."""
     groups: dict[int, list[_Wrapped]] = {}
-    units = [lying_in([name]) for name in layer_names]
+    place = place_among(layer_names)
     for target in wrapped:
-        index = next((i for i, inside in enumerate(units) if inside(target.name)), None)
+        index = place(target.name)
         if index is not None:
             groups.setdefault(index, []).append(target)
     return groups

@@ -5,7 +5,6 @@ of its own, because DeepSpeed steps, counts and keeps states group by group, and
 """
 
 import functools
-import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -21,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import TrainingError
 from layerpeft.integrations.distributed import Part
 from layerpeft.integrations.engines.deepspeed import FOR_GOOD, LATE, stage
+from layerpeft.integrations.torch import instances_of
 
 _ROWS = ("bit16_groups", "fp16_groups", "bf16_groups")  # the model's parameters, as those that step hold them
 _RATES = (
@@ -255,8 +255,7 @@ def _split(optimizer: Optimizer, layers: Mapping[int, int]) -> None:
         more += [{**group, "params": part} for part in others]
     if not more:
         return
-    known = (o for o in gc.get_objects() if issubclass(type(o), LRScheduler))
-    late = next((o for o in known if getattr(o, "optimizer", None) is optimizer), None)
+    late = next((o for o in instances_of(LRScheduler) if getattr(o, "optimizer", None) is optimizer), None)
     if late is not None:
         raise TrainingError(_RATES.format(name=type(late).__name__))
     optimizer.param_groups += more

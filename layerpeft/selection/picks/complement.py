@@ -32,9 +32,7 @@ def joint(
         raise SelectionError("pick: complement weighs scores against overlaps, and some scores are negative; use top")
     count = len(scores)
     left = [float(overlaps[i][i]) for i in range(count)]
-    rows: list[list[float]] = [
-        [] for _ in range(count)
-    ]  # of the Cholesky factor, one number for each layer that is taken
+    rows: list[list[float]] = [[] for _ in range(count)]  # of the Cholesky factor: a number for each layer taken
     taken: list[int] = []
     for _ in range(count if keep is None else keep):
         best = max((i for i in range(count) if i not in taken), key=lambda i: (scores[i] ** 2 * left[i], scores[i], -i))

@@ -13,6 +13,8 @@ from pathlib import Path
 from layerpeft.errors import ScoreError
 from layerpeft.selection.scoring import Measured, Request
 
+NO_RUN = "by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -30,7 +32,7 @@ def needs(options: Options) -> str:
 def score(request: Request, options: Options) -> Measured:
     """Numbers per layer, and per weight that trained. Raises: ScoreError, SaveError."""
     if not options.of or not isinstance(options.of, str | Path):  # a path from Python
-        raise ScoreError("by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}")
+        raise ScoreError(NO_RUN)
     if request.change_of is None:
         raise ScoreError("by: change reads folders of runs, which whoever asks must hand in (Request.change_of)")
     found = request.change_of(options.of, request.model, options.relative)

@@ -33,7 +33,7 @@ from layerpeft.selection.credit import Credit
 from layerpeft.selection.overlaps import overlaps_for
 from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
 from layerpeft.selection.scorers import OF_TARGETS, Traits
-from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.selection.scoring import Measured, Request, over, per_layer, per_weight
 from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
 from layerpeft.text import some
 
@@ -160,18 +160,16 @@ class GradientNorm:
             )
         values = per_layer(layers, targets, sums)
         if self.options.normalize == "numel":
-            sizes = per_layer(layers, targets, {t.name: float(t.params) for t in targets})
-            values = [s / n if n else 0.0 for s, n in zip(values, sizes, strict=True)]
+            values = per_weight(layers, targets, sums)
         elif self.options.normalize == "weight":
             weights = per_layer(layers, targets, {t.name: squared_norm(self.request.model, t) for t in targets})
-            values = [s / w if w else 0.0 for s, w in zip(values, weights, strict=True)]
+            values = over(values, weights)
         if self.options.statistic == "frobenius":
             return Measured(tuple(s**0.5 for s in values), {n: v**0.5 for n, v in sums.items()})
         facts: dict[str, Any] = {}
         if self.options.statistic == "nuclear":
             left = self._left or {n: v / self.probe.batches for n, v in self._error().items()}
-            rest = per_layer(layers, targets, left)
-            facts["error"] = [r / v if v else 0.0 for r, v in zip(rest, values, strict=True)]
+            facts["error"] = over(per_layer(layers, targets, left), values)
         return Measured(tuple(values), sums, facts)
 
     def _disagreement(self) -> Measured:
@@ -185,9 +183,8 @@ class GradientNorm:
         if not parts:
             raise NothingSeenError("all gradients are exactly zero, so that there is nothing to agree on")
         targets = [t for t in self.request.targets if t.name in parts]
-        sums = per_layer(self.request.layers, targets, {t.name: parts[t.name] * t.params for t in targets})
-        sizes = per_layer(self.request.layers, targets, {t.name: float(t.params) for t in targets})
-        return Measured(tuple(s / n if n else 0.0 for s, n in zip(sums, sizes, strict=True)), parts)
+        weighed = {t.name: parts[t.name] * t.params for t in targets}
+        return Measured(tuple(per_weight(self.request.layers, targets, weighed)), parts)
 
     def _error(self, unscaled: bool | None = None) -> dict[str, float]:
         """Per target, the sum over batches of how much the nuclear norm may be more; empty of other statistics."""

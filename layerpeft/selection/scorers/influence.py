@@ -43,9 +43,5 @@ class Influence(LayerSums):
         turned = 1 - cosines(before, after)
         return torch.stack([turned.sum(), turned.new_tensor(len(turned))])
 
-    def value(self, sums: torch.Tensor) -> float:
-        """The mean."""
-        return float(sums[0] / sums[1])
-
 
 start = Influence

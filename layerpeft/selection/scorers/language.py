@@ -81,9 +81,5 @@ class Parallel(RowSums):
         score = alikeness(rows[::2], rows[1::2], self.options.measure)
         return torch.tensor([score * len(rows), len(rows)], dtype=torch.float64)
 
-    def value(self, sums: torch.Tensor) -> float:
-        """The mean."""
-        return float(sums[0] / sums[1])
-
 
 start = Parallel

@@ -30,7 +30,7 @@ from layerpeft.model.evaluating import evaluating, standing_in
 from layerpeft.model.layers import find_module
 from layerpeft.model.outputs import counted_tokens, kl, logits_of, per_token, summed
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
-from layerpeft.selection.states import First, entering_states, given, states_in, with_states
+from layerpeft.selection.states import First, entering_states, given, signed, states_in, with_states
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ class Lens(WatchingCalls):
         """By layer. Raises: NothingSeenError when no token counted."""
         *sums, tokens = self._sums.tolist()
         means = per_token(sums, tokens, "lens")
-        sign = -1.0 if self.options.first == "low" else 1.0
         below = means if self.options.form == "gain" else [0.0] * len(means)
-        return Measured(tuple(0.0 + sign * (a - b) for a, b in zip(means[1:], below, strict=False)))
+        return signed(self.options, (a - b for a, b in zip(means[1:], below, strict=False)))
 
     def _read(self, states: list[Any], left: list[Any]) -> torch.Tensor:
         assert self._seen is not None

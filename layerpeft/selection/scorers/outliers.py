@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from layerpeft.errors import NothingSeenError, ScoreError
-from layerpeft.integrations.torch import widest
+from layerpeft.integrations.torch import add_to, widest
 from layerpeft.model.layers import Target
 from layerpeft.model.targets import is_routed
 from layerpeft.model.weights import weight_slices
 from layerpeft.selection.probe import Key, attach_taps
 from layerpeft.selection.scorers import OF_TARGETS, Traits
-from layerpeft.selection.scoring import Measured, Request, Watching, per_layer
+from layerpeft.selection.scoring import Measured, Request, Watching, per_weight
 from layerpeft.text import some
 
 TRAITS = Traits(units=OF_TARGETS)
@@ -84,7 +84,7 @@ class InputNorms(Watching):
             flat = x.detach().reshape(-1, x.shape[-1])
             for key, rows in keys.items():
                 part = (flat if rows is None else flat[rows]).float().square().sum(0, dtype=widest(x.device))
-                self.squares[key] = self.squares[key] + part if key in self.squares else part
+                add_to(self.squares, key, part)
         return y
 
 
@@ -108,16 +108,15 @@ def _ratios(request: Request, options: Options, squares: Mapping[Key, torch.Tens
             above[name] += int((block > options.M * mean).sum())
             highest = max(highest, float(block.max()) / mean if mean else 0.0)
         outliers |= above
-    sums = per_layer(request.layers, request.targets, outliers)
-    sizes = per_layer(request.layers, request.targets, {t.name: float(t.params) for t in request.targets})
-    values = tuple(100.0 * n / size if size else 0.0 for n, size in zip(sums, sizes, strict=True))
+    percent = {name: 100.0 * count for name, count in outliers.items()}
+    values = tuple(per_weight(request.layers, request.targets, percent))
     if not any(values):
         lower = next((m for m in (10, 7, 5, 4, 3, 2) if m < min(highest, options.M)), round(0.8 * highest, 2))
         raise ScoreError(
             f"no weight of any layer is an outlier at M = {options.M:g}: the largest is {highest:.1f} times its layer's mean. "
             f"Lower it, for example M: {lower}."
         )
-    return Measured(values, {t.name: 100.0 * outliers[t.name] / t.params for t in request.targets})
+    return Measured(values, {t.name: percent[t.name] / t.params for t in request.targets})
 
 
 def _blocks(

@@ -34,7 +34,7 @@ from layerpeft.model.outputs import Distance, compared, kl, logits_of, per_token
 from layerpeft.model.units import LAYER
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
-from layerpeft.selection.states import First, cosines, entering_states, given, states_in, with_states
+from layerpeft.selection.states import First, cosines, entering_states, given, signed, states_in, with_states
 
 TRAITS = Traits(of_whole=True, units=("layer", "sublayer"))
 LAST = ("o", "down", "out")  # by role, the matrices of a sub-layer that write to the stream
@@ -115,8 +115,7 @@ class Removal(WatchingCalls):
             found = dict(zip(self._layers, per_token(sums, tokens, "removal"), strict=True))
         if not any(found.values()):
             raise ScoreError("removal: leaving any one layer out changes nothing in the output; try distance: norm")
-        sign = -1.0 if self.options.first == "low" else 1.0
-        return Measured(tuple(0.0 + sign * found.get(i, 0.0) for i in range(len(self.request.layers))))
+        return signed(self.options, (found.get(i, 0.0) for i in range(len(self.request.layers))))
 
     def _search(self, add: Callable[[torch.Tensor], torch.Tensor]) -> dict[int, float]:
         found: dict[int, float] = {}

@@ -97,7 +97,7 @@ class Texts(LayerSums):
         if not float(sums[1]):
             least = {"entropy": "two tokens", "curvature": "three tokens that differ"}[self.options.measure]
             raise ScoreError(f"representation: no text has {least}, which {self.options.measure} needs")
-        return float(sums[0] / sums[1])
+        return super().value(sums)
 
 
 class Views(RowSums, WatchingCalls):
@@ -135,10 +135,6 @@ class Views(RowSums, WatchingCalls):
         """The group's score times its texts, and how many those are."""
         score = 1 - info_nce(*rows.chunk(2, -1)) / math.log(2 * len(rows) - 1)
         return torch.tensor([score * len(rows), len(rows)], dtype=torch.float64)
-
-    def value(self, sums: torch.Tensor) -> float:
-        """The mean."""
-        return float(sums[0] / sums[1])
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins anew."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from layerpeft.model.weights import squared_norm
 from layerpeft.selection.scorers import OF_TARGETS, Traits
-from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.selection.scoring import Measured, Request, per_layer, per_weight
 
 TRAITS = Traits(units=OF_TARGETS)
 
@@ -32,9 +32,8 @@ def score(request: Request, options: Options) -> Measured:
     """Norms per layer and per target (0 where a layer holds no target)."""
     targets = request.targets
     parts = {t.name: squared_norm(request.model, t) for t in targets}
-    squares = per_layer(request.layers, targets, parts)
+    by_layer = per_weight if options.normalize == "numel" else per_layer
+    squares = by_layer(request.layers, targets, parts)
     if options.normalize == "numel":
-        sizes = per_layer(request.layers, targets, {t.name: float(t.params) for t in targets})
-        squares = [s / n if n else 0.0 for s, n in zip(squares, sizes, strict=True)]
         parts = {t.name: parts[t.name] / t.params for t in targets}
     return Measured(tuple(s**0.5 for s in squares), {n: s**0.5 for n, s in parts.items()})

@@ -15,7 +15,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError
 from layerpeft.integrations.engines.known import cut_like, is_cut, local, rewritten
 from layerpeft.integrations.peft import ModulesToSaveWrapper
-from layerpeft.model.names import clean, lying_in
+from layerpeft.model.names import clean, place_among
 from layerpeft.model.weights import change_of
 
 ONE_ONLY = (
@@ -217,13 +217,13 @@ def open_all(model: nn.Module, adapter: str) -> None:
 def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bool = True) -> None:
     """Turns PEFT's own wrappers of a folder that was loaded into those that train in place; originals go to the CPU."""
     kept: set[str] = set()
-    units = [lying_in([name]) for name in layer_names]
+    place = place_among(layer_names)
     for path, module in list(model.named_modules()):
         if type(module) is not ModulesToSaveWrapper or adapter not in module.modules_to_save:
             continue
         name = clean(path)
         inner: Any = module.modules_to_save[adapter]
-        layer = next((i for i, inside in enumerate(units) if inside(name)), None)
+        layer = place(name)
         held = dict(inner.named_parameters())
         trains = tuple(n for n, p in held.items() if p.is_floating_point() and (biases or not is_bias(n)))
         state = Full(Whole(name, layer, trains, sum(held[n].numel() for n in trains)), adapter, kept)
