@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -84,7 +85,7 @@ class Select:
         """True where layers are chosen again during training."""
         return self.reselect_steps is not None
 
-    @property
+    @cached_property
     def budget(self) -> Budget | None:
         """What `keep: {time: …}` means; None where `keep` says how many."""
         return Budget.parse(self.keep, Problems("keep")) if isinstance(self.keep, Mapping) else None

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from layerpeft import LayerLoraConfig, Scores, Select, get_peft_model, score_layers
+from layerpeft import LayerLoraConfig, Scores, Select, get_peft_model, plan, score_layers
 from layerpeft.errors import SelectionError
 from layerpeft.selection.picks import complement, grow, outside
 from layerpeft.selection.schedule import Turn
@@ -121,9 +121,19 @@ def test_layers_join_from_the_output_down_and_none_is_frozen_again():
     assert sorted(other.positions) == [0, 5, 6]  # scores that have changed take nothing back
 
 
+@pytest.mark.parametrize("keep", [2, "50%"])
+def test_what_trains_in_the_end_is_not_less_than_what_begins(keep):
+    select = {"by": "depth", "keep": keep, "pick": "grow", "most": 1, "reselect_steps": 1}
+    with pytest.raises(SelectionError, match="most: 1 layers in the end are fewer than the 2 of keep"):
+        get_peft_model(llama(), LayerLoraConfig(select=select, r=4))
+
+
 def test_a_staged_run_trains_as_it_says():
     select = {"by": "depth", "keep": 1, "pick": "grow", "most": 3, "reselect_steps": 1}
     model = get_peft_model(llama(), LayerLoraConfig(select=select, r=4, task_type="CAUSAL_LM"))
+    said = "1 of 4 layers, and 1 more every step by depth (pick: grow)"
+    assert model.peft_config["default"]._layerpeft.selection.why == said
+    assert "3 of 4 layers train in the end" in str(plan(llama(), LayerLoraConfig(select=select, r=4)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for batch in make_batches()[:4]:
         model(**batch).loss.backward()

@@ -6,6 +6,7 @@ scorer gives another order, and may be measured again before each window. With `
 
 from dataclasses import dataclass
 
+from layerpeft.errors import Problem, SelectionError
 from layerpeft.selection.picks import Traits
 from layerpeft.selection.schedule import Taken, Turn
 
@@ -20,8 +21,11 @@ class Options:
 
 
 def most(keep: int, count: int, options: Options) -> int:
-    """How many layers of `count` will train at one time."""
-    return min(count, max(keep, options.most or count))
+    """How many layers of `count` will train at one time. Raises: SelectionError where that is less than begin."""
+    if options.most is not None and options.most < keep:
+        sentence = f"most: {options.most} layers in the end are fewer than the {keep} of keep, which train at first"
+        raise SelectionError(Problem(("most",), sentence))
+    return min(count, options.most or count)
 
 
 def again(turn: Turn, options: Options) -> Taken:
