@@ -1,7 +1,7 @@
 """The table of precisions that a linear can be stored in: one row each, and what it takes."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,12 @@ def named(value: Any) -> str:
     raise ValueError(
         f"{value!r} is no precision: a name ({', '.join(PRECISIONS)}) or bits ({', '.join(map(str, BY_BITS))})"
     )
+
+
+def written(wanted: Callable[[Precision], bool]) -> tuple[str | int, ...]:
+    """Every way to write the precisions that are wanted: their names, and the bits that stand for one."""
+    found = [row.name for row in PRECISIONS.values() if wanted(row)]
+    return (*found, *(bits for bits, name in BY_BITS.items() if name in found))
 
 
 def missing_packages(names: Any) -> list[str]:

@@ -59,6 +59,9 @@ class Check:
         trainer = data.get("trainer", data.get("stage"))
         trainer = trainer if trainer in keys.TRAINERS else ""
         known = keys.top_settings(trainer or "sft")
+        data = self.kept(data, known)
+        if isinstance(data.get("columns"), Mapping):
+            data["columns"] = self.kept(data["columns"], {}, "columns")
         last = frozenset(k for k in data if self.document.lines.get((k,)) == COMMAND)
         done = foreign.translate(data, known, last)
         self.moved = done.moved
@@ -112,6 +115,11 @@ class Check:
             self.add_all(error.problems)
         return recipe
 
+    def kept(self, given: Mapping[str, Any], known: Mapping[str, Setting], *above: str) -> dict[str, Any]:
+        """Less the keys that the command line takes out: with null, where null is no value of theirs."""
+        nulled = {k for k in given if (*above, k) in self.document.nulled}
+        return {k: v for k, v in given.items() if k not in nulled or k in known and complaint(known[k], None) is None}
+
     def required(self, values: Mapping[str, Any], done: foreign.Translation) -> None:
         """Keys without which there is no run."""
         for key in keys.REQUIRED:
@@ -142,12 +150,15 @@ class Check:
         if block is None:
             return DEFAULT, "all", {}, None
         given = dict(block)
-        method = given.pop("method", DEFAULT)
+        method = self.kept(given, {}, "layerpeft").get("method", DEFAULT)
         if not isinstance(method, str) or method not in METHODS:
             road = foreign.METHOD_ROADS.get(method) if isinstance(method, str) else None
             sentence = f"method {method!r} is written as {road}" if road else unknown("method", method, METHODS)
             self.add(sentence, "layerpeft", "method")
             method = DEFAULT
+        known = keys.block_settings(METHODS[method])
+        given = self.kept(given, known, "layerpeft")
+        given.pop("method", None)
         select, there = self.placed(given.pop("select", None), home, "select")
         if isinstance(given.get("quant"), Mapping) and "select" in given["quant"]:
             inner, also = self.placed(given["quant"]["select"], home, "quant")
@@ -155,11 +166,10 @@ class Check:
         if select is None:
             example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
             self.add(f"select: missing; say which layers, as in {example}", "layerpeft")
-        known = keys.block_settings(METHODS[method])
         fields = {}
         for key, value in given.items():
             if key not in known or key in (*foreign.BLOCK_HINTS, "layers_to_transform", "layers_pattern"):
-                self.add(unknown_field(key, value, method, known, block), "layerpeft", key)
+                self.add(unknown_field(key, value, method, known, block) + self.road(key), "layerpeft", key)
             elif sentence := complaint(known[key], value) or _out_of_bounds(key, value):
                 better = cures.value_cure(key, value, surroundings.has_bf16)
                 self.add(f"{key}: {sentence}" + (f"; {better}" if better else ""), "layerpeft", key)
@@ -207,8 +217,17 @@ class Check:
         except Exception as error:  # constructors of other libraries raise what they like
             found, rest = [], [Problem((), told(error, 400))]
         self.add_all(problem.under("layerpeft") for problem in found)
-        self.add_all(Problem(("layerpeft", *problem.path), f"layerpeft: {problem.text}") for problem in rest)
+        for problem in rest:
+            self.add(f"layerpeft: {problem.text}{self.road(*problem.path[:1])}", "layerpeft", *problem.path)
         return None
+
+    def road(self, *key: str) -> str:
+        """How the command line, which gives another method than the recipe's, takes out a key of that."""
+        place = ("layerpeft", *key)
+        there = bool(key) and self.document.lines.get(("layerpeft", "method")) == COMMAND != self.document.lines.get(
+            place
+        )
+        return f" (layerpeft.{key[0]}=null takes it out)" if there and place in self.document.lines else ""
 
 
 def _unquoted(columns: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,16 @@ class Cure:
             return f"{why}take it out{self.after}"
         where = "write it in the block: " if [*self.write] == ["layerpeft"] else "write "
         return why + where + " and ".join(f"`{k}: {written(v)}`" for k, v in self.write.items()) + self.after
+
+    def on_command(self, recipe: Mapping[str, Any]) -> str:
+        """The same for the command line; what is said of the whole block for an example's sake stays as the recipe has it."""
+        given, held = dict(self.write), recipe.get("layerpeft")
+        own = dict(given.pop("layerpeft", {}))
+        if isinstance(held, Mapping) and held.get("select") is not None and own.get("select") == "all":
+            del own["select"]
+        settings = {**given, **{f"layerpeft.{k}": v for k, v in own.items()}}
+        why = f"{self.why}; " if self.why else ""
+        return f"{why}write " + " ".join(f"`{shlex.quote(f'{k}={flow(v)}')}`" for k, v in settings.items()) + self.after
 
 
 def written(value: Any) -> str:

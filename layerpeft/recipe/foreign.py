@@ -74,7 +74,7 @@ def translate(data: Mapping[str, Any], known: Mapping[str, Setting], last: froze
         elif key in _CONVERTED and (key != "flash_attention" or importlib.util.find_spec("flash_attn")):
             _CONVERTED[key](out, data, key, value)
         elif road := cure(key, value, data):
-            out.refuse(key, str(road))
+            out.refuse(key, road.on_command(data) if key in last and road.write else str(road))
             out.cured |= set(road.write)
         else:
             out.data[key] = value  # unknown: reported with the nearest name where the rest is checked

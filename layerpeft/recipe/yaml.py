@@ -42,11 +42,13 @@ def spelled(line: int | None) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed recipe: plain data, the line of each key (or `COMMAND`), and what is wrong with the text."""
+    """A parsed recipe: plain data, the line of each key (or `COMMAND`), and what is wrong with the text. `nulled`: keys that the
+    command line has set to null, and that the recipe has."""
 
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[Path, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
+    nulled: frozenset[Path] = frozenset()
 
     def line(self, *path: str | int) -> int | None:
         """Where a key was written: its own line, else that of the nearest key around it, else None."""
@@ -131,25 +133,30 @@ class _TooMuch(Exception):
 def override(document: Document, settings: Sequence[str]) -> Document:
     """The document with `dotted.key=value` settings of the command line laid over it.
 
-    What lies below the key `columns` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML.
+    What lies below the key `columns` is text as it stands, so that `columns.text={x}` is a template; in quotes it is YAML. With
+    null a key of the recipe goes, where null is no value of its own.
     """
     data, lines, faults = copy.deepcopy(document.data), dict(document.lines), list(document.faults)
+    nulled: set[Path] = set()
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
             faults.append(Fault(COMMAND, f"{setting!r} is not of the form key=value (example: layerpeft.r=8)"))
             continue
-        plain = len(parts) > 1 and parts[0] == "columns" and not text.lstrip().startswith(('"', "'"))
+        plain = len(parts) > 1 and parts[0] == "columns" and not text.lstrip().startswith(('"', "'")) and text != "null"
         read = Document({"value": text}) if plain else parse("value: " + text, COMMAND)
         if read.faults:
             reasons = "; ".join(fault.text for fault in read.faults)
             faults.append(Fault(COMMAND, f"{setting!r}: {reasons}"))
             continue
         faults.extend(_put(data, parts, read.data["value"], setting))
+        nulled.discard(tuple(parts))
+        if read.data["value"] is None and tuple(parts) in document.lines:
+            nulled.add(tuple(parts))
         lines = {path: line for path, line in lines.items() if path[: len(parts)] != tuple(parts)}
         lines[tuple(parts)] = COMMAND
-    return Document(data, lines, tuple(faults))
+    return Document(data, lines, tuple(faults), frozenset(nulled))
 
 
 def _put(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> list[Fault]:

@@ -28,7 +28,7 @@ from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.select import DEFAULT_BATCHES, PICKS, SCORERS, Select, options_of
+from layerpeft.selection.select import DEFAULT_BATCHES, PICKS, SCORERS, Select, least_batches, options_of
 
 Batches = Iterable[Any]
 
@@ -86,6 +86,11 @@ def needs(select: Select) -> str:
     if not isinstance(select.by, str):
         return "nothing"
     return plugins.get(SCORERS, select.by).needs(options_of(select, SCORERS))
+
+
+def fewest(select: Select) -> int:
+    """How many batches the scorer takes at least."""
+    return least_batches(options_of(select, SCORERS)) if isinstance(select.by, str) else 1
 
 
 def start(

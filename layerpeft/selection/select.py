@@ -8,18 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from layerpeft.errors import LayerpeftError, Problems, SelectionError, unknown
+from layerpeft.errors import LayerpeftError, Problems, ScoreError, SelectionError, unknown
 from layerpeft.model.names import lying_in
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import Budget
 from layerpeft.selection.grammar import check_grammar, checked_keep
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.typecheck import check, checked, read_fields, settings_of
+from layerpeft.selection.typecheck import check, checked, read_fields, settings_of, unused
 
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
 DEFAULT_BATCHES = 8
 Unit = Literal["layer", "sublayer", "target", "expert"]
+WITHIN = Literal["kind", "layer"]
 # units that cannot be chosen yet, and why
 LATER = {"head": "attention heads are chosen with method: head alone, which is not there yet"}
 
@@ -37,7 +38,7 @@ class Select:
     per: Literal["cost"] | None = checked(None)
     layers: Any = "all"
     unit: Unit = checked("layer")
-    within: Literal["kind", "layer"] | None = checked(None)
+    within: WITHIN | None = checked(None)
     exclude: Any = None
     reselect_steps: int | None = checked(None, least=1)
     rescore_steps: int | Literal["never"] | None = checked(None, least=1)
@@ -56,7 +57,7 @@ class Select:
     def parse(cls, value: Any) -> Select:
         """A `Select` from a layer grammar (string, int, list), a dict or a `Select`.
 
-        Raises: SelectionError naming every problem at once.
+        Raises: SelectionError naming every problem at once; ScoreError where only options of the scorer do not go together.
         """
         if isinstance(value, Select):
             given: dict[str, Any] = {f.name: getattr(value, f.name) for f in fields(cls) if f.name != "options"}
@@ -71,6 +72,8 @@ class Select:
             given = {"layers": value}
         problems = Problems("select")
         parsed = _parse(cls, given, problems)
+        if len(problems.items) == 1 and isinstance(lone := problems.items[0], LayerpeftError):
+            raise lone
         problems.raise_if_any(SelectionError)
         return parsed
 
@@ -187,17 +190,65 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     for name in ("layers", "exclude", "always"):
         if known.get(name) is not None:
             check_grammar(name, known[name], problems)
-    kinds = [plugins.get(PICKS, cls(**known).rule).Options]
+    rule = cls(**known).rule
+    asked = [(rule, plugins.get(PICKS, rule).Options)]
     if isinstance(by, str):
-        kinds.insert(0, plugins.get(SCORERS, by).Options)
-    schema = {name: setting for kind in kinds for name, setting in settings_of(kind).items()}
+        asked.insert(0, (by, plugins.get(SCORERS, by).Options))
+    schema = {name: setting for _, kind in asked for name, setting in settings_of(kind).items()}
     for name in given:
         if name not in schema:
             problems.add(unknown("key", name, [*own, *schema]), name)
-    for kind in kinds:
-        check(kind, given, problems, ": ", every=True)
+    for name, kind in asked:
+        options = _checked_options(name, kind, given, problems)
+        if name == by and options is not None:
+            _check_measured(known, rule, options, problems)
     tuples = {name for name, setting in schema.items() if (get_origin(setting.hint) or setting.hint) is tuple}
     return cls(**known, options={k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in given.items()})
+
+
+def _checked_options(name: str, kind: type, given: Mapping[str, Any], problems: Problems) -> Any:
+    """The options of a scorer or a rule; None where something is wrong with one of them, or with them together."""
+    wrong, found = len(problems.items), Problems(name)
+    check(kind, given, problems, ": ", every=True)
+    if len(problems.items) > wrong:
+        return None
+    unused(kind, given, found)
+    try:
+        found.raise_if_any(ScoreError if name in plugins.names(SCORERS) else SelectionError)
+        return kind(**{n: v for n, v in given.items() if n in settings_of(kind)})
+    except LayerpeftError as error:
+        problems.absorb(error)
+    return None
+
+
+def _check_measured(known: dict[str, Any], rule: str, options: Any, problems: Problems) -> None:
+    """What the scorer asks of batches, and of when it is measured."""
+    least, number = least_batches(options), known.get("num_batches")
+    if isinstance(number, int) and number < least:
+        problems.add(
+            f"num_batches: {number} is too few for this score; write num_batches: {least} or more", "num_batches"
+        )
+    if known.get("reselect_steps") is None or plugins.traits(PICKS, rule).scoreless:
+        return
+    why = only_before(known["by"], options)
+    if why and known.get("rescore_steps") != "never":
+        problems.add(f"rescore_steps: {why}; write rescore_steps: never", "rescore_steps")
+    if why and known.get("warmup_steps") is not None:
+        problems.add(
+            f"warmup_steps: {why}, and a warm-up ends with such scores; leave warmup_steps out", "warmup_steps"
+        )
+
+
+def least_batches(options: Any) -> int:
+    """How many batches a score takes, by the scorer's own options."""
+    return getattr(options, "least_batches", 1)
+
+
+def only_before(by: str, options: Any) -> str:
+    """Why a scorer, with these options, cannot be measured on the batches of training itself; empty where it can."""
+    if plugins.traits(SCORERS, by).ordered:
+        return f"by: {by} goes by the order of rows, which a trainer shuffles"
+    return getattr(options, "only_before", "")
 
 
 def _plain(value: Any) -> Any:
@@ -236,7 +287,7 @@ def _check_unit(known: dict[str, Any], problems: Problems) -> None:
         able = [name for name in plugins.names(SCORERS) if unit in plugins.traits(SCORERS, name).units]
         own = " and ".join(f"{u}s" for u in plugins.traits(SCORERS, by).units)
         problems.add(f"by: {by} gives a score to {own}, not to {unit}s; to those do {', '.join(able)}", "by")
-    if known.get("within") is None:
+    if known.get("within") not in get_args(WITHIN):
         return
     if unit == "layer":
         problems.add(
@@ -285,7 +336,8 @@ def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> No
 
 def _check_cost(known: dict[str, Any], problems: Problems) -> None:
     """A budget says how many and which, and what a layer costs is of a choice that is made once."""
-    within, per, pick = isinstance(known.get("keep"), Mapping), known.get("per"), known.get("pick")
+    within, pick = isinstance(known.get("keep"), Mapping), known.get("pick")
+    per = known.get("per") if known.get("per") == "cost" else None  # else it is unknown
     if within and pick not in (None, "top"):
         problems.add(
             f"pick: a budget (keep: {{time: …}}) takes the best set within it, by pick: top, not {pick!r}", "pick"

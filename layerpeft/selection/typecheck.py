@@ -23,7 +23,8 @@ LARGEST = 2**63 - 1  # a whole number that every library takes
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """What a value has to be besides of its type: ends that belong to it (`least`, `most`) or do not (`above`, `below`), or one of
-    `choices`; `words` say its type better than the hint does ("a list of names")."""
+    `choices`; `words` say its type better than the hint does ("a list of names"). `of`: values of other fields, one of which it
+    takes for this one to mean something."""
 
     least: float | None = None
     above: float | None = None
@@ -31,6 +32,7 @@ class Bounds:
     below: float | None = None
     choices: tuple[str, ...] = ()
     words: str = ""
+    of: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,22 @@ def check(kind: type, values: Mapping[str, Any], problems: Problems, sign: str =
         texts = bounds.choices or (map(str, get_args(first)) if get_origin(first) is Literal and not rest else ())
         told = f"{name}{sign}{values[name]!r} is not {_wanted(first, bounds)}"
         problems.add(unknown(name, values[name], texts) if texts else told, name)
+
+
+def unused(kind: type, given: Mapping[str, Any], problems: Problems) -> None:
+    """Adds a sentence for every value given that means nothing beside the others, by the `of` of its field; a false flag asks for
+    nothing."""
+    settings = settings_of(kind)
+    for name in (n for n in given if n in settings and given[n] is not False):
+        for other, fit in (bounds.of if (bounds := settings[name].bounds) else {}).items():
+            if (value := given.get(other, settings[other].default)) not in fit:
+                wanted, found = (f"{other}: {_yaml(v)}" for v in (" or ".join(map(_yaml, fit)), value))
+                problems.add(f"{name}: is of {wanted}, not of {found}; take it out", name)
+                break
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @cache

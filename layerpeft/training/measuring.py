@@ -33,6 +33,7 @@ class Pending:
     ) -> None:
         self.model, self.examined = model, examined
         self.select, self.layers, self.pool = examined.select, examined.layers, examined.targets
+        self.wanted = self.select.num_batches or scoring.fewest(self.select)
         self.before, self.turn = before, turn  # what is known of the layers by now, and how often they were measured
         self.decider: Callable[[Measured, int], Selection] = self._by_rule
         self.watches_backward = scoring.needs(self.select) == "backward"
@@ -83,7 +84,7 @@ class Pending:
         self._next_batch()
         processes = distributed.world_size()
         batches = self._everywhere = int(distributed.add_up(torch.tensor([self.measurement.batches])))
-        if batches < (self.select.num_batches or 1) * processes:
+        if batches < (self.wanted) * processes:
             return None
         if processes > 1:
             self.measurement.combine(distributed.add_up)
@@ -97,7 +98,7 @@ class Pending:
     def progress(self) -> str:
         """How many batches were measured, of how many, and why some do not count."""
         why = f" ({self.barren})" if self.barren is not None else ""
-        return f"{self.measurement.batches} of {self.select.num_batches or 1} batches{why}"
+        return f"{self.measurement.batches} of {self.wanted} batches{why}"
 
     def go_on(self) -> None:
         """Says that the optimizer steps without a choice: drops the pool's gradients, so that the step changes none of it.

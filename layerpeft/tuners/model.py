@@ -17,7 +17,7 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.selection import choose, plugins, schedule, scoring
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.select import PICKS, Select, Selection
+from layerpeft.selection.select import PICKS, SCORERS, Select, Selection, only_before, options_of
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.method import Method
@@ -202,6 +202,12 @@ def first_scores(config: LayerLoraConfig, model: nn.Module, examined: Examined) 
         return list(select.by.values)
     if not scoring.needs_batches(select):
         return [0.0 if v is None else v for v in scoring.measure(model, examined).values]
+    if (
+        config._batches is None
+        and not schedule.scoreless(select)
+        and only_before(select.by, options_of(select, SCORERS))
+    ):
+        scoring.start(model, select, layers, examined.targets, live=True)  # which says what it needs
     if config._batches is None or scoring.live_only(select):
         return None
     return list(scoring.score(model, select, layers, examined.targets, config._batches).values)

@@ -19,8 +19,8 @@ class Options:
     the sum (ESFT's p: 0.2 of tokens, 0.1 of gates)."""
 
     split: Literal["otsu", "ir_tuning", "cumulative"] = "otsu"
-    window: tuple[float, float] = (0.35, 0.65)
-    share: float = checked(0.2, above=0, most=1)
+    window: tuple[float, float] = checked((0.35, 0.65), of={"split": ("ir_tuning",)})
+    share: float = checked(0.2, above=0, most=1, of={"split": ("cumulative",)})
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:

@@ -5,7 +5,9 @@ A scorer holds
 
 - `Options`, a frozen dataclass whose fields are the scorer's own keys in `select`, each with a default. A value has to fit its
   hint: whole numbers are from 1, others above 0, texts one of a `Literal`; for other bounds write the field as
-  `share: float = checked(0.0, least=0, below=1)`, with `checked` from `layerpeft.selection.typecheck`;
+  `share: float = checked(0.0, least=0, below=1)`, with `checked` from `layerpeft.selection.typecheck`. A field that means
+  nothing beside some values of another says so (`of={"form": ("sum",)}`), and is refused there. Properties of it may be
+  `least_batches`, how many a score takes (1), and `only_before`, why training's own batches cannot be measured (""), as text;
 - `needs(options)`, which gives one of
   - `"nothing"` or `"weights"`: then it also has `score(request, options) -> Measured`;
   - `"forward"` or `"backward"`: then it also has `start(request, options) -> Measurement`, which watches batches go through the

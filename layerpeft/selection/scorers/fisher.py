@@ -16,6 +16,7 @@ from typing import Literal
 
 from layerpeft.selection.scorers import OF_TARGETS, Traits, gradient_norm
 from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.selection.typecheck import checked
 
 TRAITS = Traits(units=OF_TARGETS)
 
@@ -29,7 +30,7 @@ class Options:
 
     reduce: Literal["mean", "sum"] = "mean"
     exact: bool = False
-    k: int = 8
+    k: int = checked(8, least=1, of={"exact": (False,)})
 
 
 def needs(options: Options) -> str:

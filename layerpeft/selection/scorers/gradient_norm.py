@@ -35,6 +35,7 @@ from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
 from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request, over, per_layer, per_weight
 from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
+from layerpeft.selection.typecheck import checked
 from layerpeft.text import some
 
 TRAITS = Traits(overlaps=True, units=OF_TARGETS)
@@ -49,12 +50,12 @@ class Options:
     """
 
     exact: bool = False
-    k: int = 8
+    k: int = checked(8, least=1, of={"statistic": ("frobenius", "nuclear", "agreement", "credit"), "exact": (False,)})
     normalize: Literal["none", "numel", "weight"] = "none"
     signal: bool = False
     statistic: Literal["frobenius", "nuclear", "l1", "agreement", "credit"] = "frobenius"
-    steps: int = 20
-    lr: float = 1e-3
+    steps: int = checked(20, least=1, of={"statistic": ("credit",)})
+    lr: float = checked(1e-3, above=0, of={"statistic": ("credit",)})
 
     def __post_init__(self) -> None:
         """Raises: ScoreError for options that do not go together."""
@@ -69,13 +70,24 @@ class Options:
             problems.add(f"exact: true would hold two gradients of every weight; with {named} raise k", "exact")
         if self.exact and self.statistic == "credit":
             problems.add(f"exact: true is not of {named}, which forms no gradient of a weight", "exact")
-        for name in ("steps", "lr"):
-            if self.statistic != "credit" and getattr(self, name) != getattr(type(self), name):
-                problems.add(f"{name}: is of statistic: credit, not of {named}", name)
+        if self.exact and self.statistic == "l1":
+            problems.add(f"exact: true: {named} is exact as it is; take it out", "exact")
         fits = {"frobenius": ("none", "numel", "weight"), "l1": ("none", "numel")}.get(self.statistic, ("none",))
         if self.normalize not in fits:
             problems.add(f"normalize: {self.normalize} is not of {named}; write {' or '.join(fits)}", "normalize")
         problems.raise_if_any(ScoreError)
+
+    @property
+    def least_batches(self) -> int:
+        """How many there must be to compare."""
+        return 2 if self.statistic == "agreement" else 1
+
+    @property
+    def only_before(self) -> str:
+        """Why it cannot be measured while training."""
+        return "statistic: credit trains for some steps of its own before the layers are wrapped" * (
+            self.statistic == "credit"
+        )
 
     def how(self, seed: int) -> Statistic:
         """What the probe takes of each gradient."""

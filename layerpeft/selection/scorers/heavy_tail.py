@@ -28,6 +28,7 @@ from layerpeft.model.layers import Target
 from layerpeft.model.weights import matrices
 from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
+from layerpeft.selection.typecheck import checked
 from layerpeft.text import some
 
 TRAITS = Traits(units=OF_TARGETS)
@@ -44,8 +45,8 @@ class Options:
     first: Literal["light", "heavy"] = "light"
     tail: Literal["median", "peak", "best"] = "median"
     form: Literal["published", "averaged"] = "published"
-    window: int = 100
-    places: int = 10
+    window: int = checked(100, least=1, of={"form": ("averaged",)})
+    places: int = checked(10, least=1, of={"form": ("averaged",)})
 
 
 def needs(options: Options) -> str:

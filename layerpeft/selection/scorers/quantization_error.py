@@ -16,12 +16,13 @@ from torch import nn
 from layerpeft.errors import ScoreError
 from layerpeft.integrations.torch import widest
 from layerpeft.model.layers import Target
-from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded
+from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded, written
 from layerpeft.model.targets import MATRICES
 from layerpeft.model.weights import matrices
 from layerpeft.selection.probe import Key
 from layerpeft.selection.scorers import OF_TARGETS, Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
+from layerpeft.selection.typecheck import checked
 from layerpeft.text import some
 
 TRAITS = Traits(of_whole=True, units=OF_TARGETS)  # a sum over weights
@@ -32,8 +33,10 @@ class Rounding:
     """`precision`: a name or bits, HQQ's with a scale for `group_size` weights, bitsandbytes' 4-bit scales with `double_quant`."""
 
     precision: str | int = "nf4"
-    group_size: int = 64
-    double_quant: bool = False
+    group_size: int = checked(64, least=1, of={"precision": written(lambda row: row.package == "hqq")})
+    double_quant: bool = checked(
+        False, of={"precision": written(lambda row: row.package == "bitsandbytes" and row.bits == 4)}
+    )
 
     def __post_init__(self) -> None:
         """Gives the precision its name. Raises: ScoreError for one that does not round, or whose package is missing."""

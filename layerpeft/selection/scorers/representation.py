@@ -40,7 +40,7 @@ class Options(First):
     """`measure`: which quality; `noise`: the share of tokens exchanged in the second view of `invariance`."""
 
     measure: Literal["entropy", "curvature", "invariance"] = "entropy"
-    noise: float = checked(0.1, above=0, below=1)
+    noise: float = checked(0.1, above=0, below=1, of={"measure": ("invariance",)})
 
 
 def needs(options: Options) -> str:
