@@ -230,6 +230,13 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def standing_at(model: nn.Module, name: str) -> nn.Module:
+    """What stands at this name now, adapters and all; a parameter's name gives the module that holds it. Raises: as above."""
+    above, _, leaf = name.rpartition(".")
+    holder = find_module(model, above)
+    return holder._modules.get(leaf) or find_module(model, name)
+
+
 def _distributed(module: nn.Module) -> bool:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return True

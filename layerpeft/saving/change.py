@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from layerpeft.integrations.files import read_json, version_of
 from layerpeft.integrations.peft import dequantized
 from layerpeft.model import weights
 from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
-from layerpeft.model.names import adapted
+from layerpeft.model.names import adapted, place_among
+from layerpeft.model.units import in_units
 from layerpeft.saving.manifest import CONFIG, WEIGHTS, read_manifest
 from layerpeft.saving.shards import Checkpoint, entries_of
 from layerpeft.selection.scores import Scores
@@ -37,8 +38,9 @@ class Moved:
     square: float
 
 
-def change_of(folder: str | Path, model: nn.Module, relative: bool = False) -> Scores:
+def change_of(folder: str | Path, model: nn.Module, relative: bool = False, among: LayerMap | None = None) -> Scores:
     """`‖ΔW‖` of every layer over what trained in it, 0 of those that did not; `relative`: over `‖W‖` of the same weights.
+    `among`: the units below layers of which it is told, in their place.
 
     `model`: the base that the run began with. LoRA and projections: ΔW = scale · B·A; full weights: what was saved less the base.
     Raises: SaveError for a folder that is damaged; ScoreError for one of another architecture, or of which B·A is not the change.
@@ -48,8 +50,9 @@ def change_of(folder: str | Path, model: nn.Module, relative: bool = False) -> S
     if manifest.get("selection") is None:
         raise ScoreError(f"{folder} was saved before its layers were chosen, so nothing trained in it")
     selection = Selection.from_dict(manifest["selection"])
-    layers = layer_map(model, selection.stack)
-    if selection.fingerprint != layers.fingerprint:
+    whole = layer_map(model, selection.stack)
+    layers = among if among is not None and among.stack == whole.stack else whole
+    if selection.fingerprint != _chosen_from(selection, whole).fingerprint:
         raise ScoreError(f"the run in {folder} trained another model: names or shapes of its targets differ")
     if not (folder / WEIGHTS[0]).is_file():
         raise ScoreError(f"{folder} holds no {WEIGHTS[0]}")
@@ -68,7 +71,14 @@ def change_of(folder: str | Path, model: nn.Module, relative: bool = False) -> S
     values = tuple((s / (b or 1.0 if relative else 1.0)) ** 0.5 for s, b in zip(squares, bases, strict=True))
     origin = {"model_type": layers.model_type, "folder": str(folder), "method": manifest["method"]}
     origin |= {package: version_of(package) for package in ("layerpeft", "torch", "transformers")}
-    return Scores(values, "change", layers.fingerprint, layers.stack, {"relative": relative}, parts, origin)
+    asked = {"relative": relative}
+    return Scores(values, "change", layers.fingerprint, layers.stack, asked, parts, origin, layers.unit)
+
+
+def _chosen_from(selection: Selection, layers: LayerMap) -> LayerMap:
+    """The map that a choice was made from, in this model: of layers, or of units below them that held targets."""
+    units, names = in_units(layers, selection.unit, layers.targets)[0], set(selection.layer_names)
+    return units if units is layers else replace(units, layers=tuple(u for u in units.layers if u.name in names))
 
 
 def _refuse_odd(folder: Path, config: Mapping[str, Any]) -> None:
@@ -87,6 +97,7 @@ def _all(
 ) -> Iterator[tuple[Moved, float]]:
     """What moved, and `‖W‖²` of its base where that is asked for."""
     targets = {adapted(t.name): t for t in layers.targets}
+    place = place_among([adapted(name) for name in layers.names])
     parameters = dict(base_of(model).named_parameters())
     owned: dict[str, list[Target]] = {}
     for target in layers.targets:
@@ -97,14 +108,12 @@ def _all(
         if factor is not None:
             a, b = stored.read(key).double(), stored.read(key.replace(".lora_A.", ".lora_B.")).double()
             target = targets.get(factor["module"]) or _experts(owned.get(factor["module"], []), a, b)
-            if target is not None:
+            if target is not None and (layer := place(adapted(target.name))) is not None:
                 square = _product(a, b, target) * _scale(config, target, a) ** 2
-                yield Moved(target.name, target.layer, square), weights.squared_norm(model, target) if relative else 0.0
-        elif ".lora_" not in name:
-            layer = next((i for i, n in enumerate(layers.names) if name.startswith(f"{adapted(n)}.")), None)
-            if layer is not None:
-                change, base = weights.change_of(_base(model, parameters, name), stored.read(key))
-                yield Moved(name, layer, change), base
+                yield Moved(target.name, layer, square), weights.squared_norm(model, target) if relative else 0.0
+        elif ".lora_" not in name and (layer := place(name)) is not None:
+            change, base = weights.change_of(_base(model, parameters, name), stored.read(key))
+            yield Moved(name, layer, change), base
 
 
 def _base(model: nn.Module, parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -285,8 +285,9 @@ def _check_unit(known: dict[str, Any], problems: Problems) -> None:
         return
     if isinstance(by, str) and unit in get_args(Unit) and unit not in plugins.traits(SCORERS, by).units:
         able = [name for name in plugins.names(SCORERS) if unit in plugins.traits(SCORERS, name).units]
-        own = " and ".join(f"{u}s" for u in plugins.traits(SCORERS, by).units)
-        problems.add(f"by: {by} gives a score to {own}, not to {unit}s; to those do {', '.join(able)}", "by")
+        traits = plugins.traits(SCORERS, by)
+        own, why = " and ".join(f"{u}s" for u in traits.units), f", since {traits.reason}" if traits.reason else ""
+        problems.add(f"by: {by} gives a score to {own}, not to {unit}s{why}; to those do {', '.join(able)}", "by")
     if known.get("within") not in get_args(WITHIN):
         return
     if unit == "layer":

@@ -75,6 +75,25 @@ class Passage:
         return torch.stack([t[-1] if pool == "last" else t.float().mean(0) for t in texts])
 
 
+def streams(
+    request: Request, units: Iterable[int], tell: Callable[[int, torch.Tensor, torch.Tensor], None]
+) -> list[Any]:
+    """Hooks on the parts of layers, which are scored instead of those: `tell` hears of each of these `units` what the stream is
+    before and after it."""
+    layers, found = request.layers, list[Any]()
+    places = {layers.names[i]: i for i in units}
+
+    def told(part: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        if part in places:
+            tell(places[part], before, after)
+
+    every = in_units(layers.whole, layers.unit, layers.whole.targets)[0]  # also those that hold no target
+    for block in {layers.block(i).index: layers.block(i) for i in places.values()}.values():
+        parts = [unit.name for unit in every.layers if unit.block == block.index]
+        found += Stream(request.model, block.name, parts, told).attach(entering_states, states_in)
+    return found
+
+
 class StatesWatching(Watching):
     """A measurement that sees every run of every layer that holds targets (`see`).
 
@@ -105,7 +124,7 @@ class StatesWatching(Watching):
         for module in {id(m): m for m in (self._model, self.request.model)}.values():  # the innermost call counts
             self._handles.append(module.register_forward_pre_hook(eager(self.called), with_kwargs=True))
         if self.request.layers.unit != LAYER:
-            self._handles += self._streams()
+            self._handles += streams(self.request, self.layers, self._passed)
             return
         for layer in self.layers:
             block = find_module(self.request.model, self.request.layers.layers[layer].name)
@@ -152,21 +171,6 @@ class StatesWatching(Watching):
                 self._passed(layer, before, after)
 
         return eager(leave)
-
-    def _streams(self) -> list[Any]:
-        """Hooks on the parts of layers, which are scored instead of those."""
-        layers, found = self.request.layers, list[Any]()
-        places = {layers.names[i]: i for i in self.layers}
-
-        def told(part: str, before: torch.Tensor, after: torch.Tensor) -> None:
-            if part in places:
-                self._passed(places[part], before, after)
-
-        every = in_units(layers.whole, layers.unit, layers.whole.targets)[0]  # also those that hold no target
-        for block in {layers.block(i).index: layers.block(i) for i in self.layers}.values():
-            parts = [unit.name for unit in every.layers if unit.block == block.index]
-            found += Stream(self.request.model, block.name, parts, told).attach(entering_states, states_in)
-        return found
 
     def _passed(self, layer: int, before: torch.Tensor | None, after: torch.Tensor) -> None:
         with torch.no_grad():

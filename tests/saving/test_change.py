@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import layerpeft
-from layerpeft import LayerLoraConfig, Scores, score_layers
+from layerpeft import LayerFullConfig, LayerLoraConfig, Scores, score_layers
 from layerpeft.errors import SaveError, ScoreError
 from layerpeft.saving.change import change_of
 from layerpeft.saving.manifest import read_manifest
@@ -81,6 +82,28 @@ def test_layers_are_chosen_by_it(tmp_path):
     found = score_layers(llama(), "change", of=str(tmp_path), relative=True)
     assert found.values[0] == 0 and found == score_layers(llama(), "change", of=str(tmp_path), relative=True)
     assert found.ranked()[0] in want
+
+
+@pytest.mark.parametrize("kind", [LayerLoraConfig, LayerFullConfig])
+def test_parts_of_layers_are_told_of_runs_by_parts_too(tmp_path, kind):
+    select, options = {"unit": "sublayer", "layers": [1, 4]}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    if kind is LayerLoraConfig:
+        moved(tmp_path, select=select, **options)
+    else:
+        model = layerpeft.get_peft_model(llama(), LayerFullConfig(select=select, **options))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.requires_grad)
+        model.save_pretrained(tmp_path)
+    whole = score_layers(llama(), "change", of=str(tmp_path)).values
+    assert [i for i, v in enumerate(whole) if v] == [0, 2]
+    for unit, held in (("sublayer", [1, 4]), ("target", [2, 6, 7])):
+        found = score_layers(llama(), "change", unit=unit, of=str(tmp_path), **options)
+        assert found.unit == unit and [i for i, v in enumerate(found.values) if v] == held
+        each = 3 if unit == "target" else 2
+        for layer, value in enumerate(whole):
+            parts = found.values[layer * each : (layer + 1) * each]
+            assert math.sqrt(sum(v * v for v in parts)) == pytest.approx(value, rel=1e-5)
 
 
 def test_what_cannot_be_told_is_refused(tmp_path):

@@ -181,8 +181,8 @@ def test_nothing_is_written_of_whole_layers():
         ({"unit": "sublayr"}, "unknown unit 'sublayr'. Did you mean 'sublayer'"),
         ({"unit": ["layer"]}, "unknown unit"),
         (
-            {"unit": "sublayer", "by": "entropy", "keep": 1},
-            "by: entropy gives a score to layers, not to sublayers.*gradient_norm",
+            {"unit": "target", "by": "entropy", "keep": 1},
+            "by: entropy gives a score to layers and sublayers, not to targets, since it is told by the states.*gradient_norm",
         ),
         ({"unit": "target", "by": "importance", "keep": 1, "reselect_steps": 2}, "importance gives a score to layers"),
         ({"within": "kind", "by": "snr", "keep": 1}, "within: is of units below a layer"),

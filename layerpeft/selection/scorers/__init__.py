@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from layerpeft.selection.typecheck import checked
 
 OF_TARGETS = ("layer", "sublayer", "target", "expert")  # of a score that is made of parts, one for every target
+OF_STATES = ("layer", "sublayer")  # of a score of the states before and after something
+STATES = "it is told by the states that are handed on from part to part"
 
 HOLDS = (("needs(options)",), ("score(request, options)", "start(request, options)"))  # of each, one or more
 
@@ -30,15 +32,17 @@ HOLDS = (("needs(options)",), ("score(request, options)", "start(request, option
 class Traits:
     """`live_only`: watches training itself, and cannot score a model before it; `of_whole`: a score is of all of a layer's weights
     together, not of a share of them; `overlaps`: measures what layers do the same, where `request.overlaps` asks for it; `unseen`:
-    what a layer counts as that has no score yet; `units`: what can be scored (`unit` in `select`). Of units below a layer
-    `request.layers` is their map, `request.layers.whole` that of the layers. `ordered`: the order of rows says something, and a
-    trainer shuffles them; `classes`: every row needs a class; `again_only`: says nothing before adapters have trained."""
+    what a layer counts as that has no score yet; `units`: what can be scored (`unit` in `select`), and the `reason` why nothing
+    else. Of units below a layer `request.layers` is their map, `request.layers.whole` that of the layers. `ordered`: the order of
+    rows says something, and a trainer shuffles them; `classes`: every row needs a class; `again_only`: says nothing before
+    adapters have trained."""
 
     live_only: bool = False
     of_whole: bool = False
     overlaps: bool = False
     unseen: float = checked(0.0)
     units: tuple[str, ...] = checked(("layer",))
+    reason: str = ""
     ordered: bool = False
     classes: bool = False
     again_only: bool = False

@@ -9,19 +9,23 @@ that are not finite counting as 1000 (such a batch is left out), and the losses'
 the score.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from layerpeft.errors import NothingSeenError
 from layerpeft.integrations.torch import eager
-from layerpeft.model.layers import find_module
-from layerpeft.selection.scorers import Traits
+from layerpeft.model.layers import standing_at
+from layerpeft.model.names import modules_in
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request, Watching
 
-TRAITS = Traits(live_only=True, unseen=1000.0)  # a layer that has not trained yet: more than any gradient
+TRAITS = Traits(
+    live_only=True, units=OF_TARGETS, unseen=1000.0
+)  # a layer that has not trained yet: more than any gradient
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class AdapterGradients(Watching):
 
     def _watch(self, *_: Any) -> None:
         for layer in sorted({t.layer for t in self.request.targets}):
-            for parameter in find_module(self.request.model, self.request.layers.layers[layer].name).parameters():
+            for parameter in _tensors_in(self.request.model, self.request.layers.names[layer]):
                 if parameter.requires_grad and id(parameter) not in self._hooked:
                     self._hooked.add(id(parameter))
                     self._handles.append(parameter.register_hook(self._hear(layer)))
@@ -113,3 +117,10 @@ class AdapterGradients(Watching):
 
 
 start = AdapterGradients
+
+
+def _tensors_in(model: nn.Module, unit: str) -> Iterator[torch.Tensor]:
+    """Those of the modules that a unit's name stands for; of a weight that trains by itself, itself."""
+    for name in modules_in(unit):
+        module, leaf = standing_at(model, name), name.rpartition(".")[2]
+        yield from [module._parameters[leaf]] if leaf in module._parameters else module.parameters()  # type: ignore[misc]

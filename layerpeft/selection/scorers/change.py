@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerpeft.errors import ScoreError
+from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
+
+TRAITS = Traits(units=OF_TARGETS)
 
 NO_RUN = "by: change needs the folder of an earlier run: {by: change, of: outputs/first, keep: 8}"
 
@@ -35,6 +38,6 @@ def score(request: Request, options: Options) -> Measured:
         raise ScoreError(NO_RUN)
     if request.change_of is None:
         raise ScoreError("by: change reads folders of runs, which whoever asks must hand in (Request.change_of)")
-    found = request.change_of(options.of, request.model, options.relative)
+    found = request.change_of(options.of, request.model, options.relative, request.layers)
     found.check(request.layers)
     return Measured(found.values, found.targets, {"folder": found.origin["folder"]})

@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.scoring import Request
 from layerpeft.selection.states import First, Passage, RowSums
 from layerpeft.selection.typecheck import checked
 
 LEAST = 4  # samples that the unbiased estimate needs
-TRAITS = Traits(units=("layer", "sublayer"))
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from layerpeft.selection.sampled import TokenSample
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 
 ROUNDS = 100  # of k-means, which mostly stands still after a few dozen
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ from torch import nn
 from layerpeft.errors import ScoreError, mentions
 from layerpeft.integrations.losses import loss_of
 from layerpeft.model.evaluating import evaluating
-from layerpeft.model.layers import find_module
+from layerpeft.model.layers import standing_at
+from layerpeft.model.names import modules_in
 from layerpeft.selection.draws import sigmoid, successive
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 
-TRAITS = Traits(live_only=True, again_only=True)
+WHY = "its rollouts damp half of all that is scored, which says nothing of single linears"
+TRAITS = Traits(live_only=True, again_only=True, units=("layer", "sublayer"), reason=WHY)
 TRIES = 1000  # draws that may repeat a subset before the missing ones are taken in order
 
 
@@ -126,8 +128,9 @@ class Suppression(WatchingCalls):
             for layers in self.damped:
                 with ExitStack() as stack:
                     for layer in layers:
-                        block = find_module(self.request.model, self.request.layers.layers[layer].name)
-                        stack.enter_context(_damp(block, layer, self.options.suppression))
+                        for name in modules_in(self.request.layers.names[layer]):
+                            module = standing_at(self.request.model, name)
+                            stack.enter_context(_damp(module, layer, self.options.suppression))
                     loss = loss_of(self._model(*args, **kwargs))
                 if loss is None:
                     raise ScoreError("importance: the model returned no loss; it needs the labels in its inputs")

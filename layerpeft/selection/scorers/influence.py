@@ -16,10 +16,10 @@ from typing import Literal
 
 import torch
 
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.states import First, LayerSums, Passage, cosines
 
-TRAITS = Traits(units=("layer", "sublayer"))
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ import torch
 
 from layerpeft.errors import ScoreError
 from layerpeft.selection.sampled import TokenSample
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.states import First
 from layerpeft.selection.typecheck import checked
 
 LOWEST = 5  # the regression takes one token in so many
 LEAST = 10  # tokens with a ratio of which something can be said
 SAME = 1e-8  # of the mean distance from the centre: nearer states are the same
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from typing import Literal
 import torch
 
 from layerpeft.errors import ScoreError
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.scoring import Request
 from layerpeft.selection.states import First, Passage, RowSums
 from layerpeft.selection.typecheck import checked
 
-TRAITS = Traits(ordered=True)
+TRAITS = Traits(ordered=True, units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 
 from layerpeft.errors import ScoreError
 from layerpeft.integrations.torch import widest
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.states import First, LayerSums, Passage
 
 SMALLEST = 1e-12  # of the largest eigenvalue: directions below it hold rounding alone
-TRAITS = Traits(units=("layer", "sublayer"))
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

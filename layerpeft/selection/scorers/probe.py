@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ScoreError
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.states import First, Passage, RowSums
 from layerpeft.selection.typecheck import checked
 
-TRAITS = Traits(classes=True)
+TRAITS = Traits(classes=True, units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

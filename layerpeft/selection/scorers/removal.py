@@ -32,11 +32,11 @@ from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
 from layerpeft.model.outputs import Distance, compared, kl, logits_of, per_token
 from layerpeft.model.units import LAYER
-from layerpeft.selection.scorers import Traits
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 from layerpeft.selection.states import First, cosines, entering_states, given, signed, states_in, with_states
 
-TRAITS = Traits(of_whole=True, units=("layer", "sublayer"))
+TRAITS = Traits(of_whole=True, units=OF_STATES, reason=STATES)
 LAST = ("o", "down", "out")  # by role, the matrices of a sub-layer that write to the stream
 
 

@@ -28,11 +28,13 @@ from layerpeft.errors import ScoreError
 from layerpeft.integrations.torch import widest
 from layerpeft.model.evaluating import evaluating
 from layerpeft.selection.draws import seed_of
+from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.scoring import Request, WatchingCalls
 from layerpeft.selection.states import First, LayerSums, Passage, RowSums, given
 from layerpeft.selection.typecheck import checked
 
 TEMPERATURE = 0.1
+TRAITS = Traits(units=OF_STATES, reason=STATES)
 
 
 @dataclass(frozen=True)

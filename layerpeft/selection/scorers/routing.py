@@ -23,7 +23,7 @@ from layerpeft.selection.probe import Key, attach_taps
 from layerpeft.selection.scorers import Traits
 from layerpeft.selection.scoring import Measured, Request, Watching
 
-TRAITS = Traits(units=("expert",))
+TRAITS = Traits(units=("expert",), reason="it counts the tokens that go to experts")
 
 
 @dataclass(frozen=True)
