@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,19 +60,27 @@ def imports(tree: ast.AST) -> list[str]:
     return [n.removeprefix("layerpeft.") if "." in n else "__init__" for n in ours]
 
 
-GRAPH = {name: set(imports(ast.parse(path.read_text(encoding="utf-8")))) - {name} for name, path in MODULES.items()}
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", GRAPH)
+@cache
+def others(name: str) -> frozenset[str]:
+    """What a module imports of the package."""
+    return frozenset(imports(tree(MODULES[name]))) - {name}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_a_file_imports_only_from_lower_floors(name):
-    for other in GRAPH[name]:
+    for other in others(name):
         lower = FLOORS.index(unit(other)) < FLOORS.index(unit(name)) or unit(other) == unit(name) != "__init__"
         assert lower, f"{name} may not import {other}"
 
 
 def test_siblings_import_each_other_in_no_circle():
-    left = dict(GRAPH)
-    while free := [name for name, others in left.items() if not others & left.keys()]:
+    left = {name: others(name) for name in MODULES}
+    while free := [name for name, known in left.items() if not known & left.keys()]:
         for name in free:
             del left[name]
     assert not left, f"these import each other in a circle: {sorted(left)}"
@@ -79,7 +88,7 @@ def test_siblings_import_each_other_in_no_circle():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_classes_and_functions_stay_small_and_import_the_package_at_the_top(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.ClassDef):
             assert (node.end_lineno or 0) - node.lineno < 200, node.name
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -97,10 +106,10 @@ def test_a_stranger_finds_his_room():
 NAMING = {"__init__", "integrations.peft", "recipe.cures", "planning.optimizer_bytes"}
 
 
-def names_a_method(source: str, known: set[str]) -> list[str]:
+def names_a_method(source: ast.AST, known: set[str]) -> list[str]:
     """What names one: a string, something that `method` is compared with, an import from its folder."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(source):
         named = isinstance(node, ast.Constant) and node.value in known
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -118,7 +127,7 @@ def test_a_method_is_named_in_its_folder_alone():
     assert known >= {path.name for path in (ROOT / "tuners").iterdir() if (path / "method.py").is_file()}
     for name, path in MODULES.items():
         if unit(name) != "tuners" and name not in NAMING:
-            assert not names_a_method(path.read_text(encoding="utf-8"), known), name
+            assert not names_a_method(tree(path), known), name
     for planted in (
         'if method == "galore": pass',
         'whole = config.method in ("full", "lora")',
@@ -129,7 +138,7 @@ def test_a_method_is_named_in_its_folder_alone():
         "import layerpeft.tuners.full.layer",
         "from layerpeft.tuners.full.layer import wrappers",
     ):
-        assert names_a_method(planted, known), planted
+        assert names_a_method(ast.parse(planted), known), planted
 
 
 def test_private_names_of_other_libraries_stay_in_integrations():
@@ -138,7 +147,7 @@ def test_private_names_of_other_libraries_stay_in_integrations():
         f"{path.name}: {node.module} belongs in integrations/peft.py"
         for path in FILES
         if unit(dotted(path)) not in {"integrations", "tuners"}
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(private)
     ]
     assert not found
@@ -149,7 +158,7 @@ def test_device_names_stay_in_integrations():
         f"{path.name}:{node.lineno}"
         for path in FILES
         if unit(dotted(path)) != "integrations"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Constant) and node.value in ("cuda", "xpu")
     ]
     assert not found

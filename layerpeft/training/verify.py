@@ -40,10 +40,12 @@ def checksum(t: torch.Tensor) -> int:
     rows = words.numel() // BLOCK
     table, rest = words[: rows * BLOCK].view(rows, BLOCK), words[rows * BLOCK :]
     total = end
-    for part in (table.sum(1), table.sum(0), rest):
-        # Odd weights, so that no single bit is ever multiplied out of the 64 that are kept.
-        weighted = part * (2 * torch.arange(part.numel(), device=part.device) + 1)
-        total = total << 64 | int(weighted.sum()) & 0xFFFFFFFFFFFFFFFF
+    for part in (table.sum(1), table.sum(0), rest) if rows else (None, None, rest):
+        total <<= 64
+        if part is not None and part.numel():
+            # Odd weights, so that no single bit is ever multiplied out of the 64 that are kept.
+            weights = torch.arange(1, 2 * part.numel(), 2, device=part.device)
+            total |= int((part * weights).sum()) & 0xFFFFFFFFFFFFFFFF
     return total
 
 
