@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def _kept_traces():
 @pytest.fixture(scope="session", autouse=True)
 def _brisk_libraries():
     """Accelerate has the collector look at all there is whenever a trainer begins and ends, and asks for versions ever again;
-    each model card compiles its template anew; no test pulls a plug, so nothing has to reach the disk."""
+    each model card compiles its template anew; torch's compiler logs all it does for pytest to keep; no test pulls a plug, so
+    nothing has to reach the disk."""
     import functools
     from importlib import metadata
     from types import SimpleNamespace
@@ -100,6 +102,7 @@ def _brisk_libraries():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
         patch.setattr(Environment, "compile", compile_once)
+        patch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(metadata, "distribution", functools.cache(metadata.distribution))
         patch.setattr(metadata.Distribution, "metadata", property(functools.cache(metadata.Distribution.metadata.fget)))

@@ -26,8 +26,8 @@ def arm(name: str, **options) -> Arm:
     return found[0]
 
 
-def ready(name: str, setting: str = "plain", **options) -> Ready:
-    return prepare(arm(name, **options).build(build(SMALL)), setting)
+def ready(name: str, setting: str = "plain", model: Model = SMALL, **options) -> Ready:
+    return prepare(arm(name, **options).build(build(model)), setting)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -133,10 +133,11 @@ def sorted_norms(group: dict[str, nn.Parameter]) -> torch.Tensor:
     "name", some(["full", "peft_layers", "layerpeft", "lisa", "torch_lora"], ["full", "layerpeft", "lisa"])
 )
 def test_tracing_counts_what_a_real_step_counts(name):
-    real = ready(name, "checkpointed")
+    model = Model(shape="llama-4x64")
+    real = ready(name, "checkpointed", model)
     count.step(real, batch(), 0)
     real = count.counts(real, batch(), 1)
-    shadow = traced(arm(name), SMALL, ROWS, lambda r: prepare(r, "checkpointed"))
+    shadow = traced(arm(name), model, ROWS, lambda r: prepare(r, "checkpointed"))
     for key in ("trainable", "flops", "gradient_bytes"):
         assert shadow[key] == real[key], key
     for key in ("kept_bytes", "peak_bytes", "optimizer_bytes", "weight_bytes"):

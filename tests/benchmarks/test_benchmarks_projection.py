@@ -17,14 +17,14 @@ from layerpeft.errors import ConfigError, Problems
 from layerpeft.tuners.galore.projection import projections, state_of
 
 pytest.importorskip("galore_torch")
-SMALL = Model(shape="llama-12x64")
+SMALL = Model(shape="llama-4x64")
 ROWS = Batch(2, 16)
 PROJECTION = """
 title: Projection
 about: Two rows.
 kind: projection
 place: 5
-model: {shape: llama-12x64}
+model: {shape: llama-4x64}
 batch: {rows: 2, length: 16}
 reference: theirs
 arms:
@@ -36,7 +36,7 @@ title: Refreshes
 about: Two rows.
 kind: refresh
 place: 6
-model: {shape: llama-12x64}
+model: {shape: llama-4x64}
 batch: {rows: 2, length: 16}
 rounds: 2
 arms:
@@ -99,9 +99,9 @@ def test_state_is_told_by_part_after_folds(found):
     hidden, inner, rank = 64, 176, 8
     inputs, outputs = 6 * hidden + inner, 4 * hidden + 2 * inner + hidden
     weights = 4 * hidden * hidden + 3 * hidden * inner
-    assert ours["trained"] == 12 * 4 * rank * outputs and ours["basis"] == 12 * 4 * rank * inputs
-    assert ours["moments"] == 2 * ours["trained"] + 12 * 7 * 4  # and the number of the step of each tensor
-    assert ours["originals"] == 12 * 4 * weights
+    assert ours["trained"] == 4 * 4 * rank * outputs and ours["basis"] == 4 * 4 * rank * inputs
+    assert ours["moments"] == 2 * ours["trained"] + 4 * 7 * 4  # and the number of the step of each tensor
+    assert ours["originals"] == 4 * 4 * weights
     assert ours["sketching"] > 0 and ours["folds"] > 0
     assert set(theirs) == {"basis", "moments"} and all(theirs.values())
 
@@ -177,6 +177,7 @@ def test_refreshes_that_are_spread_are_refused(tmp_path):
 
 
 @pytest.mark.pictures
+@pytest.mark.usefixtures("shallow")
 def test_learning_is_compared_over_seeds(tmp_path):
     found = measured(tmp_path, LEARNING)
     rows = found["arms"]
@@ -213,7 +214,7 @@ def test_answers_alone_are_learned():
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("{shipped: llama-6m}", "{shape: llama-12x64}", "learning needs a model that knows something"),
+        ("{shipped: llama-6m}", "{shape: llama-4x64}", "learning needs a model that knows something"),
         ("against: [theirs]", "against: [their]", "Did you mean 'theirs'?"),
         ("steps: 4", "steps: 0", "steps: 0 is not at least 1"),
         ("seeds: [3, 4]", "seeds: []", "seeds: none given"),

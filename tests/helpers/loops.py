@@ -28,7 +28,9 @@ def make_batches():
 
 def wrap(select=BY_GRADIENT, model=None, **options):
     base = llama() if model is None else model
-    return layerpeft.get_peft_model(base, LayerLoraConfig(select=select, r=4, task_type="CAUSAL_LM", **options))
+    return layerpeft.get_peft_model(
+        base, LayerLoraConfig(select=select, **{"r": 4, "task_type": "CAUSAL_LM", **options})
+    )
 
 
 def adamw(model, lr=1e-2, **options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -28,6 +30,7 @@ from layerpeft.model.precisions import (
 from layerpeft.quantization.load import frugally_quantized, load_quantized
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS, batch
+from tests.helpers.processes import ROOT, in_a_process
 
 PACKAGES = missing_packages(["nf4", "hqq2"])
 pytestmark = pytest.mark.skipif(bool(PACKAGES), reason=f"without {', '.join(PACKAGES)}")
@@ -215,7 +218,10 @@ def test_the_peak_is_the_result_and_less_than_two_layers(tmp_path):
     options = loading.Options(1024, 2816, layers=4, vocab_size=256, shard="30MB")
     size, layer = loading.write(options, tmp_path / "base")
     assert size > 100_000_000
-    row = loading.alone("load_quantized", tmp_path / "base", "nf4", "float16", 1)
+    words = ("load_quantized", tmp_path / "base", "nf4", "float16", 1)
+    done = in_a_process(loading.__file__, *words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
     assert row["peak"] < row["packed"] + row["kept"] + 2 * layer
     assert row["after"] < row["packed"] + row["kept"] + layer / 2  # and nothing stays of it
     assert row["packed"] < 0.3 * size

@@ -30,6 +30,7 @@ from tests.helpers.loops import (
     step,
     wrap,
 )
+from tests.helpers.models import MODELS
 from tests.helpers.repeating import repeated
 
 
@@ -151,7 +152,9 @@ def test_gradient_checkpointing_counts_nothing_twice(batches):
 
 @pytest.mark.parametrize("in_place", [repeated(False), True])
 def test_compiled_models(batches, in_place):
-    model = wrap({**BY_GRADIENT, "keep": 1}, llama(num_hidden_layers=2))
+    options = {"select": {**BY_GRADIENT, "keep": 1}, "target_modules": ["c_attn", "c_fc"], "task_type": None}
+    torch.manual_seed(0)
+    model = wrap(model=MODELS["nanogpt"](), **options)
     compiled = model if in_place else torch.compile(model, backend="eager")
     if in_place:
         model.compile(backend="eager")
@@ -163,7 +166,8 @@ def test_compiled_models(batches, in_place):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    eager = wrap({**BY_GRADIENT, "keep": 1}, llama(num_hidden_layers=2))
+    torch.manual_seed(0)
+    eager = wrap(model=MODELS["nanogpt"](), **options)
     other = adamw(eager)
     for batch, loss in zip(batches[:2], losses, strict=True):
         found = eager(**batch).loss

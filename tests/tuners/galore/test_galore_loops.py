@@ -10,6 +10,7 @@ from layerpeft import LayerGaloreConfig
 from layerpeft.errors import LayerpeftError
 from layerpeft.tuners.galore.projection import state_of
 from tests.helpers.loops import adamw, llama, make_batches
+from tests.helpers.models import MODELS
 from tests.helpers.projecting import (
     BATCHES,
     TARGETS,
@@ -107,8 +108,8 @@ def test_compiled(kind):
         made.append(1)
         return graph.forward
 
-    options = {"update_proj_gap": 2, "target_modules": ["q_proj", "down_proj"], "subspace": kind}
-    model, twin = (wrap(llama(num_hidden_layers=1), (0,), **options) for _ in range(2))
+    options = {"update_proj_gap": 2, "target_modules": ["c_attn", "c_fc"], "task_type": None, "subspace": kind}
+    model, twin = (wrap(MODELS["nanogpt"](), (1,), **options) for _ in range(2))
     compiled, optimizer, counts = torch.compile(model, backend=backend), adamw(model), []
     for number in range(7):
         train(compiled, 1, optimizer=optimizer, start=number)
