@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -79,33 +78,10 @@ def _kept_traces():
 
 @pytest.fixture(scope="session", autouse=True)
 def _brisk_libraries():
-    """Accelerate has the collector look at all there is whenever a trainer begins and ends, and asks for versions ever again;
-    each model card compiles its template anew; torch's compiler logs all it does for pytest to keep; no test pulls a plug, so
-    nothing has to reach the disk."""
-    import functools
-    from importlib import metadata
-    from types import SimpleNamespace
-
-    from accelerate.utils import memory
-    from jinja2.environment import Environment
-
-    compiled: Any = Environment.compile
-
-    @functools.cache
-    def kept(environment: Environment, source: str) -> Any:
-        return compiled(environment, source)
-
-    def compile_once(self: Environment, source: Any, *args: Any, **kwargs: Any) -> Any:
-        known = self.shared and isinstance(source, str) and not args and not kwargs
-        return kept(self, source) if known else compiled(self, source, *args, **kwargs)
+    from tests.helpers.brisk import make_brisk
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
-        patch.setattr(Environment, "compile", compile_once)
-        patch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
-        patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(metadata, "distribution", functools.cache(metadata.distribution))
-        patch.setattr(metadata.Distribution, "metadata", property(functools.cache(metadata.Distribution.metadata.fget)))
+        make_brisk(patch)
         yield
 
 

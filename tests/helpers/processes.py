@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ PEFT = ["torch.distributed", "peft", "transformers:AutoModelForCausalLM", "trans
 PICTURES = "tests.helpers.pictures"  # drawn once
 OURS = [
     *PEFT,
+    *["deepspeed"] * (find_spec("deepspeed") is not None),  # which Accelerate imports to unwrap a model
     PICTURES,
     "layerpeft:get_peft_model",
     "layerpeft:load",
@@ -107,11 +109,43 @@ def _serve(names: list[str]) -> None:
         found = import_module(module)
         if attribute:
             getattr(found, attribute)
+    _warm()
     _keep()
     for line in sys.stdin:
         asked = json.loads(line)
         answers.write(f"{_run(asked)}\n")
         answers.flush()
+
+
+def _warm() -> None:
+    """A first adapter is made and saved, for the tables and templates that libraries then have."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        model, options = LlamaForCausalLM(LlamaConfig(**sizes)), {"r": 1, "target_modules": ["q_proj"]}
+        if "layerpeft" in sys.modules:
+            import pytest
+
+            import layerpeft
+            from layerpeft.selection import plugins
+            from tests.helpers.brisk import make_brisk
+
+            make_brisk(pytest.MonkeyPatch())
+            layerpeft.get_peft_model(model, layerpeft.LayerLoraConfig(select=[0], **options)).save_pretrained(folder)
+            for kept in vars(plugins).values():  # which packages bring scorers is still to be seen
+                getattr(kept, "cache_clear", int)()
+        else:
+            import peft
+
+            peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(folder)
 
 
 def _keep() -> None:
