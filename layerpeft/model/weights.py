@@ -33,8 +33,13 @@ def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tens
 def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """(expert, rows) pieces of a target's weight in float32, rows (some, in); expert is 0 where there are none."""
     for expert, weight in matrices(model, target):
-        step = max(1, PIECE // max(1, weight.shape[1]))
-        yield from ((expert, weight[start : start + step].float()) for start in range(0, weight.shape[0], step))
+        yield from ((expert, rows) for rows in in_pieces(weight))
+
+
+def in_pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Copies of some rows at a time (some, in), in float32."""
+    step = max(1, PIECE // max(1, weight.shape[1]))
+    yield from (weight[start : start + step].to(torch.float32, copy=True) for start in range(0, weight.shape[0], step))
 
 
 def squared_norm(model: nn.Module, target: Target) -> float:

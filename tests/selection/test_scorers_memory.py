@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerpeft import score_layers
+from layerpeft.model import weights
+from layerpeft.selection import plugins
+from layerpeft.selection.select import SCORERS
+from tests.helpers.loops import llama
 
 LAYERS, WIDTH, INNER = 20, 2048, 5504
 MORE = 200  # MB, besides one matrix in float32
@@ -27,13 +37,60 @@ def watch():
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-for by, options in json.loads(sys.argv[2]).items():
+for by, options in json.loads(sys.argv[2]):
     peak[0] = 0.0
-    values = score_layers(model, by, target_modules="all-linear", **options).values
-    found[by] = peak[0] - imports, len(values)
+    values = score_layers(model, by, **{"target_modules": "all-linear", **options}).values
+    found[f"{by} {options}"] = peak[0] - imports, len(values)
 print(json.dumps(found))
 """
-ASKED = {"weight_norm": {}, "heavy_tail": {"form": "averaged", "window": 8, "places": 2}}
+# every scorer that reads weights; whole decompositions, and the slowest roundings, are of a few matrices
+FEW = {"target_modules": ["layers.3.mlp.up_proj", "layers.3.mlp.down_proj", "layers.9.mlp.down_proj"]}
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("weight_norm", {}),
+    ("outliers", {"activations": False, "M": 3.0}),
+    ("quantization_error", {"precision": "nf4"}),
+    ("quantization_error", {"precision": "int8", "relative": True}),
+    ("quantization_error", {"precision": "nf4", "double_quant": True, **FEW}),
+    ("quantization_error", {"precision": "hqq2", **FEW}),
+    ("heavy_tail", {"form": "averaged", "window": 8, "places": 2}),
+    ("heavy_tail", FEW),
+    ("snr", FEW),
+]
+
+
+def test_every_scorer_that_reads_weights_is_asked_here():
+    found = {by for by, _ in ASKED}
+    for by in plugins.names(SCORERS):
+        scorer = plugins.get(SCORERS, by)
+        fields = {f.name for f in dataclasses.fields(scorer.Options)}
+        options = scorer.Options(**({"activations": False} if "activations" in fields else {}))
+        if scorer.needs(options) == "weights" and by != "change":  # which reads a run's adapter, tensor by tensor
+            assert by in found, by
+
+
+@pytest.mark.parametrize(
+    ("by", "options", "copies"),
+    [
+        ("weight_norm", {}, 0.2),
+        ("outliers", {"activations": False, "M": 2.0}, 0.2),
+        ("quantization_error", {"precision": "nf4"}, 0.8),
+        ("quantization_error", {"precision": "int8"}, 0.8),
+        ("heavy_tail", {"form": "averaged", "window": 8, "places": 2}, 0.2),
+        ("heavy_tail", {}, 2.2),
+        ("snr", {}, 2.2),
+    ],
+)
+def test_they_hold_pieces_of_one_matrix_or_as_many_copies_of_it_as_a_decomposition_takes(
+    monkeypatch, by, options, copies
+):
+    """What is allocated while a 16-bit model is scored, in float32 copies of one of its matrices."""
+    monkeypatch.setattr(weights, "PIECE", 1 << 11)
+    model = llama(hidden_size=64, intermediate_size=1024, num_hidden_layers=2).bfloat16()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        score_layers(model, by, target_modules=["up_proj"], progress=False, **options)
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert 0 < max(held) < copies * 4 * 64 * 1024
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ spectrum.
 
 Not shared with the published code: logarithms of zero (eigenvalues that are zero to working precision are left out), a lower
 bound of the peak in log10 that is compared with λ, windows that are wider than the weight. As there, weights with fewer than five
-eigenvalues have no tail. Cost: the singular values of every weight, O(out · in · min(out, in)), one float32 copy of it in memory.
+eigenvalues have no tail. Cost: the singular values of every weight, O(out · in ·
+min(out, in)); two float32 copies of a weight are in memory at a time, of a window with `averaged`.
 """
 
 import math
@@ -115,9 +116,8 @@ def _target_alpha(request: Request, target: Target, options: Options) -> float |
     """Of a target's weight (out, in; kernels flattened), or the mean over its experts."""
     found = []
     for _, weight in matrices(request.model, target):
-        weight = weight.float()
         pieces = [weight] if options.form == "published" else _windows(weight, options)
-        spectrum = torch.cat([torch.linalg.svdvals(piece).square() for piece in pieces])
+        spectrum = torch.cat([torch.linalg.svdvals(piece.float()).square() for piece in pieces])
         alpha = exponent(spectrum, options.tail)
         found += [alpha] if alpha is not None else []
     return sum(found) / len(found) if found else None

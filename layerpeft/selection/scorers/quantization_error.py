@@ -15,10 +15,11 @@ from torch import nn
 
 from layerpeft.errors import ScoreError
 from layerpeft.integrations.torch import widest
+from layerpeft.model import weights
 from layerpeft.model.layers import Target
-from layerpeft.model.precisions import KEPT, Storage, fits, missing_packages, named, rounded, written
+from layerpeft.model.precisions import BLOCK, KEPT, Storage, apart, fits, missing_packages, named, rounded, written
 from layerpeft.model.targets import MATRICES
-from layerpeft.model.weights import matrices
+from layerpeft.model.weights import in_pieces, matrices
 from layerpeft.selection.probe import Key
 from layerpeft.selection.scorers import OF_TARGETS, Traits, outliers
 from layerpeft.selection.scoring import Measured, Request, per_layer
@@ -115,10 +116,14 @@ def _target_error(
     """(error, the same sum over the weight itself), over all experts of a target."""
     lost = whole = 0.0
     for expert, weight in matrices(model, target):
-        after = rounded(weight.contiguous(), str(options.precision), options.storage)
-        wide = widest(weight.device)
-        columns = (weight.float() - after.float()).square().sum(0, dtype=wide)
-        own = weight.float().square().sum(0, dtype=wide)
+        columns, own = torch.zeros(2, weight.shape[1], dtype=widest(weight.device), device=weight.device)
+        name = str(options.precision)
+        some_rows = max(1, weights.PIECE // weight.shape[1] // BLOCK) * BLOCK
+        for part in weight.split(some_rows if apart(name, options.storage) else len(weight)):
+            after = rounded(part.contiguous(), name, options.storage)
+            for was, now in zip(in_pieces(part), in_pieces(after), strict=True):
+                columns += (was - now).square_().to(columns).sum(0)
+                own += was.square_().to(own).sum(0)
         if squares is not None:
             square = squares.get((target.name, expert))
             factors = torch.zeros_like(columns) if square is None else square.to(columns)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from layerpeft.model.layers import Target
-from layerpeft.model.weights import weight_slices
+from layerpeft.model.weights import matrices
 from layerpeft.selection.scorers import OF_TARGETS, Traits
 from layerpeft.selection.scoring import Measured, Request
 
@@ -68,13 +68,10 @@ def ratio(singular: torch.Tensor, shape: tuple[int, int]) -> float:
 
 def target_ratio(request: Request, target: Target) -> float:
     """The ratio of a target's weight (out, in; kernels flattened), or the mean over its experts."""
-    pieces: dict[int, list[torch.Tensor]] = {}
-    for expert, rows in weight_slices(request.model, target):
-        pieces.setdefault(expert, []).append(rows)
-    found = []
-    for rows in pieces.values():
-        weight = torch.cat(rows)
-        found.append(ratio(torch.linalg.svdvals(weight), (weight.shape[0], weight.shape[1])))
+    found = [
+        ratio(torch.linalg.svdvals(weight.float()), (weight.shape[0], weight.shape[1]))
+        for _, weight in matrices(request.model, target)
+    ]
     return sum(found) / len(found)
 
 
