@@ -1,10 +1,12 @@
 """Processes of their own, forked from ones that have imported what takes seconds: nothing else has run where they begin.
 
-One with the package and one without it (plain PEFT) are started where the first test asks for them, and end with the test run.
+One with the package and one without it (plain PEFT) are started where the first test asks for them, serve all workers of the
+test run, and end with it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -16,11 +18,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -59,17 +62,35 @@ def in_two_ranks(file: str, folder: Path, imports: Sequence[str] = ()) -> list[A
 
 
 @cache
-def _server(kind: str) -> subprocess.Popen[str]:
+def _server(kind: str) -> TextIO:
+    """The connection to a server that another worker of this run may have started."""
+    place = Path(tempfile.gettempdir()) / f"forks-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        if not (place / kind).exists():
+            _start(kind, place / kind)
+        link = socket.socket(socket.AF_UNIX)
+        link.connect(str(place / kind))
+    finally:
+        os.close(lock)
+    return link.makefile("rw", encoding="utf-8")
+
+
+def _start(kind: str, path: Path) -> None:
+    """Starts the process that forks others, and waits until it listens."""
     settings = {**os.environ, **STARTS}
     settings.pop("PYTHONPATH", None)
     if kind == "ours":
         settings["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, *(OURS if kind == "ours" else PEFT)]
-    return subprocess.Popen(command, env=settings, cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    command = [sys.executable, __file__, str(path), *(OURS if kind == "ours" else PEFT)]
+    server = subprocess.Popen(command, env=settings, cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    assert server.stdout is not None and server.stdout.readline(), "the process that forks others has ended"
 
 
 def _ask(
-    server: subprocess.Popen[str],
+    server: TextIO,
     code: str,
     arguments: tuple[object, ...],
     cwd: Path | None = None,
@@ -77,7 +98,6 @@ def _ask(
     imports: Sequence[str] = (),
     timeout: int = 500,
 ) -> subprocess.CompletedProcess[str]:
-    assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as said:
         asked = {
             "code": code,
@@ -89,9 +109,9 @@ def _ask(
             "seconds": timeout,
             "said": said,
         }
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        server.write(json.dumps(asked) + "\n")
+        server.flush()
+        answer = server.readline()
         assert answer, "the process that forks others has ended"
         out, err = ((Path(said) / name).read_text(encoding="utf-8") for name in ("out", "err"))
         return subprocess.CompletedProcess([code, *arguments], json.loads(answer), out, err)
@@ -100,8 +120,8 @@ def _ask(
 # what the process that forks others runs
 
 
-def _serve(names: list[str]) -> None:
-    answers = os.fdopen(os.dup(1), "w")
+def _serve(path: Path, names: list[str]) -> None:
+    listening = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # imports may print
     sys.path[0] = ""  # as for code that is given on the command line
     for name in names:
@@ -111,10 +131,40 @@ def _serve(names: list[str]) -> None:
             getattr(found, attribute)
     _warm()
     _keep()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answers.write(f"{_run(asked)}\n")
-        answers.flush()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path))
+        door.listen()
+        door.settimeout(10)
+        listening.write("yes\n")
+        listening.close()
+        _admit(door)
+    path.unlink()
+    with suppress(OSError):
+        path.parent.rmdir()
+
+
+def _admit(door: socket.socket) -> None:
+    """Every worker of the test run has a fork of its own, which forks what it asks for, until the last one has gone."""
+    living: set[int] = set()
+    while True:
+        try:
+            link, _ = door.accept()
+        except TimeoutError:
+            living -= {pid for pid in living if os.waitpid(pid, os.WNOHANG)[0]}
+            if not living:
+                return
+            continue
+        pid = os.fork()
+        if not pid:
+            door.close()
+            link.settimeout(None)
+            with link.makefile("rw", encoding="utf-8") as asking:
+                for line in asking:
+                    asking.write(f"{_run(json.loads(line))}\n")
+                    asking.flush()
+            os._exit(0)
+        living.add(pid)
+        link.close()
 
 
 def _warm() -> None:
@@ -231,4 +281,4 @@ def _become(asked: dict[str, Any], rank: int, port: int) -> int:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve(Path(sys.argv[1]), sys.argv[2:])
