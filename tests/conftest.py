@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import layerpeft
+from tests.helpers.ordering import for_workers
 from tests.helpers.repeating import mark_repetitions
 
 # torch and what needs it are imported where they are used: the process that hands out tests to others needs none of it
@@ -25,18 +26,21 @@ DATA = Path(layerpeft.__file__).parent / "recipe" / "data"
 LLAMA = DATA / "llama-6m"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks repetitions before tests are chosen by their markers; skips what needs an accelerator where there is none."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Any:
+    """Marks repetitions before tests are chosen by their markers, and orders them when they are; skips what needs an
+    accelerator where there is none."""
     import torch
 
     torch.set_num_threads(1)
     mark_repetitions(items)
-    if torch.accelerator.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+    if not torch.accelerator.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+    yield
+    if hasattr(config, "workerinput"):
+        items[:] = for_workers(items, config.workerinput["workercount"])
 
 
 def pytest_collection_finish() -> None:
