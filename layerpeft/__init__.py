@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "LayerFullConfig": "tuners.full.config",
     "LayerGaloreConfig": "tuners.galore.config",
+    "LayerHeadConfig": "tuners.head.config",
     "LayerLoraConfig": "tuners.config",
     "LayerMap": "model.layers",
     "LayerQuantConfig": "quantization.config",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from layerpeft.tuners.config import LayerLoraConfig as LayerLoraConfig
     from layerpeft.tuners.full.config import LayerFullConfig as LayerFullConfig
     from layerpeft.tuners.galore.config import LayerGaloreConfig as LayerGaloreConfig
+    from layerpeft.tuners.head.config import LayerHeadConfig as LayerHeadConfig
     from layerpeft.tuners.load import load as load
     from layerpeft.tuners.load import load_model as load_model
     from layerpeft.tuners.load import save_record as save_record

@@ -36,6 +36,7 @@ FEWER = {  # classes, or passes in which the layers are measured
     "ir_tuning": ['columns={text: "{after}", label: "{coarse}"}'],
     "mean_bits": ["layerpeft.quant.select.num_batches=1", "per_device_train_batch_size=1"],
     "frozen_nf4": ["layerpeft.select.num_batches=2"],
+    "lofit": [*BRIEF, "layerpeft.select.num_batches=2", "layerpeft.select.steps=2"],
 }
 
 
@@ -47,7 +48,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tiny(name: str, *more: str) -> list[str]:
-    weights = "method: full" in shipped.recipes()[name].read_text()  # have no rank
+    text = shipped.recipes()[name].read_text()
+    weights = "method: full" in text or "method: head" in text  # have no rank
     return [name, f"output_dir=out-{name}", *(t for t in TINY if not (weights and t == "layerpeft.r=2")), *more]
 
 
@@ -220,7 +222,7 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
 
 OTHERS = sorted(set(shipped.recipes()) - {"quickstart", "revision"})
 # one for every method, kind of trainer, scorer of a recipe and kind of schedule; precisions are those of test_quant_recipes
-EACH = ["badam", "galore", "ir_tuning", "ist", "lisa", "outliers"]
+EACH = ["badam", "galore", "ir_tuning", "ist", "lisa", "lofit", "outliers"]
 
 
 @pytest.mark.parametrize("name", some(OTHERS, EACH))

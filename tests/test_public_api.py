@@ -7,6 +7,7 @@ import layerpeft
 NAMES = [
     "LayerFullConfig",
     "LayerGaloreConfig",
+    "LayerHeadConfig",
     "LayerLoraConfig",
     "LayerMap",
     "LayerQuantConfig",

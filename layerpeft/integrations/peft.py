@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -34,7 +35,9 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.engines.known import is_cut, whole
 from layerpeft.integrations.torch import in_states
 
-__all__ = ["DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "ModulesToSaveWrapper"]
+__all__ = [
+    "DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "LoraVariant", "ModulesToSaveWrapper",
+]  # fmt: skip
 
 HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save, whether it is there or not
 
@@ -45,6 +48,7 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
     LAYER_LORA = "LAYER_LORA"
     LAYER_GALORE = "LAYER_GALORE"
     LAYER_FULL = "LAYER_FULL"
+    LAYER_HEAD = "LAYER_HEAD"
     LAYER_QUANT = "LAYER_QUANT"
 
     def __str__(self) -> str:
@@ -53,6 +57,8 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
             return f"{self.value} (gradient projection takes a model without other adapters)"
         if self is LayerPeftType.LAYER_FULL:
             return f"{self.value} (training the weights themselves takes a model without other adapters)"
+        if self is LayerPeftType.LAYER_HEAD:
+            return f"{self.value} (training offsets of heads takes a model without other adapters)"
         return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
 
 
@@ -225,8 +231,9 @@ def whole_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
 
 
 @functools.cache
-def watch_states(whole: Callable[..., dict[str, torch.Tensor]]) -> None:
-    """Lets `get_peft_model_state_dict` give what `whole(model, config, adapter, found)` says in the place of what it found.
+def watch_states(whole: Callable[..., dict[str, Any]]) -> None:
+    """Lets `get_peft_model_state_dict` give what `whole(model, config, adapter, found)` says in the place of what it found; None:
+    nothing.
 
     A second call changes nothing.
     """
@@ -235,7 +242,8 @@ def watch_states(whole: Callable[..., dict[str, torch.Tensor]]) -> None:
     @functools.wraps(original)
     def _get_adapter_state_dict(cls: Any, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         found = original(cls, model, config, adapter_name, *args, **kwargs)
-        return found | whole(model, config, adapter_name, found)
+        every = found | whole(model, config, adapter_name, found)
+        return {k: v for k, v in every.items() if v is not None}
 
     LoraModel._get_adapter_state_dict = classmethod(_get_adapter_state_dict)  # type: ignore[assignment]
 

@@ -20,13 +20,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layerpeft.errors import LayerMapError, hint, nearest
 from layerpeft.model.architectures import Matrix, matrices_of, role_of, stack_labels, stored_shape, text_config
-from layerpeft.model.names import unwrapped
+from layerpeft.model.heads import AFTER_ATTENTION, heads_of
+from layerpeft.model.names import unwrapped, upwards
 from layerpeft.text import grid
 
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix inside a layer. `shape` is (out, in) however stored, (experts, out, in) or (out, in, *kernel)."""
+    """One matrix inside a layer. `shape` is (out, in) however stored, (experts, out, in) or (out, in, *kernel).
+
+    `heads`: of the projection that follows attention, how many heads' outputs it reads; 0 of others, and where that is not known.
+    """
 
     name: str
     layer: int
@@ -34,6 +38,7 @@ class Target:
     kind: str
     shape: tuple[int, ...]
     params: int
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class Stacks:
         else:
             raise LayerMapError(_nothing_found(self.root, self.base))
         if chosen.path not in self.maps:
-            layers = _layers(chosen.blocks)
+            layers = _layers(chosen.blocks, text_config(self.base))
             _refuse_shared(layers, chosen, self.found, self.base)
             stacks = tuple(_display(self.found))
             self.maps[chosen.path] = LayerMap(_model_type(self.base), chosen.path, stacks, layers)
@@ -362,20 +367,24 @@ def _kinds(stack: _Stack) -> str:
     return "/".join(dict.fromkeys(type(block.module).__name__ for block in stack.blocks))
 
 
-def _layers(blocks: tuple[_Node, ...]) -> tuple[Layer, ...]:
+def _layers(blocks: tuple[_Node, ...], config: Any) -> tuple[Layer, ...]:
     seen: set[int] = set()
     counted: set[int] = set()
     layers = []
     for index, block in enumerate(blocks):
         skip = len(block.name) + 1
         targets = []
-        held = [matrix for node in _walk(block) for matrix in node.matrices]
+        nodes = list(_walk(block))
+        held = [matrix for node in nodes for matrix in node.matrices]
+        modules = {node.name: node.module for node in nodes}
         moe = any("experts" in matrix.name for matrix in held)
         for matrix in held:
             if matrix.key not in seen:
                 seen.add(matrix.key)
                 role = role_of(matrix.name[skip:], matrix.kind == "experts", moe)
-                targets.append(Target(matrix.name, index, role, matrix.kind, matrix.shape, prod(matrix.shape)))
+                above = [modules[n] for n in upwards(matrix.name)[1:] if n in modules]
+                heads = heads_of(matrix, above, config) if role == AFTER_ATTENTION else 0
+                targets.append(Target(matrix.name, index, role, matrix.kind, matrix.shape, prod(matrix.shape), heads))
         kind = type(block.module).__name__
         layers.append(Layer(index, block.name, kind, tuple(targets), _count(block, counted)))
     return tuple(layers)

@@ -1,4 +1,5 @@
-"""Units below a layer that can be chosen by themselves: parts of a block (attention, MLP), single targets, single experts.
+"""Units below a layer that can be chosen by themselves: parts of a block (attention, MLP), single targets, attention
+heads, single experts.
 
 A map of units stands in the place of a map of layers: `layers[i]` is the ith unit, `Target.layer` the place of the unit that a
 target lies in. Whoever counts places, sums over targets or names what was chosen need not know the difference.
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from layerpeft.errors import ConfigError, Problem
+from layerpeft.model.heads import AFTER_ATTENTION, HEAD, holder, name_of
 from layerpeft.model.layers import Layer, LayerMap, Target
 from layerpeft.model.names import lying_in, upwards
 from layerpeft.model.targets import MATRICES, MODULE
@@ -36,7 +38,8 @@ def in_units(layers: LayerMap, unit: str, targets: Sequence[Target]) -> tuple[La
         names = of_layer(layer, own)
         for name in dict.fromkeys(names[t.name] for t in own if t.name in names):
             inside, index = lying_in([name]), len(units)
-            matrices = tuple(replace(t, layer=index) for t in layer.targets if inside(t.name))
+            there = [*layer.targets, *(t for t in own if t.kind == HEAD)]
+            matrices = tuple(replace(t, layer=index) for t in there if inside(t.name))
             params = sum(t.params for t in matrices)
             units.append(Layer(index, name, kind_of(name[len(layer.name) + 1 :]), matrices, params, layer.index))
             held += [replace(t, layer=index) for t in own if names.get(t.name) == name]
@@ -47,7 +50,28 @@ def in_units(layers: LayerMap, unit: str, targets: Sequence[Target]) -> tuple[La
 
 def kind_of(place: str) -> str:
     """What units of several layers have in common, by their names inside of those: `self_attn.q_proj`, `mlp.experts`."""
-    return re.sub(r"(^|\.)experts\.[a-z_]*\d+(?=\.|$)", r"\1experts", place)
+    return re.sub(r"(^|\.)experts\.[a-z_]*\d+(?=\.|$)", r"\1experts", holder(place))
+
+
+def heads_in(layers: LayerMap) -> tuple[Target, ...]:
+    """Every attention head of these layers, as a target: the columns (out, size) of the projection that read its output.
+
+    Raises: ConfigError where no layer has heads that can be told apart.
+    """
+    found = []
+    for target in (t for t in layers.targets if t.heads):
+        out, size = target.shape[0], target.shape[1] // target.heads
+        one = replace(target, role="attention.head", kind=HEAD, shape=(out, size), params=out * size, heads=0)
+        found += [replace(one, name=name_of(target.name, head)) for head in range(target.heads)]
+    if found:
+        return tuple(found)
+    after = [t.name for t in layers.targets if t.role == AFTER_ATTENTION]
+    why = (
+        f"how many heads {some(after)} reads does not follow from the config, or it is not called as a module"
+        if after
+        else f"{layers.model_type} has no attention whose heads meet in a linear of its own"
+    )
+    raise ConfigError(Problem(("unit",), f"unit: head: {why}; choose whole layers (unit: layer) with another method"))
 
 
 def expert_number(name: str) -> int:
@@ -88,6 +112,7 @@ def _parts(layer: Layer, targets: Sequence[Target]) -> Mapping[str, str]:
 _UNITS: dict[str, Callable[[Layer, Sequence[Target]], Mapping[str, str]]] = {
     "sublayer": _parts,
     "target": _single,
+    "head": lambda layer, targets: {t.name: t.name for t in targets if t.kind == HEAD},
     "expert": _experts,
 }
 

@@ -4,21 +4,24 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from layerpeft.integrations.engines.known import whole
 from layerpeft.integrations.peft import dequantized
 from layerpeft.integrations.torch import widest
+from layerpeft.model.heads import HEAD, columns, holder
 from layerpeft.model.layers import Target, find_module
 
 PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
 
 
 def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none.
+    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none. Of a head: its
+    columns.
 
     A weight of which each process holds a part is put together, for as long as it is read; every process must ask.
     """
-    module = find_module(model, target.name)
+    module = find_module(model, holder(target.name))
     is_parameter = target.kind in ("experts", "parameter")
     held = getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)
     stored = whole(held).detach()
@@ -27,7 +30,8 @@ def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tens
             weight = stored[expert]
             yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
         return
-    yield 0, stored.T if target.kind == "conv1d" else stored.flatten(1)
+    rows = stored.T if isinstance(module, Conv1D) else stored.flatten(1)
+    yield 0, rows[:, columns(target.name, target.shape[1])] if target.kind == HEAD else rows
 
 
 def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:

@@ -10,22 +10,21 @@ from layerpeft.errors import ScoreError
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls, per_layer
 
 
-class Credit(WatchingCalls):
-    """The running measurement: remembers the batches, and trains on them when it is asked for its result.
+class Trial(WatchingCalls):
+    """A running measurement that remembers the batches, and trains on them when it is asked for its result.
 
-    `credit_l = Σ over steps, over the layer's adapters, of -g · Δθ`, g the gradient of the step's batch: the first-order share of
-    the loss's decrease (Loss Change Allocation, Lan et al., arXiv 1909.01440, which takes the path's integral by Runge-Kutta).
-    Below 0: the layer worked against it.
+    `name`: what measures so, in messages.
     """
 
-    def __init__(self, request: Request, options: Any, refuse: Callable[[set[str]], None]) -> None:
+    name = "statistic: credit"
+
+    def __init__(self, request: Request, options: Any) -> None:
         super().__init__(request, options)
         if request.live or request.run_steps is None:
             raise ScoreError(
-                "statistic: credit trains for some steps on batches of its own, before the layers are wrapped: pass batches=… to "
+                f"{self.name} trains for some steps on batches of its own, before the layers are wrapped: pass batches=… to "
                 "the config, to get_peft_model or to score_layers"
             )
-        self._refuse = refuse
         self._calls: list[Mapping[str, Any]] = []
         self._found: dict[str, float] | None = None
 
@@ -41,16 +40,43 @@ class Credit(WatchingCalls):
         *sums, count = add(torch.tensor([*(mine.get(n, 0.0) for n in names), 1.0], dtype=torch.float64)).tolist()
         self._found = {n: s / count for n, s in zip(names, sums, strict=True) if n in mine}
 
-    def result(self) -> Measured:
-        """Credits per layer and per target. Raises: ScoreError."""
-        found = self._found if self._found is not None else self._run()
-        return Measured(tuple(per_layer(self.request.layers, self.request.targets, found)), found)
+    def found(self) -> dict[str, float]:
+        """A number per target, of this process or the mean of all. Raises: ScoreError."""
+        return self._found if self._found is not None else self._run()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         super()._see(module, args, kwargs, output)
         self._running = True
 
     def _run(self) -> dict[str, float]:
+        if not self._calls:
+            raise ScoreError(f"{self.name} saw no batch")
+        return self.run()
+
+    def run(self) -> dict[str, float]:
+        """Trains, and says what came of it."""
+        raise NotImplementedError
+
+
+class Credit(Trial):
+    """What adapters of a layer did for the loss.
+
+    `credit_l = Σ over steps, over the layer's adapters, of -g · Δθ`, g the gradient of the step's batch: the first-order share of
+    the loss's decrease (Loss Change Allocation, Lan et al., arXiv 1909.01440, which takes the path's integral by Runge-Kutta).
+    Below 0: the layer worked against it.
+    """
+
+    def __init__(self, request: Request, options: Any, refuse: Callable[[set[str]], None]) -> None:
+        super().__init__(request, options)
+        self._refuse = refuse
+
+    def result(self) -> Measured:
+        """Credits per layer and per target. Raises: ScoreError."""
+        found = self.found()
+        return Measured(tuple(per_layer(self.request.layers, self.request.targets, found)), found)
+
+    def run(self) -> dict[str, float]:
+        """Of every target that was reached."""
         found: dict[str, float] = {}
 
         def see(step: list[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
@@ -59,8 +85,6 @@ class Credit(WatchingCalls):
 
         asked, run = self.options, self.request.run_steps
         assert run is not None
-        if not self._calls:
-            raise ScoreError("statistic: credit saw no batch")
         run(
             self.request.model, self.request.targets, self._calls, see, steps=asked.steps, rank=asked.k, lr=asked.lr,
             seed=self.request.seed,

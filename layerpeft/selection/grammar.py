@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerpeft.errors import Problem, Problems, SelectionError
+from layerpeft.model.heads import place_of
+from layerpeft.model.layers import LayerMap
 
 
 def layer_numbers(value: Any, count: int, key: str = "layers", unit: str = "layer") -> tuple[int, ...]:
@@ -125,9 +127,43 @@ def checked_keep(keep: Any, problems: Problems) -> Any:
     return keep if good else None
 
 
-def check_grammar(name: str, value: Any, problems: Problems) -> None:
-    """Adds what cannot be read as layers, whatever the depth of the model."""
+def heads_placed(value: Any, units: LayerMap, key: str = "layers") -> Any:
+    """A grammar of heads, with the places of those that it names by `[layer, head]`; layers as in the grammar, -1 is the last.
+
+    Raises: SelectionError for what the model does not have.
+    """
+    if not _is_pairs(value):
+        return value
+    problems, layers = Problems(f"{key}: heads by [layer, head]"), len(units.whole)
+    there = {(u.block, place_of(u.name)[1]): u.index for u in units.layers}  # type: ignore[index]
+    found = []
+    for layer, head in value:
+        place = (layer % layers if -layers <= layer < layers else layer, head)
+        if place in there:
+            found.append(there[place])
+        else:
+            held = [h for i, h in there if i == place[0]]
+            why = f"layer {layer} has heads 0 to {max(held)}" if held else f"layer {layer} has no heads to choose from"
+            problems.add(f"[{layer}, {head}]: {why}", key)
+    problems.raise_if_any(SelectionError)
+    return sorted(found)
+
+
+def _is_pairs(value: Any) -> bool:
+    """Whether these are pairs of whole numbers."""
+    rows = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    pairs = [r for r in rows if isinstance(r, Sequence) and not isinstance(r, str) and len(r) == 2]
+    return bool(rows) and len(pairs) == len(rows) and all(type(n) is int for pair in pairs for n in pair)
+
+
+def check_grammar(name: str, value: Any, problems: Problems, *, pairs: bool = False) -> None:
+    """Adds what cannot be read as layers, whatever the depth of the model; `pairs`: it may be heads by `[layer, head]`."""
+    if pairs and _is_pairs(value):
+        return
     trial = Problems("")
+    if pairs and any(isinstance(row, list | tuple) for row in (value if isinstance(value, list | tuple) else ())):
+        trial.add(f"cannot read {value!r} as heads; write [[layer, head], …], or their places as numbers")
+        value = []
     for part in _parts(value):
         if not isinstance(part, str | int) or isinstance(part, bool):
             trial.add(f"cannot read {part!r} as a layer")

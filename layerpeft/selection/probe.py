@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from layerpeft.errors import LayerpeftError, ScoreError
 from layerpeft.integrations.torch import add_to, eager, widest
 from layerpeft.model.experts import Use, Uses, flat, rows_of
+from layerpeft.model.heads import HEAD, columns, holder
 from layerpeft.model.layers import Target, find_module
 from layerpeft.selection.draws import seed_of
 
@@ -292,7 +293,7 @@ def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -
     Raises: ScoreError for kinds of target that have no such use (convolutions).
     """
     targets = list(targets)
-    unfit = [t.name for t in targets if t.kind not in ("linear", "conv1d", "experts")]
+    unfit = [t.name for t in targets if t.kind not in ("linear", "conv1d", "experts", HEAD)]
     if unfit:
         raise ScoreError(
             f"this score is measured on linear layers, Conv1D and experts; not on {', '.join(unfit[:6])}. "
@@ -300,23 +301,30 @@ def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -
         )
     handles: list[RemovableHandle] = []
     experts: dict[str, list[Target]] = {}
+    linears: dict[str, list[Target]] = {}  # of a projection that was taken apart into its heads, those
     for target in targets:
         if target.kind == "experts":
             experts.setdefault(target.name.rpartition(".")[0], []).append(target)
         else:
-            # first of all hooks, so that it sees the product itself and not what another hook makes of it
-            module = find_module(model, target.name)
-            handles.append(module.register_forward_hook(_linear_hook(target.name, tap), prepend=True, with_kwargs=True))
+            linears.setdefault(holder(target.name), []).append(target)
+    for name, held in linears.items():
+        # first of all hooks, so that it sees the product itself and not what another hook makes of it
+        module = find_module(model, name)
+        handles.append(module.register_forward_hook(_linear_hook(held, tap), prepend=True, with_kwargs=True))
     for owner, held in experts.items():
         handles += _expert_hooks(find_module(model, owner), held, tap)
     return handles
 
 
-def _linear_hook(name: str, tap: TapFunction) -> Callable[..., torch.Tensor]:
+def _linear_hook(held: list[Target], tap: TapFunction) -> Callable[..., torch.Tensor]:
     def hook(
         _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], y: torch.Tensor
     ) -> Any:
-        return tap(y, args[0] if args else kwargs["input"], {(name, 0): None})
+        x = args[0] if args else kwargs["input"]
+        for target in held:
+            read = x[..., columns(target.name, target.shape[1])] if target.kind == HEAD else x
+            y = tap(y, read, {(target.name, 0): None})
+        return y
 
     return eager(hook)
 

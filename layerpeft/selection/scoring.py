@@ -21,9 +21,10 @@ from layerpeft.integrations.files import version_of
 from layerpeft.integrations.losses import loss_of
 from layerpeft.integrations.torch import eager
 from layerpeft.model.evaluating import nothing_trains, to_model
+from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
 from layerpeft.model.targets import Names, find_targets, measured_for
-from layerpeft.model.units import in_units
+from layerpeft.model.units import heads_in, in_units
 from layerpeft.selection import plugins
 from layerpeft.selection.draws import window_seed
 from layerpeft.selection.examined import Examined
@@ -52,13 +53,20 @@ def score_layers(
 
     `batches`: any iterable of model inputs with labels; the first `num_batches` are used. `target_modules` as in LoRA: None
     means PEFT's default for the model type, or "all-linear" where PEFT has none. `options` are the scorer's own.
-    `unit`: what is scored (layer, sublayer, target, expert). Raises: ScoreError, SelectionError, LayerMapError, ConfigError.
+    `unit`: what is scored (layer, sublayer, target, head, expert). Raises: ScoreError, SelectionError, LayerMapError, ConfigError.
     """
     _refuse_live(by)
     given = {"by": by, "keep": 1, "num_batches": num_batches, "seed": seed, "stack": stack, "unit": unit, **options}
     select = Select.parse(given)
     layers = layer_map(model, select.stack)
-    targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
+    if unit == HEAD:
+        if named := [n for n in (target_modules, exclude_modules, target_parameters) if n is not None]:
+            raise SelectionError(
+                f"unit: head scores all heads there are, and {named[0]!r} names other weights; leave it out"
+            )
+        targets = heads_in(layers)
+    else:
+        targets = find_targets(model, layers, target_modules, exclude_modules, target_parameters)
     layers, targets = in_units(layers, select.unit, targets)
     return score(model, select, layers, targets, batches, progress)
 

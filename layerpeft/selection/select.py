@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from layerpeft.errors import LayerpeftError, Problems, ScoreError, SelectionError, unknown
+from layerpeft.model.heads import HEAD
+from layerpeft.model.layers import LayerMap
 from layerpeft.model.names import lying_in
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import Budget
-from layerpeft.selection.grammar import check_grammar, checked_keep
+from layerpeft.selection.grammar import check_grammar, checked_keep, heads_placed
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.typecheck import check, checked, read_fields, settings_of, unused
 
 SCORERS = "layerpeft.scorers"
 PICKS = "layerpeft.picks"
+GRAMMARS = ("layers", "exclude", "always")  # fields that name layers
 DEFAULT_BATCHES = 8
-Unit = Literal["layer", "sublayer", "target", "expert"]
+Unit = Literal["layer", "sublayer", "target", "head", "expert"]
 WITHIN = Literal["kind", "layer"]
-# units that cannot be chosen yet, and why
-LATER = {"head": "attention heads are chosen with method: head alone, which is not there yet"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class Select:
     def budget(self) -> Budget | None:
         """What `keep: {time: …}` means; None where `keep` says how many."""
         return Budget.parse(self.keep, Problems("keep")) if isinstance(self.keep, Mapping) else None
+
+    def placed(self, units: LayerMap) -> Select:
+        """The same, with heads that are named by `[layer, head]` by their place among these units. Raises: SelectionError."""
+        if units.unit != HEAD:
+            return self
+        given = {n: v for n in GRAMMARS if (v := getattr(self, n)) is not None}
+        return replace(self, **{n: heads_placed(v, units, n) for n, v in given.items()})
 
     @property
     def rule(self) -> str:
@@ -187,9 +195,9 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     check(cls, {k: v for k, v in known.items() if v is not None}, problems, ": ")
     _check_together(known, bare, problems)
     _check_schedule(known, problems)
-    for name in ("layers", "exclude", "always"):
+    for name in GRAMMARS:
         if known.get(name) is not None:
-            check_grammar(name, known[name], problems)
+            check_grammar(name, known[name], problems, pairs=known.get("unit") == HEAD)
     rule = cls(**known).rule
     asked = [(rule, plugins.get(PICKS, rule).Options)]
     if isinstance(by, str):
@@ -279,10 +287,6 @@ def _check_unit(known: dict[str, Any], problems: Problems) -> None:
     if known.get("unit") is None:
         known.pop("unit", None)
     unit, by = known.get("unit", "layer"), known["by"]
-    if str(unit) in LATER:
-        units = ", ".join(get_args(Unit))
-        problems.add(f"unit: {LATER[known.pop('unit')]}. Allowed: {units}.", "unit")
-        return
     if isinstance(by, str) and unit in get_args(Unit) and unit not in plugins.traits(SCORERS, by).units:
         able = [name for name in plugins.names(SCORERS) if unit in plugins.traits(SCORERS, name).units]
         traits = plugins.traits(SCORERS, by)

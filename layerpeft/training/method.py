@@ -37,6 +37,7 @@ class Method:
     partial: ClassVar[bool] = False  # a folder holds only what was ever active
     in_place: ClassVar[bool] = False  # what trains are weights of the model itself
     whole: ClassVar[bool] = False  # what was trained lies in weights of the model, at least in part
+    mixes: ClassVar[bool] = True  # what is trained are factors, which PEFT's own ways to mix adapters add up
     needs: ClassVar[frozenset[Need]] = frozenset()  # what an engine must be able to do for it
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
 
@@ -65,6 +66,11 @@ class Method:
     def work(cls, config: Any) -> Work:
         """What it trains of a target, as far as operations go."""
         return Work()
+
+    @classmethod
+    def cannot_wait(cls, config: Any) -> list[str]:
+        """What of a config does not go with a choice that waits for the first step."""
+        return []
 
     def tensors(self) -> Tensors:
         """Target -> what trains in it."""
@@ -146,4 +152,5 @@ class Method:
     # A state dict as in `found` is taken: `found` says of which modules, `folder` where it lies, where that is known.
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None: ...
     def restore(self, carried: Mapping[str, torch.Tensor]) -> None: ...  # of a state dict: takes up what `carried` gave
+    def copied(self, adapter: str) -> None: ...  # another adapter by the same config is about to be put on the model
     def swapped(self) -> None: ...  # PEFT's `hotswap_adapter` is about to put another adapter's tensors there

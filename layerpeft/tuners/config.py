@@ -6,6 +6,7 @@ import copy
 import enum
 from collections.abc import Collection, Iterable
 from dataclasses import InitVar, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft import LoraConfig
@@ -15,6 +16,7 @@ from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.costs import Costs
+from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import find_targets, not_wrapped
@@ -65,6 +67,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
     method: ClassVar[str] = "lora"
     works_by: ClassVar[type[Method]] = LoraMethod
     seen_as: ClassVar[type[Recorded]] = RecordedLoraConfig  # by PEFT, in a folder too
+    units: ClassVar[tuple[str, ...]] = ("layer", "sublayer", "target", "expert")  # what can be chosen
     derived: ClassVar[tuple[str, ...]] = ("peft_type",)  # fields that follow from others
 
     def __post_init__(self, batches: Iterable[Any] | None = None) -> None:
@@ -74,6 +77,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
             select = self.choosing
         except LayerpeftError as error:
             problems.absorb(error, "select")
+        _check_unit(select.unit, self.units, problems)
         if not select.is_all or self.quantizes or self.is_rated:
             for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
                 if getattr(self, name) is not None:
@@ -129,13 +133,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
 
     def at_rank(self, rank: int) -> dict[str, Any]:
         """The fields that say this rank, as a recipe writes them; the scale stays where whole numbers allow it."""
-
-        def scaled(alpha: int) -> int:  # that of rsLoRA is meant to follow the rank
-            return alpha if self.use_rslora or alpha * rank % self.r else alpha * rank // self.r
-
-        ranks = {k: max(1, v * rank // self.r) for k, v in (self.rank_pattern or {}).items()}
-        alphas = {k: scaled(v) for k, v in (self.alpha_pattern or {}).items()}
-        return {"r": rank, "lora_alpha": scaled(self.lora_alpha), "rank_pattern": ranks, "alpha_pattern": alphas}
+        return _at_rank(self, rank)
 
     def resolve(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = True) -> LoraConfig:
         """The stock LoRA config this means on that model, with full target names; for `add_adapter` on a live model.
@@ -183,7 +181,8 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         layers = seen.layers(self.choosing.stack)
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
         targets = self.targets_in(model, layers)
-        return Examined(self.choosing, *_in_units(self, layers, targets), blocks, _costs(self, model, layers, targets))
+        units, costs = _in_units(self, layers, targets), _costs(self, model, layers, targets)
+        return Examined(self.choosing.placed(units[0]), *units, blocks, costs)
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
         """All targets that this config would train in any layer. Raises: SelectionError, ConfigError."""
@@ -210,8 +209,8 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         return self.seen_as(**given)
 
     @classmethod
-    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
-        """The method of an adapter that PEFT has read from a folder; `trains`: it is to be trained further."""
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool, folder: Path) -> Method:
+        """The method of an adapter that PEFT has read from a folder; `trains`: it is to be trained further. Raises: SaveError."""
         return cls.works_by(model, adapter, live)
 
     def needs(self, batches: bool) -> frozenset[Need]:
@@ -285,6 +284,22 @@ def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:
 def _plain(config: LayerLoraConfig, model: nn.Module) -> LoraConfig:
     check_patterns(config, (name for name, _ in model.named_modules()))
     return LoraConfig(**lora_fields(config))
+
+
+def _at_rank(config: LayerLoraConfig, rank: int) -> dict[str, Any]:
+    def scaled(alpha: int) -> int:  # that of rsLoRA is meant to follow the rank
+        return alpha if config.use_rslora or alpha * rank % config.r else alpha * rank // config.r
+
+    ranks = {k: max(1, v * rank // config.r) for k, v in (config.rank_pattern or {}).items()}
+    alphas = {k: scaled(v) for k, v in (config.alpha_pattern or {}).items()}
+    return {"r": rank, "lora_alpha": scaled(config.lora_alpha), "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _check_unit(unit: str, allowed: Collection[str], problems: Problems) -> None:
+    if unit not in allowed:
+        why = f"{unit}s are not what trains here"
+        why = "attention heads are chosen with method: head alone (LayerHeadConfig)" if unit == HEAD else why
+        problems.add(f"unit: {why}. Allowed: {', '.join(allowed)}.", "select", "unit")
 
 
 def _check_quant(config: LayerLoraConfig, problems: Problems) -> None:

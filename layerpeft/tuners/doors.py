@@ -16,6 +16,7 @@ from layerpeft.integrations.peft import (
 )
 from layerpeft.model.names import adapted
 from layerpeft.training.carried import KEY
+from layerpeft.training.method import Method
 from layerpeft.training.record import record_of
 from layerpeft.tuners.galore.layer import MIXED
 
@@ -36,12 +37,20 @@ def watch() -> None:
 
 def _whole(tuner: Any, adapters: Iterable[str]) -> str | None:
     """The adapter among these of which some was trained into the model's own weights."""
-    bound = {n: record.bound for n in adapters if (record := record_of(tuner.peft_config.get(n))) is not None}
-    return next((n for n, method in bound.items() if method is not None and method.whole), None)
+    return next((n for n, method in _bound(tuner, adapters).items() if method.whole), None)
+
+
+def _bound(tuner: Any, adapters: Iterable[str]) -> dict[str, Method]:
+    """The methods of those among these adapters that have one."""
+    records = {n: record_of(tuner.peft_config.get(n)) for n in adapters}
+    return {n: r.bound for n, r in records.items() if r is not None and r.bound is not None}
 
 
 def _injecting(tuner: Any, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-    """Raises: ConfigError where an adapter wants LoRA in weights that train themselves, before anything is changed."""
+    """Raises: ConfigError where an adapter cannot be a copy, or wants LoRA in weights that train themselves; nothing is changed."""
+    record = record_of(tuner.peft_config[adapter_name])
+    if record is not None and record.bound is not None and record.bound.adapter != adapter_name:
+        record.bound.copied(adapter_name)
     if _whole(tuner, tuner.peft_config.keys() - {adapter_name}) is None:
         return
     for name, module in model.named_modules():
@@ -61,6 +70,11 @@ def _hooking(tuner: Any, *_: Any, **kwargs: Any) -> None:
 
 def _mixing(tuner: Any, adapters: list[str], *_: Any, **__: Any) -> None:
     """Raises: ConfigError where factors are not all that one of the adapters has trained."""
+    other = next((n for n, method in _bound(tuner, adapters).items() if not method.mixes), None)
+    if other is not None:
+        raise ConfigError(
+            f"add_weighted_adapter mixes LoRA factors, and {other!r} is offsets of heads, of which it would leave nothing"
+        )
     whole = _whole(tuner, adapters)
     if whole is not None:
         raise ConfigError(

@@ -16,6 +16,7 @@ from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, header_of, read_json
 from layerpeft.integrations.peft import watch_keys
 from layerpeft.model import precisions
+from layerpeft.model.heads import holder
 from layerpeft.model.layers import base_of, stacks_of
 from layerpeft.model.names import adapted, clean, upwards
 from layerpeft.model.patterns import check_patterns
@@ -345,7 +346,7 @@ def _check_base(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> 
         raise SaveError("load() takes the base model, not a PeftModel; model.load_adapter(folder, name) adds to that")
     selection = manifest.get("selection") or {}
     names = {adapted(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
-    lost = [name for name in selection.get("targets", ()) if name not in names]
+    lost = [name for name in selection.get("targets", ()) if name not in names and holder(name) not in names]
     if lost:
         raise SaveError(
             f"{folder} was trained on another model: {type(model).__name__} lacks {len(lost)} of its "
@@ -381,7 +382,7 @@ def load(
     record: Record = live._layerpeft
     kind = METHODS.get(record.method, LayerLoraConfig)
     live.__class__ = kind.seen_as
-    method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable)
+    method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable, folder)
     if is_trainable:
         steps.follow(method, tuner)
         chosen = record.selection

@@ -15,12 +15,14 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
 from layerpeft.integrations.merging import merge_in_place
+from layerpeft.model.biases import give_biases
+from layerpeft.model.layers import base_of
 from layerpeft.quantization.save import is_saved, load_saved, save_model
-from layerpeft.saving.manifest import read_manifest
+from layerpeft.saving.manifest import keys_in, read_manifest
 from layerpeft.text import note
 from layerpeft.training.record import read_record
 from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, load_verified
-from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, write_merged
+from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, without_bias, write_merged
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -55,6 +57,11 @@ def merge(
     check_chosen(source, read_record(manifest))
     config = adapter_config(source)
     where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
+    if into_quantized and config.get("lora_bias"):
+        raise SaveError(
+            "the adapter holds biases, which PEFT does not merge into a quantized base: merge it into one in 16 bit, without "
+            "into_quantized"
+        )
     if model is None and dtype is not None:
         kwargs["dtype"] = dtype
     if model is None:
@@ -101,6 +108,8 @@ def _merge_whole(
         model, kwargs = _base(source, base, config, kwargs), {}
     loaded: Any = load_verified(source, model, **kwargs)
     _refuse(_packed_names(loaded))
+    if bare_ones := without_bias(loaded, keys_in(source)):
+        give_biases(base_of(loaded), bare_ones)
     with torch.no_grad():
         merged: Any = loaded.merge_and_unload(safe_merge=True)
     merged.save_pretrained(partial)

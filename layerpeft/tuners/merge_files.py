@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from layerpeft.errors import LayerpeftError
+from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import as_written
 from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
 from layerpeft.integrations.torch import give_back
+from layerpeft.model.biases import biased, no_place
+from layerpeft.model.layers import find_module
 from layerpeft.model.names import adapted, upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
 from layerpeft.training.record import HEAD
@@ -65,6 +67,7 @@ def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | 
         raise NotPiecewise("transformers converts the tensors of such a checkpoint")
     adapter = _adapter(folder)
     inside, instead = _sorted(model, adapter)
+    _check_biases(model, config, adapter)
     _check(model, weights, adapter, inside, instead)
     return Plan(model, weights, adapter, config, inside, instead)
 
@@ -155,6 +158,22 @@ def _sorted(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[str]]
         else:
             inside[module].append(key)
     return inside, instead
+
+
+def _check_biases(model: Any, config: Any, adapter: Checkpoint) -> None:
+    """Raises: NotPiecewise where the base has no biases yet that the adapter adds to; SaveError where it can have none."""
+    bare_ones = without_bias(model, adapter.entries) if config.lora_bias else []
+    if bare_ones and biased(model, bare_ones) is None:
+        raise SaveError(no_place(model, bare_ones))
+    if bare_ones:
+        raise NotPiecewise("the adapter adds biases that the base does not have")
+
+
+def without_bias(model: Any, keys: Iterable[str]) -> list[str]:
+    """The linears without a bias that an adapter of these tensors holds one of."""
+    end = ".lora_B.bias"
+    names = [k.removeprefix(PREFIX).removesuffix(end) for k in keys if k.endswith(end)]
+    return [n for n in names if getattr(find_module(model, n), "bias", None) is None]
 
 
 def _check(

@@ -6,6 +6,7 @@ from layerpeft.selection.scoring import HANDED
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.full.config import LayerFullConfig
 from layerpeft.tuners.galore.config import LayerGaloreConfig
+from layerpeft.tuners.head.config import LayerHeadConfig
 from layerpeft.tuners.model import tuner_for
 from layerpeft.tuners.trial import run_steps
 
@@ -20,6 +21,6 @@ def add(config: type[LayerLoraConfig]) -> None:
     register(config.kind, config, tuner, tuner.prefix)
 
 
-for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig):
+for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig, LayerHeadConfig):
     add(_config)
 HANDED.update(run_steps=run_steps, change_of=change_of)

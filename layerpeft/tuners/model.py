@@ -159,6 +159,8 @@ def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> E
         problems.add(f"bias={config.bias!r} means biases in layers that are not chosen yet")
     for name in (n for n in ("ranks", "layer_lr") if getattr(config, n) is not None):
         problems.add(f"{name}={getattr(config, name)!r} needs the scores when the layers are wrapped")
+    for sentence in config.works_by.cannot_wait(config):
+        problems.add(sentence)
     if config.kasa_config is not None:
         problems.add("kasa_config takes something out of the weights of the unchosen layers")
     problems.raise_if_any(ConfigError)

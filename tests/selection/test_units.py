@@ -16,7 +16,7 @@ from layerpeft.model.targets import match_targets
 from layerpeft.model.units import in_units
 from layerpeft.selection import plugins
 from layerpeft.selection.picks import split
-from layerpeft.selection.scorers import OF_TARGETS
+from layerpeft.selection.scorers import OF_HEADS
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.mixtures import mixture
 from tests.helpers.models import MODELS
@@ -174,10 +174,7 @@ def test_nothing_is_written_of_whole_layers():
 @pytest.mark.parametrize(
     ("select", "message"),
     [
-        (
-            {"unit": "head"},
-            "unit: attention heads are chosen with method: head alone.*Allowed: layer, sublayer, target",
-        ),
+        ({"unit": "head", "by": "snr", "keep": 1}, "by: snr gives a score to .* not to heads; .*gradient_norm"),
         ({"unit": "sublayr"}, "unknown unit 'sublayr'. Did you mean 'sublayer'"),
         ({"unit": ["layer"]}, "unknown unit"),
         (
@@ -198,7 +195,7 @@ def test_what_cannot_be_asked(select, message):
 def test_scorers_say_what_they_score():
     for name in plugins.names("layerpeft.scorers"):
         units = plugins.traits("layerpeft.scorers", name).units
-        assert units and set(units) <= set(OF_TARGETS), name
+        assert units and set(units) <= set(OF_HEADS), name
 
 
 def test_targets_in_no_unit():

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerpeft
-from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig
+from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerHeadConfig, LayerLoraConfig
 from layerpeft.errors import LayerpeftError
 
 X = torch.arange(9)[None]
@@ -35,6 +35,7 @@ UNIFORM = {"pick": "uniform", "keep": 1, "reselect_steps": 2}
 lora = partial(LayerLoraConfig, r=4, lora_alpha=8, **COMMON)
 galore = partial(LayerGaloreConfig, r=4, update_proj_gap=2, **COMMON)
 full = partial(LayerFullConfig, task_type="CAUSAL_LM")
+heads = partial(LayerHeadConfig, task_type="CAUSAL_LM")
 COLUMNS: dict[str, Callable[[], Any]] = {
     "plain PEFT": lambda: peft.LoraConfig(r=4, lora_alpha=8, **COMMON | {"target_modules": NAMES}),
     "lora": lambda: lora(select="last:2"),
@@ -47,6 +48,9 @@ COLUMNS: dict[str, Callable[[], Any]] = {
     "projection, schedule": lambda: galore(select=UNIFORM),
     "full": lambda: full(select="last:1"),
     "full, schedule": lambda: full(select=UNIFORM),
+    "heads": lambda: heads(select={"unit": "head", "layers": [[1, 0], [2, 0], [2, 1]]}),
+    "heads, packed base": lambda: heads(select={"unit": "head", "layers": [[1, 0], [2, 1]]}, quantize_frozen="nf4"),
+    "heads, schedule": lambda: heads(select=UNIFORM | {"unit": "head", "layers": [2, 3, 4, 5]}),
 }
 WAITS = "lora, waiting"
 
@@ -188,7 +192,9 @@ def taken_out(s: Scene) -> None:
         (rank,) = {t.shape[0] for k, t in state.items() if ".lora_A." in k}
         names = sorted({k.removeprefix("base_model.model.").partition(".lora_")[0] for k in state})
         alpha = rank if s.column.startswith("projection") else 8
-        fresh = peft.get_peft_model(s.base(), peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+        bias = any(k.endswith(".lora_B.bias") for k in state)
+        stock = peft.LoraConfig(r=rank, lora_alpha=1 if bias else alpha, target_modules=names, lora_bias=bias)
+        fresh = peft.get_peft_model(s.base(), stock)
     found = peft.set_peft_model_state_dict(fresh, state)
     assert not found.unexpected_keys
     s.close(fresh, s.on)
@@ -471,7 +477,7 @@ DOORS: dict[str, Callable[[Scene], None]] = {
     "prepare_model_for_compiled_hotswap": padded,
     "weight bias get_base_layer get_base_model": own_weight,
 }
-PROJECTION, FULL = "projection", "full"
+PROJECTION, FULL, HEADS = "projection", "full", "heads"
 # by the beginnings of the door's name and the column's: what it says; PEFT's own words where LoRA over such a base says them too
 REFUSED: dict[tuple[str, str], str] = {
     ("to_empty", PROJECTION): "Load a folder that a projection run has saved",
@@ -494,6 +500,17 @@ REFUSED: dict[tuple[str, str], str] = {
     ("reset_lora_parameters", FULL): "no LoRA layer",
     ("hotswap_adapter", FULL): "unexpected keys found",
     ("prepare_model_for_compiled_hotswap", FULL): "No adapter layers found",
+    ("set_peft_model_state_dict", HEADS): "holds no layerpeft_heads.safetensors",
+    ("merge_adapter", "heads, packed"): "merge the saved adapter into the base in 16 bit",
+    ("merge_adapter", HEADS): "layerpeft merge gives biases to models",
+    ("rescale_adapter_scale", "heads, packed"): "as LoRA",
+    ("rescale_adapter_scale", HEADS): "layerpeft merge gives biases to models",
+    ("add_weighted_adapter", HEADS): "of which it would leave nothing",
+    ("convert_to_lora", HEADS): "do not support LoRA conversion",
+    ("hotswap_adapter", HEADS): "unexpected keys found",
+    ("cast_mixed_precision_params", "heads, packed"): "is invalid for input of size",
+    ("to_empty", "heads, packed"): "Unexpected key(s) in state_dict",
+    ("load_state_dict", "heads, packed"): "Unexpected key(s) in state_dict",
     (
         "cast_mixed_precision_params",
         "lora, packed",
@@ -575,6 +592,8 @@ REPEATED = (
     "projection, base on the CPU",
     "projection, schedule",
     "full, schedule",
+    "heads, packed base",
+    "heads, schedule",
 )  # what others show, too
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import RATES, Engine, launched
+from layerpeft.integrations.engines.engine import HEADS, RATES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 _HF = "transformers.integrations.deepspeed"
@@ -163,6 +163,13 @@ ZERO3 = _engine(
     is_part=is_part,
     local=lambda t: t.ds_tensor,
     whole=whole,
-    cannot={"wait": LATE, "schedule": FOR_GOOD, "projection": NO_FOLD, "packed": PACKED, "rates": RATES},
+    cannot={
+        "wait": LATE,
+        "schedule": FOR_GOOD,
+        "projection": NO_FOLD,
+        "packed": PACKED,
+        "rates": RATES,
+        "heads": HEADS,
+    },
 )
 ZERO = (ZERO1, ZERO2, ZERO3)

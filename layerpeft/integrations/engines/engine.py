@@ -9,8 +9,10 @@ import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
 # that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights, and such
-# as are packed once a choice that waits is made; learning rates by layer.
-Need = Literal["schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later", "rates"]
+# as are packed once a choice that waits is made; learning rates by layer; offsets of heads.
+Need = Literal[
+    "schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later", "rates", "heads"
+]
 Part = Literal["weights", "gradients", "states"]
 
 FIXED = (
@@ -18,6 +20,11 @@ FIXED = (
     "(torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
 )
 RATES = "learning rates by layer were not tried under {name}, which regroups what the optimizer holds; use DDP"
+
+HEADS = (
+    "offsets of heads are read together with the weights of the projection after attention, of which a process holds a part only "
+    "under {name}; use DDP, ZeRO-1 or ZeRO-2"
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import FIXED, RATES, Engine, launched
+from layerpeft.integrations.engines.engine import FIXED, HEADS, RATES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 
@@ -76,7 +76,7 @@ FSDP1 = Engine(
     argument="fsdp",
     asked=lambda args: _version(args) == 1,
     divides=_ALL,
-    cannot={"schedule": FIXED, "wait": OLD, "projection": OLD, "rates": RATES},
+    cannot={"schedule": FIXED, "wait": OLD, "projection": OLD, "rates": RATES, "heads": HEADS},
 )
 FSDP2 = Engine(
     key="fsdp2",
@@ -88,5 +88,5 @@ FSDP2 = Engine(
     local=lambda t: t.to_local(),  # type: ignore[attr-defined]
     whole=lambda t: t.full_tensor(),  # type: ignore[attr-defined]
     cut_like=_cut_like,
-    cannot={"projection": NO_FOLD, "packed_later": LATE, "rates": RATES},
+    cannot={"projection": NO_FOLD, "packed_later": LATE, "rates": RATES, "heads": HEADS},
 )

@@ -24,6 +24,7 @@ from layerpeft.selection.typecheck import checked
 OF_TARGETS = ("layer", "sublayer", "target", "expert")  # of a score that is made of parts, one for every target
 OF_STATES = ("layer", "sublayer")  # of a score of the states before and after something
 STATES = "it is told by the states that are handed on from part to part"
+OF_HEADS = (*OF_TARGETS, "head")  # of one that has a part for some columns of a weight, too
 
 HOLDS = (("needs(options)",), ("score(request, options)", "start(request, options)"))  # of each, one or more
 

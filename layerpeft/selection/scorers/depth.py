@@ -1,10 +1,10 @@
 """The layer's place: higher is closer to the output. LayRA is LoRA on `first:10+last:2`, Telly full weights on `last:N`."""
 
 from layerpeft.selection.picks import NoOptions as Options
-from layerpeft.selection.scorers import OF_TARGETS, Traits
+from layerpeft.selection.scorers import OF_HEADS, Traits
 from layerpeft.selection.scoring import Measured, Request
 
-TRAITS = Traits(units=OF_TARGETS)
+TRAITS = Traits(units=OF_HEADS)
 
 
 def needs(options: Options) -> str:

@@ -14,11 +14,11 @@ one backward pass over each batch, with the gradient probe of `gradient_norm`: `
 from dataclasses import dataclass
 from typing import Literal
 
-from layerpeft.selection.scorers import OF_TARGETS, Traits, gradient_norm
+from layerpeft.selection.scorers import OF_HEADS, Traits, gradient_norm
 from layerpeft.selection.scoring import Measured, Request, per_layer
 from layerpeft.selection.typecheck import checked
 
-TRAITS = Traits(units=OF_TARGETS)
+TRAITS = Traits(units=OF_HEADS)
 
 
 @dataclass(frozen=True)

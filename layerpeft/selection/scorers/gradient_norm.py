@@ -32,13 +32,13 @@ from layerpeft.model.weights import squared_norm
 from layerpeft.selection.credit import Credit
 from layerpeft.selection.overlaps import overlaps_for
 from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
-from layerpeft.selection.scorers import OF_TARGETS, Traits
+from layerpeft.selection.scorers import OF_HEADS, Traits
 from layerpeft.selection.scoring import Measured, Request, over, per_layer, per_weight
 from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
 from layerpeft.selection.typecheck import checked
 from layerpeft.text import some
 
-TRAITS = Traits(overlaps=True, units=OF_TARGETS)
+TRAITS = Traits(overlaps=True, units=OF_HEADS)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import random
 
 from layerpeft.selection.picks import NoOptions as Options
-from layerpeft.selection.scorers import OF_TARGETS, Traits
+from layerpeft.selection.scorers import OF_HEADS, Traits
 from layerpeft.selection.scoring import Measured, Request
 
-TRAITS = Traits(units=OF_TARGETS)
+TRAITS = Traits(units=OF_HEADS)
 
 
 def needs(options: Options) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerpeft.model.weights import squared_norm
-from layerpeft.selection.scorers import OF_TARGETS, Traits
+from layerpeft.selection.scorers import OF_HEADS, Traits
 from layerpeft.selection.scoring import Measured, Request, per_layer, per_weight
 
-TRAITS = Traits(units=OF_TARGETS)
+TRAITS = Traits(units=OF_HEADS)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -88,7 +89,7 @@ class LayerFullConfig(LayerLoraConfig):
         )
 
     @classmethod
-    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool, folder: Path) -> Method:
         """PEFT's copies of the modules are those that train from now on."""
         selection = live._layerpeft.selection
         if selection is not None:

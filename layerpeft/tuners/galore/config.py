@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
@@ -116,7 +117,7 @@ class LayerGaloreConfig(LayerLoraConfig):
         return Refreshing(**{f.name: getattr(self, f.name) for f in fields(Refreshing)})
 
     @classmethod
-    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool) -> Method:
+    def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool, folder: Path) -> Method:
         """Ordinary LoRA, which it says."""
         if trains:
             note(
