@@ -7,6 +7,8 @@ answer is None, and a schedule goes on with what it knew (`unseen` where it neve
 rule's fault: a score goes stale once its layer is frozen. `gradient_norm` sees frozen layers, too. Not shared: norms
 that are not finite counting as 1000 (such a batch is left out), and the losses' scales (accumulation, a loss scaler) in
 the score.
+
+Costs no pass of its own, and the norm of every gradient that training makes.
 """
 
 from collections.abc import Callable, Iterator

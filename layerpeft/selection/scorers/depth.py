@@ -1,4 +1,5 @@
-"""The layer's place: higher is closer to the output. LayRA is LoRA on `first:10+last:2`, Telly full weights on `last:N`."""
+"""The layer's place: higher is closer to the output. LayRA is LoRA on `first:10+last:2`, Telly full weights on `last:N`.
+Costs nothing."""
 
 from layerpeft.selection.picks import NoOptions as Options
 from layerpeft.selection.scorers import OF_HEADS, Traits

@@ -4,6 +4,7 @@ The block's outputs for a sample of tokens are clustered by k-means; the score i
 `-Σ n_i/N · log(n_i/N)`, in nats, between 0 and log(clusters). LUQ gives the fewest bits to the layers with the lowest.
 
 The `tokens` are drawn as `selection/sampled.py` says. Not in the paper's text: how tokens are sampled, and k-means++ as the start.
+Costs the forward passes; then 2·tokens·clusters·width operations for every layer and round of k-means (a few dozen).
 """
 
 from dataclasses import dataclass

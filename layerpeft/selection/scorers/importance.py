@@ -11,6 +11,8 @@ passed on: the loss is this batch's own mean. Faults that are not shared: the se
 ends for few layers; one remembered scaling for all modules; subsets from the global generator. What stays is how weak
 the signal is: losses .01 apart move I by .009, and while the adapters still give nothing out (B = 0), by exactly
 nothing, so the choice is close to uniform for a long time.
+
+Costs `rollouts` forward passes over one micro-batch.
 """
 
 import math

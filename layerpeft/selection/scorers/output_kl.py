@@ -1,7 +1,7 @@
 """How far the model's output moves when one layer alone is rounded: KL(as it is ‖ with the layer rounded), in nats per token.
 
-The tokens are those with a label, or without labels those that are not padding. For every layer this takes one forward pass
-over every batch, in evaluation mode and without gradients, after one with the model as it is; the weights themselves are put
+The tokens are those with a label, or without labels those that are not padding. Costs one forward pass over every batch
+for each layer, in evaluation mode and without gradients, after one with the model as it is; the weights themselves are put
 back each time. A measured loss, where the other scorers' are guesses, but it still takes one layer at a time: what two
 rounded layers do together is not in it. In a 16-bit model every value also holds some 1e-4 nats that any change makes.
 """

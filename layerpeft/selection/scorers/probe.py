@@ -11,7 +11,7 @@ sees, for any other model. `form: accuracy` is the accuracy after the layer, `ga
 A high score is trained first: that layer has what the task asks for (or, as gain, works it out). The papers look for the layer
 to read from, not to train, so `first: low` turns the sign.
 
-Costs the forward passes, and rows²·(width + folds·rows) operations per layer at the end; rows·width float32 numbers of every
+Costs the forward passes, and 2·folds·rows²·(width + rows) operations per layer at the end; rows·width float32 numbers of every
 layer lie on the CPU (twice that for `gain`).
 """
 

@@ -3,6 +3,9 @@
 With `activations: true` the columns of the error weigh what the inputs do, `Σ_j ‖X_j‖² · ‖(W - Q(W))_:j‖²`, as in AWQ and GPTQ's
 diagonal: the squared error of the layer's outputs if its inputs were uncorrelated, summed over all tokens that were seen.
 Each target is rounded as it would be stored; nothing in the model is changed.
+
+Costs the rounding of every weight once, some rows at a time or (HQQ, `double_quant`) one whole matrix, and with `activations` one
+forward pass over every batch.
 """
 
 from __future__ import annotations

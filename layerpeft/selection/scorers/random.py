@@ -1,4 +1,4 @@
-"""Uniform random numbers: the control arm that every other criterion has to beat."""
+"""Uniform random numbers: the control arm that every other criterion has to beat. Costs nothing."""
 
 import random
 

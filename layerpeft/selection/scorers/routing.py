@@ -4,7 +4,7 @@
 expert that it goes to). `gates` is ESFT-Gate, `Σ_t g_et / Σ_t Σ_e g_et` with `g` the router's softmax over all experts, of those
 that the token goes to. Tokens of all batches are pooled, and the shares of the routed experts of a layer make up 1, so that
 `split: cumulative` with `within: layer` is the paper's rule. (Its published script divides by sums over the layers instead.)
-One forward pass over every batch, without gradients.
+Costs one forward pass over every batch.
 """
 
 from collections.abc import Callable, Mapping
