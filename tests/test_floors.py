@@ -119,7 +119,8 @@ def names_a_method(source: ast.AST, known: set[str]) -> list[str]:
             named = asked and bool(texts)
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = any(n.startswith("tuners.") and n.split(".")[1] in known for n in imports(node))
-        found += [ast.unparse(node)] * named
+        if named:
+            found.append(ast.unparse(node))
     return found
 
 
