@@ -82,7 +82,9 @@ def alone(method, select):
     model = get_peft_model(llama(attention_bias=True), config(method, select)).train()
     optimizer = adamw(model)
     for four in ROWS.split(4):
-        model(input_ids=four, labels=four).loss.backward()
+        parts = four.split(2 if select == "waits" else 4)  # a choice in training is by the batches of all processes
+        for rows in parts:
+            (model(input_ids=rows, labels=rows).loss / len(parts)).backward()
         if select != "waits":  # who clips by hand clips the first step by the norm of the whole pool
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], CLIP)
         optimizer.step()
