@@ -17,6 +17,7 @@ from layerpeft.integrations.engines.fsdp import give_up
 from layerpeft.integrations.engines.known import cut_like, is_cut, local
 from layerpeft.integrations.files import as_written, header_of, note_in, replacing
 from layerpeft.integrations.peft import CUT, given_state, watch_states
+from layerpeft.integrations.torch import in_states
 from layerpeft.model.home import known_of
 from layerpeft.model.layers import base_of
 from layerpeft.model.names import clean
@@ -160,7 +161,7 @@ def on_load(
         _same(path, layers, saved, identity)
         for name, layer in layers.items():
             restore(layer, part(saved, f"{name}|"))
-    live = {f"{prefix}{n}": p for n, p in model.named_parameters()}
+    live = {f"{prefix}{in_states(n)}": p for n, p in model.named_parameters()}
     for key in keys:  # what is loaded next is what was restored just now
         state[key] = live[key].detach().clone()  # type: ignore[index]
 
