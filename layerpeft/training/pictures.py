@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import replace_file
+from layerpeft.model.heads import HEAD, place_of
 from layerpeft.training.report import LayerReport, Row, columns
 
 _CHOSEN, _OTHER, _CHANGE, _INK = "#0072B2", "#C9CED3", "#D55E00", "#222222"  # Okabe-Ito, told apart in grey too
@@ -87,10 +89,36 @@ def _write_table(path: str | os.PathLike[str], columns: Sequence[str], lines: It
 def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str, unit: str = "layer") -> bool:
     """Draw scores (or a strip of the chosen layers) and any known changes; False when nothing could be drawn."""
     rows = sorted(rows, key=lambda row: row.layer)
-    figure = _figure(rows, title, unit) if rows else None
+    figure = (_grid if unit == HEAD else _figure)(rows, title, unit) if rows else None
     if figure is not None:
         write_figure(figure, path)
     return figure is not None
+
+
+def _grid(rows: Sequence[Row], title: str, unit: str) -> Any:
+    """A figure of layers × heads, darker by score, or where they were chosen; these are framed. None without matplotlib."""
+    places = [place_of(row.name) or (row.name, 0) for row in rows]
+    lines = list(dict.fromkeys(projection for projection, _ in places))
+    wide = max(head for _, head in places) + 1
+    figure = new_figure(max(4.0, min(12.0, 0.3 * wide + 2.5)), max(2.4, min(12.0, 0.22 * len(lines) + 1.8)))
+    if figure is None:
+        return None
+    from matplotlib.patches import Rectangle
+
+    scored = any(row.score is not None for row in rows)
+    values = [[math.nan] * wide for _ in lines]
+    axes = figure.subplots()
+    for row, (projection, head) in zip(rows, places, strict=True):
+        line = lines.index(projection)
+        values[line][head] = (row.score or 0.0) if scored else float(row.chosen)
+        if row.chosen:
+            axes.add_patch(Rectangle((head - 0.5, line - 0.5), 1, 1, fill=False, ec=_CHANGE, lw=1.5))
+    axes.imshow(values, origin="lower", aspect="auto", cmap="Blues", interpolation="nearest")
+    axes.set(xlabel=unit, ylabel="layer with heads")
+    found = [row.score for row in rows if row.score is not None]
+    shades = f", darker: higher score ({min(found):.3g} to {max(found):.3g})" if found else ""
+    figure.suptitle(f"{title}; framed: chosen{shades}", fontsize=10, color=_INK, wrap=True)
+    return figure
 
 
 def _figure(rows: Sequence[Row], title: str, unit: str) -> Any:

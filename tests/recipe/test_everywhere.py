@@ -112,13 +112,21 @@ def by_trl(folder: Path):
     return trainer.model
 
 
+def by_heads(folder: Path):
+    select = {"by": "weight_norm", "unit": "head", "keep": 3}
+    model = layerpeft.get_peft_model(base(), layerpeft.LayerHeadConfig(select=select)).train()
+    steps(model)
+    model.save_pretrained(folder)
+    return model
+
+
 def by_recipe(folder: Path):
     settings = ["max_steps=2", "warmup_steps=0", "max_train_samples=16", "max_eval_samples=4", "sample_tokens=0"]
     assert main(["train", "quickstart", f"output_dir={folder}", "layerpeft.select.num_batches=2", *settings]) == 0
     return layerpeft.load(folder, base())
 
 
-PATHS = [by_get_peft_model, by_plain_get_peft_model, by_add_adapter, by_trl, by_recipe]
+PATHS = [by_get_peft_model, by_plain_get_peft_model, by_add_adapter, by_trl, by_heads, by_recipe]
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,11 @@ class Offsets(nn.Module):
             assert parameter is not None
             yield int(name.removeprefix("head_")), parameter
 
-    def requires_grad_(self, requires_grad: bool = True) -> "Offsets":
-        """Of all of them, but those that rest, whoever asks."""
+    def rest(self) -> None:
+        """Freezes those that do."""
         for head, parameter in self.items():
-            parameter.requires_grad_(requires_grad and head not in self.resting)
-        return self
+            if head in self.resting:
+                parameter.requires_grad_(False)
 
     def drop(self, heads: Iterable[int]) -> None:
         """Takes these off."""
@@ -116,6 +116,12 @@ class HeadVariant(LoraVariant):
 class Offset:
     """What such a module says of itself otherwise than PEFT's own."""
 
+    def _freeze_non_trainable_peft_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        """After PEFT has let gradients into all of an adapter, as when it is switched on again."""
+        super()._freeze_non_trainable_peft_weights(*args, **kwargs)  # type: ignore[misc]
+        for offsets in offsets_of(self).values():
+            offsets.rest()
+
     def reset_lora_parameters(self: Any, adapter_name: str, init_lora_weights: Any) -> None:
         """Of offsets nothing is left, and the factors stay zero."""
         if adapter_name not in offsets_of(self):
@@ -153,7 +159,8 @@ def place(layer: Any, adapter: str, heads: Iterable[int], size: int, inference: 
     layer.lora_variant[adapter] = HeadVariant()
     layer.lora_bias[adapter] = False  # PEFT is not to look for it: the variant does
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A", "lora_B")}
-    return offsets.requires_grad_(not inference)
+    offsets.requires_grad_(not inference)
+    return offsets
 
 
 def offsets_of(layer: Any) -> Any:

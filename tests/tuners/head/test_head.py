@@ -31,9 +31,11 @@ from layerpeft.model.names import clean
 from layerpeft.training import backward
 from layerpeft.tuners.head.method import FILE
 from layerpeft.tuners.merge import merge
+from tests.conftest import LLAMA
 from tests.helpers.loops import adamw, llama, make_batches, record, step
 from tests.helpers.models import MODELS
 from tests.helpers.quanting import wide
+from tests.helpers.short import short_llama
 
 PAIRS = [[0, 1], [2, 3], [-1, 0]]
 NAMES = [name_of(f"model.layers.{i}.self_attn.o_proj", h) for i, h in ((0, 1), (2, 3), (3, 0))]
@@ -216,6 +218,75 @@ def test_what_would_not_train_is_refused():
         step(model, optimizer, BATCHES[0])
 
 
+def test_a_choice_that_waits_keeps_the_heads_that_the_first_step_shows():
+    select = {"by": "gradient_norm", "unit": "head", "keep": 3, "num_batches": 1}
+    model = trained(llama(), LayerHeadConfig(select=select))
+    scores = layerpeft.score_layers(llama(), "gradient_norm", unit="head", batches=BATCHES, num_batches=1)
+    assert record(model).selection.layers == tuple(sorted(scores.ranked()[:3]))
+    left = [n for n, _ in model.named_parameters() if ".lora_offset." in n]
+    assert len(left) == 3 and not any(".lora_" in n for n, _ in model.named_modules() if n.split(".")[5:6] == ["1"])
+
+
+def test_heads_that_are_chosen_again_move_by_turns(tmp_path):
+    select = {"unit": "head", "pick": "cycle", "keep": 2, "reselect_steps": 1}
+    model = trained(llama(), LayerHeadConfig(select=select | {"layers": "last:6"}), steps=2)
+    moved = {n for n, g in record(model).bound.tensors().items() if g["offset"].any()}
+    assert moved == {record(model).selection.layer_names[i] for i, n in record(model).steps_trained.items() if n}
+    assert len(moved) == 4 and len(record(model).bound.tensors()) == 6
+    with model.disable_adapter():
+        logits(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 2  # PEFT opens no head that rests
+    model.save_pretrained(tmp_path)
+    again = layerpeft.get_peft_model(llama(), LayerHeadConfig(select=select | {"layers": "last:6"}))
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert record(again).steps_trained == record(model).steps_trained and torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient_and_the_backward_pass_stops_at_the_lowest_head(reentrant):
+    found = []
+    for recomputes in (False, True):
+        model = layerpeft.get_peft_model(llama(), heads([[2, 1], [3, 0]])).train()
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**BATCHES[0]).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert backward.where(model).layer == 2
+    assert len(found[0]) == 2 and all(map(torch.equal, *found))
+
+
+def test_where_the_projection_is_divided_it_is_refused_before_anything_is_wrapped(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    model = llama()
+    with pytest.raises(ConfigError, match="under FSDP2; use DDP, ZeRO-1 or ZeRO-2"):
+        layerpeft.get_peft_model(model, heads())
+    assert not any("lora" in n for n, _ in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_dpo_takes_the_base_as_its_reference(tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": f"Q{i}", "chosen": " good yes", "rejected": " bad no"} for i in range(8)]
+    plain = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(short_llama(3)),
+        args=DPOConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, **plain),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(LLAMA),
+        peft_config=heads([[1, 1], [2, 0]]),
+    )
+    trainer.train()
+    base = logits(AutoModelForCausalLM.from_pretrained(short_llama(3)))
+    assert apart(logits(trainer.model), base) > 1e-4
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(trainer.model), base)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -264,3 +335,20 @@ def test_heads_are_counted_by_what_the_projection_reads():
     assert found == {(32, 48): 4}
     jamba = layer_map(MODELS["jamba"]())
     assert [t.layer for t in jamba.targets if t.heads] == [1]
+
+
+@pytest.mark.pictures
+def test_the_picture_is_a_map_of_layers_and_heads(tmp_path):
+    from layerpeft.training.pictures import _grid
+
+    select = {"by": "weight_norm", "unit": "head", "keep": 3}
+    model = layerpeft.get_peft_model(llama(), LayerHeadConfig(select=select))
+    rows = layerpeft.layer_report(model).rows
+    figure = _grid(rows, "by weight_norm", "head")
+    (shown,) = figure.axes[0].images
+    want = [[r.score for r in rows[i : i + 4]] for i in range(0, 16, 4)]
+    assert all(a == pytest.approx(b) for a, b in zip(shown.get_array().tolist(), want, strict=True))
+    framed = {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in figure.axes[0].patches}
+    assert framed == {divmod(i, 4) for i in record(model).selection.layers}
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "layers.png").stat().st_size > 1000
