@@ -5,7 +5,7 @@ import functools
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -196,6 +196,8 @@ CUT = (
 
 _saving: ContextVar[bool] = ContextVar("layerpeft_saving", default=False)
 is_saving = _saving.get  # whether `PeftModel.save_pretrained` is writing just now
+_given: ContextVar[Mapping[str, Any] | None] = ContextVar("layerpeft_given", default=None)
+given_state = _given.get  # the `state_dict` that it was given; None where it was given none
 
 
 @functools.cache
@@ -210,11 +212,12 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
         tensors = self.parameters() if given is None else given.values()
         if followed and any(map(is_part, tensors)):
             raise SaveError(CUT)
-        token = _saving.set(True)
+        token, state = _saving.set(True), _given.set(given)
         try:
             return original(self, *args, **kwargs)
         finally:
             _saving.reset(token)
+            _given.reset(state)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 

@@ -24,6 +24,7 @@ def install(
     packed: Callable[[Any], bool],
     resume: Callable[[Any, str], bool],
     made: Callable[[Any, Any], Any],
+    sharded: Callable[[Any, str], None],
 ) -> None:
     """Adds the callback to the trainer's default list, once.
 
@@ -31,16 +32,15 @@ def install(
     `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
     checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
     `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step. `news(model)`: what trackers
-    are told. `resume(model, folder)` runs before a checkpoint is loaded, and says whether that is done by then. `made(model,
-    optimizer)` runs when a trainer has built its optimizer, before its scheduler. Models that are `packed` go without DataParallel,
-    of which transformers keeps what it has quantized itself.
+    are told. `packed` models go without DataParallel, which transformers spares what it has quantized itself. `resume`, `made`
+    and `sharded`: as below.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
-    _watch_checkpoints(trainer.Trainer, resume)
+    _watch_checkpoints(trainer.Trainer, resume, sharded)
     _watch_optimizers(trainer.Trainer, made)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
@@ -77,9 +77,11 @@ def install(
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
 
 
-def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool]) -> None:
-    """Trainer offers no moment between building the model's parts and reading a checkpoint into them."""
-    load, load_best = kind._load_from_checkpoint, kind._load_best_model
+def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool], sharded: Callable[[Any, str], None]) -> None:
+    """Trainer offers no moment between building the model's parts and reading a checkpoint into them, where `resume(model, folder)`
+    says whether that is done by then; and it saves no folder of an adapter where every process is to save its own part, which is
+    when `sharded(model, folder)` runs."""
+    load, load_best, save = kind._load_from_checkpoint, kind._load_best_model, kind.save_model
 
     @functools.wraps(load)
     def _load_from_checkpoint(self: Any, folder: str, model: Any = None) -> Any:
@@ -89,11 +91,20 @@ def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool]) -> None:
     def _load_best_model(self: Any) -> Any:
         return None if resume(self.model, self.state.best_model_checkpoint) else load_best(self)
 
+    @functools.wraps(save)
+    def save_model(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        found = save(self, output_dir, *args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            sharded(self.model, output_dir or self.args.output_dir)
+        return found
+
     kind._load_from_checkpoint, kind._load_best_model = _load_from_checkpoint, _load_best_model
+    kind.save_model = save_model
 
 
 def _watch_optimizers(kind: Any, made: Callable[[Any, Any], Any]) -> None:
-    """Trainer offers no moment between its optimizer and the scheduler of that."""
+    """Trainer offers no moment between its optimizer and the scheduler of that, where `made(model, optimizer)` runs."""
     create = kind.create_optimizer
 
     @functools.wraps(create)

@@ -38,7 +38,7 @@ class Wrapped:
     @property
     def weights(self) -> int:
         """Bytes of weights, those included that are kept as they were."""
-        return weight_bytes(self.model) + self.method.beside()
+        return weight_bytes(self.model) + sum(w.nbytes for w in self.method.beside())
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,13 @@ def _weights(found: Wrapped, tensors: Iterable[_Tensor], cards: Cards) -> int:
     whole = {id(p): p.numel() * p.element_size() for p in found.model.parameters()}
     packed = {id(m.weight) for m in found.model.modules() if is_stand_in(m)}
     others = weight_bytes(found.model) - sum(size for key, size in whole.items() if key not in packed)
-    return others + found.method.beside() + sum(_local(t, cards, "weights") * t.size for t in tensors)
+    kept = sum(_part_bytes(w, cards) for w in found.method.beside())
+    return others + kept + sum(_local(t, cards, "weights") * t.size for t in tensors)
+
+
+def _part_bytes(weight: torch.Tensor, cards: Cards) -> int:
+    size = weight.element_size()
+    return _local(_Tensor(weight.shape, size, False, False), cards, "weights") * size
 
 
 def _own(found: Wrapped, trained: Iterable[_Tensor], cards: Cards) -> int:

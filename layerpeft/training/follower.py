@@ -321,7 +321,7 @@ def _cut_up(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
     for name, mine in model.state_dict().items():
         given = state.get(prefix + name)
         if is_cut(mine) and isinstance(given, torch.Tensor) and given.shape == mine.shape:
-            state[prefix + name] = cut_like(given, mine)
+            state[prefix + name] = cut_like(given.to(mine.dtype), mine)
 
 
 # ---- what ties followers to the life of their model

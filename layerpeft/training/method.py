@@ -38,6 +38,7 @@ class Method:
     in_place: ClassVar[bool] = False  # what trains are weights of the model itself
     whole: ClassVar[bool] = False  # what was trained lies in weights of the model, at least in part
     mixes: ClassVar[bool] = True  # what is trained are factors, which PEFT's own ways to mix adapters add up
+    folds: ClassVar[bool] = False  # some of that is in no state dict, but in the folder of an adapter
     needs: ClassVar[frozenset[Need]] = frozenset()  # what an engine must be able to do for it
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
 
@@ -100,9 +101,9 @@ class Method:
         """What a plan says of it."""
         return []
 
-    def beside(self) -> int:
-        """Bytes of weights as they were that lie on the model's device."""
-        return 0
+    def beside(self) -> list[torch.Tensor]:
+        """The weights of which a copy as they were lies on their device."""
+        return []
 
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
         """The modules of which a state dict that is being loaded holds this adapter's tensors."""

@@ -29,6 +29,11 @@ def resume(followers: Iterable[Follower], model: Any, folder: str) -> bool:
             continue
         place = folder if follower.adapter == "default" else os.path.join(folder, follower.adapter)
         whole = os.path.isfile(os.path.join(place, MANIFEST))
+        if not whole and follower.method.folds:
+            raise SaveError(
+                f"{place} holds no adapter ({MANIFEST} is missing), and what a projection has folded into the weights is nowhere "
+                "else: go on from a checkpoint that was saved whole"
+            )
         _choose(follower, folder, place if whole else None)
         loaded.append(whole)
         if whole:

@@ -164,6 +164,8 @@ class Scheduled(Once):
         # FSDP2 writes down the types of gradients in the first forward pass, in which the whole pool has to train
         early = kinds == {True} and not inside and not stepping
         if early or len(kinds) > 1 or not (stepping or holders(self.holdings.ids())):
+            for parameter in (p for group in tensors.values() for p in group.values() if early):
+                parameter.requires_grad_(True)  # what a resumed run had no states of, too
             self.holdings.forget()
             return
         for optimizer in holders(self.holdings.ids()) if kinds == {True} else ():

@@ -14,7 +14,7 @@ from layerpeft.integrations.engines.deepspeed import ZERO
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import unused
-from layerpeft.integrations.peft import watch_saving
+from layerpeft.integrations.peft import watch_saving, whole_state
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.training import divided, idle
@@ -61,7 +61,7 @@ def _install() -> None:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     zero.watch(_HEARD)
     watch_saving(is_cut)
-    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume, _made)
+    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume, _made, _sharded)
 
 
 def check_trained(model: nn.Module) -> None:
@@ -167,6 +167,14 @@ def _train_begin(
 
 def _resume(model: nn.Module | None, folder: str) -> bool:
     return resume(followers_of(model), model, folder)
+
+
+def _sharded(model: Any, folder: str) -> None:
+    """Of what is in no state dict every checkpoint has the adapter's folder; every process must come here."""
+    if any(f.method.folds and f.holdings.is_divided for f in followers_of(model)):
+        state = whole_state(model)
+        if distributed.rank() == 0:
+            model.save_pretrained(folder, state_dict=state)
 
 
 def _train_end(model: nn.Module | None, output_dir: str, stepped: bool) -> None:

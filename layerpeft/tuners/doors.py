@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
+from layerpeft.integrations.engines.fsdp import give_up
 from layerpeft.integrations.peft import (
     AuxiliaryTrainingWrapper,
     watch_bases,
@@ -31,6 +32,9 @@ def watch() -> None:
         ("inject_adapter", _injecting),
         ("_enable_peft_forward_hooks", _hooking),
         ("add_weighted_adapter", _mixing),
+        ("disable_adapter_layers", _switching),
+        ("enable_adapter_layers", _switching),
+        ("set_adapter", _switching),
     ):
         watch_calls(name, before)
 
@@ -66,6 +70,12 @@ def _hooking(tuner: Any, *_: Any, **kwargs: Any) -> None:
     """Raises: ConfigError for a mixed batch, before PEFT hangs up hooks for it, which an error would leave there."""
     if kwargs.get("adapter_names") is not None and _whole(tuner, tuner.peft_config) is not None:
         raise ConfigError(MIXED)
+
+
+def _switching(tuner: Any, *_: Any, **__: Any) -> None:
+    """Weights that change what they hold are not to stay gathered as they were."""
+    if _whole(tuner, tuner.peft_config) is not None:
+        give_up(tuner.model)
 
 
 def _mixing(tuner: Any, adapters: list[str], *_: Any, **__: Any) -> None:

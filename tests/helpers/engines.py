@@ -89,9 +89,25 @@ def config(name: str, batches: Any) -> Any:
         "nf4-deferred": {"select": BY_GRADIENTS, "quantize_frozen": "nf4"},
     }
     full = {"full": "last:2", "full-grad": BY_GRADIENTS, "lisa": TURNS}
-    if name == "galore":
-        common = {"r": 4, "update_proj_gap": 2, "scale": 1.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        return LayerGaloreConfig(select="last:2", **common)
+    if name.startswith("galore"):
+        common = {"r": 4, "update_proj_gap": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        galore = {
+            "": {"scale": 1.0},
+            "-svd": {"subspace": "svd", "moments": "project", "proj_type": "left"},
+            "-random": {"subspace": "random", "moments": "reset", "proj_type": "std"},
+            "-project": {"moments": "project", "gap_overlap": 0.3},
+            "-base": {"fold": "base", "stagger": False},
+            "-grad": {"select": BY_GRADIENTS},
+            "-batches": {"select": BY_GRADIENTS, "batches": batches},
+            "-outliers": {"select": {"by": "outliers", "keep": 2, "M": 3}},
+            "-sched": {"select": TURNS},
+            "-sched-clear": {"select": TURNS | {"state": "clear"}},
+            "-sched-offload": {"select": TURNS | {"state": "offload"}},
+            "-nf4": {"quantize_frozen": "nf4"},
+            "-experts": {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            "-packed": {"quantize_trained": "nf4"},
+        }
+        return LayerGaloreConfig(**{"select": "last:2", **common, **galore[name.removeprefix("galore")]})
     if name in full:
         return LayerFullConfig(select=full[name], task_type="CAUSAL_LM")
     return LayerLoraConfig(**common, **lora[name.removeprefix("lora-")])
@@ -226,7 +242,32 @@ def train(
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     held_out = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
     steps = {row.layer: row.steps for row in layer_report(wrapped).rows}
-    return {"weights": weights, "losses": losses, "held_out": held_out, "steps": steps, "fetched": dict(fetched)}
+    found = {"weights": weights, "losses": losses, "held_out": held_out, "steps": steps, "fetched": dict(fetched)}
+    return found | (beside_a_reference(wrapped) if name.startswith("galore") else {})
+
+
+def beside_a_reference(wrapped: Any) -> dict[str, Any]:
+    """Logits of a trained model, and of its base: before gradients, and between a forward pass and its backward pass."""
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    with torch.no_grad():
+        live = wrapped.eval()(input_ids=ids).logits.clone()
+        with wrapped.disable_adapter():
+            base = wrapped(input_ids=ids).logits.clone()
+
+    def gradients(within: bool) -> dict[str, torch.Tensor]:
+        wrapped.zero_grad()
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        if within:
+            with torch.no_grad(), wrapped.disable_adapter():
+                assert torch.equal(wrapped(input_ids=ids).logits, base)
+        loss.backward()
+        return {n: whole(p.grad) for n, p in wrapped.named_parameters() if p.grad is not None}
+
+    plain, beside = gradients(False), gradients(True)
+    assert plain and plain.keys() == beside.keys() and all(torch.equal(g, beside[n]) for n, g in plain.items())
+    with torch.no_grad():
+        assert torch.equal(wrapped(input_ids=ids).logits, live)
+    return {"live": live, "base": base}
 
 
 def in_ranks(folder: Path, engine: str, runs: list[dict[str, Any]], ranks: int = 2) -> list[list[Any]]:

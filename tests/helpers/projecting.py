@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import layerpeft
 from layerpeft import LayerGaloreConfig
@@ -82,6 +83,13 @@ def snapshot(model):
     found = {f"{n}|{k}": t.clone() for n, layer in modules(model).items() for k, t in tensors(layer).items()}
     flags = {f"{n}|trains": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
     return found | flags | parameters(model)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64}
+    quiet = {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet)).train()
 
 
 def gradients(model, batch=BATCHES[2]):

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from layerpeft import LayerLoraConfig
 from layerpeft.integrations.distributed import Part, awaits_every_gradient
+from layerpeft.integrations.engines.fsdp import give_up, is_cut_by_rows, is_inside
 from layerpeft.integrations.engines.known import is_cut, local
 from layerpeft.integrations.peft import watch_saving
 from layerpeft.integrations.torch import in_states
@@ -45,7 +46,7 @@ def test_saving_is_watched_once_and_left_alone_for_others(tmp_path):
 
 
 def test_names_that_divided_weights_hang_on_are_there():
-    for name in ("_load_from_checkpoint", "_load_best_model"):
+    for name in ("_load_from_checkpoint", "_load_best_model", "save_model"):
         assert callable(getattr(Trainer, name))
     assert list(inspect.signature(Trainer._load_from_checkpoint).parameters)[1] == "resume_from_checkpoint"
     given = {"model", "config", "adapter_name", "state_dict"}
@@ -56,16 +57,23 @@ def test_names_that_divided_weights_hang_on_are_there():
 
 
 def test_fsdp2_gathers_from_storage_of_its_own():
-    """Why projection, in which a weight changes places with another by its storage, is refused where weights are divided."""
+    """Why a projection's weight and what it was change places by their numbers, and not by their storage, where it is divided."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         linear, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
-        fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+        outer = fully_shard(nn.Sequential(linear), mesh=init_device_mesh("cpu", (1,)))
         with torch.no_grad():
-            before = linear(x)
-            linear.reshard()
+            kept = local(linear.weight).clone()
+            before = outer(x)
+            for numbers in (torch.zeros_like(kept), kept):
+                assert is_inside(linear) and not is_cut(linear.weight)  # which stays gathered
+                give_up(linear)
+                assert is_cut_by_rows(linear.weight) and is_cut(linear.weight)
+                local(linear.weight).copy_(numbers)
+                assert bool(outer(x).any()) == bool(numbers.any())
+            outer.reshard()
             linear.weight.data = torch.zeros_like(linear.weight)
-            assert torch.equal(linear(x), before) and bool(before.any())
+            assert torch.equal(outer(x), before) and bool(before.any())
     finally:
         dist.destroy_process_group()
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from layerpeft import get_peft_model
 from layerpeft.errors import ConfigError
+from layerpeft.integrations.engines.fsdp import FSDP1, FSDP2
+from layerpeft.integrations.engines.known import asked_for
 from layerpeft.saving.manifest import read_manifest
-from tests.helpers.engines import config, in_ranks, model, train
+from tests.helpers.engines import config, in_ranks, model, rows, train
 
 slow = pytest.mark.slow
 # Of all runs: the first goes through, the second goes on from its second step.
@@ -22,6 +28,9 @@ CELLS = [
     *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
     *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
     *[("fsdp2", name) for name in ("lora-outliers", "lora-nf4")],
+    *[("fsdp2", f"galore{n}") for n in ("", "-svd", "-random", "-project", "-base", "-batches", "-outliers")],
+    *[("fsdp2", f"galore-{n}") for n in ("sched", "sched-clear", "sched-offload", "nf4", "packed")],
+    *[(e, n) for e in ("fsdp2_noram", "fsdp2_sharded", "fsdp2_ac", "fsdp2_bf16") for n in ("galore", "galore-sched")],
     *[("zero1", name) for name in ("lora-depth", "lora-grad", "lisa")],
     *[
         ("zero2", n)
@@ -35,7 +44,7 @@ CELLS = [
     ("zero3_file", "full"),
     *[("zero3_apart", name) for name in ("lora-depth", "full")],
 ]
-QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
+QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa"), ("fsdp2", "galore-grad")]
 # Runs of another kind: options of the trainer
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 20, "max_steps": 5, "ragged": True},
@@ -94,7 +103,12 @@ def through_and_on(engine, cells):
         for rank in found:
             assert not isinstance(rank[2 * i + 1], str), rank[2 * i + 1]
             assert apart(rank[2 * i + 1]["weights"], rank[2 * i]["weights"]) <= 2e-6
-        if engine == "fsdp2_sharded":  # Trainer saves no folder of such
+        if name.startswith("galore") and not engine.endswith("bf16"):
+            both = found[0][2 * i : 2 * i + 2]
+            assert all(torch.equal(run["base"], one["base"]) for run in both)
+            if name not in ("galore-nf4", "galore-packed"):
+                check_reference(both, place / name / "final")
+        if engine == "fsdp2_sharded" and not name.startswith("galore"):  # Trainer saves no folder of such
             continue
         ours, theirs = (
             load_file(f / "final/adapter_model.safetensors") for f in (place / name, _folder() / f"one {name}  4")
@@ -105,6 +119,17 @@ def through_and_on(engine, cells):
     return [found[0][2 * i] for i in range(len(cells))]
 
 
+@torch.no_grad()
+def check_reference(runs, folder):
+    """The base comes back bit for bit, and plain PEFT makes of the folder what was trained."""
+    ids, base = torch.stack([row["input_ids"] for row in rows(4)]), model().eval()
+    before = base(input_ids=ids).logits.clone()
+    saved = PeftModel.from_pretrained(base, str(folder)).eval()(input_ids=ids).logits
+    for run in runs:
+        assert torch.equal(run["base"], before)
+        assert float((saved - run["live"]).abs().max()) <= 1e-5 < float((saved - before).abs().max())
+
+
 def test_what_waits_and_what_changes_under_fsdp2_is_trained_saved_and_resumed():
     first, *_ = through_and_on("fsdp2", [name for _, name in QUICK])
     lowest = min(layer for layer, steps in first["steps"].items() if steps)
@@ -112,7 +137,16 @@ def test_what_waits_and_what_changes_under_fsdp2_is_trained_saved_and_resumed():
     assert lowest > 1 and first["fetched"] == {layer: 4 if layer >= lowest else 1 for layer in range(2, 6)}
 
 
-@pytest.mark.parametrize(("version", "name"), [("2", "galore"), ("2", "lora-nf4-deferred"), ("1", "lora-grad")])
+def test_the_version_is_that_of_the_accelerator_there_is(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert asked_for() is FSDP1
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=2))
+    assert asked_for() is FSDP2
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("2", "galore-experts"), ("2", "lora-nf4-deferred"), ("1", "lora-grad"), ("1", "galore")]
+)
 def test_what_cannot_be_right_is_refused_at_wrapping(version, name, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
@@ -132,7 +166,7 @@ def test_processes_train_what_one_does_and_go_on(engine, name):
 @pytest.mark.parametrize(
     ("engine", "name"),
     [(e, n) for e in ("fsdp2", "zero2") for n in ("lora-grad", "lora-sched", "lisa")]
-    + [("zero2", "galore"), ("zero3", "lora-depth"), ("zero3", "full")],
+    + [("fsdp2", "galore"), ("zero2", "galore"), ("zero3", "lora-depth"), ("zero3", "full")],
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_training(way, engine, name):
@@ -152,7 +186,7 @@ def test_what_stage_3_cannot_do_is_refused_with_a_way_out(name):
 
 
 @slow
-@pytest.mark.parametrize("name", ["lora-grad", "lora-sched", "lisa"])
+@pytest.mark.parametrize("name", ["lora-grad", "lora-sched", "lisa", "galore"])
 def test_three_processes_and_going_on_in_three_where_two_began(name):
     place, one = _folder() / f"three {name}", _alone(name, at_once=6)
     two = in_ranks(place, "fsdp2", [{"name": name, "out": "run", "at_once": 6}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -10,21 +11,24 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ranks import keep_frozen_whole
-from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft import LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
 from layerpeft.integrations.engines import known
 from layerpeft.integrations.torch import tensors_of
 from layerpeft.planning.engines import ENGINES, cards
 from layerpeft.planning.plan import for_cards, plan
 from layerpeft.planning.trace import Step
+from layerpeft.tuners.galore.projection import projections, state_of
 from tests.helpers.processes import in_two_ranks
 
 SHAPE = dict(vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=4, num_attention_heads=2)
+PROJECTED = [2, 3]
 PARTS = ("weights", "gradients", "states")
 CASES = {
     "all": ("all", None, False),
     "above the cut": ([1, 3], None, False),
     "in bfloat16": ("last:1", torch.bfloat16, True),
+    "projected": (PROJECTED, None, False),
 }
 
 
@@ -34,7 +38,8 @@ def model() -> LlamaForCausalLM:
 
 
 def config(select) -> LayerLoraConfig:
-    return LayerLoraConfig(select=select, r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    kind = LayerGaloreConfig if select == PROJECTED else LayerLoraConfig
+    return kind(select=select, r=3, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def of_two(select, kind, checkpointing):
@@ -173,9 +178,10 @@ def measured(select, kind, checkpointing) -> dict:
     groups.foreach_all_gather, groups.foreach_reduce = gather, reduce
     optimizer.step()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
+    originals = [state_of(layer).original for _, layer in projections(wrapped, "default")]
     states = [t for p in trained for n, t in optimizer.state[p].items() if n != "step"]
     found["held"] = {
-        "weights": nbytes(wrapped.parameters()) + nbytes(wrapped.buffers()),
+        "weights": nbytes([*wrapped.parameters(), *originals]) + nbytes(wrapped.buffers()),
         "gradients": nbytes(p.grad for p in trained),
         "states": nbytes(states),
     }
@@ -202,6 +208,7 @@ if __name__ == "__main__":
 
     state.PartialState._prepare_backend = lambda self, *a, **k: ("gloo", state.DistributedType.MULTI_GPU)
     state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    os.environ["FSDP_VERSION"] = "2"
     results = {}
     for label, case in CASES.items():
         results[label] = measured(*case)

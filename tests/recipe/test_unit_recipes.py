@@ -57,7 +57,7 @@ def test_spectrum_ships_and_score_prints_units(place):
 
 @pytest.mark.slow
 def test_compare_draws_as_many_of_each_kind():
-    settings = [f"model_name_or_path={short_llama()}", "max_steps=1", "max_eval_samples=2", "max_length=32"]
+    settings = [f"model_name_or_path={short_llama()}", "max_steps=1", "max_eval_samples=2", "warmup_steps=0"]
     settings += ["layerpeft={select: {by: snr, unit: target, within: kind, keep: 1}, r: 2, target_modules: all-linear}"]
     found = compare(load_recipe("quickstart", settings, "compare"), parse_arms("random:2,last,all"), lambda _: None)
     assert [len(run.layers) for run in found.runs] == [7, 7, 7, 7, 7 * LAYERS]

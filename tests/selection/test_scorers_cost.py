@@ -42,6 +42,7 @@ PASSES: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
     ("removal", {}, (B * (2 + N), 0)),
     ("removal", {"greedy": True}, (B * (1 + N * (N + 3) // 2), 0)),
     ("routing", {"unit": "expert"}, (B, 0)),
+    ("head_scale", {"unit": "head", "target_modules": None, "steps": STEPS}, (B + STEPS, STEPS)),
     ("importance", {"rollouts": 2}, (2, 0)),
     ("adapter_gradient", {}, (0, 0)),
 ]

@@ -48,8 +48,8 @@ FEW = {"target_modules": ["layers.3.mlp.up_proj", "layers.3.mlp.down_proj", "lay
 ASKED: list[tuple[str, dict[str, Any]]] = [
     ("weight_norm", {}),
     ("outliers", {"activations": False, "M": 3.0}),
-    ("quantization_error", {"precision": "nf4"}),
-    ("quantization_error", {"precision": "int8", "relative": True}),
+    ("quantization_error", {"precision": "nf4", "target_modules": ["down_proj"]}),
+    ("quantization_error", {"precision": "int8", "relative": True, **FEW}),
     ("quantization_error", {"precision": "nf4", "double_quant": True, **FEW}),
     ("quantization_error", {"precision": "hqq2", **FEW}),
     ("heavy_tail", {"form": "averaged", "window": 8, "places": 2}),

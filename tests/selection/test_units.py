@@ -97,6 +97,15 @@ def test_the_sum_of_the_parts_is_the_layers_score(by, unit):
         assert dict(zip(units.names, parts.values, strict=True)) == pytest.approx(dict(whole.targets), rel=1e-5)
 
 
+def test_other_statistics_of_gradients_add_up_too():
+    model, given = llama(), {"batches": make_batches()[:2], "target_modules": "all-linear"}
+    for options in ({"statistic": "l1"}, {"statistic": "nuclear"}, {"statistic": "credit", "steps": 3, "k": 2}):
+        whole = score_layers(model, "gradient_norm", **given, **options)
+        parts = score_layers(model, "gradient_norm", unit="sublayer", **given, **options)
+        summed = [a + b for a, b in zip(parts.values[::2], parts.values[1::2], strict=True)]
+        assert summed == pytest.approx(whole.values, rel=1e-5), options
+
+
 def test_scores_of_units_survive_files_and_fit_those_units_alone(tmp_path):
     model = llama()
     scores = score_layers(model, "snr", unit="target", target_modules="all-linear", across="mean")

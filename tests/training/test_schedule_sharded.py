@@ -26,6 +26,7 @@ from tests.helpers.scheduling import pool_tensors, switcher_of
 from tests.training.test_schedule_processes import STEPS, apart, told, train, wrap
 
 BARE = [(method, select) for method in ("lora", "full") for select in ("uniform", "gradient", "rescored")]
+SAVED = ("lora", "full", "galore")
 ROWS = torch.randint(0, 60, (4 * STEPS, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -83,17 +84,22 @@ def trained(rank, method, select, blocks=True):
     }
 
 
-def switched_off(rank):
-    """Outputs with the adapter, without it, and with it again; a head in the root's own group trains besides."""
+def with_head():
+    """A head in the root's own group trains besides."""
     torch.manual_seed(1)
     select = {"pick": "uniform", "keep": 1, "reselect_steps": 2}
     config = LayerFullConfig(select=select, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    model = shard(get_peft_model(llama(), config))
+    return shard(get_peft_model(llama(), config))
+
+
+def switched_off(rank, model):
+    """Outputs with the adapter, without it, and with it again."""
     loop(model, rank, 5)
     found = {"on": logits(model)}  # the root's weights stay gathered after a pass without gradients
     with model.disable_adapter():
         found["off"] = logits(model)
     found["again"] = logits(model)
+    model.reshard()  # or the optimizer would hold what is gathered
     loop(model, rank, 2)
     found["further"] = logits(model)
     return found
@@ -118,6 +124,17 @@ def saved(rank, folder, method):
     return {"said": said, "logits": logits(model), "parts": (folder / f"parts of {rank}").exists()}
 
 
+def divided_too_late(rank):
+    """A model that was trained before it was divided."""
+    model = wrap("galore", "uniform")
+    loop(model, rank, 3)
+    try:
+        with shard(model).disable_adapter():
+            return None
+    except TrainingError as error:
+        return str(error)
+
+
 def refused(rank, method, spoil):
     model = shard(wrap(method, "uniform"))
     try:
@@ -138,10 +155,12 @@ def main(folder):
     torch.set_num_threads(1)
     rank = dist.get_rank()
     found = {(method, select): trained(rank, method, select) for method, select in BARE}
+    found["galore", "uniform"] = trained(rank, "galore", "uniform", blocks=False)
     found["root alone"] = trained(rank, "lora", "uniform", blocks=False)
-    found["off"] = switched_off(rank)
-    found |= {("saved", method): saved(rank, folder, method) for method in ("lora", "full")}
-    found["galore"] = refused(rank, "galore", lambda model: None)
+    found["off"] = switched_off(rank, with_head())
+    found["off", "galore"] = switched_off(rank, shard(wrap("galore", "uniform"), blocks=False))
+    found |= {("saved", method): saved(rank, folder, method) for method in SAVED}
+    found["too late"] = divided_too_late(rank)
     found["nan"] = refused(rank, "full", burn)
     torch.save((found, str(folder)), folder / f"rank{rank}.pt")
     dist.barrier()
@@ -161,7 +180,7 @@ def ranks(told_by):
     return [found for found, _ in told_by]
 
 
-@pytest.mark.parametrize("scene", [*BARE, "root alone"], ids=str)
+@pytest.mark.parametrize("scene", [*BARE, ("galore", "uniform"), "root alone"], ids=str)
 def test_two_processes_equal_one_with_accumulation(ranks, scene):
     method, select = ("lora", "uniform") if scene == "root alone" else scene
     ours, theirs = (r[scene] for r in ranks)
@@ -182,23 +201,24 @@ def test_a_process_holds_states_of_its_parts_of_the_active_layer_alone(ranks, sc
         assert found["away"] == ((False, False) if scene[1] == "rescored" else (True, True))
 
 
-def test_originals_come_and_go_part_by_part(ranks):
-    plain = logits(llama())
-    for found in (r["off"] for r in ranks):
+@pytest.mark.parametrize("scene", ["off", ("off", "galore")], ids=str)
+def test_originals_come_and_go_part_by_part(ranks, scene):
+    for found in (r[scene] for r in ranks):
+        plain = logits(llama().to(found["off"].dtype))
         assert torch.allclose(found["off"], plain, atol=1e-6)
         assert not torch.allclose(found["on"], plain, atol=1e-3)
         assert torch.equal(found["again"], found["on"])
         assert not torch.equal(found["further"], found["on"])
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", SAVED)
 def test_gathered_weights_are_saved_and_parts_refused(told_by, method):
     folder = Path(told_by[0][1]) / method
     for found in (found["saved", method] for found, _ in told_by):
         assert not found["parts"] and len(found["said"]) == 2 and "full_state_dict=True" in found["said"][0]
         assert found["said"][0] == found["said"][1]
-    loaded = layerpeft.load(folder, llama())
-    assert torch.allclose(logits(loaded), told_by[0][0]["saved", method]["logits"], atol=1e-6)
+    live = told_by[0][0]["saved", method]["logits"]
+    assert torch.allclose(logits(layerpeft.load(folder, llama().to(live.dtype))), live, atol=1e-6)
     manifest = read_manifest(folder)
     assert manifest["schedule"]["divided"] is True and not (folder / "layerpeft_optimizer.safetensors").exists()
     held = {k.split(".layers.")[1][0] for k in load_file(folder / "adapter_model.safetensors") if ".layers." in k}
@@ -208,8 +228,10 @@ def test_gathered_weights_are_saved_and_parts_refused(told_by, method):
         wrap(method, "uniform").load_adapter(str(folder), "default")
 
 
-def test_projection_says_that_it_cannot(ranks):
-    assert all("split over processes" in r["galore"] and "use DDP" in r["galore"] for r in ranks)
+def test_projection_says_that_folds_of_before_cannot_be_divided(ranks):
+    assert all(
+        "divide the model first" in r["too late"] and "load the folder afterwards" in r["too late"] for r in ranks
+    )
 
 
 def test_a_gradient_that_is_not_finite_in_one_part_stops_every_process(ranks):

@@ -26,8 +26,8 @@ FOR_GOOD = (
     "DDP or ZeRO-2, or fully_shard in a loop of your own, or a choice that is made once"
 )
 NO_FOLD = (
-    "a fold of gradient projection goes into whole weights, and under {name} a process holds a part of each only; use ZeRO-2 or "
-    "DDP, or LayerLoraConfig"
+    "a fold of gradient projection goes into whole weights, and under {name} a process holds a part of each only; use FSDP2, "
+    "ZeRO-2 or DDP, or LayerLoraConfig"
 )
 PACKED = (
     "{name} divides no weights that are packed in fewer bits; use ZeRO-2, FSDP2 or DDP, or load the weights in 16 bit"

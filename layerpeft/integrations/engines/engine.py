@@ -8,10 +8,20 @@ from typing import Any, Literal
 import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
-# that are measured on a model it has divided, scores of weights, projections, weights that train in place, packed weights, and such
-# as are packed once a choice that waits is made; learning rates by layer; offsets of heads.
+# that are measured on a model it has divided, scores of weights, projections, those of experts, weights that train in place, packed
+# weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads.
 Need = Literal[
-    "schedule", "wait", "batches", "weights", "projection", "in_place", "packed", "packed_later", "rates", "heads"
+    "schedule",
+    "wait",
+    "batches",
+    "weights",
+    "projection",
+    "projected_experts",
+    "in_place",
+    "packed",
+    "packed_later",
+    "rates",
+    "heads",
 ]
 Part = Literal["weights", "gradients", "states"]
 
@@ -34,8 +44,8 @@ class Engine:
     `asked(args)`: whether training arguments (or what has their attributes), or `accelerate launch` by its environment, ask for it.
     `divides`: of what each process holds a part only. `is_part`, `local`: whether a tensor is cut up by it, and this process's own
     part of such a tensor; `whole`: all of it, in every process, each of which must ask.
-    `cut_like(whole, like)`: a whole tensor, cut up like that one; nobody is asked. `cannot`: what cannot be right, why, and
-    the way out, as a sentence with `{name}` in it.
+    `cut_like(whole, like)`: a whole tensor, cut up like that one, in its own type; nobody is asked. `cannot`: what cannot be
+    right, why, and the way out, as a sentence with `{name}` in it.
     """
 
     key: str

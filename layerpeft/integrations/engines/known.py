@@ -39,13 +39,20 @@ def rewritten(tensor: torch.Tensor) -> None:
 
 
 def cut_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor that every process has, cut up like that one; one that is cut up already. No process asks another."""
+    """A whole tensor that every process has, cut up like that one, in its own type; one that is cut up already. No process asks
+    another."""
     return next((e.cut_like(whole, like) for e in _CUTTING if e.is_part(like) and not e.is_part(whole)), whole)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of such a tensor, in every process, each of which must ask; the tensor itself where it is not cut up."""
     return next((engine.whole(tensor) for engine in _CUTTING if engine.is_part(tensor)), tensor)
+
+
+@torch.no_grad()
+def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Puts what every process has whole into a tensor, or this process's part of that into this process's part of it."""
+    local(tensor.detach()).copy_(local(cut_like(whole, tensor)))
 
 
 # ---- what an optimizer steps on in a tensor's place: under DeepSpeed a float32 copy that is divided among the processes
@@ -66,17 +73,19 @@ def gradient(tensor: torch.Tensor) -> torch.Tensor | None:
     return deepspeed.gradient(tensor) if deepspeed.is_stepped(tensor) else tensor.grad
 
 
-# Of weights that each process holds whole; where they are stepped apart, every process must ask.
+# Of whole weights; where they are stepped apart, or cut up, every process must ask.
 
 
 def whole_master(tensor: torch.Tensor) -> torch.Tensor:
     """All of what an optimizer steps on in its place; the tensor itself where that is it."""
-    return deepspeed.whole_master(tensor) if deepspeed.is_stepped(tensor) else tensor.detach()
+    return deepspeed.whole_master(tensor) if deepspeed.is_stepped(tensor) else whole(tensor.detach())
 
 
 def whole_gradient(tensor: torch.Tensor) -> torch.Tensor | None:
     """All of its gradient, just before a step."""
-    return deepspeed.whole_gradient(tensor) if deepspeed.is_stepped(tensor) else tensor.grad
+    if deepspeed.is_stepped(tensor):
+        return deepspeed.whole_gradient(tensor)
+    return None if tensor.grad is None else whole(tensor.grad)
 
 
 def set_gradient(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -84,7 +93,7 @@ def set_gradient(tensor: torch.Tensor, value: torch.Tensor) -> None:
     if deepspeed.is_stepped(tensor):
         deepspeed.set_gradient(tensor, value)
     elif tensor.grad is not None:
-        tensor.grad.copy_(value.to(tensor.grad.dtype))
+        put(tensor.grad, value)
 
 
 @contextmanager
@@ -93,8 +102,12 @@ def states_of(optimizer: Any, tensor: torch.Tensor) -> Iterator[dict[str, Any]]:
     if isinstance(optimizer, DividedOptimizer):
         with optimizer.states_of(tensor) as found:
             yield found
-    else:
-        yield optimizer.state.get(tensor, {})
+        return
+    held = optimizer.state.get(tensor, {})
+    parts = {key: whole(value) for key, value in held.items() if is_cut(value)}
+    yield parts or held
+    for key, value in parts.items():
+        put(held[key], value)
 
 
 def overwritten(tensor: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from layerpeft.errors import ConfigError, Problems
+from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType
 from layerpeft.model.experts import check_experts
 from layerpeft.model.layers import Target, base_of
@@ -105,6 +106,10 @@ class LayerGaloreConfig(LayerLoraConfig):
         stock = super().settled(model, *args, **kwargs)
         check_experts(base_of(model), stock.target_parameters or ())
         return stock
+
+    def needs(self, batches: bool) -> frozenset[Need]:
+        """What an engine must be able to do for it: projection of experts is a thing of its own."""
+        return super().needs(batches) | (frozenset(("projected_experts",)) if self.target_parameters else frozenset())
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # (out, k), (k, in); with experts, 
 class Folds:
     """`Σ left_i right_i` (out, in) in float32 (float64 for such weights), on the CPU. `count`: how many folds there were.
 
-    `experts`: so many sums side by side, (experts, out, in), whose factors have the same number of columns.
+    `experts`: so many sums side by side, (experts, out, in), whose factors have the same number of columns. Pieces may be those of
+    some rows, or columns, of the whole, which `out` and `into` are of all the same.
     """
 
     out: int
@@ -41,7 +42,8 @@ class Folds:
         if self.dense is None and self.rank + left.shape[-1] < min(self.out, self.into):
             self.pieces.append(piece)
             return
-        self.dense = self.sum() + piece[0] @ piece[1]
+        last = piece[0] @ piece[1]
+        self.dense = last if self.dense is None and not self.pieces else self.sum() + last
         self.pieces = []
 
     def sum(self, which: Any = ...) -> torch.Tensor:
@@ -113,15 +115,15 @@ def recompressed(pair: Factors, rank: int) -> tuple[Factors, float]:
     return (new[0].contiguous(), new[1].contiguous()), float((lost / whole).sqrt()) if whole > 0 else 0.0
 
 
-def stochastically(whole: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Float32 numbers in a shorter dtype, rounded up or down at random so that the mean is kept."""
+def stochastically(whole: torch.Tensor, dtype: torch.dtype, draws: torch.Generator | torch.Tensor) -> torch.Tensor:
+    """Float32 numbers in a shorter dtype, rounded up or down at random (by numbers from 0 to 1) so that the mean is kept."""
     near = whole.to(dtype)
     towards = torch.full_like(near, float("inf")).copysign((whole - near.float()).to(dtype))
     other = torch.nextafter(near, towards)
     gap = other.float() - near.float()
     chance = torch.where(gap != 0, (whole - near.float()) / gap, torch.zeros_like(whole))
-    draw = torch.rand(whole.shape, generator=generator).to(whole.device)
-    return torch.where((draw < chance) & (whole != near.float()), other, near)
+    draws = torch.rand(whole.shape, generator=draws) if isinstance(draws, torch.Generator) else draws
+    return torch.where((draws.to(whole.device) < chance) & (whole != near.float()), other, near)
 
 
 def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from layerpeft.errors import ConfigError
+from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.peft import LoraLinear, dequantized
 from layerpeft.integrations.torch import drop_hooks
 from layerpeft.tuners.galore import projection
@@ -18,6 +19,10 @@ ONE_ONLY = (
     "a model has one adapter that is trained by projection, because its folds lie in the weights: {name!r} cannot be another, nor "
     "a copy of it. Where a trainer wants a copy of what was trained before (DPO without a reference model), merge it first "
     "(layerpeft merge, or merge_and_unload) and train a new adapter over that, or give the trainer a ref_model"
+)
+DIVIDED = (
+    "{name} is divided among the processes, and what was trained cannot be merged, or scaled, in a part of it: save the adapter, "
+    "and merge its folder (layerpeft merge FOLDER OUT), or load that with PeftModel.from_pretrained"
 )
 MIXED = (
     "adapter_names= mixes adapters within a batch, and what was trained lies in weights that all rows share; call the model once "
@@ -88,6 +93,7 @@ class Projected:
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Takes the running period into the weight; what the weight was is kept, so that it comes back bit for bit."""
+        _refuse_merge(self)
         state = self._layerpeft
         if state.adapter in (adapter_names or self.active_adapters) and not self.merged:
             projection.keep_original(self)
@@ -108,6 +114,7 @@ class Projected:
     ) -> nn.Module:
         """The module without its wrapper: with all folds and the running period, or as it was in the beginning."""
         if merge:
+            _refuse_merge(self)
             show(self, working=self._layerpeft.adapter in (adapter_names or self.active_adapters))
             with self._layerpeft.inside():
                 super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
@@ -128,6 +135,8 @@ class Projected:
         """How much of the folds the weight lacks; more or less than nothing where PEFT's scale is not what was trained with."""
         state = self._layerpeft
         lacks = float(self.scaling[state.adapter]) / state.scale - (merging and not state.beside)
+        if lacks and state.divided:
+            raise ConfigError(DIVIDED.format(name=state.name))
         return lacks if lacks and state.folds.count else 0
 
     def _mixed_batch_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -150,7 +159,10 @@ class Projected:
         if not torch.compiler.is_compiling():
             projection.unscale(self)
             fixed, trained = projection.fixed_of(self), projection.trained_of(self)
-            if fixed.dtype.itemsize < trained.dtype.itemsize:  # PEFT casts what does not train to 16 bit
+            gathered = state.watcher is not None and state.watcher.gathers  # into storage that nobody may exchange
+            if fixed.dtype.itemsize < trained.dtype.itemsize and not (
+                gathered and gathered()
+            ):  # PEFT casts what does not train
                 fixed.data = fixed.data.to(trained.dtype)
         if _in_one(self, x, args, kwargs):
             y = self.base_layer(x)
@@ -168,6 +180,11 @@ class Projected:
         if state.watched and state.watcher is not None and self.training and torch.is_grad_enabled():
             y = state.watcher(self, y, x)
         return y
+
+
+def _refuse_merge(layer: Any) -> None:
+    if is_cut(projection.weight_of(layer)):
+        raise ConfigError(DIVIDED.format(name=layer._layerpeft.name))
 
 
 def _in_one(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

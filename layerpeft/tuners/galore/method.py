@@ -30,7 +30,7 @@ from layerpeft.tuners.stock import lora_fields
 class GaloreMethod(LoraMethod):
     """LoRA modules with one factor fixed. State is real here: the refresher that renews it."""
 
-    whole = True
+    whole = folds = True
     needs = frozenset(("projection",))
 
     def __init__(self, model: nn.Module, adapter: str, config: Any, watcher: Watcher | None = None) -> None:
@@ -67,12 +67,13 @@ class GaloreMethod(LoraMethod):
 
     def assumed(self) -> list[str]:
         """When the step is, and what lies beside the weights then."""
-        return [f"a step without a refresh, once weights were folded (their originals take {size_text(self.beside())})"]
+        size = size_text(sum(w.nbytes for w in self.beside()))
+        return [f"a step without a refresh, once weights were folded (their originals take {size})"]
 
-    def beside(self) -> int:
-        """Bytes of the weights as they were, where they stay on their device; folds lie beside what is quantized."""
+    def beside(self) -> list[torch.Tensor]:
+        """Those that are folded into, where their originals stay on their device; folds lie beside what is quantized."""
         found = [layer for _, layer in self.refresher.layers() if state_of(layer).fold == "beside"]
-        return sum(weight_of(layer).nbytes for layer in found if not is_stand_in(layer.get_base_layer()))
+        return [weight_of(layer) for layer in found if not is_stand_in(layer.get_base_layer())]
 
     def originals(self) -> Mapping[str, torch.Tensor]:
         """Those that have folds in them now."""

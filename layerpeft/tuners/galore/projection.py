@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from layerpeft.errors import TrainingError
-from layerpeft.integrations import bitsandbytes, hqq
-from layerpeft.integrations.engines.known import overwritten, whole_master
+from layerpeft.integrations import bitsandbytes, distributed, hqq
+from layerpeft.integrations.engines.fsdp import is_cut_by_rows
+from layerpeft.integrations.engines.known import cut_like, is_cut, local, overwritten, put, whole, whole_master
 from layerpeft.integrations.peft import LoraLayer, lora_layers, stores_out_first
 from layerpeft.integrations.torch import has_hook
 from layerpeft.selection.draws import seed_of
@@ -54,6 +55,7 @@ class Projection:
     original: torch.Tensor | None = None  # the weight as it was, from the first fold on
     working: torch.Tensor | None = None  # the weight with the folds in it, while the module shows the original
     packed: Any = None  # the quantized weight (HQQ: its module) as it was, while it is merged
+    divided: bool = False  # among processes: `original` and `working` are this one's parts
     beside: list[Factors] = field(default_factory=list)  # folds over a quantized weight, on its device
     watched: bool = False  # its next step gives a basis, so that what goes through it is handed to `watcher`
     watcher: Any = None  # called with (module, y, x), gives y
@@ -143,8 +145,8 @@ def at(t: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 
 def basis_of(layer: LoraLayer) -> torch.Tensor:
-    """A view of the fixed factor as orthonormal rows, (r, size) or (experts, r, size)."""
-    state, fixed = state_of(layer), fixed_of(layer).detach()
+    """The fixed factor as orthonormal rows, (r, size) or (experts, r, size); a view, but of what is cut up over processes."""
+    state, fixed = state_of(layer), whole(fixed_of(layer).detach())
     return rights(fixed, state.experts) if state.side == "right" else lefts(fixed, state.experts).mT
 
 
@@ -157,16 +159,27 @@ def like_trained(layer: LoraLayer, t: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def set_basis(layer: LoraLayer, rows: torch.Tensor, slot: Slot = ...) -> None:
     """Puts orthonormal rows (r, size) in the place of the fixed factor."""
-    basis_of(layer)[slot].copy_(rows)
+    fixed = fixed_of(layer)
+    if is_cut(fixed):
+        put(fixed, rows if state_of(layer).side == "right" else rows.mT)
+    else:
+        basis_of(layer)[slot].copy_(rows)
 
 
-def running(layer: LoraLayer, trained: torch.Tensor | None = None) -> Factors:
+def rank_of(layer: LoraLayer) -> int:
+    """Columns of the running period's factors."""
+    state = state_of(layer)
+    return fixed_of(layer).shape[0 if state.side == "right" else 1] // max(state.experts, 1)
+
+
+def running(layer: LoraLayer, trained: torch.Tensor | None = None, fixed: torch.Tensor | None = None) -> Factors:
     """The running period as factors (…, out, r), (…, r, in), scale included, in float32 (float64 for such factors).
 
-    `trained`: what stands for the trained factor, where an optimizer has that in more digits.
+    `trained`, `fixed`: what stands for the factors, where an optimizer has them in more digits, or somebody has them whole.
     """
-    state, fixed = state_of(layer), wide(fixed_of(layer).detach())
-    trained = wide(trained_of(layer).detach() if trained is None else trained)
+    state = state_of(layer)
+    fixed = wide(whole(fixed_of(layer).detach()) if fixed is None else fixed)
+    trained = wide(whole(trained_of(layer).detach()) if trained is None else trained)
     a, b = (fixed, trained) if state.side == "right" else (trained, fixed)
     a, b = rights(a, state.experts), lefts(b, state.experts)
     return (state.scale * b, a) if state.side == "right" else (b, state.scale * a)
@@ -180,22 +193,33 @@ def wide(t: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def fold(layer: LoraLayer) -> None:
     """Takes the running period into the sum of folds and into the working weight, and zeroes the trained factor."""
-    if not bool(trained_of(layer).any()):
+    trained = whole_master(trained_of(layer))
+    if not bool(trained.any()):
         return
-    state_of(layer).folds.add(*running(layer, whole_master(trained_of(layer))))
-    trained_of(layer).zero_()
+    state_of(layer).folds.add(*_own(layer, *running(layer, trained)))
+    local(trained_of(layer)).zero_()
     overwritten(trained_of(layer))
     refold(layer)
 
 
 def refuse_part(layer: Any) -> None:
-    """Raises: TrainingError where this process holds a part of the weight only."""
-    weight = weight_of(layer)
-    if hasattr(weight, "full_tensor") or not weight.numel():
+    """Raises: TrainingError where this process holds a part of the weight only, into which a fold cannot go."""
+    state, weight = state_of(layer), weight_of(layer)
+    if not weight.numel() or is_cut(weight) and (state.experts or not is_cut_by_rows(weight)):
         raise TrainingError(
-            f"{state_of(layer).name}: its weight is split over processes (FSDP, ZeRO-3), and a fold cannot go into a part of it; "
-            "use DDP or ZeRO-2, or LayerLoraConfig"
+            f"{state.name}: its weight is split over processes in a way (FSDP1, ZeRO-3, tensor parallel, experts) in which a fold "
+            "cannot go into a part of it; use FSDP2, DDP or ZeRO-2, or LayerLoraConfig"
         )
+    if state.original is None or state.divided == is_cut(weight):
+        return
+    if state.divided:
+        raise TrainingError(
+            f"{state.name}: its weight is put together just now, in a forward or backward pass, where no adapter can be switched"
+        )
+    raise TrainingError(
+        f"{state.name}: what was trained lay in its weight before that was divided among the processes; divide the model first, "
+        "and load the folder afterwards (Trainer: resume_from_checkpoint=folder)"
+    )
 
 
 @torch.no_grad()
@@ -211,14 +235,47 @@ def refold(layer: Any) -> None:
         ]
         return
     keep_original(layer)
-    original, working = original_of(layer), state.working if state.working is not None else weight.data
+    original, working = original_of(layer), state.working if state.working is not None else local(weight.detach())
     for slot in state.slots:  # one expert at a time, so that no other whole weight is needed
-        whole = wide(original[slot].to(weight.device))
-        whole = whole + as_stored(layer, state.folds.sum(slot).to(whole))
+        formed = wide(original[slot].to(weight.device))
+        formed = formed + _change(layer, slot).to(formed)
         if weight.dtype in LOW:
             key = f"{state.key}|{state.folds.count}" + (f"|{slot}" if state.experts else "")
-            whole = stochastically(whole, weight.dtype, torch.Generator().manual_seed(seed_of(key)))
-        working[slot].copy_(whole)
+            draws = torch.rand(weight.shape[-2:], generator=torch.Generator().manual_seed(seed_of(key)))
+            formed = stochastically(formed, weight.dtype, local(cut_like(draws, weight)))
+        working[slot].copy_(formed)
+
+
+def _change(layer: Any, slot: Slot) -> torch.Tensor:
+    """The sum of all folds as the module stores its weight; of a weight that is cut up, this process's rows alone are formed."""
+    folds, weight = state_of(layer).folds, weight_of(layer)
+    if not is_cut(weight) or keeps_part(layer):
+        return as_stored(layer, folds.sum(slot))
+    if folds.dense is not None:
+        return _own_rows(layer, folds.dense)
+    left, right = _part_of(layer, *folds.factors())
+    return as_stored(layer, left @ right)
+
+
+def keeps_part(layer: Any) -> bool:
+    """Whether this process keeps of the folds only what goes into its part of the weight; the first one, which saves, has all."""
+    return is_cut(weight_of(layer)) and distributed.rank() > 0
+
+
+def _own(layer: Any, left: torch.Tensor, right: torch.Tensor) -> Factors:
+    """What this process keeps of a fold."""
+    return _part_of(layer, left, right) if keeps_part(layer) else (left, right)
+
+
+def _part_of(layer: Any, left: torch.Tensor, right: torch.Tensor) -> Factors:
+    """The rows of a product that are in this process's part of the weight; its columns, where the module stores it turned."""
+    if layer.fan_in_fan_out:
+        return left, local(cut_like(right.mT.contiguous(), weight_of(layer))).mT.to(left.device)
+    return local(cut_like(left, weight_of(layer))).to(right.device), right
+
+
+def _own_rows(layer: Any, dense: torch.Tensor) -> torch.Tensor:
+    return local(cut_like(as_stored(layer, dense).contiguous(), weight_of(layer)))
 
 
 def as_stored(layer: Any, change: torch.Tensor) -> torch.Tensor:
@@ -236,7 +293,8 @@ def keep_original(layer: Any) -> None:
         base = layer.get_base_layer()  # PEFT merges into another module where HQQ has packed it
         state.packed = base if hqq.is_packed(base) else bitsandbytes.kept(base)
     elif state.original is None:
-        state.original = weight.detach().to("cpu" if state.fold == "base" else weight.device, copy=True)
+        state.divided = is_cut(weight)
+        state.original = local(weight.detach()).to("cpu" if state.fold == "base" else weight.device, copy=True)
 
 
 @torch.no_grad()
@@ -252,7 +310,7 @@ def restart(layer: Any) -> None:
         refold(layer)
     elif state.original is not None:
         show(layer, working=True)
-        weight_of(layer).data.copy_(original_of(layer))
+        local(weight_of(layer).detach()).copy_(original_of(layer))
 
 
 def original_of(layer: Any) -> torch.Tensor:
@@ -271,7 +329,7 @@ def drop(layer: Any) -> None:
         layer.unmerge()
     show(layer, working=False)
     state.folds = Folds(state.folds.out, state.folds.into, experts=state.folds.experts)
-    state.original = state.working = None
+    state.original, state.working, state.divided = None, None, False
     state.beside, state.steps, state.due, state.refreshes, state.failed, state.overlap = [], 0, 0, 0, 0, None
 
 
@@ -282,7 +340,10 @@ def show(layer: Any, *, working: bool) -> None:
     if state.original is None or working == (state.working is None):
         return
     weight = weight_of(layer)
-    if working:
+    refuse_part(layer)
+    if state.divided:
+        _change_places(state, local(weight.detach()), original_of(layer))
+    elif working:
         weight.data = state.working.to(weight.device, weight.dtype)
         state.working = None
     else:
@@ -290,13 +351,22 @@ def show(layer: Any, *, working: bool) -> None:
         weight.data = original_of(layer).to(weight.device)
 
 
-def held(layer: Any) -> Factors:
+def _change_places(state: Projection, here: torch.Tensor, original: torch.Tensor) -> None:
+    """Of a weight that is cut up: its numbers, since what gathers it looks at the storage it has. `here`: this process's part."""
+    before, kept = here.clone(), original if state.working is None else state.working
+    here.copy_(kept)
+    kept.copy_(before)
+    state.original, state.working = (here, kept) if state.working is None else (kept, None)
+
+
+def held(layer: Any, trained: torch.Tensor | None = None, fixed: torch.Tensor | None = None) -> Factors:
     """All that was trained, as factors (…, out, k), (…, k, in), scale included: what the weights really hold.
 
-    A weight in a short dtype holds the sum of folds rounded, so it is the difference of working weight and original that counts.
+    A weight in a short dtype holds the sum of folds rounded, so it is the difference of working weight and original that counts;
+    of one that is cut up over processes it is the sum. `trained`, `fixed`: as in `running`.
     """
     state, weight = state_of(layer), weight_of(layer)
-    now = tuple(t.cpu() for t in running(layer))
+    now = tuple(t.cpu() for t in running(layer, trained, fixed))
     if not _rounded(layer):
         both = stacked([state.folds.factors(), now])  # type: ignore[list-item]
         return both if both[0].shape[-1] < min(state.folds.out, state.folds.into) else exactly(both[0] @ both[1])
@@ -309,11 +379,12 @@ def columns(layer: Any) -> int:
     """How many columns the factors of `held` have."""
     folds = state_of(layer).folds
     most = min(folds.out, folds.into)
-    return most if _rounded(layer) else min(folds.rank + running(layer)[0].shape[-1], most)
+    return most if _rounded(layer) else min(folds.rank + rank_of(layer), most)
 
 
 def _rounded(layer: Any) -> bool:
-    return state_of(layer).original is not None and weight_of(layer).dtype in LOW and not layer.merged
+    state = state_of(layer)
+    return state.original is not None and weight_of(layer).dtype in LOW and not layer.merged and not state.divided
 
 
 @torch.no_grad()
@@ -342,11 +413,14 @@ def rotate(
                 moment.copy_(moment @ by if side == "right" else by.T @ moment)
 
 
-def tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """All that a resumed run needs of one module."""
+def tensors(
+    layer: Any, trained: torch.Tensor | None = None, fixed: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """All that a resumed run needs of one module. `trained`, `fixed`: as in `running`."""
     state = state_of(layer)
     counts = [state.gap, state.due, state.steps, state.refreshes, state.failed]
-    found = {"fixed": fixed_of(layer).detach().cpu(), "trained": trained_of(layer).detach().cpu()}
+    pair = fixed_of(layer) if fixed is None else fixed, trained_of(layer) if trained is None else trained
+    found = {k: whole(t.detach()).cpu() for k, t in zip(("fixed", "trained"), pair, strict=True)}
     return found | {"counts": torch.tensor(counts)} | {f"folds.{k}": v for k, v in state.folds.state().items()}
 
 
@@ -356,6 +430,10 @@ def restore(layer: Any, saved: Mapping[str, torch.Tensor]) -> None:
     state = state_of(layer)
     state.gap, state.due, state.steps, state.refreshes, state.failed = saved["counts"].tolist()
     state.folds.restore(part(saved, "folds."))
-    fixed_of(layer).copy_(saved["fixed"])
-    trained_of(layer).copy_(saved["trained"])
+    if keeps_part(layer):
+        folds = state.folds
+        folds.pieces = [_part_of(layer, *pair) for pair in folds.pieces]
+        folds.dense = None if folds.dense is None else as_stored(layer, _own_rows(layer, folds.dense)).cpu().clone()
+    put(fixed_of(layer), saved["fixed"])
+    put(trained_of(layer), saved["trained"])
     restart(layer)

@@ -8,6 +8,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.errors import TrainingError
+from layerpeft.integrations.engines.fsdp import give_up, is_inside
 from layerpeft.integrations.engines.known import set_gradient, states_of, whole_gradient
 from layerpeft.text import note
 from layerpeft.training.method import Method, Step
@@ -26,11 +27,15 @@ class Refresher:
 
     def __init__(self, method: Method, how: Refreshing, watcher: Watcher | None = None) -> None:
         self.method, self.how, self.watcher = method, how, watcher or Watcher(how)
+        self.watcher.gathers = self._gathers
         self._row: Row | None = None  # what is known of the optimizer that steps
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """The projected modules, by name."""
         return projection.projections(self.method.model, self.method.adapter)
+
+    def _gathers(self) -> bool:
+        return self.method.alive and is_inside(self.method.model)
 
     def arm(self) -> None:
         """Watches the modules whose next step gives them a basis; called before a forward pass, and after every step."""
@@ -58,7 +63,9 @@ class Refresher:
 
         Raises: TrainingError for an optimizer whose steps a fold would spoil, and for a step that has no gradient yet.
         """
-        for _, layer in self.layers() if self._row is None else ():
+        if not step.inside:
+            give_up(self.method.model)
+        for _, layer in self.layers():
             projection.refuse_part(layer)
         self._row = check(step.optimizer, self.how.moments)
         if self._row is not None and self._row.name in MATRIX_WISE:
@@ -161,7 +168,7 @@ class Refresher:
 def _projected(gradient: torch.Tensor, layer: Any) -> torch.Tensor:
     """The gradient of the trained factor, from the whole gradient: `G Qᵀ`, or `Pᵀ G`."""
     basis = basis_of(layer).to(gradient.dtype)
-    found = torch.empty_like(trained_of(layer), dtype=gradient.dtype)
+    found = torch.empty(trained_of(layer).shape, dtype=gradient.dtype, device=gradient.device)
     like_trained(layer, found).copy_(gradient @ basis.mT if state_of(layer).side == "right" else basis @ gradient)
     return found
 

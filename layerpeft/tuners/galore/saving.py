@@ -13,8 +13,14 @@ from torch import nn
 from torch.nn.functional import pad
 
 from layerpeft.errors import SaveError, differences
+from layerpeft.integrations.engines.fsdp import give_up
+from layerpeft.integrations.engines.known import cut_like, is_cut, local
 from layerpeft.integrations.files import as_written, header_of, note_in, replacing
-from layerpeft.integrations.peft import watch_states
+from layerpeft.integrations.peft import CUT, given_state, watch_states
+from layerpeft.integrations.torch import in_states
+from layerpeft.model.home import known_of
+from layerpeft.model.layers import base_of
+from layerpeft.model.names import clean
 from layerpeft.saving import manifest
 from layerpeft.training.record import record_of
 from layerpeft.tuners.galore.folds import Factors, part, recompressed
@@ -22,6 +28,7 @@ from layerpeft.tuners.galore.projection import (
     columns,
     fixed_of,
     held,
+    keeps_part,
     projections,
     restore,
     state_of,
@@ -43,8 +50,9 @@ def write(
     """
     layers = dict(projections(model, adapter))
     ranks = [columns(m) for m in layers.values()]
-    error = max((_cut(held(m), max_rank)[1] for m in layers.values() if max_rank), default=0.0)
-    state = {f"{n}|{k}": t.contiguous() for n, m in layers.items() for k, t in tensors(m).items()}
+    given = _factors(layers, given_state() or {})
+    error = max((_cut(held(m, *given[n]), max_rank)[1] for n, m in layers.items() if max_rank), default=0.0)
+    state = {f"{n}|{k}": t.contiguous() for n, m in layers.items() for k, t in tensors(m, *given[n]).items()}
     with replacing(Path(folder, STATE)) as file:
         save_file(state, file, {"projection": json.dumps(dict(identity))})
     return {"rank": min(max(ranks), max_rank or max(ranks)), "error": error}
@@ -62,23 +70,48 @@ def whole(
         n: m for n, m in model.named_modules() if getattr(m, "_layerpeft", None) and hasattr(m, "lora_A")
     }
     layers = {n: m for n, m in layers.items() if state_of(m).adapter == adapter}
-    pairs = {n: _cut(held(m), max_rank)[0] for n, m in layers.items()}
+    _check_given(layers, adapter, found)
+    given = _factors({state_of(m).name: m for m in layers.values()}, found)
+    pairs = {n: _cut(held(m, *given[state_of(m).name]), max_rank)[0] for n, m in layers.items()}
     rank = max((left.shape[-1] for left, _ in pairs.values()), default=0)
     stock = {}
-    for name, layer in layers.items():
-        left, right = pairs[name]
+    for name, (left, right) in pairs.items():
         more = rank - left.shape[-1]
         factors = _as_stock(pad(left, (0, more)), pad(right, (0, 0, 0, more)))
-        for key, group, factor in zip(KEYS, (layer.lora_A, layer.lora_B), factors, strict=True):
-            path, now = f"{name}.{key}.{adapter}.weight", group[adapter].weight
-            given = found.get(path)
-            if given is None or given.shape != now.shape or not torch.equal(given.to(now.device), now):
-                raise SaveError(
-                    f"the weights given are not those of now ({path}), and what was folded before them is not among them: save a "
-                    "projection as it stands, model.save_pretrained(folder)"
-                )
-            stock[path] = factor.contiguous()
+        stock |= {f"{name}.{k}.{adapter}.weight": f.contiguous() for k, f in zip(KEYS, factors, strict=True)}
     return stock
+
+
+def _check_given(layers: Mapping[str, Any], adapter: str, found: Mapping[str, torch.Tensor]) -> None:
+    for name, layer in layers.items():
+        for key, group in zip(KEYS, (layer.lora_A, layer.lora_B), strict=True):
+            path, now = f"{name}.{key}.{adapter}.weight", group[adapter].weight.detach()
+            given = found.get(path)
+            if given is not None and given.shape == now.shape:  # of what is cut up, this process can tell its own part
+                here = local(now)
+                if torch.equal(local(cut_like(given.to(here.device), now)).to(here.device), here):
+                    continue
+            raise SaveError(
+                f"the weights given are not those of now ({path}), and what was folded before them is not among them: save a "
+                "projection as it stands, model.save_pretrained(folder)"
+            )
+
+
+def _factors(
+    layers: Mapping[str, Any], given: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name -> (trained, fixed) of every module: its own, and those of `given` where it has a part of its own only."""
+    named = {clean(k.removeprefix("base_model.model.")): t for k, t in given.items() if ".lora_" in k}
+    found = {}
+    for name, layer in layers.items():
+        state, pair = state_of(layer), (trained_of(layer).detach(), fixed_of(layer).detach())
+        if keeps_part(layer):
+            raise SaveError(f"{name}: the first process alone has all that was folded, so save there")
+        if is_cut(pair[0]):
+            order = reversed(KEYS) if state.side == "right" else KEYS
+            pair = tuple(named[f"{name}.{key}.{state.adapter}.weight"] for key in order)
+        found[name] = pair
+    return found
 
 
 def _cut(pair: Factors, max_rank: int | None) -> tuple[Factors, float]:
@@ -118,6 +151,7 @@ def on_load(
             "PeftModel.from_pretrained(model, folder, is_trainable=True), which trains it as ordinary LoRA"
         )
     manifest.read_manifest(folder)  # type: ignore[arg-type]
+    give_up(model)
     saved = load_file(path)
     layers = dict(projections(model, adapter))
     missing = [n for n in layers if f"{n}|counts" not in saved]
@@ -127,7 +161,7 @@ def on_load(
         _same(path, layers, saved, identity)
         for name, layer in layers.items():
             restore(layer, part(saved, f"{name}|"))
-    live = {f"{prefix}{n}": p for n, p in model.named_parameters()}
+    live = {f"{prefix}{in_states(n)}": p for n, p in model.named_parameters()}
     for key in keys:  # what is loaded next is what was restored just now
         state[key] = live[key].detach().clone()  # type: ignore[index]
 
@@ -172,6 +206,12 @@ def watch() -> None:
 
 def _whole(model: nn.Module, config: Any, adapter: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not getattr(config, "projects", False):
+        return {}
+    if any(map(is_cut, found.values())):
+        # a Trainer's sharded checkpoint, which gets a folder besides
+        tether = known_of(base_of(model)).tether
+        if tether is None or not any(f.adapter == adapter and f.checks.running for f in tether.followers):
+            raise SaveError(CUT)
         return {}
     record = record_of(config)
     return whole(model, adapter, found, record.asked.max_rank if record is not None else None)

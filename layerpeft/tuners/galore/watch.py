@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +52,9 @@ class Watcher:
         self._seen: dict[str, _Seen] = {}
         self._anchor: torch.Tensor | None = None
         self._off = False
+        self.gathers: Callable[[], bool] = lambda: (
+            False
+        )  # whether factors are put together for a pass, without a gradient after it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
         return Watcher(self.how)
@@ -115,7 +118,7 @@ class Watcher:
         if seen is None:
             return
         grad, apart = seen.parameter.grad, is_stepped_apart(seen.parameter)
-        if seen.counted and not apart and (grad is None or not bool(grad.any())):
+        if seen.counted and not apart and (grad is None or not bool(grad.any())) and not self.gathers():
             seen.sum, seen.counted = None, False
         gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(gy.dtype)
         for slot, some in rows:

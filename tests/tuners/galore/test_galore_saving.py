@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from layerpeft.errors import ConfigError
 from layerpeft.tuners.galore.projection import held, running, state_of, trained_of
@@ -23,6 +22,7 @@ from tests.helpers.projecting import (
     STATE,
     TARGETS,
     close,
+    gpt2,
     logits,
     modules,
     parameters,
@@ -52,13 +52,6 @@ for base, folder in json.loads(sys.argv[2]):
 assert "layerpeft" not in sys.modules
 print(json.dumps(found))
 """
-
-
-def gpt2():
-    torch.manual_seed(0)
-    sizes = {"n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64}
-    quiet = {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet)).train()
 
 
 # a stock adapter
