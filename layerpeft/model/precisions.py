@@ -128,7 +128,11 @@ def rounded(weight: torch.Tensor, precision: str, storage: Storage) -> torch.Ten
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return dequantized(quantized_linear(linear, precision, storage)).detach().to(weight.dtype)
+    if apart(precision, Storage()) and storage.double_quant:  # rows by themselves, and their scales together
+        made = bitsandbytes.in_slabs(linear, lambda part: quantized_linear(part, precision, PLAIN), True)
+    else:
+        made = quantized_linear(linear, precision, storage)
+    return dequantized(made).detach().to(weight.dtype)
 
 
 def precision_of(module: nn.Module) -> str:

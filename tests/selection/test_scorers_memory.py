@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerpeft import score_layers
-from layerpeft.model import weights
+from layerpeft.integrations.peft import dequantized
+from layerpeft.model import precisions, weights
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS
 from tests.helpers.loops import llama
@@ -25,7 +26,7 @@ LAYERS, WIDTH, INNER = 20, 2048, 5504
 MORE = 200  # MB, besides one matrix in float32
 # what a process holds by itself; pages of the checkpoint's files are the system's, which takes them back when it needs them
 CHILD = """
-import json, sys, threading, time
+import ctypes, json, sys, threading, time
 from transformers import AutoModelForCausalLM
 from layerpeft import layer_map, score_layers
 def held():
@@ -38,6 +39,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 for by, options in json.loads(sys.argv[2]):
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of those before is nothing that this one holds
     peak[0] = 0.0
     values = score_layers(model, by, **{"target_modules": "all-linear", **options}).values
     found[f"{by} {options}"] = peak[0] - imports, len(values)
@@ -117,3 +119,11 @@ def test_one_matrix_at_a_time(tmp_path):
     found = json.loads(subprocess.run(ran, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
     for by, (more, layers) in found.items():
         assert layers == LAYERS and more < 4 * WIDTH * INNER / 2**20 + MORE, (by, more)
+
+
+def test_rounding_in_slabs_is_rounding_of_the_whole():
+    storage, plain = precisions.Storage(double_quant=True), torch.nn.Linear(320, 1728, bias=False)  # two slabs
+    weight = plain.weight.detach().clone()
+    whole = dequantized(precisions.quantized_linear(plain, "nf4", storage))
+    assert torch.equal(precisions.rounded(weight, "nf4", storage), whole)
+    assert not torch.equal(whole, precisions.rounded(weight, "nf4", precisions.Storage()))
