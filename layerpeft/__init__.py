@@ -80,6 +80,7 @@ else:  # hidden from type checkers, for whom it would mean that every name is he
         place = _PLACES[name]
         if place != "errors":
             importlib.import_module("layerpeft.tuners")  # PEFT knows our config types from the first use of a name
+            importlib.import_module("layerpeft.planning.layers")  # and choices what layers cost
         found = globals()[name] = getattr(importlib.import_module(f"layerpeft.{place}"), name)
         return found
 

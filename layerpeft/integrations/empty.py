@@ -1,5 +1,6 @@
 """A model without weights: its classes, names and shapes, and no memory."""
 
+import copy
 from typing import Any
 
 import torch
@@ -15,3 +16,11 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype | str | None = None, 
     asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     with torch.device("meta"):
         return make(config, dtype=asked or getattr(config, "dtype", None) or torch.float32, **options)
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of any model on the meta device, of which no tensor is copied."""
+    tensors = {id(t): torch.empty_like(t, device="meta") for t in (*model.parameters(), *model.buffers())}
+    for parameter in model.parameters():
+        tensors[id(parameter)] = nn.Parameter(tensors[id(parameter)], parameter.requires_grad)
+    return copy.deepcopy(model, tensors)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ and losses multiply no matrices, and are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -64,6 +65,23 @@ class Costs:
     tiled: bool = False
 
     @property
+    def top(self) -> tuple[int, ...]:
+        """Above all layers, of those that train: their own operations."""
+        return (0,)
+
+    def least(self, held: tuple[int, ...]) -> float:
+        """What a set that holds these layers takes at least."""
+        return self.fixed + held[0]
+
+    def above(self, held: tuple[int, ...], layer: int, trains: bool) -> tuple[int, ...]:
+        """With a layer below which another one trains."""
+        return (held[0] + self.layers[layer].own * trains,)
+
+    def closed(self, held: tuple[int, ...], layer: int) -> float:
+        """Those of a step of which this is the lowest layer that trains, below those of `held`."""
+        return held[0] + self.of([layer])
+
+    @property
     def fixed(self) -> int:
         """What every step takes, whatever trains: the forward pass, and the head's way back."""
         return self.outside + 2 * self.head + sum(c.forward for c in self.layers)
@@ -80,6 +98,12 @@ class Costs:
         above = sum(c.through + c.again for c in self.layers[lowest:])
         own = sum(self.layers[i].own for i in chosen)
         return self.fixed + above + own - self.layers[lowest].saved
+
+    def too_small(self, room: float, layer: int) -> str:
+        """That a budget holds not even this layer."""
+        least = self.of([layer])
+        share = math.ceil(100 * least / self.of(range(len(self.layers))))
+        return f"{room:.4g} operations holds no layer; the cheapest, {layer}, takes {least:.4g}: write time: {share}% or more"
 
     def added(self, layer: int) -> int:
         """Those that a layer adds to a step in which nothing trains: the way down to it, and its own."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
-from layerpeft.integrations.empty import empty_model
+from layerpeft.integrations.empty import empty_model, hollow
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.costs import Load, costs_of
@@ -137,12 +137,12 @@ def plan(
     Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
     step = step or Step()
-    found, bare = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
-    wrapped, full = found.model, copy.deepcopy(bare).train()
+    found, bare = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    full = copy.deepcopy(bare).train()
     divided = share(found, optimizer, step, (batch_size, length), checkpointing, inputs) if step.cards else None
-    kept, recomputed = _passes(wrapped, batch_size, length, step, inputs)
+    kept, recomputed = _passes(found.model, batch_size, length, step, inputs)
     if checkpointing and recomputed is None:
-        raise ConfigError(f"{type(base_of(wrapped)).__name__} has no gradient checkpointing")
+        raise ConfigError(f"{type(base_of(found.model)).__name__} has no gradient checkpointing")
     everything = _everything(full, found.layers, batch_size, length, step, inputs)
     cost = training(found, optimizer, step.optim_args)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
@@ -150,7 +150,7 @@ def plan(
     return Plan(
         rows=_rows(found),
         trainable=cost.trainable,
-        total=sum(p.numel() for p in wrapped.parameters()),
+        total=sum(p.numel() for p in found.model.parameters()),
         weights=found.weights + cost.masters,
         gradients=cost.gradients,
         states=cost.states,
@@ -177,7 +177,7 @@ def for_cards(
     step: Step,
 ) -> list[Share]:
     """`plan(...).share` alone, for each of these numbers of cards: one trace instead of five. Raises: as `plan`."""
-    found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    found, _ = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     return shares(found, optimizer, step, (batch_size, length), checkpointing, None, processes)
 
 
@@ -192,7 +192,7 @@ def peak_bytes(
     step: Step,
 ) -> int:
     """`plan(...).peak_bytes` alone, of one card where there are several: one trace instead of four. Raises: as `plan`."""
-    found, _ = _wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    found, _ = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     if step.cards is not None:
         return share(found, optimizer, step, (batch_size, length), checkpointing).together
     with as_traced(found.model):
@@ -208,7 +208,7 @@ def layers_that_train(
 ) -> tuple[list[int], bool, int, bool]:
     """Without tracing a step: the layers (or smaller units; of those that are kept within groups, as many as of one), whether the
     model can recompute its activations, bytes of weights, and whether others rest. Raises: as `plan`."""
-    found, _ = _wrapped(model, config, [], step)
+    found, _ = wrapped(model, config, [], step)
     units = _units(found)
     trains = [u.trains for u in units] or [row.trains for row in _rows(found)]
     trained = [i for i, on in enumerate(trains) if on]
@@ -239,7 +239,7 @@ def _arguments(batch_size: int, length: int, optimizer: str) -> list[str]:
     return found + [s for s in [optimizer_bytes.problem(optimizer)] if s]
 
 
-def _wrapped(
+def wrapped(
     model: nn.Module | str | Path, config: peft.PeftConfig, wrong: list[str], step: Step
 ) -> tuple[Wrapped, nn.Module]:
     """The adapter on a model without storage, and that model as it was.
@@ -304,11 +304,14 @@ def _built(model: nn.Module | str | Path) -> nn.Module:
         raise ConfigError(f"plan takes a model or the folder or name of one, not {type(model).__name__}")
     base = base_of(model)
     config = getattr(base, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        raise ConfigError(f"plan builds the model anew from its config, and {type(base).__name__} has none")
     empty = all(t.is_meta for t in (*base.parameters(), *base.buffers()))
-    if empty and not any(isinstance(m, BaseTunerLayer) for m in base.modules()):
+    adapted = any(isinstance(m, BaseTunerLayer) for m in base.modules())
+    if empty and not adapted:
         return base
+    if not isinstance(config, PretrainedConfig):
+        if adapted:
+            raise ConfigError(f"{type(base).__name__} has adapters, and no config to plan it without them by")
+        return hollow(base)
     return type(base)(copy.deepcopy(config)).to(next(base.parameters()).dtype)
 
 

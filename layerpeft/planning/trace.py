@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from layerpeft.errors import ConfigError, told
+from layerpeft.integrations.torch import tensors_of
 from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations
 from layerpeft.model.layers import base_of
 from layerpeft.planning.engines import Cards
@@ -31,6 +33,17 @@ class Pass:
     flops: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a pass, which begins at `place`: bytes at its start, its peak and its end, and its operations."""
+
+    place: tuple[str, int]
+    start: int
+    flops: int
+    peak: int = 0
+    end: int = 0
+
+
 class Live(TorchDispatchMode):
     """Bytes of the storages that operations make, now and at the peak, and the operations (`flops`) of those that multiply.
 
@@ -42,6 +55,8 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.known, self.held, self.now, self.peak, self.flops = known, {}, 0, 0, 0
         self.formulas = _FORMULAS | operations()
+        self.parts = [Part(("before", 0), 0, 0)]
+        self._highest = 0  # since the last mark
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
@@ -57,21 +72,62 @@ class Live(TorchDispatchMode):
                 if key not in self.known and key not in self.held:
                     self.held[key] = storage.nbytes()
                     self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self.peak, self._highest = max(self.peak, self.now), max(self._highest, self.now)
                     weakref.finalize(storage, self._drop, key)
         return result
 
     def _drop(self, key: int) -> None:
         self.now -= self.held.pop(key, 0)
 
+    def mark(self, place: tuple[str, int]) -> None:
+        """Another part of the pass begins."""
+        last = self.parts[-1]
+        self.parts[-1] = replace(last, peak=self._highest, end=self.now, flops=self.flops - last.flops)
+        self.parts.append(Part(place, self.now, self.flops))
+        self._highest = self.now
+
 
 def count(step: Callable[[], None], model: nn.Module, besides: Iterable[torch.Tensor] = ()) -> Pass:
     """Runs `step`, a forward and backward pass of `model` that starts without gradients, and counts it.
     `besides`: tensors that are there before, apart from the model's own."""
-    live = Live({t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *besides]})
-    with _no_collection(), live:
-        step()
+    live = _counted(step, model, besides)
     return Pass(max(0, live.peak - gradient_bytes(model)), live.flops)
+
+
+def _counted(
+    step: Callable[[], None], model: nn.Module, besides: Iterable[torch.Tensor] = (), blocks: Sequence[nn.Module] = ()
+) -> Live:
+    """`blocks`: at each of which, on the way there and back, another part of the pass begins."""
+    live = Live({t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *besides]})
+    with _no_collection(), _marked(blocks, live), live:
+        step()
+        live.mark(("end", 0))
+    return live
+
+
+@contextmanager
+def _marked(blocks: Sequence[nn.Module], live: Live) -> Iterator[None]:
+    """Has blocks say when they begin and end, and when the gradient of what they give is there."""
+    ways = ("before", "forward", "after")  # not again where they are recomputed
+
+    def enter(index: int, *_: Any) -> None:
+        if live.parts[-1].place[0] in ways:
+            live.mark(("forward", index))
+
+    def leave(index: int, _block: nn.Module, _args: Any, output: Any) -> None:
+        if live.parts[-1].place[0] not in ways:
+            return
+        live.mark(("after", index))
+        for tensor in [t for t in tensors_of(output) if t.requires_grad][:1]:
+            tensor.register_hook(lambda _: live.mark(("backward", index)))
+
+    handles = [b.register_forward_pre_hook(partial(enter, i)) for i, b in enumerate(blocks)]
+    handles += [b.register_forward_hook(partial(leave, i)) for i, b in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -166,7 +222,19 @@ def trace(
     inputs: Mapping[str, Any] | None = None,
 ) -> Pass:
     """Counts one forward and backward pass of a model, traced or real. Raises: ConfigError for one that cannot be run so."""
-    step = step or Step()
+    live, gradients = parted(model, batch_size, length, step or Step(), inputs)
+    return Pass(max(0, live.peak - gradients), live.flops)
+
+
+def parted(
+    model: nn.Module,
+    batch_size: int,
+    length: int,
+    step: Step,
+    inputs: Mapping[str, Any] | None = None,
+    blocks: Sequence[nn.Module] = (),
+) -> tuple[Live, int]:
+    """A pass with its parts, which begin at `blocks`, and the bytes of its gradients. Raises: as `trace`."""
     device = next(model.parameters()).device
     given = _batch(model, batch_size, length, device) if inputs is None else _alike(inputs, device)
     if getattr(getattr(model, "config", None), "use_cache", None):
@@ -176,7 +244,8 @@ def trace(
     cast: AbstractContextManager[Any] = torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
     try:
         with in_place() if step.fused_head and step.in_place else nullcontext():
-            return count(partial(_run, model, given, cast), model)
+            live = _counted(partial(_run, model, given, cast), model, (), blocks)
+            return live, gradient_bytes(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(
             "plan traces one step of a language model or a sequence classifier on token ids, or of another model on the "
@@ -195,9 +264,27 @@ def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractCont
 
 def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device) -> dict[str, Any]:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
-    head: Any = getattr(base_of(model), "get_output_embeddings", lambda: None)()
+    base: Any = base_of(model)
+    about: Any = getattr(base, "config", None)
+    reads = getattr(base, "main_input_name", "input_ids")
+    if reads == "pixel_values":
+        shape = batch_size, about.num_channels, *_pair(about.image_size)
+        return {reads: torch.zeros(shape, device=device), "labels": ids[:, 0]}
+    if reads == "input_features":  # of sounds, of which texts are made
+        frames = torch.zeros(batch_size, about.num_mel_bins, 2 * about.max_source_positions, device=device)
+        return {reads: frames, "labels": ids[:, : about.max_target_positions]}
     # a language model has a label per token, a classifier one per row
-    return {"input_ids": ids, "labels": ids if head is not None else ids[:, 0]}
+    classes = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None
+    besides = {"token_type_ids": ids} if hasattr(about, "vision_config") and _takes(base, "token_type_ids") else {}
+    return {"input_ids": ids, "labels": ids[:, 0] if classes else ids, **besides}
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def _alike(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -79,8 +79,7 @@ class Check:
             done.notices.append(
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
-        length = good.get("max_length", known["max_length"].default if "max_length" in known else None)
-        block = counted(good.get("layerpeft"), length)
+        block = counted(good.get("layerpeft"), _said(good, known, trainer))
         method, select, fields, config = self.block(block, trainer, path.parent)
         self.add_all(surroundings.engine_problems(good, config))
         if trainer:
@@ -260,3 +259,21 @@ def _out_of_bounds(key: str, value: Any) -> str | None:
         if value > MOST:
             return f"expected at most {MOST:,}, got {value}"
     return None
+
+
+def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -> dict[str, Any]:
+    """What the arguments of a training say of its rows, by the names that a budget has for it; what is not good is left out."""
+
+    def value(name: str) -> Any:
+        return good.get(name, known[name].default if name in known else None)
+
+    by_default = trainer == "sft" and "bf16" not in good
+    optimizer = value("optim")
+    return {
+        "rows": value("per_device_train_batch_size"),
+        "length": value("max_length"),
+        "optimizer": None if optimizer is None else str(getattr(optimizer, "value", optimizer)),
+        "checkpointing": bool(value("gradient_checkpointing")),
+        "precision": "float16" if value("fp16") else "bfloat16" if by_default or value("bf16") else None,
+        "fused_head": trainer == "sft",
+    }

@@ -1,105 +1,161 @@
-"""`keep: {time: 50%}`: the best set of layers within a share of what training all of them takes, by the operations of a step."""
+"""`keep: {time: 50%}` and `{memory: 8GB}`: the best set of layers within what a step may take, in operations or in bytes."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from layerpeft.errors import Problem, Problems, SelectionError, unknown
-from layerpeft.model.costs import LENGTH, Costs
+from layerpeft.model.costs import LENGTH
+from layerpeft.selection.typecheck import check, checked
+from layerpeft.text import size_of, size_text
 
-KEYS = ("time", "length")
+OF = ("time", "memory")
+ROWS = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """By what bytes are counted: what the arguments of a training say. `rows` of `length` tokens go through the model at a time;
+    `precision`: that of autocast; `fused_head`: TRL's loss, which never forms the logits."""
+
+    rows: int = checked(ROWS, least=1)
+    length: int = checked(LENGTH, least=1)
+    optimizer: str = checked("adamw_torch")
+    checkpointing: bool = checked(False)
+    precision: Literal["bfloat16", "float16"] | None = checked(None)
+    fused_head: bool = checked(False)
+
+    def __str__(self) -> str:
+        how = ", with checkpointing" * self.checkpointing + f", in {self.precision}" * (self.precision is not None)
+        return f"{self.rows} rows of {self.length} tokens, {self.optimizer}{how}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`share`: of the operations of a step that trains every layer; `length`: tokens of the rows by which they are counted."""
+    """`of`: what is limited; `limit`: a share of what training every layer takes, or bytes; `shape`: by what that is counted."""
 
-    share: float
-    length: int = LENGTH
+    of: str
+    limit: float
+    shape: Shape = Shape()
 
     @classmethod
     def parse(cls, keep: Mapping[str, Any], problems: Problems) -> Budget:
         """A budget from `keep`; what is wrong goes to `problems`."""
         trial = Problems("")
-        for name in keep:
-            if name not in KEYS:
-                trial.add(unknown("budget", name, KEYS), str(name))
-        share, length = _share(keep.get("time")), keep.get("length", LENGTH)
-        if share is None and ("time" in keep or not trial.items):  # a misspelt key is one problem
-            trial.add(f"time: {keep.get('time')!r} is not a share between 0 and 1 (0.5, '50%')", "time")
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            trial.add(f"length: {length!r} is not a whole number from 1", "length")
+        of = "memory" if "memory" in keep and "time" not in keep else "time"
+        shape = {k: v for k, v in keep.items() if k in Shape.__dataclass_fields__ and v is not None}
+        known = (*OF, *Shape.__dataclass_fields__)
+        for name in (n for n in keep if n not in known):
+            trial.add(unknown("budget", name, known), str(name))
+        if all(name in keep for name in OF):
+            trial.add("time and memory are two budgets, and a choice has one; leave one of them out", "memory")
+        elif of == "time":
+            for name in (n for n in shape if n != "length"):
+                trial.add(f"{name}: is of a budget of memory", name)
+        limit = _limit(of, keep.get(of))
+        if limit is None and (of in keep or not trial.items):  # a misspelt key is one problem
+            bytes_too = " or a number of bytes ('8GB')" if of == "memory" else ""
+            trial.add(f"{of}: {keep.get(of)!r} is not a share between 0 and 1 (0.5, '50%'){bytes_too}", of)
+        check(Shape, shape, trial, ": ")
         for item in trial.items:
             assert isinstance(item, Problem)
             problems.add(f"keep: {item}", "keep", *item.path)
-        return cls(0.5 if trial.items or share is None else share, LENGTH if trial.items else length)
+        return cls(of, 0.5) if trial.items or limit is None else cls(of, limit, Shape(**shape))
 
-    def room(self, costs: Costs) -> float:
-        """The operations that it allows."""
-        return self.share * costs.of(range(len(costs.layers)))
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "operations" if self.of == "time" else "bytes"
+
+    def room(self, costs: Counts) -> float:
+        """What it allows."""
+        return self.limit * costs.of(range(len(costs.layers))) if self.limit < 1 else self.limit
+
+    def said(self, chosen: Sequence[int], costs: Counts) -> str:
+        """What a set takes."""
+        taken, whole = costs.of(chosen), costs.of(range(len(costs.layers)))
+        share = f"{100 * taken / whole:.1f} % of the {self.unit} of training all layers"
+        if self.of == "time":
+            return f"{share}, rows of {self.shape.length} tokens"
+        return f"a step takes {size_text(taken)} of {size_text(self.room(costs))}, {share}; {self.shape}"
 
 
-def counted(block: Any, length: Any) -> Any:
-    """What holds `select`, with the tokens of the rows that will be trained on where it has a budget that does not say them."""
+class Counts(Protocol):
+    """What sets of layers take, put together from the output down. `held` says what the layers above take; of two sets the one that
+    takes no more in any of its numbers takes no more in the end."""
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+    @property
+    def top(self) -> tuple[int, ...]: ...
+    def above(self, held: tuple[int, ...], layer: int, trains: bool) -> tuple[int, ...]: ...
+    def closed(self, held: tuple[int, ...], layer: int) -> float: ...
+    def least(self, held: tuple[int, ...]) -> float: ...
+    def of(self, chosen: Sequence[int]) -> float: ...
+    def too_small(self, room: float, layer: int) -> str: ...
+
+
+def counted(block: Any, said: Mapping[str, Any]) -> Any:
+    """What holds `select`, with what a training's arguments say of rows where it has a budget that does not say it itself."""
     select = block.get("select") if isinstance(block, Mapping) else None
     keep = select.get("keep") if isinstance(select, Mapping) else None
-    if (
-        not isinstance(select, Mapping)
-        or not isinstance(keep, Mapping)
-        or "length" in keep
-        or not isinstance(length, int)
-    ):
+    if not isinstance(select, Mapping) or not isinstance(keep, Mapping):
         return block
-    return {**block, "select": {**select, "keep": {**keep, "length": length}}}
+    names = ("length",) if "time" in keep else Shape.__dataclass_fields__ if "memory" in keep else ()
+    found = {n: said[n] for n in names if n not in keep and said.get(n) is not None}
+    return {**block, "select": {**select, "keep": {**keep, **found}}}
 
 
-def _share(value: Any) -> float | None:
+def _limit(of: str, value: Any) -> float | None:
+    """A share, or bytes; None where it is neither."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?%", value):
         value = float(value[:-1]) / 100
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
-    return float(value) if good else None
+        return value if 0 < value < 1 else None
+    if of == "memory" and isinstance(value, str):
+        value = size_of(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if 0 < value < 1 or of == "memory" and value > 1 and value == int(value) else None
 
 
-def best_within(values: Sequence[float], among: Sequence[int], costs: Costs, room: float) -> tuple[int, ...]:
-    """The layers with the largest sum of values whose operations stay within `room`; at equal sums those that take fewer.
+_Set = tuple[float, tuple[int, ...], tuple[int, ...]]  # value, what its layers take, layers
+
+
+def best_within(values: Sequence[float], among: Sequence[int], costs: Counts, room: float) -> tuple[int, ...]:
+    """The layers with the largest sum of values that take no more than `room`; at equal sums those that take less.
 
     `values` belong to the layers `among`, which ascend. Exact: for every lowest layer, all sets above it that no other set beats in
     both value and cost are kept (dynamic programming over the Pareto front), contiguous tops among them. Where some values are
     negative they count from the lowest, so that no layer makes a set worse. Raises: SelectionError where no layer fits.
     """
     base = min(0.0, *values) if values else 0.0
-    front: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]  # value, own operations, layers
+    worth = {layer: value - base for layer, value in zip(among, values, strict=True)}
+    front: list[_Set] = [(0.0, costs.top, ())]
     best: tuple[float, float, tuple[int, ...]] | None = None
-    fixed = costs.fixed
-    for value, layer in sorted(zip(values, among, strict=True), key=lambda pair: -pair[1]):
-        cost, way = costs.layers[layer], sum(c.through + c.again for c in costs.layers[layer:])
-        wider = [(v + value - base, own + cost.own, (layer, *held)) for v, own, held in front]
-        for found, own, held in wider:
-            total = fixed + way + own - cost.saved
-            if total <= room and (best is None or (found, -total) > best[:2]):
-                best = (found, -total, held)
-        front = _undominated([*front, *(f for f in wider if fixed + f[1] <= room)])
+    for layer in range(len(costs.layers) - 1, -1, -1):
+        wider: list[_Set] = []
+        if layer in worth:
+            for value, held, layers in front:
+                total, found = costs.closed(held, layer), value + worth[layer]
+                if total <= room and (best is None or (found, -total) > best[:2]):
+                    best = (found, -total, (layer, *layers))
+                wider.append((found, costs.above(held, layer, True), (layer, *layers)))
+        same = [(value, costs.above(held, layer, False), layers) for value, held, layers in front]
+        front = _undominated([s for s in (*same, *wider) if costs.least(s[1]) <= room])
     if best is None:
         least = min(among, key=lambda i: costs.of([i]))
-        share = math.ceil(100 * costs.of([least]) / costs.of(range(len(costs.layers))))
-        raise SelectionError(
-            Problem(
-                ("keep",),
-                f"keep: the budget of {room:.4g} operations holds no layer; the cheapest, {least}, takes "
-                f"{costs.of([least]):.4g}: write time: {share}% or more",
-            )
-        )
+        raise SelectionError(Problem(("keep",), f"keep: the budget of {costs.too_small(room, least)}"))
     return best[2]
 
 
-def _undominated(sets: list[tuple[float, int, tuple[int, ...]]]) -> list[tuple[float, int, tuple[int, ...]]]:
-    """Those that no other set matches in value at no more operations."""
-    kept: list[tuple[float, int, tuple[int, ...]]] = []
+def _undominated(sets: list[_Set]) -> list[_Set]:
+    """Those that no other set matches in value at no more cost."""
+    kept: list[_Set] = []
     for found in sorted(sets, key=lambda s: (s[1], -s[0])):
-        if not kept or found[0] > kept[-1][0]:
+        rivals = kept[-1:] if len(found[1]) == 1 else kept  # of one number the last has the highest value
+        if not any(s[0] >= found[0] and all(a <= b for a, b in zip(s[1], found[1], strict=True)) for s in rivals):
             kept.append(found)
     return kept

@@ -1,16 +1,16 @@
 """Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from layerpeft.errors import LayerMapError, Problem, ScoreError, SelectionError
 from layerpeft.integrations import distributed
-from layerpeft.model.costs import Costs, Load, Work, costs_of
+from layerpeft.model.costs import LENGTH, Costs, Load, Work, costs_of
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.selection import plugins
-from layerpeft.selection.budget import Budget, best_within
+from layerpeft.selection.budget import Budget, Counts, best_within
 from layerpeft.selection.draws import seed_within
 from layerpeft.selection.grammar import how_many, layer_numbers
 from layerpeft.selection.scores import Scores
@@ -25,7 +25,7 @@ def choose_among(
     targets: tuple[Target, ...],
     batches: Batches | None = None,
     progress: bool = True,
-    costs: Costs | None = None,
+    costs: Counts | None = None,
 ) -> Selection:
     """The layers (or the units that `layers` is a map of) that `select` means, among these targets.
 
@@ -42,20 +42,31 @@ def choose_among(
 
 
 def weighed(
-    model: nn.Module, select: Select, layers: LayerMap, targets: tuple[Target, ...], work: Work
-) -> Costs | None:
-    """What layers cost, where the choice weighs it; `work`: what is trained of a target.
+    model: nn.Module,
+    select: Select,
+    layers: LayerMap,
+    targets: tuple[Target, ...],
+    work: Work,
+    traced: Callable[[Budget | None], Counts],
+) -> Counts | None:
+    """What layers cost, where the choice weighs it; `work`: what is trained of a target; `traced`: what that takes by a trace.
 
-    Raises: SelectionError for a model of which that does not follow from shapes.
+    Raises: SelectionError for a model of which that cannot be known.
     """
-    name = "per" if select.per is not None else "keep"
-    if select.per is None and select.budget is None:
+    budget = select.budget
+    if select.per is None and budget is None:
         return None
-    load = Load(length=select.budget.length) if select.budget is not None else Load()
+    name, what = ("per" if select.per is not None else "keep"), budget.unit if budget is not None else "operations"
     try:
-        return costs_of(model, layers, targets, load, work)
+        if budget is None or budget.of == "time":
+            try:
+                length = budget.shape.length if budget is not None else LENGTH
+                return costs_of(model, layers, targets, Load(length=length), work)
+            except LayerMapError:  # they do not follow from shapes alone
+                pass
+        return traced(budget)
     except LayerMapError as error:
-        sentence = f"{name}: the operations of a layer are not known: {error}; write keep as a number, without per"
+        sentence = f"{name}: the {what} of a layer are not known: {error}; write keep as a number, without per"
         raise SelectionError(Problem((name,), sentence)) from error
 
 
@@ -102,7 +113,7 @@ def lowest(select: Select, layers: LayerMap, among: Sequence[int]) -> list[int]:
 
 
 def make_selection(
-    select: Select, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None, costs: Costs | None = None
+    select: Select, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None, costs: Counts | None = None
 ) -> Selection:
     """Applies the rule to the scores of the candidates (None: takes all of them); `costs`: as `weighed` gives them.
 
@@ -124,21 +135,20 @@ def make_selection(
     return selection_of(layers, held, _why(select, scores, len(chosen), layers) + more, asked, scores)
 
 
-def _within(budget: Budget, among: list[int], scores: Scores, costs: Costs | None) -> tuple[list[int], str]:
+def _within(budget: Budget, among: list[int], scores: Scores, costs: Counts | None) -> tuple[list[int], str]:
     """The best set that a budget holds, and what it takes."""
     assert costs is not None
     chosen = best_within([scores.values[i] for i in among], among, costs, budget.room(costs))
-    taken = f"{100 * costs.of(chosen) / costs.of(range(len(costs.layers))):.1f} %"
-    return list(chosen), f": {taken} of the operations of training all layers, rows of {budget.length} tokens"
+    return list(chosen), f": {budget.said(chosen, costs)}"
 
 
 def _picked(
-    select: Select, group: list[int], keep: int | None, seed: int, scores: Scores, costs: Costs | None
+    select: Select, group: list[int], keep: int | None, seed: int, scores: Scores, costs: Counts | None
 ) -> list[int]:
     """Those of a group that the rule takes."""
     values = [scores.values[i] for i in group]
     if select.per is not None:
-        assert costs is not None
+        assert isinstance(costs, Costs)
         if min(values) < 0:
             raise ScoreError(f"per: cost divides scores, and some of {scores.by} are negative; choose without it")
         values = [value / costs.added(i) for value, i in zip(values, group, strict=True)]

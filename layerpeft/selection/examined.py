@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from layerpeft.model.costs import Costs
 from layerpeft.model.layers import LayerMap, Target
+from layerpeft.selection.budget import Counts
 from layerpeft.selection.select import Select
 
 
@@ -21,7 +21,7 @@ class Examined:
     layers: LayerMap
     targets: tuple[Target, ...]
     blocks: tuple[tuple[str, ...], ...] = ()
-    costs: Costs | None = None
+    costs: Counts | None = None
 
     def among(self, layers: Container[int]) -> Examined:
         """The same, with the targets of these layers alone."""

@@ -108,7 +108,9 @@ def _share(keep: Any) -> float | None:
 
 def checked_keep(keep: Any, problems: Problems) -> Any:
     """`keep` as it is meant; None, and a problem, where it means nothing."""
-    offer = "a whole number from 1, a share between 0 and 1 (0.25, '25%'), a budget ({time: 50%}), or 'auto'"
+    offer = (
+        "a whole number from 1, a share between 0 and 1 (0.25, '25%'), a budget ({time: 50%}, {memory: 8GB}), or 'auto'"
+    )
     if keep in (None, "auto", "all"):
         return keep
     if isinstance(keep, str) and re.fullmatch(r"\d{1,9}", keep):

@@ -232,7 +232,9 @@ def _loss(output: Any, needed: str) -> torch.Tensor | None:
     return loss if loss.dim() == 0 else loss.mean()
 
 
-HANDED: dict[str, Callable[..., Any]] = {}  # what packages above hand in for scorers, by the field of a request
+HANDED: dict[
+    str, Callable[..., Any]
+] = {}  # what packages above hand in: for scorers by the field of a request; `costs`
 
 
 @dataclass(frozen=True)

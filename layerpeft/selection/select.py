@@ -91,7 +91,7 @@ class Select:
 
     @cached_property
     def budget(self) -> Budget | None:
-        """What `keep: {time: …}` means; None where `keep` says how many."""
+        """What `keep: {time: …}` or `{memory: …}` means; None where `keep` says how many."""
         return Budget.parse(self.keep, Problems("keep")) if isinstance(self.keep, Mapping) else None
 
     def placed(self, units: LayerMap) -> Select:
@@ -341,14 +341,18 @@ def _check_together(known: dict[str, Any], bare: bool, problems: Problems) -> No
 
 def _check_cost(known: dict[str, Any], problems: Problems) -> None:
     """A budget says how many and which, and what a layer costs is of a choice that is made once."""
-    within, pick = isinstance(known.get("keep"), Mapping), known.get("pick")
+    keep, pick = known.get("keep"), known.get("pick")
     per = known.get("per") if known.get("per") == "cost" else None  # else it is unknown
+    within = isinstance(keep, Mapping)
+    budget = "memory" if isinstance(keep, Mapping) and "memory" in keep else "time"
     if within and pick not in (None, "top"):
         problems.add(
-            f"pick: a budget (keep: {{time: …}}) takes the best set within it, by pick: top, not {pick!r}", "pick"
+            f"pick: a budget (keep: {{{budget}: …}}) takes the best set within it, by pick: top, not {pick!r}", "pick"
         )
     if within and per is not None:
-        problems.add("per: a budget (keep: {time: …}) counts what layers cost already; leave one of them out", "per")
+        problems.add(
+            f"per: a budget (keep: {{{budget}: …}}) counts what layers cost already; leave one of them out", "per"
+        )
     if per is not None and known.get("keep") is None:
         problems.add("per: divides scores, of which the best are kept; say how many with keep", "per")
     if per is not None and pick is not None and plugins.traits(PICKS, pick).scoreless:

@@ -60,7 +60,8 @@ def fixed(config: peft.PeftConfig, model: nn.Module, stacks: Stacks | None = Non
 
 def _costliest(examined: Examined) -> tuple[Examined, tuple[str, ...]]:
     among = choose.candidates(examined.select, examined.layers, examined.targets)
-    if examined.select.budget is not None and examined.costs is not None:
+    if examined.select.budget is not None:
+        assert examined.costs is not None
         room = examined.select.budget.room(examined.costs)
         held = best_within([1.0] * len(among), among, examined.costs, room)
         return _by_place(examined, held), ("which layers is not known yet: as many as the budget holds are assumed",)

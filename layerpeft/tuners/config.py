@@ -12,10 +12,9 @@ from typing import Any, ClassVar, Self
 from peft import LoraConfig
 from torch import nn
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems
+from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problem, Problems
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType, default_targets
-from layerpeft.model.costs import Costs
 from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
 from layerpeft.model.patterns import check_patterns
@@ -23,10 +22,11 @@ from layerpeft.model.targets import find_targets, not_wrapped
 from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
+from layerpeft.selection.budget import Budget, Counts
 from layerpeft.selection.choose import choose_among, weighed
 from layerpeft.selection.chooses import Chooses
 from layerpeft.selection.examined import Examined
-from layerpeft.selection.scoring import live_only, needs, needs_batches
+from layerpeft.selection.scoring import HANDED, live_only, needs, needs_batches
 from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import some
@@ -251,8 +251,13 @@ def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dic
     return not_wrapped(model, layers.whole)
 
 
-def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]) -> Costs | None:
-    return weighed(model, config.choosing, layers, targets, config.works_by.work(config))
+def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]) -> Counts | None:
+    def traced(budget: Budget | None) -> Counts:
+        if "costs" not in HANDED:
+            raise LayerMapError("import layerpeft.planning.layers, which counts it")
+        return HANDED["costs"](config, model, layers, budget)
+
+    return weighed(model, config.choosing, layers, targets, config.works_by.work(config), traced)
 
 
 def _in_units(

@@ -1,4 +1,4 @@
-"""Choices that weigh what layers cost: `per: cost` and `keep: {time: 50%}`, against brute force and against counted steps."""
+"""Choices that weigh what layers cost: `per: cost`, `keep: {time: 50%}`, `{memory: 8GB}`, beside brute force and counted steps."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import random
 from itertools import combinations
 
 import pytest
+import torch
 
-from layerpeft import LayerFullConfig, LayerLoraConfig, Select, get_peft_model, plan
+from layerpeft import LayerFullConfig, LayerLoraConfig, Select, get_peft_model, layer_map
 from layerpeft.cli import main
-from layerpeft.errors import LayerpeftError, SelectionError
+from layerpeft.errors import LayerpeftError, Problems, SelectionError
+from layerpeft.integrations.tracing import weight_bytes
 from layerpeft.model.costs import Costs, LayerCost
-from layerpeft.planning.trace import trace
-from layerpeft.selection.budget import best_within
+from layerpeft.model.memory import Below, LayerBytes, Memory, Span
+from layerpeft.planning.layers import traced
+from layerpeft.planning.plan import peak_bytes
+from layerpeft.planning.trace import Step, gradient_bytes, trace
+from layerpeft.recipe.measure import state_bytes
+from layerpeft.selection.budget import Budget, Shape, best_within
 from tests.helpers.loops import llama, make_batches
-from tests.helpers.models import MODELS
+from tests.helpers.models import MODELS, NanoGPT
+from tests.helpers.repeating import repeated, some
 from tests.helpers.short import short_llama
 
 HALF = {"time": "50%"}
@@ -45,6 +52,46 @@ def test_the_set_is_the_best_of_all(seed):
     assert worth([among.index(i) for i in found]) == max(map(worth, fitting)) and list(found) == sorted(found)
 
 
+def walked(memory: Memory, chosen: tuple[int, ...]) -> int:
+    """The most that is there at any moment of a step, counted as it goes by."""
+    lowest, layers, top = min(chosen), memory.layers, len(memory.layers)
+    spans = [b.lowest if i == lowest else b.trained if i in chosen else b.frozen for i, b in enumerate(layers)]
+    now, seen = memory.below[lowest].start, [memory.below[lowest].most]
+    for span in spans[lowest:]:
+        seen.append(now + span.peak)
+        now += span.kept
+    seen.append(now + memory.head[0])
+    now += memory.head[1]
+    for i in range(top - 1, lowest - 1, -1):
+        seen.append(now + spans[i].back)
+        now += spans[i].left
+    return memory.lasting + sum(layers[i].lasting for i in chosen) + max(seen) + memory.below[lowest].besides
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_set_is_the_best_of_all_that_fit_into_memory(seed):
+    draw = random.Random(seed)
+
+    def span(more: int) -> Span:
+        kept = draw.randint(5, 40) + more
+        return Span(kept, kept + draw.randint(0, 60), draw.randint(0, 60), draw.randint(0, 9 * more) - kept)
+
+    kinds = [LayerBytes(span(0), span(6), span(4), draw.randint(0, 30)) for _ in range(2)]
+    below = tuple(Below(10 + i, draw.randint(10, 200), draw.randint(-3, 3)) for i in range(7))
+    head = draw.choice((0, 150)), draw.randint(-20, 20)
+    memory = Memory(100, below, head, tuple(draw.choice(kinds) for _ in range(7)))
+    values = [float(draw.randint(0, 6)) for _ in range(7)]
+    sets = [held for n in range(1, 8) for held in combinations(range(7), n)]
+    assert all(memory.of(held) == walked(memory, held) for held in sets)
+    room = memory.of([6]) + draw.random() * (memory.of(range(7)) - memory.of([6]))
+    found = best_within(values, range(7), memory, room)
+
+    def worth(held):
+        return sum(values[i] for i in held), -memory.of(held)
+
+    assert worth(found) == max(worth(held) for held in sets if memory.of(held) <= room)
+
+
 def test_with_equal_scores_it_is_a_contiguous_top():
     costs = Costs(20, 10, (LayerCost(10, 10, 0, 5, 2),) * 9)
     assert best_within([1.0] * 9, range(9), costs, costs.of(range(5, 9))) == (5, 6, 7, 8)
@@ -68,6 +115,111 @@ def test_what_a_step_then_takes_stays_within_the_budget(kind, share):
     assert trace(found, 2, 12).flops <= 1.02 * room
     more = [sorted({*chosen, i}) for i in set(range(6)) - set(chosen)]
     assert all(trace(wrapped(layers), 2, 12).flops > 0.98 * room for layers in more)  # none is left out for nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "again", "count"),
+    [(LayerLoraConfig, False, 3), repeated((LayerFullConfig, False, 4)), repeated((LayerFullConfig, True, 4))],
+)
+def test_a_step_takes_no_more_memory_than_the_budget(kind, again, count):
+    """The set is the best of all by plans of each, and what a real step is counted to take stays within the budget."""
+    model, options = llama(num_hidden_layers=count, num_key_value_heads=4), {"r": 4} if kind is LayerLoraConfig else {}
+    given = {"batch_size": 2, "length": 12, "optimizer": "adamw_torch", "checkpointing": again, "step": Step()}
+    sets = [list(held) for n in range(1, count + 1) for held in combinations(range(count), n)]
+    taken = [peak_bytes(model, kind(select=held, **options), **given) for held in sets]
+
+    def chosen(room):
+        keep = {"memory": room, "rows": 2, "length": 12, "checkpointing": again}
+        found = get_peft_model(
+            llama(num_hidden_layers=count, num_key_value_heads=4),
+            kind(select={"by": "random", "keep": keep, "seed": 3}, **options),
+        )
+        return found, found.peft_config["default"]._layerpeft.selection
+
+    for room in ("85%", 1.01 * sorted(taken)[len(taken) // 2]):
+        found, selection = chosen(room if isinstance(room, str) else int(room))
+        limit = 0.85 * taken[-1] if isinstance(room, str) else int(room)
+        fitting = [
+            (sum(selection.scores.values[i] for i in held), -size, held) for held, size in zip(sets, taken, strict=True)
+        ]
+        assert list(selection.layers) == max(f for f in fitting if -f[1] <= limit)[2]
+    assert (
+        "2 rows of 12 tokens, adamw_torch" in selection.why and "of the bytes of training all layers" in selection.why
+    )
+    closest = max(size for size in taken if size <= limit)
+    found, selection = chosen(f"{closest + 9}B")  # a budget that a set is close to
+    optimizer = torch.optim.AdamW([p for p in found.parameters() if p.requires_grad])
+    if again:
+        found.get_base_model().activation_checkpointing_enable()
+    activations = trace(found, 2, 12).peak
+    found(**make_batches()[0]).loss.backward()
+    gradients = gradient_bytes(found)
+    optimizer.step()
+    states = state_bytes(optimizer) - sum(4 for p in optimizer.state)  # a counter of steps each
+    real = weight_bytes(found) + gradients + states + activations
+    assert real <= closest + 9
+    if taken[sets.index(list(selection.layers))] == closest:
+        assert real >= 0.95 * closest
+
+
+TRACED = ["nanogpt", "t5", "jamba", "mamba", "qwen3_next", "zamba2", "bart", "deberta_v2", "whisper", "gemma3_vlm"]
+
+
+@pytest.mark.parametrize("name", some(TRACED, 2))
+def test_operations_are_those_of_a_trace_where_they_do_not_follow_from_shapes(name):
+    keep, options = {"time": "75%", "length": 8}, {"r": 4, "target_modules": "all-linear"}
+    model = MODELS[name]()
+    drawn = torch.get_rng_state()
+    costs = traced(LayerLoraConfig(**options), model, layer_map(model), Budget.parse(keep, Problems("")))
+    assert torch.equal(drawn, torch.get_rng_state()) and not any(p.is_meta for p in model.parameters())
+    for held in ([0, 2],) if name in TRACED[:2] else ([0], [2], [1, 2], [0, 1, 2]):
+        real = get_peft_model(MODELS[name](), LayerLoraConfig(select=held, **options)).train()
+        assert costs.of(held) == pytest.approx(trace(real, 1, 8).flops, rel=0.02), held
+    found = get_peft_model(model, LayerLoraConfig(select={"keep": keep, "by": "random"}, **options)).train()
+    assert trace(found, 1, 8).flops <= 1.02 * 0.75 * costs.of(range(len(costs.layers)))
+    assert "rows of 8 tokens" in found.peft_config["default"]._layerpeft.selection.why
+
+
+@pytest.mark.parametrize(
+    "name", some(["gemma2", "mixtral", "gpt2", "jamba", "t5", "gemma3_vlm", "vit", "bert", "gpt_oss"], 0)
+)
+def test_bytes_of_sets_are_those_of_their_plans(name):
+    for kind, options in ((LayerLoraConfig, {"r": 4, "target_modules": "all-linear"}), (LayerFullConfig, {})):
+        for again in (False, True):
+            model = MODELS[name]()
+            found = traced(
+                kind(**options), model, layer_map(model), Budget("memory", 0.5, Shape(2, 16, checkpointing=again))
+            )
+            given = {"batch_size": 2, "length": 16, "optimizer": "adamw_torch", "checkpointing": again, "step": Step()}
+            for held in ([2], [0], [0, 1], [1, 2]):
+                size = peak_bytes(MODELS[name](), kind(select=held, **options), **given)
+                assert size <= found.of(held) + 1 <= 1.02 * size + 1, (kind, again, held)
+
+
+class Moody(NanoGPT):
+    """Does one thing or another, as its tokens say."""
+
+    def forward(self, input_ids, labels=None):
+        return super().forward(input_ids if input_ids.sum() > 0 else input_ids + 1, labels)
+
+
+@pytest.mark.parametrize(("budget", "what"), [({"time": "50%"}, "operations"), ({"memory": "1GB"}, "bytes")])
+def test_what_cannot_be_traced_says_so_before_anything_is_scored(budget, what):
+    config = LayerLoraConfig(select={"by": "gradient_norm", "keep": budget}, target_modules="all-linear")
+    with pytest.raises(
+        LayerpeftError,
+        match=f"keep: the {what} of a layer are not known: Moody cannot be traced .* write keep as a number",
+    ):
+        get_peft_model(Moody(), config)
+
+
+def test_a_budget_that_nothing_fits_says_what_the_least_takes():
+    config = LayerLoraConfig(select={"by": "random", "keep": {"memory": "1KB", "rows": 2, "length": 12}}, r=4)
+    with pytest.raises(
+        SelectionError,
+        match=r"the budget of 1000 B holds no layer; the cheapest, 2, takes .* KiB: write memory: \d+ or",
+    ):
+        get_peft_model(llama(num_hidden_layers=3, num_key_value_heads=4), config)
 
 
 def test_a_layer_is_weighed_against_the_way_down_to_it():
@@ -96,6 +248,16 @@ def test_a_layer_is_weighed_against_the_way_down_to_it():
         ({"keep": {"time": 1}}, "time: 1 is not a share between 0 and 1"),
         ({"keep": {}}, "time: None is not a share"),
         ({"keep": {"time": 0.5, "length": 0}}, "length: 0 is not a whole number from 1"),
+        (
+            {"keep": {"memory": "8GX"}},
+            "memory: '8GX' is not a share between 0 and 1 (0.5, '50%') or a number of bytes ('8GB')",
+        ),
+        ({"keep": {"memory": "8GB", "rows": 0}}, "rows: 0 is not a whole number from 1"),
+        ({"keep": {"memory": "8GB", "precison": "bfloat16"}}, "Did you mean 'precision'?"),
+        ({"keep": {"memory": "8GB", "precision": "bf16"}}, "Did you mean 'bfloat16'?"),
+        ({"keep": {"time": "50%", "rows": 2}}, "rows: is of a budget of memory"),
+        ({"keep": {"time": "50%", "memory": "8GB"}}, "two budgets, and a choice has one"),
+        ({"keep": {"memory": "8GB"}, "pick": "bottom"}, "a budget (keep: {memory: …}) takes the best set within it"),
         ({"keep": HALF, "pick": "bottom"}, "by pick: top, not 'bottom'"),
         ({"keep": HALF, "per": "cost"}, "counts what layers cost already"),
         ({"keep": HALF, "reselect_steps": 5}, "keep: costs are weighed in a choice that is made once"),
@@ -117,14 +279,6 @@ def test_a_misspelt_budget_is_one_problem():
     assert len(caught.value.listed()) == 1
 
 
-def test_a_model_without_closed_forms_says_so_before_anything_is_scored():
-    config = LayerFullConfig(select={"by": "gradient_norm", "keep": HALF})
-    with pytest.raises(
-        LayerpeftError, match=r"keep: the operations of a layer are not known: .*mixer.* write keep as a number"
-    ):
-        plan(MODELS["mamba"](), config)
-
-
 def test_a_recipe_counts_by_its_own_rows(capsys, tmp_path):
     words = [
         f"model_name_or_path={short_llama(3)}",
@@ -139,3 +293,12 @@ def test_a_recipe_counts_by_its_own_rows(capsys, tmp_path):
     assert 0 < sum(row["trains"] for row in found["rows"]) < 3
     assert main(["score", "quickstart", select, *words]) == 0
     assert "of the operations of training all layers, rows of 48 tokens" in capsys.readouterr().out
+
+
+def test_a_recipe_counts_memory_as_its_plan_does(capsys, tmp_path):
+    words = [f"model_name_or_path={short_llama(3)}", f"output_dir={tmp_path / 'out'}", "max_length=48", "optim=sgd"]
+    select = "layerpeft.select={by: gradient_norm, keep: {memory: 60MB}, num_batches: 1}"
+    assert main(["plan", "quickstart", select, "max_train_samples=8", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < sum(row["trains"] for row in found["rows"]) < 3 and found["optimizer"] == "sgd"
+    assert 0.95 * 60e6 < found["peak_bytes"] <= 60e6
