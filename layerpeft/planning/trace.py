@@ -236,13 +236,13 @@ def parted(
 ) -> tuple[Live, int]:
     """A pass with its parts, which begin at `blocks`, and the bytes of its gradients. Raises: as `trace`."""
     device = next(model.parameters()).device
-    given = _batch(model, batch_size, length, device) if inputs is None else _alike(inputs, device)
-    if getattr(getattr(model, "config", None), "use_cache", None):
-        given["use_cache"] = False
-    if step.fused_head:
-        given["fused_lm_head"] = True
     cast: AbstractContextManager[Any] = torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
     try:
+        given = _batch(model, batch_size, length, device) if inputs is None else _alike(inputs, device)
+        if getattr(getattr(model, "config", None), "use_cache", None):
+            given["use_cache"] = False
+        if step.fused_head:
+            given["fused_lm_head"] = True
         with in_place() if step.fused_head and step.in_place else nullcontext():
             live = _counted(partial(_run, model, given, cast), model, (), blocks)
             return live, gradient_bytes(model)

@@ -10,6 +10,7 @@ from typing import Any
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import code_beside
+from layerpeft.planning import layers as layers  # choices of recipes know by it what layers cost
 from layerpeft.recipe import cures, foreign, keys, model, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.recipe import Recipe, made
