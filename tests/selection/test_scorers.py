@@ -47,7 +47,8 @@ def llama(short):
 def test_the_list_of_scorers():
     assert {"depth", "gradient_norm", "outliers", "random", "snr"} <= set(BEFOREHAND)
     assert {n for n, t in TRAITS.items() if t.live_only} == {"adapter_gradient", "importance"}
-    assert set(SCORERS) - set(BEFOREHAND) - OF_A_RUN == {"adapter_gradient", "importance", "routing"}  # experts alone
+    below = {"routing", "head_scale"}  # experts alone, heads alone
+    assert set(SCORERS) - set(BEFOREHAND) - OF_A_RUN == {"adapter_gradient", "importance"} | below
 
 
 @pytest.mark.parametrize("by", [repeated(n) if n in FORWARD else n for n in BEFOREHAND])

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_report, plan, score_layers
 from layerpeft.errors import ConfigError, SelectionError, TrainingError
 from layerpeft.selection.select import Select
+from tests.helpers.models import NanoGPT
 
 X = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(4))
 BATCH = {"input_ids": X, "labels": X}
@@ -204,12 +205,15 @@ def test_nonsense_is_refused(value):
         Select.parse(value)
 
 
-def test_a_plan_that_cannot_be_made_says_so(tmp_path):
-    from transformers import ViTConfig, ViTForImageClassification
+class Moody(NanoGPT):
+    """Does one thing or another, as its tokens say."""
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
-    with pytest.raises(ConfigError, match="cannot be traced"):
-        plan(vit, LayerLoraConfig(select="last:1", target_modules="all-linear"))
+    def forward(self, input_ids, labels=None):
+        return super().forward(input_ids if input_ids.sum() > 0 else input_ids + 1, labels)
+
+
+def test_a_plan_that_cannot_be_made_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="Moody cannot be traced"):
+        plan(Moody(), LayerLoraConfig(select="last:1", target_modules="all-linear"))
     with pytest.raises(ConfigError, match="no model config at"):
         plan(tmp_path, LayerLoraConfig())
