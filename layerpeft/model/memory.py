@@ -52,7 +52,7 @@ class Below(NamedTuple):
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one training step. `lasting`: where no layer trains; `below`: by lowest layer; `head`: the most above all layers,
-    and what is left of that; `slack`: by what share sets of layers were counted to take more than these sums, at most."""
+    and what is left of that; `slack`: a little more than the share by which sets were counted to take more."""
 
     lasting: int
     below: tuple[Below, ...]

@@ -93,9 +93,11 @@ def _summed(run: Callable[[Sequence[int]], _Pass], kinds: Sequence[Any], memory:
     every = run(range(count)) if count > 1 else alone[0]
     make = _memory if memory else _costs
     found = make([alone.get(i, alone[last[kind]]) for i, kind in enumerate(kinds)], every)
-    more = [every, *([run(range(1, count, 2))] if count > 2 else [])]
+    others = [sorted({*range(1, count, 2), count - 1}), [*range((count + 1) // 2)]] if count > 2 else []
+    more = [every, *map(run, others)]
     if isinstance(found, Memory):
-        return replace(found, slack=max(0.0, *(p.bytes / found.of(p.chosen) - 1 for p in more)))
+        # more than those lack, since others may lack more
+        return replace(found, slack=1.25 * max(0.0, *(p.bytes / found.of(p.chosen) - 1 for p in more)))
     if worst := [p for p in more if abs(found.of(p.chosen) - p.flops) > APART * p.flops]:
         few = ", ".join(map(str, worst[0].chosen))
         raise LayerMapError(f"what layers take does not add up (of layers {few}): some go with what trains in others")

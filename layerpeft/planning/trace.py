@@ -243,7 +243,7 @@ def parted(
             given["use_cache"] = False
         if step.fused_head:
             given["fused_lm_head"] = True
-        with in_place() if step.fused_head and step.in_place else nullcontext():
+        with _of_one_class(model), in_place() if step.fused_head and step.in_place else nullcontext():
             live = _counted(partial(_run, model, given, cast), model, (), blocks)
             return live, gradient_bytes(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -254,6 +254,20 @@ def parted(
         ) from error
     finally:
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _of_one_class(model: nn.Module) -> Iterator[None]:
+    """A classifier has one class a row, without looking whether it has (DeBERTa does)."""
+    about: Any = getattr(base_of(model), "config", None)
+    unsaid = getattr(about, "problem_type", "") is None and getattr(about, "num_labels", 1) > 1
+    if unsaid:
+        about.problem_type = "single_label_classification"
+    try:
+        yield
+    finally:
+        if unsaid:
+            about.problem_type = None
 
 
 def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractContextManager[Any]) -> None:
