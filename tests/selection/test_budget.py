@@ -165,7 +165,7 @@ def test_a_step_takes_no_more_memory_than_the_budget(kind, again, count):
 TRACED = ["nanogpt", "t5", "jamba", "mamba", "qwen3_next", "zamba2", "bart", "deberta_v2", "whisper", "gemma3_vlm"]
 
 
-@pytest.mark.parametrize("name", some(TRACED, 2))
+@pytest.mark.parametrize("name", some(TRACED, 1))
 def test_operations_are_those_of_a_trace_where_they_do_not_follow_from_shapes(name):
     keep, options = {"time": "75%", "length": 8}, {"r": 4, "target_modules": "all-linear"}
     if name == "qwen3_next":  # which PEFT cannot wrap by themselves there
