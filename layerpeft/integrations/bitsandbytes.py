@@ -27,6 +27,14 @@ def keep_cpu_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def find_packing(module: Any) -> None:
+    """Makes a 4-bit weight of what came out of a pickle as a plain parameter; its module alone knows that it is packed."""
+    state = getattr(module, "quant_state", None)
+    if state is not None and type(module.weight) is nn.Parameter:
+        how = {"quant_state": state, "quant_storage": module.quant_storage, "bnb_quantized": True}
+        module.weight = _kinds().Params4bit(module.weight.data, requires_grad=False, module=module, **how)
+
+
 def _kinds() -> Any:
     """bitsandbytes' modules and parameters, whose types say less than they take."""
     import bitsandbytes

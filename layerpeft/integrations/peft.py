@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from layerpeft.errors import SaveError
+from layerpeft.integrations.bitsandbytes import find_packing
 from layerpeft.integrations.engines.known import is_cut, whole
 from layerpeft.integrations.torch import in_states
 
@@ -101,6 +102,7 @@ def refused_leaves(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def dequantized(module: nn.Module) -> torch.Tensor:
     """The weight of a linear as numbers, as stored, for quantized and plain modules alike."""
+    find_packing(module)
     state: Any = getattr(module, "state", None)
     if not hasattr(state, "SCB"):
         return dequantize_module_weight(module)
