@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problems, RecipeError, unknown
-from layerpeft.integrations.distributed import world_size
+from layerpeft.errors import ElsewhereError, Problems, RecipeError, unknown
+from layerpeft.integrations.distributed import rank, world_size
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
@@ -124,7 +124,10 @@ def parse_arms(text: str, seeds: int = 3) -> tuple[Arm, ...]:
 
 def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison:
     """Trains the recipe and every arm from the same weights, rows and order; writes compare.json and compare.png.
-    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose, and in several processes."""
+    Raises: RecipeError when nothing is held out, or the recipe leaves nothing to choose, and in several processes (ElsewhereError
+    in all but the first)."""
+    if rank() > 0:
+        raise ElsewhereError()
     if world_size() > 1:
         raise RecipeError(
             f"compare runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun; arms that "
