@@ -28,9 +28,11 @@ def keep_cpu_layout(model: nn.Module) -> None:
 
 
 def find_packing(module: Any) -> None:
-    """Makes a 4-bit weight of what came out of a pickle as a plain parameter; its module alone knows that it is packed."""
-    state = getattr(module, "quant_state", None)
-    if state is not None and type(module.weight) is nn.Parameter:
+    """Makes a 4-bit weight of what came out of a pickle as a plain parameter, with what tells how it is packed."""
+    state = (
+        getattr(module.weight, "quant_state", None) if type(getattr(module, "weight", None)) is nn.Parameter else None
+    )
+    if state is not None:
         how = {"quant_state": state, "quant_storage": module.quant_storage, "bnb_quantized": True}
         module.weight = _kinds().Params4bit(module.weight.data, requires_grad=False, module=module, **how)
 

@@ -55,7 +55,12 @@ def columns(name: str, size: int) -> slice:
     """Which columns of its projection read a head of this size."""
     found = place_of(name)
     assert found is not None
-    return slice(found[1] * size, (found[1] + 1) * size)
+    return columns_of(found[1], size)
+
+
+def columns_of(head: int, size: int) -> slice:
+    """The same, by the head's number."""
+    return slice(head * size, (head + 1) * size)
 
 
 def _number(value: Any) -> bool:

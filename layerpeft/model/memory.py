@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from layerpeft.text import size_text
 
-Held = tuple[
-    int, ...
-]  # of layers from the top down: most from there on, what is left after the way back, bytes that last
+# of layers from the top down: the most from there on, what is left after the way back, bytes that last
+Held = tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,6 @@ PRECISIONS: dict[str, Precision] = {
 BY_BITS = {1: "hqq1", 2: "hqq2", 3: "hqq3", 4: "nf4", 8: "int8", 16: KEPT}
 
 
-BLOCK = 64  # weights of bitsandbytes' 4-bit blocks
-
-
 @dataclass(frozen=True)
 class Storage:
     """`group_size`: weights per scale, for HQQ (bitsandbytes' blocks hold 64); `double_quant`: 4-bit scales are quantized, too."""
@@ -89,7 +86,7 @@ def fits(precision: str, rows: int, columns: int, storage: Storage) -> bool:
 
 
 def apart(precision: str, storage: Storage) -> bool:
-    """Whether `BLOCK` rows of a matrix are rounded as they are in the whole of it: no scale is of more than these."""
+    """Whether `bitsandbytes.BLOCK` rows of a matrix are rounded as they are in the whole of it: no scale is of more than these."""
     return PRECISIONS[precision].package == "bitsandbytes" and not storage.double_quant
 
 

@@ -98,6 +98,11 @@ def groups(select: Select, layers: LayerMap, among: Sequence[int]) -> dict[str, 
     return found
 
 
+def joins(select: Select) -> bool:
+    """Whether layers that were chosen stay, and others join them, so that more train in the end than `keep` says."""
+    return hasattr(plugins.get(PICKS, select.rule), "most")
+
+
 def lowest(select: Select, layers: LayerMap, among: Sequence[int]) -> list[int]:
     """As many of these candidates as are kept, or may be, those nearest to the input: the costliest choice.
 
@@ -107,7 +112,7 @@ def lowest(select: Select, layers: LayerMap, among: Sequence[int]) -> list[int]:
 
     def most(count: int) -> int | None:
         keep = how_many(select.keep, count, layers.unit)
-        return rule.most(keep or count, count, options) if hasattr(rule, "most") else keep
+        return rule.most(keep or count, count, options) if joins(select) else keep
 
     return sorted(i for group in groups(select, layers, among).values() for i in group[: most(len(group))])
 

@@ -232,9 +232,8 @@ def _loss(output: Any, needed: str) -> torch.Tensor | None:
     return loss if loss.dim() == 0 else loss.mean()
 
 
-HANDED: dict[
-    str, Callable[..., Any]
-] = {}  # what packages above hand in: for scorers by the field of a request; `costs`
+# what packages above hand in: for scorers by the field of a request; `costs`
+HANDED: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Pending:
         self._next_batch()
         processes = distributed.world_size()
         batches = self._everywhere = int(distributed.add_up(torch.tensor([self.measurement.batches])))
-        if batches < (self.wanted) * processes:
+        if batches < self.wanted * processes:
             return None
         if processes > 1:
             self.measurement.combine(distributed.add_up)

@@ -9,11 +9,11 @@ import peft
 from torch import nn
 
 from layerpeft.model.layers import Stacks
-from layerpeft.selection import choose, plugins, scoring
+from layerpeft.selection import choose, scoring
 from layerpeft.selection.budget import best_within
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.schedule import schedule_of
-from layerpeft.selection.select import PICKS, Select
+from layerpeft.selection.select import Select
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.precision import check_schedule
 
@@ -84,8 +84,7 @@ def _scheduled(config: LayerLoraConfig, examined: Examined, model: nn.Module) ->
     awake = set(schedule.pool if schedule.warmup else (*costliest, *schedule.always))
     found: Any = config.settled(model, examined=_by_place(examined, schedule.pool))
     sleeping = tuple(layers.names[i] for i in schedule.pool if i not in awake)
-    joins = hasattr(plugins.get(PICKS, select.rule), "most")
-    when = "in the end" if joins else "at a time, the lowest assumed, the costliest choice"
+    when = "in the end" if choose.joins(select) else "at a time, the lowest assumed, the costliest choice"
     when = "during the warm-up" if schedule.warmup else when
     notes = [f"{len(awake)} of {len(schedule.pool)} {layers.unit}s train {when}"]
     if sleeping and schedule.state == "offload":

@@ -14,10 +14,10 @@ from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean, lying_in
 from layerpeft.quantization.apply import Quantized
-from layerpeft.selection import choose, plugins, schedule, scoring
+from layerpeft.selection import choose, schedule, scoring
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.scores import Scores
-from layerpeft.selection.select import PICKS, SCORERS, Select, Selection, only_before, options_of
+from layerpeft.selection.select import SCORERS, Select, Selection, only_before, options_of
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.method import Method
@@ -222,8 +222,7 @@ def pool_selection(select: Select, selection: Selection) -> Selection:
     every = f"every {select.reselect_steps} steps" if select.reselect_steps != 1 else "every step"
     keep = "as many as the scores say" if select.keep in (None, "auto") else select.keep
     within = f" within each {select.within}" if select.within else ""
-    joins = hasattr(plugins.get(PICKS, select.rule), "most")  # and stay
-    how = f", and {keep} more {every}" if joins else f" at a time, chosen again {every}"
+    how = f", and {keep} more {every}" if choose.joins(select) else f" at a time, chosen again {every}"
     why = f"{keep} of {len(selection.layers)} {select.unit}s{within}{how}{by} (pick: {select.rule})"
     return replace(selection, why=why, select=select.to_dict() | {"by": name})
 

@@ -164,6 +164,13 @@ class NanoGPT(nn.Module):
         return NanoOutput(loss, logits)
 
 
+class Moody(NanoGPT):
+    """Does one thing or another, as its tokens say: no trace can follow."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> NanoOutput:
+        return super().forward(input_ids if input_ids.sum() > 0 else input_ids + 1, labels)
+
+
 _CAUSAL: dict[str, Callable[..., nn.Module]] = {
     "llama": _causal("Llama", **_DECODER),
     "mistral": _causal("Mistral", **_DECODER),

@@ -21,7 +21,7 @@ from layerpeft.planning.trace import Step, gradient_bytes, trace
 from layerpeft.recipe.measure import state_bytes
 from layerpeft.selection.budget import Budget, Shape, best_within
 from tests.helpers.loops import llama, make_batches
-from tests.helpers.models import MODELS, NanoGPT
+from tests.helpers.models import MODELS, Moody
 from tests.helpers.repeating import repeated, some
 from tests.helpers.short import short_llama
 
@@ -196,13 +196,6 @@ def test_bytes_of_sets_are_those_of_their_plans(name):
             for held in ([2], [0], [0, 1], [1, 2]):
                 size = peak_bytes(MODELS[name](), kind(select=held, **options), **given)
                 assert size <= found.of(held) + 1 <= 1.02 * size + 1, (kind, again, held)
-
-
-class Moody(NanoGPT):
-    """Does one thing or another, as its tokens say."""
-
-    def forward(self, input_ids, labels=None):
-        return super().forward(input_ids if input_ids.sum() > 0 else input_ids + 1, labels)
 
 
 @pytest.mark.parametrize(("budget", "what"), [({"time": "50%"}, "operations"), ({"memory": "1GB"}, "bytes")])

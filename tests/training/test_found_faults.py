@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_report, plan, score_layers
 from layerpeft.errors import ConfigError, SelectionError, TrainingError
 from layerpeft.selection.select import Select
-from tests.helpers.models import NanoGPT
+from tests.helpers.models import Moody
 
 X = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(4))
 BATCH = {"input_ids": X, "labels": X}
@@ -203,13 +203,6 @@ def test_other_libraries_numbers_are_read_and_written_as_plain_ones(value):
 def test_nonsense_is_refused(value):
     with pytest.raises(SelectionError):
         Select.parse(value)
-
-
-class Moody(NanoGPT):
-    """Does one thing or another, as its tokens say."""
-
-    def forward(self, input_ids, labels=None):
-        return super().forward(input_ids if input_ids.sum() > 0 else input_ids + 1, labels)
 
 
 def test_a_plan_that_cannot_be_made_says_so(tmp_path):

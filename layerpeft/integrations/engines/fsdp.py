@@ -53,6 +53,8 @@ def fetch_down_to(blocks: Iterable[nn.Module], before: list[nn.Module]) -> list[
 
 def _gathering(model: nn.Module) -> list[FSDPModule]:
     """Those inside of it that gather weights, and those around it."""
+    if not _module_state_mapping:  # asked at every step, and nothing is divided
+        return []
     inside = [m for m in model.modules() if isinstance(m, FSDPModule)]
     others = [
         m for m in list(_module_state_mapping) if isinstance(m, FSDPModule) and all(m is not one for one in inside)

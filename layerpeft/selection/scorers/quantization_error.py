@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ScoreError
+from layerpeft.integrations.bitsandbytes import BLOCK
 from layerpeft.integrations.torch import widest
 from layerpeft.model import weights
 from layerpeft.model.layers import Target
-from layerpeft.model.precisions import BLOCK, KEPT, Storage, apart, fits, missing_packages, named, rounded, written
+from layerpeft.model.precisions import KEPT, Storage, apart, fits, missing_packages, named, rounded, written
 from layerpeft.model.targets import MATRICES
 from layerpeft.model.weights import in_pieces, matrices
 from layerpeft.selection.probe import Key

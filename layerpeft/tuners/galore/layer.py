@@ -159,10 +159,9 @@ class Projected:
         if not torch.compiler.is_compiling():
             projection.unscale(self)
             fixed, trained = projection.fixed_of(self), projection.trained_of(self)
-            gathered = state.watcher is not None and state.watcher.gathers  # into storage that nobody may exchange
-            if fixed.dtype.itemsize < trained.dtype.itemsize and not (
-                gathered and gathered()
-            ):  # PEFT casts what does not train
+            short = fixed.dtype.itemsize < trained.dtype.itemsize  # PEFT casts what does not train
+            # what is gathered lies in storage that nobody may exchange
+            if short and (state.watcher is None or not state.watcher.gathers()):
                 fixed.data = fixed.data.to(trained.dtype)
         if _in_one(self, x, args, kwargs):
             y = self.base_layer(x)

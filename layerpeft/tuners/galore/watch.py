@@ -52,9 +52,8 @@ class Watcher:
         self._seen: dict[str, _Seen] = {}
         self._anchor: torch.Tensor | None = None
         self._off = False
-        self.gathers: Callable[[], bool] = lambda: (
-            False
-        )  # whether factors are put together for a pass, without a gradient after it
+        # whether factors are put together for a pass, without a gradient after it
+        self.gathers: Callable[[], bool] = lambda: False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
         return Watcher(self.how)

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import LoraVariant, dequantized
-from layerpeft.model.heads import name_of
+from layerpeft.model.heads import columns_of, name_of
 from layerpeft.model.names import clean
-from layerpeft.model.weights import PIECE
+from layerpeft.model.weights import in_pieces
 
 GROUP = "lora_offset"  # where a module keeps them, by adapter; PEFT knows names that begin so as an adapter's
 NO_BIAS = (
@@ -60,14 +60,18 @@ class Offsets(nn.Module):
 
     def constant(self, projection: nn.Module, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
         """What they (or those `given`, by head) add to the output of the projection, (out,), in float32 or better."""
-        weight = dequantized(projection)
-        rows = weight.T if isinstance(projection, Conv1D) else weight
-        vectors = dict(self.items()) if given is None else given
-        held = [(slice(h * self.size, (h + 1) * self.size), v) for h, v in vectors.items()]
+        rows, vectors = _rows(projection), dict(self.items()) if given is None else given
+        held = [(columns_of(h, self.size), v) for h, v in vectors.items()]
         kind = torch.promote_types(torch.promote_types(rows.dtype, held[0][1].dtype), torch.float32)
         read = torch.cat([rows[:, place] for place, _ in held], 1).to(kind)
         with torch.autocast(rows.device.type, enabled=False):
             return read @ torch.cat([v for _, v in held]).to(rows.device, kind)
+
+
+def _rows(projection: nn.Module) -> torch.Tensor:
+    """The weight of a projection as numbers, (out, in)."""
+    weight = dequantized(projection)
+    return weight.T if isinstance(projection, Conv1D) else weight
 
 
 class HeadVariant(LoraVariant):
@@ -189,12 +193,9 @@ class Part(nn.Module):
     def trained_change(self) -> tuple[float, float]:
         """(‖W v‖², ‖W‖²) over the head's columns W (out, size): what is added to the output, beside what reads the head."""
         layer, adapter, head = self._of
-        projection, size = layer.get_base_layer(), offsets_of(layer)[adapter].size
-        weight = dequantized(projection)
-        rows = (weight.T if isinstance(projection, Conv1D) else weight)[:, head * size : (head + 1) * size]
+        rows = _rows(layer.get_base_layer())[:, columns_of(head, offsets_of(layer)[adapter].size)]
         change = rows.float() @ self.offset.float()
-        whole = sum(float(piece.float().square().sum()) for piece in rows.split(max(1, PIECE // size)))
-        return float(change.square().sum()), whole
+        return float(change.square().sum()), sum(float(piece.square_().sum()) for piece in in_pieces(rows))
 
 
 def parts(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
