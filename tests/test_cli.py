@@ -23,7 +23,6 @@ from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
 from tests.helpers.processes import without_the_package
-from tests.helpers.repeating import some
 from tests.helpers.short import LAYERS, short_llama
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -32,12 +31,6 @@ TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
 SHORT = f"model_name_or_path={short_llama()}"  # five layers of twelve
 BRIEF = ['columns={text: "{answer}"}', "max_length=48", SHORT]  # rows of a third of their length
-FEWER = {  # classes, or passes in which the layers are measured
-    "ir_tuning": ['columns={text: "{after}", label: "{coarse}"}'],
-    "mean_bits": ["layerpeft.quant.select.num_batches=1", "per_device_train_batch_size=1"],
-    "frozen_nf4": ["layerpeft.select.num_batches=2"],
-    "lofit": [*BRIEF, "layerpeft.select.num_batches=2", "layerpeft.select.steps=2"],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -218,18 +211,6 @@ def test_classification_trains_its_head(place: Path, capsys: pytest.CaptureFixtu
     )
     there = without_the_package(code, place / "out-revision", str(short_llama()))
     assert there.returncode == 0 and float(there.stdout) == pytest.approx(trained.sum().item(), abs=1e-4), there.stderr
-
-
-OTHERS = sorted(set(shipped.recipes()) - {"quickstart", "revision"})
-# one for every method, kind of trainer, scorer of a recipe and kind of schedule; precisions are those of test_quant_recipes
-EACH = ["badam", "galore", "ir_tuning", "ist", "lisa", "lofit", "outliers"]
-
-
-@pytest.mark.parametrize("name", some(OTHERS, EACH))
-def test_every_other_shipped_recipe_runs(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *tiny(name, *FEWER.get(name, BRIEF))]) == 0
-    assert (place / f"out-{name}" / "layerpeft.json").is_file()
-    assert "held-out loss" in capsys.readouterr().out
 
 
 def test_all_layers_is_plain_lora(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,126 @@
+"""Every shipped recipe, a few steps of it: what it trains moves and nothing else does, it loads in plain PEFT, it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerpeft.recipe import shipped, trainer
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.train import run
+from tests.helpers.processes import without_the_package
+from tests.helpers.repeating import some
+from tests.helpers.tiny import STEPS, TINY
+from tests.helpers.training import plain
+
+PLAIN = """
+import sys; sys.modules["layerpeft"] = None
+import peft, safetensors.torch, torch, transformers
+folder, base, labels, ids = sys.argv[1:]
+options = {"num_labels": int(labels)} if int(labels) else {}
+kind = transformers.AutoModelForSequenceClassification if options else transformers.AutoModelForCausalLM
+model = peft.PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **options), folder).eval()
+held, wanted = peft.get_peft_model_state_dict(model), safetensors.torch.load_file(folder + "/adapter_model.safetensors")
+assert set(held) == set(wanted) and all(torch.equal(held[n], wanted[n].to(held[n].dtype)) for n in wanted)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(ids)).logits, ids)
+"""
+IDS = torch.arange(100, 124)[None]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shallow: None) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def trained(name: str, *settings: str) -> tuple[Any, dict[str, torch.Tensor], Any, list[str]]:
+    """A model, its tensors from before training, what came of it, and what was said."""
+    held: list[Any] = []
+    said: list[str] = []
+    make = trainer.make_trainer
+
+    def kept(setup: Any, model: Any, **changes: Any) -> Any:
+        held[:] = model, {of_base(n): p.detach().clone() for n, p in tensors(model)}
+        return make(setup, model, **changes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerpeft.recipe.train.make_trainer", kept)
+        result = run(load_recipe(name, [*TINY[name].settings, *settings]), said.append)
+    return held[0], held[1], result, said
+
+
+def of_base(name: str) -> str:
+    return plain(name).replace(".original_module", "").replace(".modules_to_save.default", "")
+
+
+def tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+
+
+def moved(folder: Path, base: dict[str, torch.Tensor]) -> set[str]:
+    """The modules of a saved adapter that do something: an update that is not zero, or weights other than the base's."""
+    found = set()
+    for key, saved in load_file(folder / "adapter_model.safetensors").items():
+        name = key.removeprefix("base_model.model.")
+        if "lora_B" in name:
+            found |= {name.split(".lora_B")[0]} if saved.any() else set()
+        elif "lora_A" not in name and not torch.equal(saved, base[name].to(saved.dtype)):
+            found.add(name.rpartition(".")[0])
+    return found
+
+
+def wanted(record: dict[str, Any], before: dict[str, torch.Tensor]) -> set[str]:
+    """The modules that a run's record says have trained."""
+    steps = {row["name"]: row["steps"] for row in record["report"]}
+    assert any(steps.values()) and all(row["chosen"] for row in record["report"] if row["steps"])
+    targets = record["selection"]["targets"]
+    if "schedule" in record:  # the others are of the pool
+        targets = [t for t in targets if any(f"{t}.".startswith(f"{name}.") for name, n in steps.items() if n)]
+    also = {name.rpartition(".")[0] for name in before}
+    also = {m for m in also if m.rpartition(".")[2] in (record["config"].get("modules_to_save") or ())}
+    return {target.split(".head_")[0] for target in targets} | also | set(record["new_tensors"])
+
+
+def test_each_shipped_recipe_has_a_tiny_variant() -> None:
+    assert sorted(TINY) == sorted(shipped.recipes())
+
+
+@pytest.mark.parametrize("name", some(TINY, [name for name, tiny in TINY.items() if tiny.quick]))
+def test_a_shipped_recipe_trains_what_it_names_loads_in_plain_peft_and_resumes(name: str, place: Path) -> None:
+    whole = place / "whole"
+    model, before, result, said = trained(name, f"output_dir={whole}")
+    with torch.no_grad():
+        ours = model.eval()(input_ids=IDS).logits
+    record = json.loads((whole / "layerpeft.json").read_text())
+    assert all(row.steps <= STEPS for row in result.report.rows) and record["checks"]["end"].startswith("every chosen")
+    assert any(line.startswith(("held-out loss: ", "accuracy: ")) for line in said)
+
+    # it trained what it names, and nothing else
+    assert moved(whole, before) == wanted(record, before)
+    base = {n: t for n, t in tensors(model.unload()) if not n.startswith(tuple(record["new_tensors"]) or "?")}
+    assert base and {n for n, t in base.items() if not torch.equal(t, before[n])} == set()
+
+    # plain PEFT holds the same adapter, and computes the same where it has the same base
+    torch.save(IDS, place / "ids")
+    home, labels = record["config"]["base_model_name_or_path"], len((record["head"] or {}).get("id2label", ()))
+    there = without_the_package(PLAIN, whole, home, labels, place / "ids")
+    assert there.returncode == 0, there.stderr
+    if not record.get("quant"):
+        torch.testing.assert_close(torch.load(place / "ids"), ours.float(), atol=1e-5, rtol=1e-6)
+
+    # cut off after a step, it comes to the same end
+    shutil.copytree(whole / "checkpoint-1", place / "again" / "checkpoint-1")
+    trained(name, f"output_dir={place / 'again'}", "resume_from_checkpoint=true")
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (whole, place / "again")]
+    assert weights[0].keys() == weights[1].keys()
+    assert {n for n, t in weights[0].items() if not torch.equal(t, weights[1][n])} == set()
+    again = json.loads((place / "again" / "layerpeft.json").read_text())
+    assert again["selection"] == record["selection"] and again.get("schedule") == record.get("schedule")
