@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,18 @@ from layerpeft.errors import LayerpeftError, Problems, unknown
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.precisions import PRECISIONS, Storage, fits, named, stored_bytes
 from layerpeft.model.rounding import output_kl, rounded_weights
-from layerpeft.quantization.budget import Bits, Losses, Unit, by_module, greedy, kl_table, losses, mean_bits, pairings
+from layerpeft.quantization.budget import (
+    Bits,
+    Losses,
+    Unit,
+    by_module,
+    greedy,
+    kl_table,
+    losses,
+    lowest_first,
+    mean_bits,
+    pairings,
+)
 from layerpeft.quantization.targets import fused_groups
 from layerpeft.recipe import shipped
 from layerpeft.selection import plugins
@@ -52,6 +63,8 @@ class Options:
     """`budgets`: mean stored bits, or a precision, whose bytes everywhere are the budget. `ways`: scorers with their options.
 
     `ladder`: lower, base and higher precision of the paired shares, at the budget of the base. Objective "kl" is always there.
+    `lowered`: by label, one of the ways and two precisions: the layers of its lowest scores go to the lower one until the budget
+    is met.
     """
 
     model: Model
@@ -60,6 +73,7 @@ class Options:
     rows: Rows = Rows()
     choices: Sequence[Any] = (2, 3, 4, 8, 16)
     ladder: Sequence[str] = ("hqq2", "hqq3", "nf4")
+    lowered: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     per: Sequence[str] = PER
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     threads: int = 1
@@ -86,6 +100,14 @@ def check(options: Options, problems: Problems) -> None:
             Select.parse({**way, "keep": 1})
         except (LayerpeftError, TypeError) as error:
             problems.add(f"ways.{label}: {error}")
+    for label, given in options.lowered.items():
+        way, *both = given
+        if way not in options.ways:
+            problems.add(f"lowered.{label}: {unknown('way', way, options.ways)}")
+        if len(both) != 2 or any(b not in options.choices for b in both):
+            problems.add(
+                f"lowered.{label}: {both!r} are not two of the choices ({', '.join(map(str, options.choices))})"
+            )
     if len(options.seeds) < 2:
         problems.add("seeds: at least 2, since chance is told by its spread")
 
@@ -177,6 +199,11 @@ class _Shares:
             ready = scored(self.units, scores)
             if ready is not None:
                 found[label] = greedy(ready, choices, size, losses(ready, choices))
+        for label, (way, low, high) in self.options.lowered.items():
+            values = self.scores[way].values
+            if len(values) == len(self.units):
+                ranked = [replace(u, score=v) for u, v in zip(self.units, values, strict=True)]
+                found[label] = lowest_first(ranked, named(low), named(high), size)
         found["kl"] = greedy(self.units, choices, size, self.measured)
         if budget == self.options.ladder[1]:
             found |= self._paired(size)

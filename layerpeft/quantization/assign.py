@@ -26,6 +26,7 @@ from layerpeft.quantization.budget import (
     greedy,
     kl_table,
     losses,
+    lowest_first,
     paired,
     pairings,
     total_loss,
@@ -59,6 +60,7 @@ def allot(
     are taken to be equal, and the lowest layers to be picked; `stacks`: what a walk over it has found.
     Raises: ConfigError, SelectionError, ScoreError, LayerMapError.
     """
+    equal = not known and config.has_budget and not decided_early(config)
     if not known:
         config = _blind(config)
     stacks = stacks or stacks_of(model)
@@ -68,7 +70,7 @@ def allot(
     modules = {t.name: _untouched(config, model, t, inside) for t in found.targets}
     if config.has_budget:
         targets = _own(config, layers, found, inside)
-        modules |= _spent(config, model, layers, targets, modules, batches, progress)
+        modules |= _spent(config, model, layers, targets, modules, batches, progress, equal)
     else:
         modules |= _picked(config, model, layers, found, inside, batches, progress)
     _refuse(config, found, modules)
@@ -200,14 +202,15 @@ def _spent(
     untouched: Mapping[str, str],
     batches: Iterable[Any] | None,
     progress: bool,
+    equal: bool,
 ) -> dict[str, str]:
-    """The precisions that the budget buys. `untouched`: what each linear has without it."""
+    """The precisions that the budget buys. `untouched`: what each linear has without it; `equal`: every weight counts as much."""
     select = _scoring(config)
     among = set(candidates(select, layers, targets))
     targets = tuple(t for t in targets if t.layer in among)
     _need_batches(config, batches)
     seen = list(islice(batches, select.num_batches or DEFAULT_BATCHES)) if batches is not None else None
-    scored = config.objective == "scores" or config.allocation == "paired"
+    scored = not equal and (config.objective == "scores" or config.allocation == "paired")
     scores = score(model, select, layers, targets, seen) if scored else None
     units = units_of(config, model, layers, targets, scores)
     names = {m for u in units for m in u.modules}
@@ -215,6 +218,9 @@ def _spent(
     choices = config.may_use
     if config.allocation == "paired":
         return by_module(units, _paired(config, model, units, budget, seen, progress))
+    if config.allocation == "lowest_first":
+        lower, higher = choices
+        return by_module(units, lowest_first(units, lower, higher, budget))
     kl = config.objective == "kl"
     table = kl_table(model, units, choices, seen or (), config.storage, progress) if kl else losses(units, choices)
     return by_module(units, greedy(units, choices, budget, table))

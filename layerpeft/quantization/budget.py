@@ -1,7 +1,8 @@
 """Spending a budget of bytes over units (layers, or fused groups of linears): pure functions, no model in sight.
 
 `greedy` takes the step with the largest fall of the loss per byte again and again; `paired` moves as many units up as down
-(SliM-LLM, arXiv 2405.14917, which does it for groups inside of one matrix). Losses are predicted from scores, or measured.
+(SliM-LLM, arXiv 2405.14917, which does it for groups inside of one matrix); `lowest_first` lowers one unit after another by score
+(LUQ, arXiv 2509.23729). Losses are predicted from scores, or measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -117,7 +119,7 @@ def pairings(
     Raises: ConfigError where no i fits the budget, or a unit cannot be stored so; ScoreError for scores that give no order.
     """
     check_scores(units)
-    _check_ladder(units, base, lower, higher)
+    _check_ladder(units, (lower, base, higher), "allocation: paired")
     ranked = sorted(range(len(units)), key=lambda i: (units[i].score, i))
     found: list[Bits] = []
     for count in range(len(units) // 2 + 1):
@@ -127,6 +129,26 @@ def pairings(
         found.append(bits)
     _affordable(units, min(found, key=lambda bits: total_bytes(units, bits)), budget_bytes)
     return _spread([bits for bits in found if total_bytes(units, bits) <= budget_bytes], tries)
+
+
+def lowest_first(units: Sequence[Unit], lower: str, higher: str, budget_bytes: int) -> Bits:
+    """All in `higher`; then the units of the lowest scores go to `lower`, one after another, until the budget is met.
+
+    Nothing but the order of the scores counts. Ties go to the unit that stands first.
+    Raises: ConfigError where the budget is not met with all of them in `lower`, or a unit cannot be stored so; ScoreError for a
+    score that is not finite.
+    """
+    if bad := [u.name for u in units if not math.isfinite(u.score)]:
+        raise ScoreError(f"scores that are not finite give no order: {some(bad)}")
+    _check_ladder(units, (lower, higher), "allocation: lowest_first")
+    _affordable(units, {u.name: lower for u in units}, budget_bytes)
+    bits, taken = {u.name: higher for u in units}, sum(u.costs[higher] for u in units)
+    for unit in sorted(units, key=lambda u: u.score):
+        if taken <= budget_bytes:
+            break
+        bits[unit.name] = lower
+        taken -= unit.costs[higher] - unit.costs[lower]
+    return bits
 
 
 def total_bytes(units: Iterable[Unit], bits: Mapping[str, str]) -> int:
@@ -213,15 +235,15 @@ def _check_losses(units: Sequence[Unit], choices: Sequence[str], losses: Losses)
     problems.raise_if_any(ScoreError)
 
 
-def _check_ladder(units: Sequence[Unit], base: str, lower: str, higher: str) -> None:
-    _check_units(units, (base, lower, higher))
-    problems = Problems("allocation: paired")
-    ladder = (lower, base, higher)
+def _check_ladder(units: Sequence[Unit], ladder: Sequence[str], name: str) -> None:
+    """Raises: ConfigError where a unit cannot be stored in one of them, or does not take more bytes with each step."""
+    _check_units(units, ladder)
+    problems = Problems(name)
     for unit in units:
         missing = [c for c in ladder if c not in unit.costs]
         if missing:
             problems.add(f"{unit.name} cannot be stored in {', '.join(missing)}")
-        elif not unit.costs[lower] < unit.costs[base] < unit.costs[higher]:
+        elif not all(unit.costs[low] < unit.costs[high] for low, high in pairwise(ladder)):
             sizes = ", ".join(f"{c} {unit.costs[c]:,}" for c in ladder)
             problems.add(f"each step up has to take more bytes, which for {unit.name} is not so: {sizes}")
             break
@@ -263,7 +285,7 @@ TABLE_BYTES = {False: 4 * 16, True: 4 * (16 + 256 + 1)}
 def units_of(
     config: LayerQuantConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...], scores: Scores | None
 ) -> list[Unit]:
-    """What gets bits of its own, with what it costs in each precision and how much it matters."""
+    """What gets bits of its own, with what it costs in each precision and how much it matters; without scores by its size alone."""
     if config.per == "module":
         groups = [(t.name,) for t in targets] if config.split_fused else fused_groups(targets)
     else:
@@ -274,7 +296,7 @@ def units_of(
         own = [known[n] for n in group]
         costs = {c: cost for c in config.may_use if (cost := _cost(config, model, own, c)) is not None}
         weights = sum(t.params for t in own)
-        score = _score(config, scores, own, weights) if scores is not None else 0.0
+        score = _score(config, scores, own, weights) if scores is not None else float(weights)
         name = layers.layers[own[0].layer].name if config.per == "layer" else "+".join(group)
         found.append(Unit(name, group, weights, score, costs))
     return found
@@ -299,19 +321,21 @@ def _itemsize(model: nn.Module, target: Target) -> int:
 
 
 def _score(config: LayerQuantConfig, scores: Scores, targets: list[Target], weights: int) -> float:
-    """How much the group matters as a whole. Raises: ConfigError for scores that do not say."""
+    """How much the group matters as a whole; where the scores' order alone counts, a share or a mean stays one.
+    Raises: ConfigError for scores that do not say."""
     if scores.options.get("relative"):
         raise ConfigError(
             "quant: relative: true makes errors shares of their weights, and a budget needs the errors themselves; leave it out"
         )
     whole = scores.by in plugins.names(SCORERS) and plugins.traits(SCORERS, scores.by).of_whole
+    size = 1 if whole or config.allocation != "lowest_first" else weights
     if config.per == "layer":
         value = scores.values[targets[0].layer]
-        return value if whole else value * weights
+        return value if whole else value * weights / size
     missing = [t.name for t in targets if t.name not in scores.targets]
     if missing:
         raise ConfigError(
             f"quant: per='module' needs a score for every module, and {scores.by} gives none for {missing[0]}; write per: layer, "
             "or choose by quantization_error, outliers or gradient_norm"
         )
-    return sum(scores.targets[t.name] * (1 if whole else t.params) for t in targets)
+    return sum(scores.targets[t.name] * (1 if whole else t.params) for t in targets) / size

@@ -45,8 +45,8 @@ class LayerQuantConfig(Chooses, PeftConfig):
     choices: list[Any] | None = checked(
         None, "Precisions that a budget may use. Default: 2, 3, 4, 8, 16.", words="a list of precisions"
     )
-    allocation: Literal["greedy", "paired"] = checked(
-        "greedy", "How a budget is spent: greedy, or paired (as many raised as lowered)."
+    allocation: Literal["greedy", "paired", "lowest_first"] = checked(
+        "greedy", "How a budget is spent: greedy, paired (as many raised as lowered), or lowest_first (LUQ's)."
     )
     objective: Literal["scores", "kl"] = checked(
         "scores", "What a budget is spent by: scores, or kl (measured on batches)."
@@ -245,6 +245,17 @@ def _check_budget(config: LayerQuantConfig, problems: Problems) -> None:
         good = [n for n in (_named("choices", c, problems) for c in config.choices) if n]
         if len(set(good)) < 2 and len(good) == len(config.choices):
             problems.add(f"choices={config.choices!r}: a budget needs two precisions or more to choose from", "choices")
+    if config.has_budget and config.allocation == "lowest_first":
+        if len(config.choices or ()) != 2 and isinstance(config.choices, list | tuple | None):
+            problems.add(
+                f"choices={config.choices!r}: allocation: lowest_first lowers layers from one precision to another, one after "
+                "another; write the two, such as [1, 4]",
+                "choices",
+            )
+        if config.objective == "kl":
+            problems.add(
+                "objective: kl: allocation: lowest_first goes by the order of scores alone; leave it out", "objective"
+            )
     if not config.has_budget:
         for name in ("choices", "allocation", "objective", "per"):
             if getattr(config, name) != getattr(type(config), name):

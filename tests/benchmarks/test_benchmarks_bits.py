@@ -28,6 +28,8 @@ seeds: [0, 1]
 ways:
   by depth: {by: depth}
   by error: {by: quantization_error, precision: int8}
+lowered:
+  lowest: [by depth, 4, 8]
 """
 
 
@@ -74,6 +76,9 @@ def test_a_small_case_becomes_a_table(tmp_path):
         assert all(most - 0.7 < row["mean_bits"] <= most + 1e-3 for row in rows.values())
     assert {"uniform", "kl, paired", "by depth, paired"} <= set(rows)
     assert rows["by depth"]["bits"].split()[0] == "nf4" and rows["by depth"]["bits"].split()[-1] != "nf4"
+    assert rows["lowest"]["bits"] == rows["uniform"]["bits"]
+    lowest = result["found"]["layer"]["6.0"]["rows"]["lowest"]["bits"].split()
+    assert lowest == ["nf4"] * 8 + ["int8"] * 4, "the fewest for 6 · 12 bits: 4.5 · 7 + 8.14 · 5 is 72.2"
     against = result["found"]["layer"]["int8"]["against"]
     mean = sum(sum(rows[f"random scores, seed {s}"]["loss"].values()) / 2 for s in (0, 1)) / 2
     assert against["uniform"]["random scores"]["gain"] == pytest.approx(
@@ -91,6 +96,7 @@ def test_a_small_case_becomes_a_table(tmp_path):
         ("[4, 8, 16]", "[4, 5]", "5 is no precision"),
         ("per: [layer]", "per: [layers]", "Did you mean 'layer'"),
         ("seeds: [0, 1]", "seeds: [0]", "seeds: at least 2"),
+        ("[by depth, 4, 8]", "[by dept, 4, 9]", r"(?s)Did you mean 'by depth'.*\[4, 9\] are not two of the choices"),
     ],
 )
 def test_what_is_wrong_with_a_case_is_said(tmp_path, old, new, says):

@@ -42,11 +42,13 @@ TINY = {
     "layra": Tiny((R,)),
     "lisa": Tiny(EVERY),
     "lofit": Tiny((*BATCHES, "select.steps=2"), quick=True),
+    "luq": Tiny((R, "quant.select.num_batches=1", "quant.select.clusters=8")),
     "mean_bits": Tiny((R, "quant.select.num_batches=1")),
     "outliers": Tiny((R, *BATCHES)),
     "owlore": Tiny((R, *BATCHES, *EVERY)),
     "quickstart": Tiny((R, *BATCHES)),
     "revision": Tiny((R, *BATCHES), CLASSES),
+    "slim_llm": Tiny((R, "quant.select.num_batches=1")),
     "spectrum": Tiny(),
     "telly": Tiny(),
 }

@@ -241,6 +241,34 @@ def test_a_ladder_that_does_not_go_up_is_refused():
         allocate.pairings([unit("a", 1.0), unit("b", 2.0, choices=("nf4",))], "hqq3", "hqq2", "nf4", 10**6)
 
 
+# ---- lowest first ----------------------------------------------------------------------------------------------------
+
+
+def test_units_of_the_lowest_scores_are_lowered_one_after_another_until_the_budget_is_met():
+    units = simple(5.0, 1.0, 9.0, 1.0, 7.0)
+    lowered = [sorted(n for n, b in allocate.lowest_first(units, "hqq2", "nf4", 20 - k).items() if b == "hqq2") for k in (0, 1, 2, 3, 5)]  # fmt: skip  # noqa: E501
+    assert lowered == [[], ["u1"], ["u1"], ["u1", "u3"], ["u0", "u1", "u3"]]
+    with pytest.raises(ConfigError, match="takes 10 bytes"):
+        allocate.lowest_first(units, "hqq2", "nf4", 9)
+    with pytest.raises(ConfigError, match="each step up has to take more bytes.*nf4 4, hqq2 2"):
+        allocate.lowest_first(units, "nf4", "hqq2", 100)
+    with pytest.raises(ScoreError, match="not finite give no order: u1"):
+        allocate.lowest_first(simple(0.0, math.nan), "hqq2", "nf4", 100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 40), st.integers(1, 40)), min_size=1), st.floats(0, 1))
+def test_no_unit_is_lowered_before_one_of_a_lower_score_nor_without_need(drawn, share):
+    units = [Unit(f"u{i}", (), 8, s, {"hqq2": a, "nf4": a + b}) for i, (s, a, b) in enumerate(drawn)]
+    least, most = (sum(u.costs[c] for u in units) for c in ("hqq2", "nf4"))
+    budget = least + int(share * (most - least))
+    bits = allocate.lowest_first(units, "hqq2", "nf4", budget)
+    order = sorted(units, key=lambda u: u.score)
+    lowered = [u for u in order if bits[u.name] == "hqq2"]
+    assert lowered == order[: len(lowered)] and total_bytes(units, bits) <= budget
+    assert not lowered or total_bytes(units, {**bits, lowered[-1].name: "nf4"}) > budget
+
+
 def test_units_become_modules():
     units = [unit("a", 1.0), unit("b", 2.0)]
     bits = {"a": "nf4", "b": "int8"}

@@ -17,6 +17,7 @@ from layerpeft.model.layers import find_module, layer_map
 from layerpeft.model.precisions import BY_BITS, KEPT, PRECISIONS, Storage, precision_of
 from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
+from layerpeft.quantization.budget import units_of
 from layerpeft.quantization.config import parse_bytes
 from layerpeft.quantization.picture import COLOURS, cells, write_bits
 from layerpeft.quantization.targets import able, fused_groups, reads_weight
@@ -362,6 +363,34 @@ def test_a_measured_objective_spends_the_same_budget_by_what_the_output_says():
         quantize(wide(), {"mean_bits": 4.5, "select": {"by": "quantization_error", "relative": True}})
     with pytest.raises(ConfigError, match="by: gradient_norm is measured on data"):
         quantize(wide(), {"mean_bits": 4.5, "select": {"by": "gradient_norm"}})
+
+
+def test_layers_of_the_lowest_entropy_go_to_one_bit_until_the_budget_is_met():
+    model = wide(torch.bfloat16)
+    scores = layerpeft.score_layers(model, "entropy", batches=BATCHES[:2], num_batches=2, clusters=8)
+    lowest = sorted(range(4), key=lambda i: scores.values[i])[:2]
+    luq = {
+        "mean_bits": 3.2,
+        "choices": [1, 4],
+        "allocation": "lowest_first",
+        "select": {"by": "entropy", "clusters": 8},
+    }
+    found = quantize(model, luq, batches=BATCHES[:2])
+    assert kinds(model) == {i: {"hqq1" if i in lowest else "nf4"} for i in range(4)}
+    assert "lowest_first over a budget of 3.2" in found.why
+    with pytest.raises(ConfigError, match=r"(?s)choices=None.*write the two, such as \[1, 4\].*objective: kl"):
+        LayerQuantConfig(mean_bits=3, allocation="lowest_first", objective="kl")
+
+
+def test_the_order_of_lowest_first_is_of_scores_and_not_of_sizes():
+    layers = layer_map(model := wide())
+    scores = layerpeft.Scores((2.0, 1.0, 3.0, 4.0), "entropy", layers.fingerprint, layers.stack)
+    config = LayerQuantConfig(mean_bits=4, choices=[1, 4], allocation="lowest_first", select={"by": scores})
+    targets = tuple(t for t in layers.targets if t.layer != 1 or t.name.endswith("down_proj"))  # one layer is small
+    units = units_of(config, model, layers, targets, scores)
+    assert [u.score for u in units] == [2.0, 1.0, 3.0, 4.0]
+    greedy = units_of(LayerQuantConfig(mean_bits=4, select={"by": scores}), model, layers, targets, scores)
+    assert [u.score for u in greedy] == [s * u.weights for s, u in zip(scores.values, units, strict=True)]
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ PASSES: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
     ("outliers", {"activations": False, "M": 2.0}, (0, 0)),
     ("outliers", {"M": 2.0}, (B, 0)),
     ("quantization_error", {"activations": True}, (B, 0)),
+    ("salience", {}, (B, 0)),
     ("output_kl", {}, (B * (2 + N), 0)),
     *(("gradient_norm", {"statistic": s}, (B, B)) for s in ("frobenius", "nuclear", "l1", "agreement")),
     ("gradient_norm", {"exact": True}, (B, B)),

@@ -14,14 +14,20 @@ from layerpeft.model.precisions import KEPT, Storage, rounded
 from layerpeft.model.rounding import output_kl, rounded_weights
 from layerpeft.quantization.budget import Unit, kl_table
 from layerpeft.selection.scorers import output_kl as output_kl_scorer
-from layerpeft.selection.scorers import quantization_error
+from layerpeft.selection.scorers import quantization_error, salience
 from layerpeft.selection.scoring import Request
 from tests.helpers.models import MODELS, batch
 from tests.helpers.together import Group
 
 STORAGE = Storage()
 FAMILIES = ("llama", "gpt2", "bert", "t5", "whisper", "vit", "nanogpt")
-BY = {"quantization_error": {}, "quantization_error with inputs": {"activations": True}, "output_kl": {}, "entropy": {}}
+BY = {
+    "quantization_error": {},
+    "quantization_error with inputs": {"activations": True},
+    "output_kl": {},
+    "entropy": {},
+    "salience": {},
+}
 
 
 def state_of(model) -> dict[str, tuple[int, torch.Tensor]]:
@@ -333,6 +339,60 @@ def test_a_live_measurement_reads_the_batch_without_dropout_and_keeps_training_a
     assert all(m.training for m in model.modules()) and not model._forward_hooks
 
 
+# ---- salience --------------------------------------------------------------------------------------------------------
+
+
+def published_salience(weight: torch.Tensor, inputs: torch.Tensor) -> float:
+    """As the paper has it: the upper Cholesky factor of the inverse of GPTQ's damped Hessian, in float64."""
+    weight, inputs = weight.double(), inputs.flatten(0, -2).double()
+    hessian = 2 * inputs.T @ inputs
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    return float((weight[:, ~dead].square() / factor.diagonal()[~dead].square()).sum())
+
+
+def test_salience_is_what_the_published_formula_gives(llama, gsm8k_batches):
+    names = ["model.layers.3.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+    inputs = {name: [] for name in names}
+    with torch.no_grad():  # an input that is always 0
+        llama.model.layers[1].input_layernorm.weight[7] = 0
+    handles = [llama.get_submodule(n).register_forward_hook(lambda _m, args, _y, n=n: inputs[n].append(args[0].detach())) for n in names]  # fmt: skip  # noqa: E501
+    with torch.no_grad():
+        for one in gsm8k_batches[:2]:
+            llama.eval()(**one)
+    for handle in handles:
+        handle.remove()
+    got = score_layers(llama, "salience", batches=gsm8k_batches[:2], target_modules=names, progress=False)
+    for name, layer in zip(names, (3, 1), strict=True):
+        rows = torch.cat([x.flatten(0, -2) for x in inputs[name]])
+        want = published_salience(llama.get_submodule(name).weight.detach(), rows)
+        assert got.targets[name] == got.values[layer] == pytest.approx(want, rel=1e-4)
+    assert got.values[2] == 0.0
+
+
+def test_salience_by_hand():
+    """H = 2 · [[4, 2], [2, 5]] and no damping: of input 0 stays 8 - 4²/10 = 6.4 behind input 1, of which 10 are whole."""
+    gram = torch.tensor([[4.0, 2.0, 0.0], [2.0, 5.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert salience.residuals(gram.clone(), 0.0).tolist() == pytest.approx([6.4, 10, 0])
+    damped = salience.residuals(gram.clone(), 0.01).tolist()  # the mean of 8, 10 and a dead column's 1
+    assert damped == pytest.approx([8 + 0.19 / 3 - 16 / (10 + 0.19 / 3), 10 + 0.19 / 3, 0])
+    assert salience.residuals(gram * torch.nan, 0.01) is None
+
+
+def test_salience_of_experts_counts_the_tokens_that_each_got():
+    model = MODELS["qwen3_moe"]()
+    one = {k: v[:1, :3] for k, v in batch("qwen3_moe", model).items() if v.dim() > 1}  # few, so that some get none
+    got = score_layers(model, "salience", batches=[one], target_parameters=["experts.down_proj"], target_modules=["o_proj"], progress=False)  # fmt: skip  # noqa: E501
+    assert all(v > 0 for v in got.targets.values()) and len(got.targets) == 2 * len(got.values)
+    sums = [sum(v for n, v in got.targets.items() if f"layers.{i}." in n) for i in range(len(got.values))]
+    assert got.values == pytest.approx(sums)
+    mamba = MODELS["mamba"]()
+    with pytest.raises(ScoreError, match="not on .*conv1d"):
+        score_layers(mamba, "salience", target_modules=["conv1d"], batches=[batch("mamba", mamba)])
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -342,7 +402,7 @@ def test_processes_agree_on_divergences_and_errors(monkeypatch):
     names = [t.name for t in layer_map(models[0]).layers[0].targets]
     kinds = [dict.fromkeys(names, "hqq3"), dict.fromkeys(names, "int8")]
     alone = output_kl(models[0], data[0] + data[1], kinds, STORAGE, progress=False)
-    scorers = ((output_kl_scorer, {}), (quantization_error, {"activations": True}))
+    scorers = ((output_kl_scorer, {}), (quantization_error, {"activations": True}), (salience, {}))
     singles = [
         score_layers(
             models[0],
@@ -374,3 +434,4 @@ def test_processes_agree_on_divergences_and_errors(monkeypatch):
     assert first[0] == pytest.approx(alone, rel=1e-6)
     assert first[1] == pytest.approx(singles[0].values, rel=1e-5)
     assert first[2] == pytest.approx(singles[1].values, rel=1e-5)
+    assert first[3] == pytest.approx(singles[2].values, rel=1e-4)

@@ -72,6 +72,7 @@ ADDITIVE = {  # how the numbers of a layer's units make up its own
     "gradient_norm": lambda values, sizes: math.sqrt(sum(v * v for v in values)),
     "weight_norm": lambda values, sizes: math.sqrt(sum(v * v for v in values)),
     "quantization_error": lambda values, sizes: sum(values),
+    "salience": lambda values, sizes: sum(values),
     "fisher": lambda values, sizes: sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes),
     "outliers": lambda values, sizes: sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes),
 }

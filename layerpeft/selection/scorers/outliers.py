@@ -54,30 +54,39 @@ class InputNorms(Watching):
         """Puts the hooks on."""
         self._handles = attach_taps(self.request.model, self.request.targets, self._tap)
 
+    def part(self, rows: torch.Tensor) -> torch.Tensor:
+        """What some tokens (tokens, in) add."""
+        return rows.float().square().sum(0, dtype=widest(rows.device))
+
+    def nothing(self, target: Target) -> torch.Tensor:
+        """What a target that saw no token adds."""
+        return torch.zeros(target.shape[-1], dtype=torch.float64)
+
     def combine(self, add: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sums the squares over processes, in the order of the targets."""
         for target in self.request.targets:
             experts = range(target.shape[0]) if target.kind == "experts" else range(1)
             for expert in experts:
                 mine = self.squares.get((target.name, expert))
-                if mine is None:
-                    mine = torch.zeros(target.shape[-1], dtype=torch.float64)
-                self.squares[target.name, expert] = add(mine)
+                self.squares[target.name, expert] = add(self.nothing(target) if mine is None else mine)
 
     def result(self) -> Measured:
         """Outlier shares per layer. Raises: ScoreError when a target saw no input."""
         self.refuse_unseen("score")
         return _ratios(self.request, self.options, self.squares)
 
-    def refuse_unseen(self, how: str) -> None:
-        """Raises: ScoreError when a target saw no input; `how` else its weights are had."""
+    def refuse_unseen(self, how: str = "") -> None:
+        """Raises: ScoreError when a target saw no input; `how` else its weights are had, if they are."""
         seen = {name for name, _ in self.squares}
         unseen = [t.name for t in self.request.targets if t.name not in seen and not is_routed(t.name)]
         if unseen:
-            kind = ScoreError if seen else NothingSeenError
+            kind, other = (
+                ScoreError if seen else NothingSeenError,
+                f", or {how} the weights alone with activations: false",
+            )
             raise kind(
                 f"{len(unseen)} target(s) were never called: {some(unseen)}. "
-                f"Leave them out of target_modules, or {how} the weights alone with activations: false."
+                f"Leave them out of target_modules{other if how else ''}."
             )
 
     def _tap(self, y: torch.Tensor, x: torch.Tensor, keys: Mapping[Key, Any]) -> torch.Tensor:
@@ -85,8 +94,7 @@ class InputNorms(Watching):
         with torch.no_grad():
             flat = x.detach().reshape(-1, x.shape[-1])
             for key, rows in keys.items():
-                part = (flat if rows is None else flat[rows]).float().square().sum(0, dtype=widest(x.device))
-                add_to(self.squares, key, part)
+                add_to(self.squares, key, self.part(flat if rows is None else flat[rows]))
         return y
 
 
