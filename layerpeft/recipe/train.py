@@ -49,6 +49,7 @@ from layerpeft.text import is_first, note, size_text, some
 from layerpeft.training.record import record_of
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.precision import wish
+from layerpeft.tuners.soft import BY_SCORE
 
 Say = Callable[[str], None]
 SAMPLES = 1
@@ -90,7 +91,7 @@ def _run(recipe: Recipe, say: Say) -> Result:
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
         stored = _stored(recipe, recorded) if recorded else None
-        choice = recipe.select if kept is None else kept.placed
+        choice = recipe.select if kept is None else _as_chosen(recipe, kept)
         note(f"loading the model {recipe['model_name_or_path']}")
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
@@ -220,6 +221,12 @@ def _kept(recipe: Recipe, checkpoint: str) -> Selection:
     return chosen
 
 
+def _as_chosen(recipe: Recipe, kept: Selection) -> dict[str, Any]:
+    """What says the recorded choice again: its places, and its scores where ranks or learning rates go by them."""
+    scored = kept.scores is not None and any(getattr(recipe.config, name) is not None for name in BY_SCORE)
+    return kept.placed | ({"by": kept.scores, "keep": "all"} if scored else {})
+
+
 def _stored(recipe: Recipe, checkpoint: str) -> Quantized | None:
     """The precisions of the run that is resumed, None where its base was not quantized by layer.
     Raises: RecipeError when the recipe asks for others."""
@@ -242,7 +249,7 @@ def _wrapped(
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup
-    wrapped = wrap(setup, model, kept.placed, None, stored)
+    wrapped = wrap(setup, model, _as_chosen(recipe, kept), None, stored)
     record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
     record.selection = kept
     record.config["select"] = recipe.config.choosing.to_dict()

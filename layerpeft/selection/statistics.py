@@ -8,7 +8,7 @@ import torch
 from layerpeft.integrations.torch import widest
 from layerpeft.model.weights import PIECE
 from layerpeft.selection.draws import seed_of
-from layerpeft.selection.probe import Mean, Sketch
+from layerpeft.selection.probe import Exact, Mean, Sketch
 
 SAMPLED = 4  # rows for each of `k`, of which agreement is told
 
@@ -66,6 +66,17 @@ class Absolute(Mean):
         step = max(1, PIECE // x.shape[1])
         blocks = (gy[:, i : i + step].T @ x for i in range(0, gy.shape[1], step))
         return torch.stack([block.abs().sum(dtype=widest(x.device)) for block in blocks]).sum()
+
+
+@dataclass(frozen=True)
+class Norm(Exact):
+    """`‖G‖`, formed one at a time."""
+
+    power: ClassVar[int] = 1
+
+    def part(self, key: str, batch: int, gy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A scalar."""
+        return self.energy(key, batch, gy, x).sqrt()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ EVERY = ("select.reselect_steps=1",)
 BATCHES = ("select.num_batches=2",)
 
 TINY = {
-    "badam": Tiny(EVERY, quick=True),
+    "adagradselect": Tiny(("select.keep=2",), quick=True),
+    "aletheia": Tiny((*BATCHES, R, "rank_pattern={up_proj: 4}")),
+    "badam": Tiny(EVERY),
+    "cka_lora": Tiny((R, *BATCHES)),
     "frozen_nf4": Tiny((R, *BATCHES)),
     "galore": Tiny((R, "update_proj_gap=1"), quick=True),
     "grass": Tiny(EVERY),
@@ -42,6 +45,7 @@ TINY = {
     "layra": Tiny((R,)),
     "lisa": Tiny(EVERY),
     "lofit": Tiny((*BATCHES, "select.steps=2"), quick=True),
+    "ls_lora": Tiny((R, *BATCHES)),
     "luq": Tiny((R, "quant.select.num_batches=1", "quant.select.clusters=8")),
     "mean_bits": Tiny((R, "quant.select.num_batches=1")),
     "outliers": Tiny((R, *BATCHES)),
@@ -50,5 +54,6 @@ TINY = {
     "revision": Tiny((R, *BATCHES), CLASSES),
     "slim_llm": Tiny((R, "quant.select.num_batches=1")),
     "spectrum": Tiny(),
+    "surgical": Tiny(BATCHES, quick=True),
     "telly": Tiny(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from layerpeft.recipe import shipped, trainer
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.train import run
-from tests.helpers.processes import without_the_package
+from tests.helpers.processes import ROOT, without_the_package
 from tests.helpers.repeating import some
 from tests.helpers.tiny import STEPS, TINY
 from tests.helpers.training import plain
@@ -67,12 +68,13 @@ def tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def moved(folder: Path, base: dict[str, torch.Tensor]) -> set[str]:
     """The modules of a saved adapter that do something: an update that is not zero, or weights other than the base's."""
-    found = set()
-    for key, saved in load_file(folder / "adapter_model.safetensors").items():
-        name = key.removeprefix("base_model.model.")
-        if "lora_B" in name:
-            found |= {name.split(".lora_B")[0]} if saved.any() else set()
-        elif "lora_A" not in name and not torch.equal(saved, base[name].to(saved.dtype)):
+    saved = {n.removeprefix("base_model.model."): t for n, t in load_file(folder / "adapter_model.safetensors").items()}
+    found = {n.rpartition(".lora_B.bias")[0] for n, t in saved.items() if n.endswith(".lora_B.bias") and t.any()}
+    for name, tensor in saved.items():
+        if name.endswith(".lora_B.weight"):
+            update = tensor @ saved[name.replace("lora_B", "lora_A")]
+            found |= {name.removesuffix(".lora_B.weight")} if update.any() else set()
+        elif ".lora_" not in name and not torch.equal(tensor, base[name].to(tensor.dtype)):
             found.add(name.rpartition(".")[0])
     return found
 
@@ -84,13 +86,22 @@ def wanted(record: dict[str, Any], before: dict[str, torch.Tensor]) -> set[str]:
     targets = record["selection"]["targets"]
     if "schedule" in record:  # the others are of the pool
         targets = [t for t in targets if any(f"{t}.".startswith(f"{name}.") for name, n in steps.items() if n)]
-    also = {name.rpartition(".")[0] for name in before}
-    also = {m for m in also if m.rpartition(".")[2] in (record["config"].get("modules_to_save") or ())}
-    return {target.split(".head_")[0] for target in targets} | also | set(record["new_tensors"])
+    inside = {target.split(".head_")[0] for target in targets}
+    return inside | modules_to_save(record, before) | set(record["new_tensors"])
 
 
-def test_each_shipped_recipe_has_a_tiny_variant() -> None:
+def modules_to_save(record: dict[str, Any], before: dict[str, torch.Tensor]) -> set[str]:
+    named = tuple(f".{name}" for name in record["config"].get("modules_to_save") or ())
+    return {m for m in (name.rpartition(".")[0] for name in before) if f".{m}".endswith(named or "?")}
+
+
+def test_each_shipped_recipe_has_a_tiny_variant_and_stands_in_the_tables() -> None:
     assert sorted(TINY) == sorted(shipped.recipes())
+    methods, listed = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/methods.md", "recipes/README.md"))
+    assert sorted(re.findall(r"\[`(\w+)`\]\(\.\./recipes/\1\.yaml\)", methods)) == sorted(TINY)
+    assert sorted(re.findall(r"^\| `(\w+)` \| [^|]+ \| (?:word|classes)", listed, re.M)) == sorted(TINY)
+    rows = [line.split(" | ") for line in methods.splitlines() if "/recipes/" in line and line.startswith("| ")]
+    assert all(len(row) == 4 and all(cell.strip(" |") for cell in row) for row in rows)
 
 
 @pytest.mark.parametrize("name", some(TINY, [name for name, tiny in TINY.items() if tiny.quick]))
@@ -105,7 +116,10 @@ def test_a_shipped_recipe_trains_what_it_names_loads_in_plain_peft_and_resumes(n
 
     # it trained what it names, and nothing else
     assert moved(whole, before) == wanted(record, before)
-    base = {n: t for n, t in tensors(model.unload()) if not n.startswith(tuple(record["new_tensors"]) or "?")}
+    originals = {
+        of_base(n): t for n, t in tensors(model) if ".original_module." in n
+    }  # which stock PEFT unloads as trained
+    base = {n: t for n, t in tensors(model.unload()) if n.rpartition(".")[0] not in record["new_tensors"]} | originals
     assert base and {n for n, t in base.items() if not torch.equal(t, before[n])} == set()
 
     # plain PEFT holds the same adapter, and computes the same where it has the same base
@@ -116,11 +130,22 @@ def test_a_shipped_recipe_trains_what_it_names_loads_in_plain_peft_and_resumes(n
     if not record.get("quant"):
         torch.testing.assert_close(torch.load(place / "ids"), ours.float(), atol=1e-5, rtol=1e-6)
 
-    # cut off after a step, it comes to the same end
-    shutil.copytree(whole / "checkpoint-1", place / "again" / "checkpoint-1")
-    trained(name, f"output_dir={place / 'again'}", "resume_from_checkpoint=true")
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in (whole, place / "again")]
+    resumes(name, whole, place / "again")
+
+
+def resumes(name: str, whole: Path, again: Path, *settings: str) -> None:
+    """Cut off after a step, it comes to the same end."""
+    shutil.copytree(whole / "checkpoint-1", again / "checkpoint-1")
+    trained(name, f"output_dir={again}", "resume_from_checkpoint=true", *settings)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (whole, again)]
     assert weights[0].keys() == weights[1].keys()
     assert {n for n, t in weights[0].items() if not torch.equal(t, weights[1][n])} == set()
-    again = json.loads((place / "again" / "layerpeft.json").read_text())
-    assert again["selection"] == record["selection"] and again.get("schedule") == record.get("schedule")
+    records = [json.loads((folder / "layerpeft.json").read_text()) for folder in (whole, again)]
+    assert all(records[0].get(part) == records[1].get(part) for part in ("selection", "schedule", "config"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("soft", ["ranks=by_score", "layer_lr=by_score"])
+def test_what_goes_by_score_resumes_by_the_scores_on_record(soft: str, place: Path) -> None:
+    trained("quickstart", "output_dir=whole", f"layerpeft.{soft}")
+    resumes("quickstart", Path("whole"), Path("again"), f"layerpeft.{soft}")

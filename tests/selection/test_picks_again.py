@@ -209,6 +209,27 @@ def test_dirichlet_begins_greedy_and_ends_with_the_counts():
     assert got == pytest.approx([1 / 14, 4 / 14, 1 / 14, 6 / 14, 2 / 14], abs=0.025)  # the mean of a Dirichlet
 
 
+def test_dirichlet_takes_the_best_in_the_first_epoch_alone():
+    """Beside the published rule, written down once more: the best with probability eps·exp(-λt) while the first epoch lasts."""
+    options = dirichlet.Options(eps=1.0, eps_decay=0.0, explore=3, prior=1.0)
+    counts = [0] * 5
+    for window in range(12):
+        t = turn(window, keep=2, counts=tuple(counts))
+        draw = random.Random(f"layerpeft dirichlet {t.seed}")
+        greedy = draw.random() < 1.0 and window < 3
+        want = [0, 2]
+        if not greedy:
+            chance, want = [draw.gammavariate(n + 1.0, 1.0) for n in counts], []
+            for _ in range(2):
+                point, left = draw.random() * sum(chance), [i for i in range(5) if chance[i]]
+                want.append(next(i for i in left if point < sum(chance[j] for j in left if j <= i)))
+                chance[want[-1]] = 0.0
+        assert list(dirichlet.again(t, options).positions) == want
+        for i in want:
+            counts[i] += 1
+    assert counts[0] >= 3 and len([n for n in counts if n]) > 2
+
+
 def test_dirichlet_spreads_more_than_its_mean_would():
     """Fresh p in every window: two draws of one window are tied to each other as a Dirichlet ties them."""
     options = dirichlet.Options(eps=1e-9, prior=0.2)

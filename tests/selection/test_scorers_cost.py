@@ -29,7 +29,7 @@ PASSES: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
     ("quantization_error", {"activations": True}, (B, 0)),
     ("salience", {}, (B, 0)),
     ("output_kl", {}, (B * (2 + N), 0)),
-    *(("gradient_norm", {"statistic": s}, (B, B)) for s in ("frobenius", "nuclear", "l1", "agreement")),
+    *(("gradient_norm", {"statistic": s}, (B, B)) for s in ("frobenius", "nuclear", "l1", "norms", "agreement")),
     ("gradient_norm", {"exact": True}, (B, B)),
     ("gradient_norm", {"statistic": "credit", "steps": STEPS}, (B + STEPS, STEPS)),
     ("fisher", {}, (B, B)),

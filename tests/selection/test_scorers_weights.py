@@ -201,6 +201,12 @@ def test_l1_adds_up_every_element(llama, rows, gradients, monkeypatch):
     assert even.values == pytest.approx([w / n for w, n in zip(want, sizes, strict=True)], rel=1e-5)
 
 
+def test_norms_are_added_up_over_targets_and_batches(llama, rows, gradients):
+    """Aletheia's score."""
+    want = by_layer(llama, lambda t: sum(float(g[t.name].norm()) for g in gradients) / 3)
+    assert scored(llama, rows, statistic="norms").values == pytest.approx(want, rel=1e-5)
+
+
 def test_the_nuclear_norm_lies_within_its_stated_error(llama, rows, gradients):
     want = by_layer(llama, lambda t: sum(float(torch.linalg.svdvals(g[t.name]).sum()) for g in gradients) / 3)
     exact = scored(llama, rows, statistic="nuclear", exact=True)

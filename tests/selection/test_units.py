@@ -276,3 +276,13 @@ def test_cumulative():
     assert split.pick([0.25] * 4, None, 0, how(share=0.5)) == [0, 1]
     with pytest.raises(SelectionError, match="a share of the scores' sum"):
         split.pick([0.0, 0.0], None, 0, how())
+
+
+def test_threshold():
+    cosines = [0.2, 0.9, 0.85, 0.84, 0.99]  # LS-LoRA: all layers below 0.85
+    scores = [1 - c for c in cosines]
+    picked = split.pick(scores, None, 0, split.Options("threshold", threshold=1 - 0.85))
+    assert picked == [i for i, c in enumerate(cosines) if c < 0.85]
+    assert split.pick([0.3, 0.3], None, 0, split.Options("threshold")) == [0, 1]
+    with pytest.raises(SelectionError, match=r"no score is above 0\.15, the highest is 0\.1$"):
+        split.pick([0.1, 0.05], None, 0, split.Options("threshold"))

@@ -1,5 +1,5 @@
-"""How many layers to take, from the scores themselves: a two-class split (Otsu 1979), IR-Tuning's windowed one, or as many as
-make up a share of the sum (ESFT, arXiv 2407.01906: of the routing of a layer, `within: layer`)."""
+"""How many layers to take, from the scores themselves: a two-class split (Otsu 1979), IR-Tuning's windowed one, as many as make
+up a share of the sum (ESFT, arXiv 2407.01906: of the routing of a layer, `within: layer`), or all above a number (LS-LoRA)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,32 @@ TRAITS = Traits(decides=True)  # the scores say how many
 class Options:
     """`split`: `otsu` weighs both classes by their size; `ir_tuning` (arXiv 2510.00268) adds the unweighted variances and
     looks only at cuts within `window` (shares of the number of layers); `cumulative` takes the best until they make up `share` of
-    the sum (ESFT's p: 0.2 of tokens, 0.1 of gates)."""
+    the sum (ESFT's p: 0.2 of tokens, 0.1 of gates); `threshold` takes every score above `threshold` (LS-LoRA's cosine below 0.85
+    is an influence above 0.15)."""
 
-    split: Literal["otsu", "ir_tuning", "cumulative"] = "otsu"
+    split: Literal["otsu", "ir_tuning", "cumulative", "threshold"] = "otsu"
     window: tuple[float, float] = checked((0.35, 0.65), of={"split": ("ir_tuning",)})
     share: float = checked(0.2, above=0, most=1, of={"split": ("cumulative",)})
+    threshold: float = checked(0.15, of={"split": ("threshold",)})
 
 
 def pick(scores: Sequence[float], keep: int | None, seed: int, options: Options) -> list[int]:
     """Positions of the high class, best first.
 
-    Raises: SelectionError when all scores are equal, so that there is nothing to split, or make up no sum.
+    Raises: SelectionError when all scores are equal, so that there is nothing to split, make up no sum, or lie below the threshold.
     """
     if options.split == "cumulative":
         return until(scores, options.share)
-    if len(set(scores)) < 2:
+    if options.split != "threshold" and len(set(scores)) < 2:
         raise SelectionError("pick: split needs at least two different scores")
     ascending = sorted(scores)
-    low = otsu_cut(ascending) if options.split == "otsu" else windowed_cut(ascending, options.window)
+    if options.split == "threshold":
+        low = sum(s <= options.threshold for s in scores)
+        if low == len(scores):
+            best = f"{ascending[-1]:.4g}"
+            raise SelectionError(f"split: threshold: no score is above {options.threshold:g}, the highest is {best}")
+    else:
+        low = otsu_cut(ascending) if options.split == "otsu" else windowed_cut(ascending, options.window)
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: len(scores) - low]
 
 

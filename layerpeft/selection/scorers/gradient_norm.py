@@ -9,6 +9,8 @@ Higher means "train this first" for each of them:
   by how much it may be too low at most stands in the scores' `origin` as `error`, a share of every layer's score. `exact` leaves
   no error;
 - `l1`: mean over batches of Σ|G_ij|, exact, a block of rows at a time;
+- `norms`: mean over batches of Σ over targets of ‖G‖ (Aletheia, arXiv 2604.15351), exact, one gradient at a time. A layer of more
+  targets has more of it;
 - `agreement`: 1 - mean over elements of |mean over batches of g| / rms over batches of g. So layers come first whose batches
   disagree most, which in this package's pilot bring most when they train alone (rank correlation .93; the signal-to-noise ratio
   of whole layers says nothing). `4k` rows of every weight are looked at; takes at least two batches. A statistic of this package;
@@ -16,8 +18,8 @@ Higher means "train this first" for each of them:
   0: they worked against it.
 
 Cost: one forward and one backward pass over each batch and, per target, two products with 2k columns (`frobenius`, `nuclear`),
-one with 4k (`agreement`), or one as large as the backward pass's own (`l1`, `exact`). No gradient of a weight is kept. `credit`:
-one forward pass over each batch, and `steps` forward and backward passes with adapters.
+one with 4k (`agreement`), or one as large as the backward pass's own (`l1`, `norms`, `exact`). No gradient of a weight is kept.
+`credit`: one forward pass over each batch, and `steps` forward and backward passes with adapters.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from layerpeft.selection.overlaps import overlaps_for
 from layerpeft.selection.probe import Exact, Probe, Sketch, Statistic
 from layerpeft.selection.scorers import OF_HEADS, Traits
 from layerpeft.selection.scoring import Measured, Request, over, per_layer, per_weight
-from layerpeft.selection.statistics import Absolute, Agreement, Nuclear, Running
+from layerpeft.selection.statistics import Absolute, Agreement, Norm, Nuclear, Running
 from layerpeft.selection.typecheck import checked
 from layerpeft.text import some
 
@@ -53,7 +55,7 @@ class Options:
     k: int = checked(8, least=1, of={"statistic": ("frobenius", "nuclear", "agreement", "credit"), "exact": (False,)})
     normalize: Literal["none", "numel", "weight"] = "none"
     signal: bool = False
-    statistic: Literal["frobenius", "nuclear", "l1", "agreement", "credit"] = "frobenius"
+    statistic: Literal["frobenius", "nuclear", "l1", "norms", "agreement", "credit"] = "frobenius"
     steps: int = checked(20, least=1, of={"statistic": ("credit",)})
     lr: float = checked(1e-3, above=0, of={"statistic": ("credit",)})
 
@@ -70,7 +72,7 @@ class Options:
             problems.add(f"exact: true would hold two gradients of every weight; with {named} raise k", "exact")
         if self.exact and self.statistic == "credit":
             problems.add(f"exact: true is not of {named}, which forms no gradient of a weight", "exact")
-        if self.exact and self.statistic == "l1":
+        if self.exact and self.statistic in ("l1", "norms"):
             problems.add(f"exact: true: {named} is exact as it is; take it out", "exact")
         fits = {"frobenius": ("none", "numel", "weight"), "l1": ("none", "numel")}.get(self.statistic, ("none",))
         if self.normalize not in fits:
@@ -95,6 +97,8 @@ class Options:
             return Agreement(self.k, seed)
         if self.statistic == "l1":
             return Absolute()
+        if self.statistic == "norms":
+            return Norm()
         if self.statistic == "nuclear":
             return Nuclear(self.k, seed, self.exact)
         return Exact() if self.exact else Running(self.k, seed) if self.signal else Sketch(self.k, seed)
