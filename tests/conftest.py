@@ -19,6 +19,7 @@ from tests.helpers.repeating import mark_repetitions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads cost more than such small files
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("LAYERPEFT_QUIET", "1")
 

@@ -19,7 +19,7 @@ about: Two rows.
 kind: bits
 place: 1
 model: {shipped: llama-6m}
-rows: {length: 16, calibration: 1, held_out: 2, batch: 2}
+rows: {length: 16, calibration: 1, held_out: 1, batch: 2}
 budgets: [6.0, int8]
 choices: [4, 8, 16]
 ladder: [nf4, int8, 16bit]

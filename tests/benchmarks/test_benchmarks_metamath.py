@@ -108,6 +108,7 @@ def test_stock_folders_need_nothing_but_peft():
     assert "LAYER_LORA" in done.stdout  # without layerpeft the others are refused, and not taken for something else
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("folder", OURS, ids=str)
 def test_the_harness_trains_and_saves_our_folders(folder, tmp_path):
     """The steps of its loop, in its order: a loss without gradients, steps with clipping, the size of the file, the log."""

@@ -210,7 +210,8 @@ def train(
     from layerpeft.training.report import layer_report
 
     size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.get("gradient_accumulation_steps", 1))
+    if size > 1:
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.get("gradient_accumulation_steps", 1))
     told = {
         "max_steps": 4,
         "save_steps": 2,

@@ -166,7 +166,9 @@ def main(root: Path, runs: Runs) -> None:
         counts[case] = unbroken(f"whole {case}", case, list(watches.values()))
     for number, (case, kind) in enumerate(runs.kills):
         folder = root / f"{number}"
-        last = (kind, draw.randint(1, counts[case][kind])) if kind in watches else None
+        late = sum(k == kind for _, k in runs.kills) == 1  # where there is something to lose
+        moments = counts[case].get(kind, 0)
+        last = (kind, draw.randint(moments // 2 if late else 1, moments)) if kind in watches else None
         delay = draw.uniform(0.1, 0.9) * seconds[case]
         one = _killed(lambda case=case, folder=folder: run(case, folder), folder, watches.get(kind), last, delay)
         checkpoint = one.pop("checkpoint")

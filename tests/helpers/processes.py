@@ -52,11 +52,11 @@ def without_the_package(code: str, *arguments: object, **options: Any) -> subpro
     return _ask(_server("peft"), code, arguments, **options)
 
 
-def in_two_ranks(file: str, folder: Path, imports: Sequence[str] = ()) -> list[Any]:
-    """Two processes of a group run a test file as torchrun would have them do; what each left in `folder`."""
+def in_two_ranks(file: str, folder: Path, *scenes: object, imports: Sequence[str] = ()) -> list[Any]:
+    """Two processes of a group run these scenes of a test file as torchrun would have them do; what each left in `folder`."""
     import torch
 
-    done = in_a_process(str(Path(file).resolve()), folder, cwd=folder, ranks=2, imports=imports)
+    done = in_a_process(str(Path(file).resolve()), folder, *scenes, cwd=folder, ranks=2, imports=imports)
     assert done.returncode == 0, done.stderr[-12000:]
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
 

@@ -1,4 +1,4 @@
-"""Which cells of a matrix run by default: those that show something. What repeats it is `slow`: `pytest -m slow`."""
+"""Which cells run by default: those that show something. What repeats it is `slow`: `pytest -m slow`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,20 @@ def repeated(cell: Any) -> Any:
     return pytest.param(*(cell if isinstance(cell, tuple) else (cell,)), marks=pytest.mark.slow)
 
 
+def wanted(request: pytest.FixtureRequest, *parameters: str) -> list[Any]:
+    """The values of a parameter (tuples of several) for which tests of this file are to run: a shared set-up makes no others."""
+    items = [i for i in request.session.items if i.path == request.node.path and hasattr(i, "callspec")]
+    given = [i.callspec.params for i in items if set(parameters) <= set(i.callspec.params)]  # type: ignore[attr-defined]
+    values = [tuple(g[p] for p in parameters) if parameters[1:] else g[parameters[0]] for g in given]
+    return [value for n, value in enumerate(values) if value not in values[:n]]
+
+
 def mark_repetitions(items: Iterable[pytest.Item]) -> None:
-    """Of tests marked `matrix`, those stay that show each value of every parameter once, or each combination it names."""
+    """Of tests marked `matrix`, those stay that show each value of every parameter once, or each combination it names.
+
+    Of tests marked `spread(n)`, which say the same of one thing after another, every n-th stays, beginning elsewhere in each.
+    """
+    items = list(items)
     cells = defaultdict(list)
     for item in items:
         marker = item.get_closest_marker("matrix")
@@ -41,3 +53,16 @@ def mark_repetitions(items: Iterable[pytest.Item]) -> None:
             same.remove((item, shows))
         for item, _ in same:
             item.add_marker(pytest.mark.slow)
+    _spread(items)
+
+
+def _spread(items: list[pytest.Item]) -> None:
+    cells = defaultdict(list)
+    for item in items:
+        marker = item.get_closest_marker("spread")
+        if marker is not None and "slow" not in item.keywords:
+            cells[item.path, item.nodeid.partition("[")[0], marker.args[0]].append(item)
+    for number, ((_, _, every), same) in enumerate(cells.items()):
+        for place, item in enumerate(same):
+            if (place - number) % every:
+                item.add_marker(pytest.mark.slow)

@@ -28,7 +28,7 @@ CELLS = [
     *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
     *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
     *[("fsdp2", name) for name in ("lora-outliers", "lora-nf4")],
-    *[("fsdp2", f"galore{n}") for n in ("", "-svd", "-random", "-project", "-base", "-batches", "-outliers")],
+    *[("fsdp2", f"galore{n}") for n in ("", "-grad", "-svd", "-random", "-project", "-base", "-batches", "-outliers")],
     *[("fsdp2", f"galore-{n}") for n in ("sched", "sched-clear", "sched-offload", "nf4", "packed")],
     *[(e, n) for e in ("fsdp2_noram", "fsdp2_sharded", "fsdp2_ac", "fsdp2_bf16") for n in ("galore", "galore-sched")],
     *[("zero1", name) for name in ("lora-depth", "lora-grad", "lisa")],
@@ -44,7 +44,7 @@ CELLS = [
     ("zero3_file", "full"),
     *[("zero3_apart", name) for name in ("lora-depth", "full")],
 ]
-QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa"), ("fsdp2", "galore-grad")]
+QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
 # Runs of another kind: options of the trainer
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 20, "max_steps": 5, "ragged": True},

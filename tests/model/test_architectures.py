@@ -71,6 +71,7 @@ def moved_since(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {n.removeprefix(PREFIX) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize(("name", "stack"), some(CASES, FEW))
 def test_choose_train_save_load_merge(name, stack, tmp_path):
     model = build(name)
@@ -126,6 +127,7 @@ def true_norms(model: nn.Module, found: LayerMap, names: list[str], batches: lis
     return [s**0.5 for s in squares]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize(("name", "stack"), [case for case in some(CASES, FEW) if case != ("llama_bare", None)])
 def test_gradient_norms(name, stack):
     model, found = mapped(name, stack)
@@ -149,6 +151,7 @@ def test_a_model_without_a_loss_cannot_be_scored():
         score_layers(model, "gradient_norm", batches=[batch("llama_bare", model)], progress=False)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", MOE)
@@ -166,6 +169,7 @@ def test_gradient_norms_of_experts(name, how):
     assert set(exact.targets) == set(names)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", MOE)
 def test_lora_on_experts(name, tmp_path):
     model = build(name)

@@ -164,6 +164,7 @@ def lora(model: nn.Module, name: str = "", **options) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, **{"target_modules": modules, **options}))  # type: ignore[arg-type]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", MAPPED)
 def test_stack_and_names(name):
     model, found = plain(name)
@@ -178,6 +179,7 @@ def test_stack_and_names(name):
     assert len(found.fingerprint) == 64 and found.fingerprint == layer_map(model).fingerprint
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", some(sorted(MODELS), FAMILIES))
 def test_models_train_a_step(name):
     model = MODELS[name]()
@@ -223,6 +225,7 @@ def test_nothing_is_missing_or_counted_twice(name):
     assert len([t for t in found.targets if t.kind == "experts"]) == len(stacked)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", some(MAPPED, FEW))
 def test_meta_device_gives_the_same_map(name):
     with torch.device("meta"):
@@ -231,6 +234,7 @@ def test_meta_device_gives_the_same_map(name):
     assert layer_map(model) == plain(name)[1]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", some(MAPPED, FEW))
 def test_lora_wrapped_gives_the_same_map(name):
     found = plain(name)[1]

@@ -65,10 +65,10 @@ def test_what_is_given_up_last_is_won_back():
 @pytest.mark.parametrize(
     "select",
     [
-        {"by": "gradient_norm", "keep": "auto"},
+        repeated({"by": "gradient_norm", "keep": "auto"}),
         {"by": "gradient_norm", "keep": "auto", "pick": "split", "split": "ir_tuning", "window": [0.3, 0.6]},
         repeated({"by": "outliers", "keep": "75%", "M": 5}),
-        "first:2",
+        repeated("first:2"),
         repeated("all"),
     ],
 )

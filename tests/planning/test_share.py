@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +21,7 @@ from layerpeft.planning.plan import for_cards, plan
 from layerpeft.planning.trace import Step
 from layerpeft.tuners.galore.projection import projections, state_of
 from tests.helpers.processes import in_two_ranks
+from tests.helpers.repeating import some, wanted
 
 SHAPE = dict(vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=4, num_attention_heads=2)
 PROJECTED = [2, 3]
@@ -47,24 +49,29 @@ def of_two(select, kind, checkpointing):
     return plan(model(), config(select), batch_size=2, length=16, checkpointing=checkpointing, step=step).share
 
 
-def test_a_share_is_what_each_of_two_processes_holds_and_sends(tmp_path):
-    first, second = in_two_ranks(__file__, tmp_path)
-    for name, case in CASES.items():
-        said, found, other = of_two(*case), first[name], second[name].pop("held")
-        again, there = found.pop("kept", None), second[name].pop("kept", None)
-        if said.kept is not None:  # frozen blocks above the cut stayed whole after the forward pass
-            kept, backward = said.kept, said.traffic.backward
-            assert again == there == [backward.times - kept.units, backward.bytes - kept.saved] and kept.units, name
-        assert said is not None and found.pop("held") == (held := {k: getattr(said, k) for k in PARTS}), name
-        assert found == second[name] and all(other[k] <= held[k] for k in PARTS), (
-            name
-        )  # the first has the larger halves
-        moved = said.traffic
-        assert ([moved.forward.times, moved.forward.bytes], [moved.backward.times, moved.backward.bytes]) == (
-            found["forward"], found["backward"],
-        ), name  # fmt: skip
-        assert [moved.reduced.times, moved.reduced.bytes] == found["reduced"], name
-        assert said.gathered == found["whole"], name
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, request):
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("share"), *wanted(request, "name"))
+
+
+@pytest.mark.spread(2)
+@pytest.mark.parametrize("name", some(CASES, ["above the cut", "projected"]))
+def test_a_share_is_what_each_of_two_processes_holds_and_sends(ranks, name):
+    (found, there), said = (rank[name] for rank in ranks), of_two(*CASES[name])
+    if said.kept is not None:  # frozen blocks above the cut stayed whole after the forward pass
+        kept, backward = said.kept, said.traffic.backward
+        again = [backward.times - kept.units, backward.bytes - kept.saved]
+        assert found["kept"] == there["kept"] == again and kept.units
+    held = {k: getattr(said, k) for k in PARTS}
+    assert found["held"] == held and all(there["held"][k] <= held[k] for k in PARTS)  # the first has the larger halves
+    moved = said.traffic
+    counted = {
+        "forward": [moved.forward.times, moved.forward.bytes],
+        "backward": [moved.backward.times, moved.backward.bytes],
+        "reduced": [moved.reduced.times, moved.reduced.bytes],
+        "whole": said.gathered,
+    }
+    assert all(rank[k] == v for rank in (found, there) for k, v in counted.items())
 
 
 def test_what_is_not_divided_is_whole_and_the_cut_is_seen():
@@ -210,8 +217,8 @@ if __name__ == "__main__":
     state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     os.environ["FSDP_VERSION"] = "2"
     results = {}
-    for label, case in CASES.items():
-        results[label] = measured(*case)
+    for label in sys.argv[2:]:
+        results[label] = measured(*CASES[label])
         state.AcceleratorState._reset_state(True)
     rank = torch.distributed.get_rank()
     torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")

@@ -92,6 +92,7 @@ def pair(folder, kind="AutoModelForCausalLM", dtype=None, **options):
     return in_place(plain, assignment), loaded, assignment
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "t5", "opt", "gemma2", "mixtral", "qwen3_next", "phi3"])

@@ -259,6 +259,7 @@ LEFT = {
 }
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", some(sorted(MODELS), FAMILIES))
 def test_routers_heads_embeddings_and_what_is_not_a_linear_stay_in_every_architecture(name):
     model = MODELS[name]()

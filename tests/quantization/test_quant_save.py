@@ -109,6 +109,7 @@ def test_plain_transformers_stops_at_a_mixture(alone):
         AutoModelForCausalLM.from_pretrained(root / "mixture")  # with layerpeft imported, too
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "t5", "opt", "bert", "mixtral", "gemma3_vlm"])
 def test_any_mixture_loads_with_layerpeft_tensor_for_tensor(name, tmp_path):
     source = cast(MODELS[name](), torch.bfloat16)

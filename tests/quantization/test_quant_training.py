@@ -35,6 +35,7 @@ def packed(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig, LayerFullConfig])
 @pytest.mark.parametrize("precision", ["nf4", "int8", 2, "fp4"])
@@ -56,6 +57,7 @@ def test_layers_that_do_not_train_are_packed_and_stay_as_they_are(kind, precisio
     assert "14" in quantized.why and tensor_bytes(base_of(model)) < 0.8 * tensor_bytes(wrap(kind=kind))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig])
 @pytest.mark.parametrize("precision", ["nf4", "int8", 3])
@@ -257,6 +259,7 @@ def test_what_contradicts_itself_is_refused_before_anything_happens():
 # ---- measured over quantized layers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("precision", ["nf4", "int8", 2])
 def test_the_probe_and_the_scorers_read_quantized_layers(precision):
     model, plain = wide(), wide()
@@ -284,6 +287,7 @@ def test_the_backward_pass_stops_above_quantized_layers():
     assert seen.text("reached") == "0011" and seen.text("forward") == "1111"
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -313,6 +317,7 @@ def test_a_plan_counts_the_bytes_that_wrapping_comes_to(options):
 # ---- trainers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerFullConfig])
 def test_trl_trains_it_and_a_resumed_run_equals_an_unbroken_one(tmp_path, kind):
     rows = gsm8k_rows()
@@ -359,6 +364,7 @@ def test_a_copy_of_a_quantized_model_is_one_of_its_own():
     assert isinstance(model, peft.PeftModel) and adamw(model) is not None and LLAMA.is_dir()
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("precision", ["nf4", "int8", 3])
 def test_a_projection_over_packed_layers_merges_and_comes_back(precision):
     model = train(wrap(kind=LayerGaloreConfig, quantize_frozen=2, quantize_trained=precision, update_proj_gap=2), 7)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerpeft
 from layerpeft.cli import main
-from tests.conftest import DATA, LLAMA
+from tests.conftest import DATA
 from tests.helpers.processes import without_the_package
+from tests.helpers.short import short_llama
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -44,7 +45,7 @@ TOKENS = [17, 250, 999, 12, 345, 678, 90, 4]
 
 
 def base():
-    return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(short_llama(), dtype=torch.float32)
 
 
 def config(**options):
@@ -104,7 +105,7 @@ def by_trl(folder: Path):
         base(),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(LLAMA),
+        processing_class=AutoTokenizer.from_pretrained(short_llama()),
         peft_config=layerpeft.LayerLoraConfig(select={"by": "gradient_norm", "keep": 2}, target_modules="all-linear"),
     )
     trainer.train()
@@ -122,7 +123,8 @@ def by_heads(folder: Path):
 
 def by_recipe(folder: Path):
     settings = ["max_steps=2", "warmup_steps=0", "max_train_samples=16", "max_eval_samples=4", "sample_tokens=0"]
-    assert main(["train", "quickstart", f"output_dir={folder}", "layerpeft.select.num_batches=2", *settings]) == 0
+    settings += ["layerpeft.select.num_batches=2", f"model_name_or_path={short_llama()}"]
+    assert main(["train", "quickstart", f"output_dir={folder}", *settings]) == 0
     return layerpeft.load(folder, base())
 
 
@@ -142,7 +144,7 @@ def saved(tmp_path_factory):
 
 def test_plain_peft_gives_equal_logits(saved):
     folders = [str(folder) for folder, _ in saved.values()]
-    done = without_the_package(PLAIN, LLAMA, json.dumps(TOKENS), *folders)
+    done = without_the_package(PLAIN, short_llama(), json.dumps(TOKENS), *folders)
     assert done.returncode == 0, done.stderr[-2000:]
     logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     untouched = base().eval()(input_ids=torch.tensor([TOKENS])).logits[0, -1]

@@ -20,6 +20,7 @@ from layerpeft.recipe import trainer
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.train import run
+from tests.helpers.repeating import repeated
 from tests.helpers.short import LAYERS, short_llama
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -92,7 +93,7 @@ def test_a_budget_is_measured_on_the_batches_of_the_recipe(budgeted):
     assert all(row.change for row in result.report.rows)
 
 
-@pytest.mark.parametrize("select", ["last:2", "{by: gradient_norm, keep: 2, num_batches: 1}"])
+@pytest.mark.parametrize("select", ["last:2", repeated("{by: gradient_norm, keep: 2, num_batches: 1}")])
 def test_what_the_architecture_decides_is_stored_while_it_loads(monkeypatch, select):
     asked = []
     load = load_quantized
@@ -161,12 +162,14 @@ def test_a_plan_states_bits_bytes_and_the_peak_of_loading(capsys):
     assert "nf4 where nothing trains (21 linears)" in text and "already peaks at" in text
 
 
+@pytest.mark.slow  # as tests/recipe/test_measure.py has it in four bits
 def test_a_plan_of_weights_is_what_a_step_holds():
     found = measure("frozen_nf4", [*TINY[1:], "layerpeft.select=last:2", f"model_name_or_path={short_llama()}"])
     weights = next(part for part in found.parts if part.name == "weights")
     assert weights.measured == pytest.approx(weights.predicted, rel=0.02)
 
 
+@pytest.mark.slow  # tests/test_cli.py compares arms, and others here train over packed layers
 def test_arms_are_compared_over_packed_layers_and_the_one_with_all_of_them_stays_in_16_bit():
     settings = [*TINY, "max_steps=2", "layerpeft.select.num_batches=1", "output_dir=compared"]
     settings.append(f"model_name_or_path={short_llama()}")

@@ -328,6 +328,7 @@ def test_shipped_addresses() -> None:
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", sorted(shipped.recipes()))
 def test_shipped_recipes_are_good_and_survive_being_written(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
-from layerpeft.recipe import rows
+from layerpeft.recipe import check, rows
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import DEEPEST, text_of
 from layerpeft.recipe.trainer import make_trainer, prepare, tokenized
@@ -209,6 +209,7 @@ def _labels(values: list[str], kind: str) -> Any:
     return setup_of(content, CLASSES, more, f"d.{kind if kind in ('csv', 'parquet') else 'jsonl'}").labels
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "columns", "parquet"])
 def test_one_rule_says_what_a_class_is(kind: str, place: Path) -> None:
     assert _labels(["10", "9", "-1", "9"], kind) == ("9", "10", "-1")
@@ -636,8 +637,16 @@ def no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(refuse))
 
 
+@pytest.fixture
+def rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers are chosen is looked at by other tests."""
+    monkeypatch.setattr(check, "choice_problems", lambda recipe: [])
+
+
 @pytest.mark.parametrize("name", [*BROKEN, *CLASS_BROKEN])
-def test_rows_that_cannot_be_read(name: str, no_weights: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_cannot_be_read(
+    name: str, no_weights: None, rows_alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, content, fragments, cure = {**BROKEN, **CLASS_BROKEN}[name]
     recipe = (CLASSES if name in CLASS_BROKEN else SFT).format(file=file)
     more = ""

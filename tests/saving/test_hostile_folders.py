@@ -186,6 +186,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_and_refused_where_it_is_named(out, damage, capsys):
     DAMAGE[damage](out / "checkpoint-2")

@@ -55,6 +55,7 @@ def trained(model):
     return model
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("around", [compiled, by_region])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_compiled_before_it_is_wrapped_a_model_saves_plain_keys(kind, around, tmp_path):

@@ -104,6 +104,7 @@ def test_wrapping_a_model_of_several_stacks(name: str, counts: Counter[str]) -> 
     assert counts == ONCE
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("select", [SAVED, BY_DATA, BY_DATA | AGAIN | {"layers": "last:3"}])
@@ -202,6 +203,7 @@ def test_a_recipe_is_planned(built: Counter[str]) -> None:
     assert +built == {"parsed": 1, "walked": 2, "built": 1}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(
     "quant", [{"select": "first:2", "bits": "int8"}, {"mean_bits": 9, "choices": [8, 16]}], ids=str
 )

@@ -52,6 +52,7 @@ def test_exact_norms_equal_a_plain_backward(small_llama, gsm8k_batches, exact):
         assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("seed", some(range(5), 2))
 def test_the_probe_ranks_layers_as_exact_norms_do(small_llama, gsm8k_batches, exact, seed):
     probed = score_layers(
@@ -226,6 +227,7 @@ def test_signal_is_the_norm_of_the_mean_gradient(small_llama, gsm8k_batches):
         score_layers(small_llama, batches=batches, signal=True, exact=True, progress=False)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_bases_are_scored_in_eval_mode(llama, gsm8k_batches, bits):
     bnb = pytest.importorskip("bitsandbytes")

@@ -130,6 +130,7 @@ def refused(by: str, name: str, stack: str | None) -> str:
     return ""
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("name", "stack"), some(CASES, FEW))
 def test_finite_deterministic_and_without_a_trace(name, stack):
     model = build(name)

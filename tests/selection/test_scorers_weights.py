@@ -319,6 +319,7 @@ def test_options_that_do_not_go_together_are_named(llama, options, message):
         score_layers(llama, "gradient_norm", batches=[{}], progress=False, **options)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("by", ["fisher", *STATISTICS])
 def test_the_losses_scale_is_divided_out(llama, rows, by):
     """As training under accumulation would show it: losses of another scale, and known."""
@@ -345,6 +346,7 @@ def test_the_losses_scale_is_divided_out(llama, rows, by):
 # ---- on every architecture -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", some(sorted(set(MAPPED) - {"llama_bare"}), FEW))
 def test_they_are_finite_and_leave_nothing_behind(name):
     model, _ = mapped(name)

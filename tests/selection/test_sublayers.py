@@ -111,6 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("name", "stack"), some(CASES, FEW))
 def test_finite_deterministic_and_without_a_trace(name, stack):
     model = build(name).eval()

@@ -104,6 +104,7 @@ SWITCHES = {
 ALL_SWITCHES = pytest.mark.parametrize("name", SWITCHES)
 
 
+@pytest.mark.spread(2)
 @ALL_SWITCHES
 def test_nothing_below_the_cut_is_recomputed_or_reached(name):
     switch, recomputed = SWITCHES[name]
@@ -123,6 +124,7 @@ def test_the_switches_do_defeat_plain_peft(name):
     assert traffic(model) == (ALL, ALL, ALL if recomputed == TOP else NONE)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix("dropout,autocast")
 @ALL_SWITCHES
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

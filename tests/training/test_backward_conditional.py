@@ -112,6 +112,7 @@ CASES = [(name, "non-reentrant") for name in TOWERS] + [
 ]
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_batch_that_leaves_out_what_trains_is_a_step_that_does_nothing(name, kind, caplog):
     caplog.set_level("INFO")

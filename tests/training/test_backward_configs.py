@@ -70,6 +70,7 @@ def both(config: peft.PeftConfig, switch, build=llama):
     return model, ours
 
 
+@pytest.mark.spread(2)
 @KINDS
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_configs_are_cut(name, switch):
@@ -78,6 +79,7 @@ def test_stock_configs_are_cut(name, switch):
     assert backward.where(model) == backward.Stop(4, "layer 4 is the lowest that trains")
 
 
+@pytest.mark.spread(2)
 @KINDS
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_it_steps_aside_where_something_below_trains(name, switch):
@@ -88,6 +90,7 @@ def test_it_steps_aside_where_something_below_trains(name, switch):
     assert stop.layer is None and reason in stop.why and stop.why.endswith("the layers, trains")
 
 
+@pytest.mark.spread(2)
 @KINDS
 @pytest.mark.parametrize("together", [False, True])
 def test_tied_heads(switch, together):
@@ -104,6 +107,7 @@ def test_tied_heads(switch, together):
     assert backward.where(model).layer == (None if together else 4)
 
 
+@pytest.mark.spread(2)
 @KINDS
 def test_our_own_config_steps_aside_too(switch):
     for options in ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}):

@@ -123,6 +123,7 @@ CASES += [(name, (None,), TOP) for name in ("jamba", "qwen3_next", "mamba", "gpt
 CASES += [("hubert", ("hubert.encoder.layers",), "00", TOP), ("zamba2", (None,), "0011")]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c[0], *map(str, c[1])]))
@@ -139,6 +140,7 @@ def test_every_stack_is_cut_at_its_own_lowest_layer_and_none_is_starved(case, ki
         assert grad is None or torch.equal(grad, theirs[tensor]), tensor
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gemma3_vlm", "qwen2_vl"])

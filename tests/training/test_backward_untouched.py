@@ -87,6 +87,7 @@ def test_the_live_model_is_plain_pefts_and_makes_the_same_calls(name, select):
     assert mine == reference and len(mine) > 1000
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", ["t5", "bart", "gemma3_vlm"])
 def test_other_architectures_with_all_layers(name):
     found = []

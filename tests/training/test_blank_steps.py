@@ -43,6 +43,7 @@ def trained(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n or p.requires_grad}
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig, LayerFullConfig])
 @pytest.mark.parametrize(
     "select", ["last:2", BY_GRADIENT, UNIFORM, BY_ADAPTERS], ids=["last", "waits", "turns", "measured"]
@@ -81,6 +82,7 @@ def test_a_choice_that_waits_is_made_by_the_first_step_that_has_labels():
     assert found.keys() == want.keys() and all(torch.equal(found[n], want[n]) for n in want)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("select", ["last:2", UNIFORM, BY_GRADIENT], ids=["last", "turns", "waits"])
 def test_a_run_without_any_other_step_ends(select):
     for batches, rewards in ((BLANK[:2], 1.0), (LABELLED[:2], 0.0)):

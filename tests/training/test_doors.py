@@ -22,6 +22,7 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.trainer import load_model, make_trainer, prepare, training_arguments
 from tests.conftest import LLAMA
 from tests.helpers.quanting import logits, wide, wrap
+from tests.helpers.repeating import repeated
 from tests.helpers.training import plain
 
 pytest.importorskip("bitsandbytes")
@@ -79,8 +80,8 @@ def found_in(model):
     return {plain(n): p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-CASES = [("lora", "nf4"), ("galore", "int8"), ("full", 3)]
-CASES += [pytest.param(m, p, marks=pytest.mark.slow) for m, p in [("lora", 2), ("galore", "nf4"), ("full", "nf4")]]
+REST = [("lora", "nf4"), ("full", 3), ("lora", 2), ("galore", "nf4"), ("full", "nf4")]
+CASES = [("galore", "int8"), *map(repeated, REST)]
 
 
 @pytest.mark.parametrize(("method", "precision"), CASES)
@@ -118,6 +119,7 @@ def arguments(tmp_path):
     return made
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_trainer_takes_a_packed_base_for_one_whose_adapters_are_to_be_cast(arguments, method):
     rank = {} if method == "full" else {"r": 4}

@@ -85,6 +85,7 @@ def test_a_loop_of_ones_own_equals_groups_by_hand(options):
         torch.testing.assert_close(p, q, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(
     ("options", "kind"),
     [

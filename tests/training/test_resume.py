@@ -88,6 +88,7 @@ def test_resume_takes_the_layers_of_the_record_as_a_list(unbroken, rows, tmp_pat
     assert chosen(trainer) == chosen(whole) and record(trainer).steps_trained == dict.fromkeys(chosen(whole), 1)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("callbacks", [False, True])
 def test_a_tuple_of_layers_is_the_same_choice_after_json(rows, tmp_path, callbacks):
     options = {"max_steps": 2, "save_steps": 1, "restore_callback_states_from_checkpoint": callbacks}

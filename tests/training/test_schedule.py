@@ -42,6 +42,7 @@ def values(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("select", [UNIFORM, BY_GRADIENT, UNIFORM | {"always": -1, "state": "clear"}], ids=str)
@@ -100,6 +101,7 @@ def test_frozen_layers_are_scored_as_if_they_trained():
         assert told["history"][switch]["scores"] == pytest.approx(list(scores.values), rel=0.2)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("state", ["keep", "clear", "offload"])
 def test_what_the_optimizer_holds_follows_the_policy(state):
     model = wrapped("lora", **CYCLE, state=state)
@@ -218,9 +220,9 @@ def test_a_layer_that_comes_back_gets_a_new_subspace():
         assert state_of(layer).steps == sum(2 for w in windows[:-1] if layer_number in w)
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("between", [False, True], ids=["after the step", "between forward and backward"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.spread(4)
 def test_a_reference_from_the_same_model_lets_nothing_else_train(method, between):
     """DPO, KTO and GRPO switch the adapter off and on again in every step, and PEFT then lets gradients into all of it."""
     plain, asked = wrapped(method, **CYCLE), wrapped(method, **CYCLE)
@@ -260,6 +262,7 @@ def test_an_optimizer_that_lacks_part_of_the_pool_is_refused():
         loop(model, 12, torch.optim.AdamW(some, 1e-2))
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("select", [UNIFORM, BY_GRADIENT], ids=["uniform", "gradient"])
 @pytest.mark.parametrize("method", METHODS)

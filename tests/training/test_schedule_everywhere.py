@@ -11,7 +11,7 @@ from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, check
 from layerpeft.errors import ConfigError
 from tests.helpers.loops import llama
 from tests.helpers.models import MODELS
-from tests.helpers.repeating import repeated
+from tests.helpers.repeating import repeated, some
 from tests.helpers.scheduling import METHODS, switcher_of
 from tests.helpers.short import LAYERS, short_llama
 from tests.helpers.training import gsm8k_rows, sft
@@ -39,6 +39,7 @@ def trained(model, call=None, steps=7):
     return windows
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("select", [UNIFORM, GRADIENT, OUTLIERS], ids=["uniform", "gradient", "outliers"])
 @pytest.mark.parametrize("method", METHODS)
@@ -67,6 +68,7 @@ def test_checkpointing(method, select, reentrant):
     [(UNIFORM, "eager"), repeated((UNIFORM, "aot_eager")), repeated((GRADIENT, "aot_eager"))],
     ids=["uniform, traced alone", "uniform", "gradient"],
 )
+@pytest.mark.slow  # tests/training/test_deferred_loops.py and test_backward.py compile
 def test_compiled(select, backend):
     config = LayerLoraConfig(select={**select, "seed": 2}, r=4, target_modules=["c_attn", "c_fc"])
     plain, model = (get_peft_model(MODELS["nanogpt"](), config) for _ in range(2))
@@ -83,6 +85,7 @@ MOE = {
 }
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", MOE)
 def test_experts(name):
     assert all(len(w) == 1 for w in trained(get_peft_model(MODELS["mixtral"](), MOE[name])))
@@ -98,6 +101,7 @@ def four_bit():
     return AutoModelForCausalLM.from_pretrained(short_llama(), quantization_config=config)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("select", [UNIFORM, GRADIENT], ids=["uniform", "gradient"])
 def test_a_base_in_four_bits(select):
     model = peft.prepare_model_for_kbit_training(four_bit())
@@ -110,7 +114,7 @@ def test_packed_weights_cannot_train_themselves():
         get_peft_model(four_bit(), LayerFullConfig(select=UNIFORM, **TASK))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", some(["lora", "full"], ["full"]))
 def test_trl_sft_with_its_defaults(method, tmp_path):
     config = METHODS[method](GRADIENT if method == "lora" else UNIFORM)
     trainer = sft(gsm8k_rows(), tmp_path, config, max_steps=5, bf16=True)

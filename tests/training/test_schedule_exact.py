@@ -142,6 +142,7 @@ def check_bytes(told, state):
         assert any(b < most for b, most in told[1::2])  # after a switch
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix("state,kind")
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -206,6 +207,7 @@ def test_an_optimizer_that_the_garbage_collector_does_not_show_is_followed_too()
     assert not differing(moments(model, optimizer, fulling.clean), hand.moments())
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("state", STATES)
 def test_two_optimizers_that_share_the_pool_count_as_one(state):
     """A step is over once both have stepped, and what rests is away from both."""
@@ -240,6 +242,7 @@ def plain_lora(start):
     return model
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix("state,kind")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -255,6 +258,7 @@ def test_lora_equals_plain_peft_that_is_switched_by_hand(state, kind, accumulate
     assert not differing(moments(model, optimizer), hand.moments())
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_measuring_frozen_layers_changes_nothing_of_what_trains(accumulate):
     """The layers are those that the scores chose; everything else is as if nobody had measured."""
@@ -309,6 +313,7 @@ def replayed(batches, hand, model, accumulate):
     return told
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("state", STATES)

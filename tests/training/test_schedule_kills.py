@@ -20,7 +20,7 @@ from tests.helpers.scheduling import rows, switcher_of, wrapped
 from tests.helpers.switched import moments
 
 SWITCH = "within a switch"
-KILLS = {FEW: {ANY: 1, WRITING: 2, SWITCH: 2}, MANY: {ANY: 8, WRITING: 7, SWITCH: 5}}
+KILLS = {FEW: {ANY: 1, WRITING: 2, SWITCH: 1}, MANY: {ANY: 8, WRITING: 7, SWITCH: 5}}
 UNIFORM = {"pick": "uniform", "keep": 2, "reselect_steps": 2, "state": "offload"}
 GRADIENT = {
     "by": "gradient_norm",
@@ -39,7 +39,7 @@ CASES = {  # method, select, micro-batches per step
     "full uniform": ("full", UNIFORM | {"always": -1}, 1),
     "lora gradient": ("lora", GRADIENT | {"state": "keep", "warmup_steps": 1}, 2),
 }
-RUN = {FEW: tuple(CASES)[:4], MANY: tuple(CASES)}
+RUN = {FEW: tuple(CASES)[1:3], MANY: tuple(CASES)}
 
 
 # what each process runs
@@ -146,8 +146,8 @@ def test_the_kills_were_where_they_should_be(killed):
 
 
 def test_watching_changes_nothing(killed):
-    root, *_ = killed
-    watched, alone = (torch.load(root / k / "found.pt") for k in (f"whole {next(iter(CASES))}", "unwatched"))
+    root, *_, times = killed
+    watched, alone = (torch.load(root / k / "found.pt") for k in (f"whole {RUN[times][0]}", "unwatched"))
     assert watched["counts"] and not alone["counts"]
     assert watched["losses"] == alone["losses"] and not differing(watched["weights"], alone["weights"])
 

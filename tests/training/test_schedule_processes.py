@@ -21,6 +21,7 @@ from layerpeft.integrations.engines.known import asked_for
 from layerpeft.training.steps import _built, _train_begin
 from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
+from tests.helpers.repeating import some, wanted
 from tests.helpers.scheduling import pool_tensors, switcher_of, trainer_of
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -95,17 +96,17 @@ def train_by_trainer(folder, method, select, accumulate, checkpoint=None):
     return told(trainer.model) | {"wrapped": kind, "finds": getattr(trainer.model_wrapped, "find_unused_parameters", 0)}
 
 
-def main(folder):
+def main(folder, *scenes):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, found = dist.get_rank(), {}
     share = slice(2 * rank, 2 * rank + 2)
-    for method, select in BARE:
+    for method, select in (cell for cell in BARE if " ".join(cell) in scenes):
         model = wrap(method, select)
         found[method, select] = train(model, DistributedDataParallel(model, find_unused_parameters=True), share, 1)
     found["not told"] = refused(share)
     found["static"] = refused(share, find_unused_parameters=True, static_graph=True)
-    for method, select in TRAINED:
+    for method, select in (cell for cell in TRAINED if f"trainer {' '.join(cell)}" in scenes):
         found["trainer", method, select] = train_by_trainer(folder, method, select, 1)
         checkpoint = str(folder / f"{method} {select}" / "checkpoint-3")
         found["resumed", method, select] = train_by_trainer(folder, method, select, 1, checkpoint)
@@ -124,11 +125,15 @@ def apart(one, other):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory, request):
+    scenes = map(" ".join, wanted(request, "method", "select"))
+    trained = (f"trainer {' '.join(cell)}" for cell in wanted(request, "by_trainer", "select"))
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"), *scenes, *trained)
 
 
-@pytest.mark.parametrize(("method", "select"), BARE)
+@pytest.mark.parametrize(
+    ("method", "select"), some(BARE, [("lora", "gradient"), ("full", "rescored"), ("galore", "uniform")])
+)
 def test_two_processes_equal_one_with_accumulation(ranks, method, select):
     ours, theirs = (r[method, select] for r in ranks)
     assert ours["history"] == theirs["history"] and apart(ours["weights"], theirs["weights"]) == 0
@@ -148,8 +153,9 @@ def test_a_ddp_that_waits_for_every_gradient_is_refused_at_once(ranks):
         assert ranks[0][name] == ranks[1][name] and "find_unused_parameters=True" in ranks[0][name]
 
 
-@pytest.mark.parametrize(("method", "select"), TRAINED)
-def test_trainer_in_two_processes_and_resumed(ranks, method, select, tmp_path):
+@pytest.mark.parametrize(("by_trainer", "select"), some(TRAINED, 1))
+def test_trainer_in_two_processes_and_resumed(ranks, by_trainer, select, tmp_path):
+    method = by_trainer
     ours, theirs = (r["trainer", method, select] for r in ranks)
     assert ours["wrapped"] == "DistributedDataParallel" and ours["finds"] is True
     assert ours["history"] == theirs["history"] and apart(ours["weights"], theirs["weights"]) == 0
@@ -237,4 +243,4 @@ def test_recipes_are_refused_with_them_before_weights_load(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -22,10 +22,13 @@ from layerpeft.saving.manifest import read_manifest
 from layerpeft.training.optimizer_states import divided, optimizer_bytes
 from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
+from tests.helpers.repeating import some, wanted
 from tests.helpers.scheduling import pool_tensors, switcher_of
 from tests.training.test_schedule_processes import STEPS, apart, told, train, wrap
 
-BARE = [(method, select) for method in ("lora", "full") for select in ("uniform", "gradient", "rescored")]
+BARE = [f"{method} {select}" for method in ("lora", "full") for select in ("uniform", "gradient", "rescored")]
+ROOT = [f"{method} uniform, the root alone" for method in ("galore", "lora")]
+QUICK = ["lora gradient", "full rescored"]
 SAVED = ("lora", "full", "galore")
 ROWS = torch.randint(0, 60, (4 * STEPS, 8), generator=torch.Generator().manual_seed(0))
 
@@ -150,16 +153,20 @@ def burn(model):
     next(p for p in model.parameters() if p.grad is not None).grad.to_local().view(-1)[0] = float("nan")
 
 
-def main(folder):
+def main(folder, *scenes):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    rank = dist.get_rank()
-    found = {(method, select): trained(rank, method, select) for method, select in BARE}
-    found["galore", "uniform"] = trained(rank, "galore", "uniform", blocks=False)
-    found["root alone"] = trained(rank, "lora", "uniform", blocks=False)
-    found["off"] = switched_off(rank, with_head())
-    found["off", "galore"] = switched_off(rank, shard(wrap("galore", "uniform"), blocks=False))
-    found |= {("saved", method): saved(rank, folder, method) for method in SAVED}
+    rank, found = dist.get_rank(), {}
+    for scene in scenes:
+        kind, _, name = scene.partition(": ")
+        if kind == "trained":
+            method, select, *root_alone = name.replace(",", "").split()
+            found[scene] = trained(rank, method, select, blocks=not root_alone)
+        elif kind == "off":
+            model = with_head() if name == "full" else shard(wrap("galore", "uniform"), blocks=False)
+            found[scene] = switched_off(rank, model)
+        else:
+            found[scene] = saved(rank, folder, name)
     found["too late"] = divided_too_late(rank)
     found["nan"] = refused(rank, "full", burn)
     torch.save((found, str(folder)), folder / f"rank{rank}.pt")
@@ -171,8 +178,9 @@ def main(folder):
 
 
 @pytest.fixture(scope="module")
-def told_by(tmp_path_factory):
-    return in_two_ranks(__file__, tmp_path_factory.mktemp("sharded"))
+def told_by(tmp_path_factory, request):
+    scenes = [f"{kind}: {name}" for kind in ("trained", "off", "saved") for name in wanted(request, kind)]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("sharded"), *scenes)
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +188,10 @@ def ranks(told_by):
     return [found for found, _ in told_by]
 
 
-@pytest.mark.parametrize("scene", [*BARE, ("galore", "uniform"), "root alone"], ids=str)
-def test_two_processes_equal_one_with_accumulation(ranks, scene):
-    method, select = ("lora", "uniform") if scene == "root alone" else scene
-    ours, theirs = (r[scene] for r in ranks)
+@pytest.mark.parametrize("trained", some([*BARE, *ROOT], [*QUICK, ROOT[0]]))
+def test_two_processes_equal_one_with_accumulation(ranks, trained):
+    method, select = trained.replace(",", "").split()[:2]
+    ours, theirs = (r[f"trained: {trained}"] for r in ranks)
     assert ours["history"] == theirs["history"] and apart(ours["weights"], theirs["weights"]) == 0
     model = wrap(method, select)
     start = told(model)["weights"]
@@ -193,17 +201,17 @@ def test_two_processes_equal_one_with_accumulation(ranks, scene):
     assert apart(alone["weights"], start) > 1e-3 and apart(ours["weights"], alone["weights"]) <= 1e-5
 
 
-@pytest.mark.parametrize("scene", BARE, ids=str)
-def test_a_process_holds_states_of_its_parts_of_the_active_layer_alone(ranks, scene):
-    for found in (r[scene] for r in ranks):
+@pytest.mark.parametrize("trained", some(BARE, QUICK))
+def test_a_process_holds_states_of_its_parts_of_the_active_layer_alone(ranks, trained):
+    for found in (r[f"trained: {trained}"] for r in ranks):
         assert 0 < max(found["used"]) <= found["layer"]
         # `rescored` clears states, the others take them to the CPU part by part
-        assert found["away"] == ((False, False) if scene[1] == "rescored" else (True, True))
+        assert found["away"] == ((False, False) if "rescored" in trained else (True, True))
 
 
-@pytest.mark.parametrize("scene", ["off", ("off", "galore")], ids=str)
-def test_originals_come_and_go_part_by_part(ranks, scene):
-    for found in (r[scene] for r in ranks):
+@pytest.mark.parametrize("off", some(["full", "galore"], ["full"]))
+def test_originals_come_and_go_part_by_part(ranks, off):
+    for found in (r[f"off: {off}"] for r in ranks):
         plain = logits(llama().to(found["off"].dtype))
         assert torch.allclose(found["off"], plain, atol=1e-6)
         assert not torch.allclose(found["on"], plain, atol=1e-3)
@@ -211,21 +219,21 @@ def test_originals_come_and_go_part_by_part(ranks, scene):
         assert not torch.equal(found["further"], found["on"])
 
 
-@pytest.mark.parametrize("method", SAVED)
-def test_gathered_weights_are_saved_and_parts_refused(told_by, method):
-    folder = Path(told_by[0][1]) / method
-    for found in (found["saved", method] for found, _ in told_by):
+@pytest.mark.parametrize("saved", some(SAVED, ["full", "galore"]))
+def test_gathered_weights_are_saved_and_parts_refused(told_by, saved):
+    folder = Path(told_by[0][1]) / saved
+    for found in (found[f"saved: {saved}"] for found, _ in told_by):
         assert not found["parts"] and len(found["said"]) == 2 and "full_state_dict=True" in found["said"][0]
         assert found["said"][0] == found["said"][1]
-    live = told_by[0][0]["saved", method]["logits"]
+    live = told_by[0][0][f"saved: {saved}"]["logits"]
     assert torch.allclose(logits(layerpeft.load(folder, llama().to(live.dtype))), live, atol=1e-6)
     manifest = read_manifest(folder)
     assert manifest["schedule"]["divided"] is True and not (folder / "layerpeft_optimizer.safetensors").exists()
     held = {k.split(".layers.")[1][0] for k in load_file(folder / "adapter_model.safetensors") if ".layers." in k}
     ever = {str(i) for entry in manifest["schedule"]["history"] for i in entry["layers"]}
-    assert held == (ever if method == "full" else set("0123"))
+    assert held == (ever if saved == "full" else set("0123"))
     with pytest.raises(SaveError, match="held a part of the optimizer's states"):
-        wrap(method, "uniform").load_adapter(str(folder), "default")
+        wrap(saved, "uniform").load_adapter(str(folder), "default")
 
 
 def test_projection_says_that_folds_of_before_cannot_be_divided(ranks):
@@ -239,4 +247,4 @@ def test_a_gradient_that_is_not_finite_in_one_part_stops_every_process(ranks):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -68,6 +68,7 @@ def same(found, want):
         assert torch.equal(found[0][name], tensor), name
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("checkpointing", [None, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("method", ["lora", "sketch", "random", "full"])
 def test_steps_inside_the_backward_pass_are_those_after_it(method, checkpointing):
@@ -78,6 +79,7 @@ def test_steps_inside_the_backward_pass_are_those_after_it(method, checkpointing
     same(train(models[0], "inside"), train(models[1], "after"))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("method", ["lora", "sketch", "full"])
 def test_layers_take_turns_between_such_passes(method):
     same(train(wrap(method, TURNS), "inside"), train(wrap(method, TURNS), "after"))
@@ -120,6 +122,7 @@ def test_an_optimizer_that_runs_the_backward_pass_itself_is_refused_before_train
             run()
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_backward_pass_inside_the_step_is_one_before_it(method):
     same(train(wrap(method), "closure"), train(wrap(method), "after"))

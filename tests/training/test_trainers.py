@@ -51,6 +51,7 @@ def scored(model, batches, bf16=False, **options):
         return layerpeft.score_layers(model, batches=batches, num_batches=len(batches), progress=False, **options)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("select", SELECTS, ids=["gradient_norm", "last"])
 def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(rows, tmp_path, select):
     trainer = sft(rows, tmp_path, LayerLoraConfig(select=select), save_steps=2, bf16=True)  # as by default
@@ -81,6 +82,7 @@ def test_sft_with_default_arguments_moves_the_chosen_layers_and_nothing_else(row
     assert {layer_of(n) for n in saved} == set(layers) and len(saved) == 2 * len(wrapped)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("lengths", ["equal", "ragged"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["default", "reentrant"])
@@ -103,6 +105,7 @@ def test_the_choice_is_that_of_score_layers_on_the_micro_batches_of_the_first_st
     assert found.scores.values == pytest.approx(scores.values, rel=5e-3)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_first_step_clips_by_the_norm_of_the_chosen_layers_alone(rows, tmp_path, accumulate):
     limit = 1e-3
@@ -304,6 +307,7 @@ def test_a_second_training_of_one_model_is_checked_and_counted_anew(bert, tmp_pa
 # TRL's other trainers
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("select", SELECTS, ids=["gradient_norm", "last"])
 def test_dpo(rows, tmp_path, select):
     from trl import DPOConfig, DPOTrainer

@@ -192,6 +192,7 @@ def wrapped(base, config, kind=AutoModelForCausalLM, **options):
     return drawn(layerpeft.get_peft_model(kind.from_pretrained(base, **options), config))
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("way", list(WAYS))
 def test_module_by_module_is_bit_for_bit_what_peft_merges(way, bases, tmp_path, monkeypatch):
@@ -222,6 +223,7 @@ def test_other_bases_too(base, bases, tmp_path, monkeypatch):
     assert_same(*merged_both_ways(tmp_path / "adapter", tmp_path, monkeypatch))
 
 
+@pytest.mark.spread(2)
 def test_an_adapter_in_16_bit_and_another_type_for_the_result(bases, tmp_path, monkeypatch):
     model = wrapped(bases / "llama", LayerLoraConfig(**COMMON, target_modules=["q_proj", "up_proj"]))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "adapter")
@@ -231,6 +233,7 @@ def test_an_adapter_in_16_bit_and_another_type_for_the_result(bases, tmp_path, m
     assert {t.dtype for t in content(pieces).values()} == {torch.float16}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["galore", "full"])
 def test_projected_and_whole_weights(kind, bases, tmp_path, monkeypatch):
     options = {"select": "last:2", "task_type": "CAUSAL_LM"}
@@ -314,6 +317,7 @@ def test_a_base_that_is_cut_short_is_refused(bases, tmp_path):
 QUANT = pytest.mark.skipif(bool(missing_packages(["nf4", "hqq4"])), reason="without bitsandbytes and hqq")
 
 
+@pytest.mark.spread(2)
 @QUANT
 @pytest.mark.parametrize("kinds", [("nf4", "int8", "hqq4", "16bit"), ("nf4", "nf4", "nf4", "16bit"), ("int8",) * 4])
 def test_a_quantized_base_takes_an_adapter_when_asked_and_says_what_it_lost(kinds, tmp_path, capfd, monkeypatch):

@@ -288,6 +288,7 @@ def test_hot_swap(tmp_path):
     assert torch.equal(logits(model), wanted)
 
 
+@pytest.mark.slow  # tests/training/test_backward.py compiles both
 @pytest.mark.parametrize(("choice", "backend"), [("place", "aot_eager"), repeated(("data", "eager"))])
 def test_compiled_models_train_alike(choice, backend):
     seen = []

@@ -588,6 +588,12 @@ def scene(column: str, scenes: dict[str, Any], tmp: Any) -> Scene:
 
 
 REPEATED = (
+    "plain PEFT",
+    "lora",
+    "lora, schedule",
+    "projection",
+    "projection, packed base",
+    "full",
     "lora, packed base",
     "projection, base on the CPU",
     "projection, schedule",

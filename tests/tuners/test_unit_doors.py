@@ -49,6 +49,7 @@ def wrapped(method, select, model=None, **options):
     return layerpeft.get_peft_model(model, config(method, select, **options), batches=BATCHES)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(
     ("method", "unit"),
     [

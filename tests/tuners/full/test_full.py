@@ -129,6 +129,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", EVERY)
 def test_every_architecture_trains_whole_layers_as_a_plain_loop_does(name):
     base, plain = MODELS[name](), MODELS[name]()

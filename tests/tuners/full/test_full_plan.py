@@ -27,7 +27,8 @@ NAMES = ["llama", "gpt2", "qwen3", "gemma2", "phi3", "mixtral", "gpt_oss"]
 LAYERS = 3
 
 
-@pytest.mark.parametrize("name", some(NAMES, ["llama", "gpt2", "mixtral", "gpt_oss"]))
+@pytest.mark.spread(2)
+@pytest.mark.parametrize("name", some(NAMES, ["llama", "gpt_oss"]))
 def test_the_plan_predicts_what_is_measured(name):
     model = MODELS[name]()
     config = LayerFullConfig(select="last:1")
@@ -73,7 +74,7 @@ def test_masters_and_their_states_are_counted():
 TURNS = {"pick": "uniform", "keep": 2, "reselect_steps": 5}
 
 
-@pytest.mark.parametrize("kind", [LayerFullConfig, LayerLoraConfig, LayerGaloreConfig])
+@pytest.mark.parametrize("kind", some([LayerFullConfig, LayerLoraConfig, LayerGaloreConfig], 1))
 def test_a_schedule_is_planned_with_what_trains_at_a_time(kind):
     options = {} if kind is LayerFullConfig else {"r": 4}
     turn = plan(short_llama(LAYERS), kind(select=TURNS, **options), batch_size=1, length=16)
@@ -98,6 +99,7 @@ def test_always_on_modules_run_the_backward_pass_to_the_bottom():
     assert found.trainable > plain.trainable and found.weights == plain.weights and found.flops > plain.flops
 
 
+@pytest.mark.slow  # as in tests/planning/test_fit.py
 def test_fewer_layers_are_given_up_to_fit():
     config = LayerFullConfig(select=f"last:{LAYERS}")
     whole = plan(short_llama(LAYERS), config, batch_size=2, length=64, checkpointing=True).peak_bytes

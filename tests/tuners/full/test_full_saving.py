@@ -143,6 +143,7 @@ def test_plain_peft_gives_the_same_logits_and_merges_to_them(folders, name):
     assert read_manifest(folder)["method"] == "full"
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", ["static", "conv1d", "experts", "encoder-decoder", "tied embeddings"])
 def test_a_folder_merges_to_a_model_that_plain_transformers_loads(folders, name, tmp_path):
     root, found, _ = folders

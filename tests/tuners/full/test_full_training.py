@@ -87,6 +87,7 @@ def resumable(rows, folder, select, **options):
     return sft(rows, folder, LayerFullConfig(select=select), model=base(), **options)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("select", [[1, 3], THREE], ids=["by place", "by gradients"])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(select, rows, tmp_path):
     whole = resumable(rows, tmp_path / "a", select)

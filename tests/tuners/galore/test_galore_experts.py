@@ -25,6 +25,7 @@ EXACT = {"subspace": "svd", "basis": "raw", "stagger": False}
 # training in the grouped matmul, the gathered one and the loop
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix("how,side")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
@@ -49,6 +50,7 @@ def test_the_gradient_is_that_of_each_expert_projected(name, how, side):
         assert float((got - wanted).abs().max()) <= most * float(wanted.abs().max())
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -93,6 +95,7 @@ def by_hand(model, targets, scale, rate, gap, side, steps, first):
     return {n: weights[n].detach() for n in targets}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_steps_with_refreshes_are_those_on_the_full_gradients(side):
     plain = build(how="eager", dtype=torch.float64)
@@ -135,6 +138,7 @@ def whole_shapes(model, data):
     return {tuple(p.shape) for p in weights if tuple(sorted(p.shape)) in seen.made or (p.numel(),) in seen.made}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm", "without torch's own"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -180,6 +184,7 @@ def test_a_sketch_that_sees_everything_finds_what_the_full_gradient_has(side):
             assert subspace.overlap(found["sketch"][name][expert], bases[expert]) > 1 - 1e-4
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["sketch", "svd", "random"])
 def test_every_kind_of_subspace_trains_and_keeps_its_rows_orthonormal(kind):
     model = run(wrap(subspace=kind, update_proj_gap=2), 9, data=batches(4))
@@ -203,6 +208,7 @@ def only_two_experts(model):
     return model
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("kind", ["sketch", "svd"])
@@ -239,6 +245,7 @@ def test_a_gradient_that_is_not_finite_keeps_all_bases_and_is_counted(monkeypatc
         assert torch.equal(basis_of(layer), first[name]) and state_of(layer).failed == 2
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("policy", ["keep", "project", "reset"])
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -268,6 +275,7 @@ def test_moments_are_turned_expert_by_expert(policy, side):
 # the base, and what is merged
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix("fold,dtype")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("fold", ["beside", "base"])

@@ -160,6 +160,7 @@ def test_parameters_that_are_no_experts_are_refused():
         wrap(target_parameters=["mlp.gate.weight"])
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_plan_counts_experts_and_their_originals(name):
     model = build(name, "batched_mm", num_hidden_layers=1)
@@ -175,6 +176,7 @@ def test_plan_counts_experts_and_their_originals(name):
 # ways to train
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 def test_autocast_and_factors_in_16_bit(how):
     model = run(wrap(build(how=how), update_proj_gap=2), 3)
@@ -197,6 +199,7 @@ def test_autocast_and_factors_in_16_bit(how):
     assert all(state_of(layer).folds.count >= 2 for layer in modules(short).values())
 
 
+@pytest.mark.slow  # as tests/tuners/galore/test_galore_loops.py has it for linears
 def test_compiled_models_run_their_experts_as_they_are():
     plain, model = (wrap(build(num_hidden_layers=1), "all", update_proj_gap=1) for _ in range(2))
     compiled, optimizer = torch.compile(model, backend="eager"), adamw(model)

@@ -94,6 +94,7 @@ def same(one, other):
     return set(one) == set(other) and all(torch.equal(t, other[n]) for n, t in one.items())
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "side"), [("sketch", "right"), ("sketch", "left"), ("svd", "right"), ("random", "left")]
@@ -116,6 +117,7 @@ def test_a_loop_goes_on_bit_for_bit(tmp_path, kind, side, at):
     assert {state_of(layer).folds.count for layer in modules(twin).values()} != {0}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_short_weights_hold_what_is_saved_and_go_on_bit_for_bit(tmp_path, name):
     model = run(wrap(build(name, dtype=torch.bfloat16), update_proj_gap=2), 9, rate=3e-2)

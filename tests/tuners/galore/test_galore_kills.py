@@ -15,7 +15,7 @@ from tests.helpers.loops import make_batches
 from tests.helpers.projecting import snapshot, wrap
 
 REFRESH = "within a refresh"
-KILLS = {FEW: {ANY: 1, WRITING: 2, REFRESH: 2}, MANY: {ANY: 10, WRITING: 5, REFRESH: 5}}
+KILLS = {FEW: {ANY: 1, WRITING: 2, REFRESH: 1}, MANY: {ANY: 10, WRITING: 5, REFRESH: 5}}
 
 
 # what each process runs

@@ -33,6 +33,7 @@ from tests.helpers.projecting import (
     trained,
     wrap,
 )
+from tests.helpers.repeating import repeated
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def saved(tmp_path_factory):
 # with the state that lies beside it
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("before", [0, 5, 30])
 @pytest.mark.parametrize("fold", ["beside", "base"])
@@ -61,6 +63,7 @@ def test_a_live_projection_takes_over_all_of_it(saved, before, fold):
     assert same(parameters(twin.unload()), parameters(llama()))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["sketch", "svd", "random"])
 @pytest.mark.parametrize("at", range(2, 6))
@@ -146,6 +149,7 @@ WRONG = {
 }
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("what", WRONG)
 def test_what_does_not_fit_is_refused_and_changes_nothing(saved, tmp_path, what):
     damage, says = WRONG[what]
@@ -235,7 +239,7 @@ def four_bit(folder):
     return model
 
 
-@pytest.mark.parametrize("proj_type", ["right", "left"])
+@pytest.mark.parametrize("proj_type", [repeated("right"), "left"])
 def test_over_four_bits_folds_stay_beside(wide, tmp_path, proj_type):
     model = train(wrap(four_bit(wide), proj_type=proj_type), 10)
     for layer in modules(model).values():
@@ -257,7 +261,7 @@ def test_over_four_bits_folds_stay_beside(wide, tmp_path, proj_type):
     assert torch.equal(logits(model.unload()), base)
 
 
-@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("how", [repeated("merge_adapter"), "merge_and_unload"])
 def test_four_bits_are_merged_with_their_folds(wide, tmp_path, how):
     model = train(wrap(four_bit(wide)), 10)
     live, base = logits(model), logits(four_bit(wide))

@@ -72,6 +72,7 @@ def accumulated(parts, dtype, kind, steps=15, tokens=96):
     return weights(model), start
 
 
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, None), (torch.float32, 1e-2)])
@@ -87,6 +88,7 @@ def test_four_micro_batches_equal_one_of_four_times_the_size(kind, dtype, most):
 # what stands between forward and step
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -121,6 +123,7 @@ def test_compiled(kind):
     assert apart(weights(model), weights(twin)) < 1e-6
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(plain, kind):
     def body(model, optimizer, batch):
@@ -140,6 +143,7 @@ def test_autocast(plain, kind):
         assert float((a - b).norm()) < 0.2 * float(b.norm()) or kind != "random"
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("fused", [False, True])
@@ -160,6 +164,7 @@ def test_a_loss_scaler_changes_nothing(plain, kind, fused):
     assert apart(weights(model), weights(plain[kind])) < 1e-6
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", EXACT)
@@ -180,6 +185,7 @@ def test_steps_that_a_loss_scaler_skips_leave_no_trace(plain, kind, fused):
     assert apart(weights(model), weights(plain[kind])) < 1e-6
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("to_none", [True, False])
@@ -194,6 +200,7 @@ def test_gradients_that_are_dropped_leave_no_trace(plain, kind, to_none):
     assert same(snapshot(run(body, kind)), snapshot(plain[kind]))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["zeros", "the model's"])
@@ -206,6 +213,7 @@ def test_ways_to_zero_gradients(plain, kind, how):
     assert same(snapshot(run(body, kind)), snapshot(plain[kind]))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", EXACT)
 def test_evaluation_in_between_leaves_no_trace(plain, kind):
     def body(model, optimizer, batch):
@@ -225,6 +233,7 @@ def test_evaluation_in_between_leaves_no_trace(plain, kind):
 # optimizers and schedules
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_closures(plain, kind):
     def body(model, optimizer, batch):
@@ -244,6 +253,7 @@ def test_closures(plain, kind):
     assert same(snapshot(model), snapshot(plain[kind]))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("stagger", [True, False])
@@ -288,6 +298,7 @@ def test_an_optimizer_of_something_else_changes_nothing(plain):
     assert same(snapshot(run(body)), snapshot(plain["sketch"]))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", EXACT)
 def test_two_models_at_once_do_not_meet(plain, kind):
     models = [wrap(subspace=kind) for _ in range(2)]
@@ -301,6 +312,7 @@ def test_two_models_at_once_do_not_meet(plain, kind):
     assert all(same(snapshot(m), snapshot(plain[kind])) for m in models)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_schedule_that_begins_at_zero(kind):
     model = wrap(subspace=kind)

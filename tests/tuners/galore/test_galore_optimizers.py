@@ -234,6 +234,7 @@ def test_every_row_is_in_the_docs():
 KINDS = ["AdamW", "AdamW8bit", "SGD", "Lion", "RMSprop", "Adafactor", "Muon"]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", some(EQUAL, KINDS))
 def test_steps_are_those_on_the_projected_full_gradient(name):
     make, dtype, rate = EQUAL[name]

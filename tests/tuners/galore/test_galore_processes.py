@@ -22,6 +22,7 @@ from layerpeft.tuners.galore.projection import as_stored, basis_of, running, wei
 from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
 from tests.helpers.projecting import TARGETS, apart, gpt2, modules, refreshes, trained, weights
+from tests.helpers.repeating import some, wanted
 
 STEPS = 10
 SCENES = {
@@ -112,27 +113,28 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
-def main(folder):
+def main(folder, *scenes):
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), {}
     torch.set_num_threads(1)
-    for name, (dtype, options) in SCENES.items():
+    for name, (dtype, options) in ((n, SCENES[n]) for n in scenes if n in SCENES):
         model = wrap(dtype, options)
         parallel = DistributedDataParallel(model, find_unused_parameters="deferred" in name)
         found[name] = train(model, parallel, slice(4 * rank, 4 * rank + 4), 2)
-    for name, scene in DIVIDED.items():
-        found["divided", name] = divided(*scene, rank, folder / name)
+    for name in (s.removeprefix("divided ") for s in scenes if s.startswith("divided ")):
+        found["divided", name] = divided(*DIVIDED[name], rank, folder / name)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory, request):
+    scenes = [*wanted(request, "scene"), *(f"divided {scene}" for scene in wanted(request, "parts"))]
+    return in_two_ranks(__file__, tmp_path_factory.mktemp("ranks"), *scenes)
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("scene", some(SCENES, ["sketch, left", "deferred"]))
 def test_two_processes_equal_one_with_accumulation(ranks, scene):
     dtype, options = SCENES[scene]
     ours, theirs = (r[scene] for r in ranks)
@@ -149,10 +151,10 @@ def test_two_processes_equal_one_with_accumulation(ranks, scene):
     assert movement > 1e-2 and difference <= (1e-6 if dtype == torch.float64 else 1e-2 * movement)
 
 
-@pytest.mark.parametrize("scene", DIVIDED)
-def test_processes_that_hold_parts_equal_one_and_give_the_base_back(ranks, scene):
-    dtype, options = DIVIDED[scene]
-    ours, theirs = (r["divided", scene] for r in ranks)
+@pytest.mark.parametrize("parts", some(DIVIDED, ["svd, left", "turned, left, dense"]))
+def test_processes_that_hold_parts_equal_one_and_give_the_base_back(ranks, parts):
+    dtype, options = DIVIDED[parts]
+    ours, theirs = (r["divided", parts] for r in ranks)
     model, start = wrap(dtype, options), {n: p.detach() for n, p in base(options).to(dtype).named_parameters()}
     alone = train(model, model, slice(0, 8), 4, merged)
     movement = apart(alone["weights"], start)
@@ -167,4 +169,4 @@ def test_processes_that_hold_parts_equal_one_and_give_the_base_back(ranks, scene
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

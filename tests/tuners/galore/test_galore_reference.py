@@ -63,6 +63,7 @@ def apart(one, other):
     return difference, max(float((other[n] - first[n]).abs().max()) for n in first)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("proj_type", some(["right", "left", "std", "reverse_std"], 2))
 def test_fifty_steps_and_five_refreshes_are_those_of_the_reference(proj_type):
     difference, movement = apart(ours(proj_type), reference(proj_type))
@@ -81,6 +82,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("why", BREAKS)
 def test_what_breaks_the_equality(why):
     mine, theirs, least = BREAKS[why]
@@ -89,6 +91,7 @@ def test_what_breaks_the_equality(why):
     print(f"{why}: {difference / movement:.1e} of the movement")
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("basis", "equal"), [("aligned", True), ("raw", False)])
 def test_with_aligned_bases_the_precision_of_the_svd_does_not_matter(monkeypatch, basis, equal):
     narrow = ours("right", 20, basis=basis)

@@ -201,6 +201,7 @@ def test_a_rank_that_is_large_enough_costs_nothing(tmp_path):
     assert close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_over_short_weights_what_is_saved_is_what_they_hold(tmp_path, dtype):
     model = train(wrap(llama().to(dtype)), rate=3e-2)
@@ -230,6 +231,7 @@ def test_an_adapter_in_bfloat16(tmp_path):
 # the base comes back
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix("fold,dtype")
 @pytest.mark.parametrize("fold", ["beside", "base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -257,6 +257,7 @@ def test_resume_refuses_another_projection(unbroken, tmp_path, change):
         trainer.train(resume_from_checkpoint=str(unbroken("sketch")[1] / "checkpoint-5"))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("fold", ["beside", "base"])
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, fold):
     options = {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "save_total_limit": 1}
@@ -285,6 +286,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, fold):
 # Trainer: accumulation
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, None), (torch.float32, 1e-2)])

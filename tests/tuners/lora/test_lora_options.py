@@ -45,6 +45,7 @@ def test_every_row_is_tested_and_every_option_has_a_row():
     assert fields <= named
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("option", sorted(OPTIONS))
 def test_while_the_choice_waits(option):
     options, (choice, waiting) = OPTIONS[option], table()[option]
@@ -67,6 +68,7 @@ def test_while_the_choice_waits(option):
 WAIT = sorted(o for o in OPTIONS if not table()[o][1].startswith("error"))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("option", some(WAIT, WAIT[::3]))
 def test_a_waiting_choice_ends_like_one_with_batches(option):
     early = wrap(PENDING, **OPTIONS[option], batches=[batch("qwen2", build())])
@@ -200,6 +202,7 @@ def test_variants(option, tmp_path):
     assert any(n.endswith("lora_B.default.bias") for n in changed) is (option == "lora_bias")
 
 
+@pytest.mark.spread(2)
 @row("kasa_config", "velora_config", "monteclora_config", "use_bdlora")
 @pytest.mark.parametrize("option", ["kasa_config", "velora_config", "monteclora_config", "use_bdlora"])
 def test_variants_with_a_config(option, tmp_path):

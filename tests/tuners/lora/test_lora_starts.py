@@ -22,6 +22,7 @@ from tests.helpers.models import batch, loss_of
 STARTS = ["gaussian", "orthogonal", "mica", "pissa", "olora", True, False]
 
 
+@pytest.mark.spread(2)
 @row(*(f"init_lora_weights={s!r}".replace("'", '"') for s in STARTS))
 @pytest.mark.parametrize("start", STARTS)
 def test_starts(start, tmp_path):
