@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerpeft.errors import TrainingError
+
 IGNORED = -100
 # transformers' losses that divide by `num_items_in_batch`: the first label position that counts
 DIVIDING = {"ForCausalLMLoss": 1, "ForMaskedLMLoss": 0, "ForTokenClassification": 0, "ForSequenceClassificationLoss": 0}
@@ -45,6 +47,53 @@ def watch_scale(model: nn.Module, inputs: Mapping[str, Any], output: Any) -> Cal
     loss.register_hook(lambda gradient: heard.append(gradient.detach().double().sum()))
     share = _share(model, inputs)
     return lambda: _number(heard, share)
+
+
+class _Beside(torch.autograd.Function):
+    """The numbers that a loss is made of, as they are; its backward pass also goes to `more`, with the weight that `scale` makes of
+    the gradient that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: torch.Tensor, more: torch.Tensor, task: float, scale: Callable) -> torch.Tensor:
+        ctx.task, ctx.scale, ctx.like = task, scale, more
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # type: ignore[override]
+        return grads[0] * ctx.task, ctx.scale(grads[0]).to(ctx.like), None, None
+
+
+def learned_beside(
+    model: nn.Module, inputs: Mapping[str, Any], output: Any, more: torch.Tensor, task: float = 1.0
+) -> Any | None:
+    """The output, whose loss also trains by `more`, a mean over the batch, with the weight that the trainer gives this batch's own
+    mean loss, and `task` times by itself; its value stays. None where it holds no loss to train by."""
+    logs = getattr(output, "log_probs", None)
+    if isinstance(logs, torch.Tensor) and logs.requires_grad:
+        counted = getattr(output, "label_mask", None)
+
+        def weigh(gradient: torch.Tensor) -> torch.Tensor:
+            weights = -gradient * (1 if counted is None else counted)
+            if bool((weights < 0).any()):
+                raise TrainingError(
+                    "a loss that holds labels up and others down is no mean that another can stand beside"
+                )
+            return weights.sum()
+
+        output.log_probs = _Beside.apply(logs, more, task, weigh)
+        return output
+    loss = loss_of(output)
+    if loss is None or not loss.requires_grad:
+        return None
+    share = _share(model, inputs)
+    both = _Beside.apply(loss, more, task, lambda g: g.sum() * (1.0 if share is None else share))
+    if type(output) is tuple:
+        return (both, *output[1:])
+    if type(output) is dict:
+        return output | {"loss": both}
+    given: Any = output
+    given.loss = both
+    return given
 
 
 def _number(heard: list[torch.Tensor], share: torch.Tensor | float | None) -> float | None:

@@ -428,3 +428,20 @@ def stores_out_first(layer: Any) -> bool:
 def is_traced(t: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values (`plan`)."""
     return t.device.type == "meta" or type(t).__name__ == "FakeTensor"
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, every adapter of the model is switched off, as by `disable_adapter()`; what requires a gradient may change."""
+    wrapped = [
+        m
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) and not m.disable_adapters
+    ]
+    try:
+        for module in wrapped:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for module in wrapped:
+            module.enable_adapters(True)

@@ -19,7 +19,27 @@ from layerpeft.quantization import apply
 from layerpeft.quantization.apply import Quantized
 from layerpeft.text import size_text
 from layerpeft.training.backward import Stop
+from layerpeft.training.distill import Distill
 from layerpeft.training.method import Method, Tensors
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What teaches beside training. `weights`: bytes of its own, none where it is the model itself; `layers`: how many are learned
+    from; `params`: elements of all layers' matrices, which a forward pass multiplies."""
+
+    asked: Distill
+    weights: int
+    layers: int
+    width: int
+    vocabulary: int
+    itemsize: int
+    params: int
+
+    def step(self, rows: int, length: int) -> tuple[int, int]:
+        """Bytes that a step holds for it besides, and its operations."""
+        held = self.asked.held(rows, length, self.layers, self.width, self.vocabulary, self.itemsize)
+        return held, 2 * self.params * rows * length
 
 
 @dataclass(frozen=True)
@@ -34,11 +54,17 @@ class Wrapped:
     stop: Stop
     resting: frozenset[str] = frozenset()
     keeps_states: bool = False
+    teacher: Teacher | None = None
 
     @property
     def weights(self) -> int:
-        """Bytes of weights, those included that are kept as they were."""
-        return weight_bytes(self.model) + sum(w.nbytes for w in self.method.beside())
+        """Bytes of weights, those included that are kept as they were, and a teacher's."""
+        own = weight_bytes(self.model) + sum(w.nbytes for w in self.method.beside())
+        return own + (self.teacher.weights if self.teacher is not None else 0)
+
+    def taught(self, rows: int, length: int) -> tuple[int, int]:
+        """Bytes and operations of a step for a teacher."""
+        return self.teacher.step(rows, length) if self.teacher is not None else (0, 0)
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,20 @@ from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problem
 from layerpeft.integrations.empty import empty_model, hollow
 from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
+from layerpeft.model.architectures import text_config
 from layerpeft.model.costs import Load, costs_of
-from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.layers import LayerMap, Stacks, base_of, layer_map, stacks_of
 from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
 from layerpeft.planning import optimizer_bytes
-from layerpeft.planning.parts import Wrapped, half, put_to_sleep, store, training
+from layerpeft.planning.parts import Teacher, Wrapped, half, put_to_sleep, store, training
 from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
+from layerpeft.text import size_text
 from layerpeft.training import backward
+from layerpeft.training.distilling import teacher_of
 from layerpeft.training.method import Method
 from layerpeft.training.record import record_of
 from layerpeft.tuners.assume import fixed
@@ -140,7 +143,9 @@ def plan(
     found, bare = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     full = copy.deepcopy(bare).train()
     divided = share(found, optimizer, step, (batch_size, length), checkpointing, inputs) if step.cards else None
-    kept, recomputed = _passes(found.model, batch_size, length, step, inputs)
+    kept, recomputed = _taught(
+        found, _passes(found.model, batch_size, length, step, inputs), (batch_size, length), inputs
+    )
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(found.model)).__name__} has no gradient checkpointing")
     everything = _everything(full, found.layers, batch_size, length, step, inputs)
@@ -198,7 +203,7 @@ def peak_bytes(
     with as_traced(found.model):
         if checkpointing:
             recompute(found.model, step)
-        activations = trace(found.model, batch_size, length, step).peak
+        activations = trace(found.model, batch_size, length, step).peak + found.taught(batch_size, length)[0]
     cost = training(found, optimizer, step.optim_args)
     return found.weights + cost.masters + cost.gradients + cost.states + activations
 
@@ -286,8 +291,44 @@ def _wrap(config: peft.PeftConfig, empty: nn.Module, step: Step) -> Wrapped:
         record = record_of(live)
         within = record is not None and record.selection is not None and record.selection.in_parts
         stop = backward.install(wrapped, layers.stack, stacks.blocks(), within)
-    said = (*assumed, *method.assumed())
-    return Wrapped(wrapped, method, layers, said, stop, resting, resolved.keeps_states)
+    teacher = _teacher(config, base_of(wrapped), layers)
+    said = (*assumed, *method.assumed(), *((_of_teacher(teacher),) if teacher is not None else ()))
+    return Wrapped(wrapped, method, layers, said, stop, resting, resolved.keeps_states, teacher)
+
+
+def _teacher(config: peft.PeftConfig, base: Any, layers: LayerMap | None) -> Teacher | None:
+    """Raises: ConfigError for one that cannot be had, or whose layers cannot teach those of the model."""
+    asked = config.distilling if isinstance(config, LayerLoraConfig) else None
+    if asked is None or layers is None:
+        return None
+    layers, teacher = layers.whole, teacher_of(asked, base)
+    others = layers if teacher is None else layer_map(teacher, layers.stack)
+    text = text_config(base)
+    return Teacher(
+        asked,
+        0 if teacher is None else weight_bytes(teacher),
+        len(asked.pairs(len(layers), len(others))),
+        int(getattr(text, "hidden_size", 0)),
+        int(getattr(text, "vocab_size", 0)),
+        next(base.parameters()).element_size(),
+        sum(t.params for t in others.targets),
+    )
+
+
+def _of_teacher(teacher: Teacher) -> str:
+    whose = f"has weights of its own, {size_text(teacher.weights)}" if teacher.weights else "is the model itself"
+    return f"a teacher {whose}, and runs once more in every step; of {teacher.layers} layers states are held"
+
+
+def _taught(
+    found: Wrapped, passes: tuple[Pass, Pass | None], shape: tuple[int, int], inputs: Mapping[str, Any] | None
+) -> tuple[Pass, Pass | None]:
+    """The passes with what a teacher takes."""
+    shapes = [tuple(v.shape[:2]) for v in (inputs or {}).values() if len(getattr(v, "shape", ())) > 1]
+    held, operations = found.taught(*(shapes[0] if shapes else shape))
+    kept, recomputed = (p and Pass(p.peak + held, p.flops + operations) for p in passes)
+    assert kept is not None
+    return kept, recomputed
 
 
 def _built(model: nn.Module | str | Path) -> nn.Module:

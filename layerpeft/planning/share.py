@@ -130,7 +130,7 @@ def shares(
     with as_traced(model):
         units = _UNITS[engine.gathers](model, step.cards, step.fused_head)
         with watching(units) as visits:
-            activations = trace(model, *shape, run, inputs).peak
+            activations = trace(model, *shape, run, inputs).peak + found.taught(*shape)[0]
         for n in processes:
             cards = Cards(engine, n)
             units = _UNITS[engine.gathers](model, cards, step.fused_head)
@@ -160,7 +160,7 @@ def _counted(
     return Share(
         engine.title,
         cards.processes,
-        _weights(found, tensors, cards),
+        _weights(found, tensors, cards) + (found.teacher.weights if found.teacher is not None else 0),
         copies if engine.low == "stored" else _own(found, trained, cards),
         _gradients(trained, cards, small, step.accumulation),
         optimizer_bytes.state_bytes(optimizer, _state_tensors(tensors, cards), step.optim_args),

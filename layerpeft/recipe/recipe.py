@@ -10,7 +10,7 @@ from typing import Any
 
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
-from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.shipped import SCHEME, expanded, resolve
 from layerpeft.recipe.yaml import dump, flow
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
@@ -72,6 +72,9 @@ def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> La
     kind = METHODS[method]
     known = keys.block_settings(kind)
     fields = {name: build(known[name].hint, value) for name, value in block.items()}
+    asked = fields.get("distill")
+    if isinstance(asked, Mapping) and str(asked.get("teacher", "")).startswith(SCHEME):
+        fields["distill"] = {**asked, "teacher": resolve(asked["teacher"])}
     return kind(select=select, task_type=TASKS.get(trainer), **fields)
 
 

@@ -7,7 +7,6 @@ import copy
 import json
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,9 +93,7 @@ class Follower:
             return None
         config, old = copy.deepcopy(self.config, memo), self.record
         method = self.method.twin(model, config, memo)
-        config._layerpeft = replace(
-            old, steps_trained=dict(old.steps_trained), checks=dict(old.checks), bound=method, schedule=None
-        )
+        config._layerpeft = old.twin(method)
         twin = memo[id(self)] = Follower(method, tuner, copy.deepcopy(old.schedule, memo))
         memo |= {id(self.holdings): twin.holdings, id(self.schedule): twin.schedule}  # whom those that measure ask
         twin.checks.asked = self.checks.asked

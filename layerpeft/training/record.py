@@ -1,8 +1,10 @@
 """What hangs on a live adapter's config, and the record of it that lies beside the saved adapter."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +59,7 @@ class Record:
     needs: frozenset[Need] = frozenset()  # what an engine must be able to do
     rows: Mapping[str, Any] | None = None  # what became of a recipe's rows
     quantized: Any = None  # what is stored in which precision
+    distilling: Any = field(default=None, compare=False, repr=False)  # what a teacher says beside training
     schedule: Any = None  # of a choice that is made again: what knows where it stands
     asked: Any = field(default=None, compare=False, repr=False)
     bound: Method | None = field(default=None, compare=False, repr=False)  # to the model and the adapter
@@ -72,6 +75,12 @@ class Record:
     def precisions(self) -> dict[str, str]:
         """Full name -> precision of the linears that are stored in fewer bits, and how they are packed."""
         return self.quantized.precisions if self.quantized is not None else {}
+
+    def twin(self, bound: Method) -> Record:
+        """That of a copy of the adapter, which goes on by itself."""
+        steps, checks = dict(self.steps_trained), dict(self.checks)
+        taught = None if self.distilling is None else self.distilling.twin()
+        return replace(self, steps_trained=steps, checks=checks, bound=bound, schedule=None, distilling=taught)
 
     def settle(self, model: nn.Module, selection: Selection) -> None:
         """The choice is made. Raises: QuantizationError where precisions hang on it, and cannot be had."""

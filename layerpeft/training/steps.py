@@ -135,7 +135,11 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _news(model: nn.Module | None) -> dict[str, float]:
-    return {key: value for follower in followers_of(model) for key, value in follower.news().items()}
+    found: dict[str, float] = {}
+    for follower in followers_of(model):
+        taught = follower.record.distilling
+        found |= follower.news() | (taught.news() if taught is not None else {})
+    return found
 
 
 def _packed(model: nn.Module | None) -> bool:

@@ -34,21 +34,22 @@ from layerpeft.training.method import Method
 from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.soft import SOFT, Soft, check_soft
 from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, lora_fields, stock_config
+from layerpeft.tuners.taught import Taught, check_taught
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
-OWN_FIELDS = ("select", "train_new", *QUANT_FIELDS, *SOFT)
+OWN_FIELDS = ("select", "train_new", "distill", *QUANT_FIELDS, *SOFT)
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
 @dataclass
-class LayerLoraConfig(Chooses, Soft, LoraConfig):
+class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
     """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
 
     `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
     `quantize_frozen`, `quantize_trained`: precision of the linears in layers that do not train, and that do; `quant`: a
-    `LayerQuantConfig` (or a dict), bits by a choice of its own. Fields of `Soft`: how much each layer trains. `batches`: model
-    inputs with labels for data-driven choices; used at run time, never written, never copied deep. Raises: ConfigError naming
-    every problem at once.
+    `LayerQuantConfig` (or a dict), bits by a choice of its own. Fields of `Soft`: how much each layer trains; of `Taught`: what
+    is learned from a teacher. `batches`: model inputs with labels for data-driven choices; used at run time, never written,
+    never copied deep. Raises: ConfigError naming every problem at once.
     """
 
     select: Any = checked(
@@ -78,7 +79,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         except LayerpeftError as error:
             problems.absorb(error, "select")
         _check_unit(select.unit, self.units, problems)
-        if not select.is_all or self.quantizes or self.is_rated:
+        if not select.is_all or _asks_more(self):
             for name in ("layers_to_transform", "layers_pattern", "layer_replication"):
                 if getattr(self, name) is not None:
                     problems.add(
@@ -88,6 +89,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         check(type(self), vars(self), problems)
         self.refuse(problems)
         _check_quant(self, problems)
+        check_taught(self, self.works_by.in_place, problems)
         check_soft(self, select, self.kind is LayerLoraConfig.kind, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
@@ -103,7 +105,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         plain = super().to_dict()
         if self.is_plain:
             return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
-        plain |= {"select": self.choosing.to_dict()}
+        plain |= {"select": self.choosing.to_dict()} | self.taught()
         return plain if self.quantizing is None else plain | {"quant": self.quantizing.plain()}
 
     @property
@@ -182,6 +184,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
         targets = self.targets_in(model, layers)
         units, costs = _in_units(self, layers, targets), _costs(self, model, layers, targets)
+        self.check_taught_layers(len(layers))
         return Examined(self.choosing.placed(units[0]), *units, blocks, costs)
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:
@@ -197,7 +200,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
     @property
     def is_plain(self) -> bool:
         """True where this is a stock LoRA config: all layers, nothing to record."""
-        return self.kind is LayerLoraConfig.kind and self.choosing.is_all and not (self.quantizes or self.is_rated)
+        return self.kind is LayerLoraConfig.kind and self.choosing.is_all and not _asks_more(self)
 
     @property
     def quantizes(self) -> bool:
@@ -216,6 +219,7 @@ class LayerLoraConfig(Chooses, Soft, LoraConfig):
     def needs(self, batches: bool) -> frozenset[Need]:
         """What an engine must be able to do for it; `batches`: whether some are there before training, for scores."""
         found: set[Need] = {*self.works_by.needs, *(("rates",) if self.is_rated else ())}
+        found |= {"distill"} if self.distill is not None else set()
         if self.quantizes:
             found.add("packed")
         if self.is_scheduled:
@@ -249,6 +253,11 @@ def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dic
     if config.target_modules != "all-linear" or config.works_by.in_place:
         return {}
     return not_wrapped(model, layers.whole)
+
+
+def _asks_more(config: LayerLoraConfig) -> bool:
+    """Whether more than a choice is asked for that LoRA does not know."""
+    return config.quantizes or config.is_rated or config.distill is not None
 
 
 def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]) -> Counts | None:

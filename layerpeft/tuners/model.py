@@ -20,6 +20,8 @@ from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import SCORERS, Select, Selection, only_before, options_of
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
+from layerpeft.training.distill import BASE, Distill
+from layerpeft.training.distilling import Distilling, teacher_of
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners import doors
@@ -99,6 +101,8 @@ class _Choosing(BaseTuner):
         if getattr(live, "bias", None) == "all" and record.selection is not None:
             _freeze_biases_elsewhere(model, record.selection.layer_names, record.selection.layers)
         _follow(method, self, found)
+        if (asked := config.distilling) is not None:
+            _learn(asked, config, model, record, found.examined)
         become_stock(self, *stock_of(type(live)))
 
 
@@ -144,6 +148,21 @@ def _follow(method: Method, tuner: nn.Module, found: Prepared) -> None:
     steps.follow(method, tuner, pending, switcher)
     within = examined.layers.of is not None
     backward.install(method.model, examined.layers.stack, examined.blocks, within)
+
+
+def _learn(asked: Distill, config: LayerLoraConfig, model: nn.Module, record: Record, examined: Examined) -> None:
+    """A teacher runs beside training from now on. Raises: ConfigError, SelectionError."""
+    if (
+        asked.teacher == BASE
+        and scoring.needs(examined.select) == "forward"
+        and (config.is_deferred or config.is_scheduled)
+    ):
+        raise ConfigError(
+            f"distill: by: {examined.select.by} watches forward passes of training, and a teacher that is the model itself takes "
+            "some; pass batches=… with the config, choose by gradients, or name the folder of a teacher"
+        )
+    record.distilling = Distilling(asked, examined.layers.whole, teacher_of(asked, model))
+    record.distilling.install(model)
 
 
 def waiting_pool(config: LayerLoraConfig, model: nn.Module, stacks: Stacks) -> Examined:

@@ -35,6 +35,7 @@ TINY = {
     "aletheia": Tiny((*BATCHES, R, "rank_pattern={up_proj: 4}")),
     "badam": Tiny(EVERY),
     "cka_lora": Tiny((R, *BATCHES)),
+    "distill": Tiny((R,)),
     "frozen_nf4": Tiny((R, *BATCHES)),
     "galore": Tiny((R, "update_proj_gap=1"), quick=True),
     "grass": Tiny(EVERY),

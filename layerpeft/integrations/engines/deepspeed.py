@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import HEADS, RATES, Engine, launched
+from layerpeft.integrations.engines.engine import DISTILL, HEADS, RATES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 _HF = "transformers.integrations.deepspeed"
@@ -157,7 +157,7 @@ def _engine(number: int, **more: Any) -> Engine:
     )
 
 
-ZERO1, ZERO2 = (_engine(i, cannot={"rates": RATES}) for i in (1, 2))
+ZERO1, ZERO2 = (_engine(i, cannot={"rates": RATES, "distill": DISTILL}) for i in (1, 2))
 ZERO3 = _engine(
     3,
     is_part=is_part,
@@ -170,6 +170,7 @@ ZERO3 = _engine(
         "packed": PACKED,
         "rates": RATES,
         "heads": HEADS,
+        "distill": DISTILL,
     },
 )
 ZERO = (ZERO1, ZERO2, ZERO3)

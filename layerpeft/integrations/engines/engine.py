@@ -9,7 +9,7 @@ import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
 # that are measured on a model it has divided, scores of weights, projections, those of experts, weights that train in place, packed
-# weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads.
+# weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads; a teacher besides.
 Need = Literal[
     "schedule",
     "wait",
@@ -22,6 +22,7 @@ Need = Literal[
     "packed_later",
     "rates",
     "heads",
+    "distill",
 ]
 Part = Literal["weights", "gradients", "states"]
 
@@ -30,6 +31,11 @@ FIXED = (
     "(torchrun, accelerate launch --multi_gpu), or fully_shard in a loop of your own, or a choice that is made once"
 )
 RATES = "learning rates by layer were not tried under {name}, which regroups what the optimizer holds; use DDP"
+
+DISTILL = (
+    "a teacher (distill) runs through the model beside every step, which {name}, where a process holds a part of it or of what it "
+    "learns, was not tried with; use DDP"
+)
 
 HEADS = (
     "offsets of heads are read together with the weights of the projection after attention, of which a process holds a part only "
