@@ -83,11 +83,12 @@ def _watch(model: nn.Module, layers: LayerMap, numbers: Iterable[int], last: boo
 class Distilling:
     """State is real here: what the teacher has said of the batch that is running, and what to tell trackers.
 
-    `teacher`: a model of its own, or None for the student without its adapter; `pairs` as in `Distill.pairs`.
+    `teacher`: a model of its own, or None for the student without its adapter; `pairs` as in `Distill.pairs`; `switches`: other
+    layers train at other steps, so that some steps may have nothing to learn.
     """
 
-    def __init__(self, asked: Distill, layers: LayerMap, teacher: nn.Module | None) -> None:
-        self.asked, self.layers, self.teacher = asked, layers, teacher
+    def __init__(self, asked: Distill, layers: LayerMap, teacher: nn.Module | None, switches: bool = False) -> None:
+        self.asked, self.layers, self.teacher, self.switches = asked, layers, teacher, switches
         self.others = layers if teacher is None else layer_map(teacher, layers.stack)
         self.pairs = asked.pairs(len(layers), len(self.others))
         self._busy, self._checked = False, False
@@ -141,7 +142,7 @@ class Distilling:
             head: Any = model.get_output_embeddings()  # type: ignore[operator]
             counted = counted_tokens(model, inputs, mine.last[0])
             terms["kl"] = divergence(mine.last[0][counted], head, answers, self.asked.temperature)
-        if not any(term.requires_grad for term in terms.values()):
+        if not self.switches and not any(term.requires_grad for term in terms.values()):
             raise TrainingError(UNREACHED)
         for name, term in terms.items():
             total, count = self._sums.get(name, (0.0, 0))

@@ -161,7 +161,7 @@ def _learn(asked: Distill, config: LayerLoraConfig, model: nn.Module, record: Re
             f"distill: by: {examined.select.by} watches forward passes of training, and a teacher that is the model itself takes "
             "some; pass batches=… with the config, choose by gradients, or name the folder of a teacher"
         )
-    record.distilling = Distilling(asked, examined.layers.whole, teacher_of(asked, model))
+    record.distilling = Distilling(asked, examined.layers.whole, teacher_of(asked, model), config.is_scheduled)
     record.distilling.install(model)
 
 

@@ -220,6 +220,8 @@ def test_what_cannot_be_learned_is_said():
         wrapped({}, select={"by": "outliers", "keep": 2, "M": 2.0}, init_lora_weights=True)
     with pytest.raises(TrainingError, match="below the lowest layer that trains"):
         wrapped({"layers": 0}).train()(**BATCH)
+    turns = {"pick": "uniform", "keep": 1, "layers": "last:2", "reselect_steps": 1}  # where others train at other steps
+    wrapped({"layers": 0}, select=turns, init_lora_weights=True).train()(**BATCH).loss.backward()
     model = wrapped({"layers": "last:1"}).train()
     with pytest.raises(TrainingError, match="this trainer takes another"):
         model(input_ids=BATCH["input_ids"])
