@@ -31,7 +31,7 @@ EVERY = ("select.reselect_steps=1",)
 BATCHES = ("select.num_batches=2",)
 
 TINY = {
-    "adagradselect": Tiny(("select.keep=2",), quick=True),
+    "adagradselect": Tiny(("select.keep=2", "select.explore=1"), quick=True),
     "aletheia": Tiny((*BATCHES, R, "rank_pattern={up_proj: 4}")),
     "badam": Tiny(EVERY),
     "cka_lora": Tiny((R, *BATCHES)),

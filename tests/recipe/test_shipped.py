@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,17 @@ def tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def moved(folder: Path, base: dict[str, torch.Tensor]) -> set[str]:
-    """The modules of a saved adapter that do something: an update that is not zero, or weights other than the base's."""
+    """The modules of a saved adapter that do something: an update that is not zero, or tensors all other than the base's."""
+    same = set()
     saved = {n.removeprefix("base_model.model."): t for n, t in load_file(folder / "adapter_model.safetensors").items()}
     found = {n.rpartition(".lora_B.bias")[0] for n, t in saved.items() if n.endswith(".lora_B.bias") and t.any()}
     for name, tensor in saved.items():
         if name.endswith(".lora_B.weight"):
             update = tensor @ saved[name.replace("lora_B", "lora_A")]
             found |= {name.removesuffix(".lora_B.weight")} if update.any() else set()
-        elif ".lora_" not in name and not torch.equal(tensor, base[name].to(tensor.dtype)):
-            found.add(name.rpartition(".")[0])
-    return found
+        elif ".lora_" not in name:
+            (same if torch.equal(tensor, base[name].to(tensor.dtype)) else found).add(name.rpartition(".")[0])
+    return found - same
 
 
 def wanted(record: dict[str, Any], before: dict[str, torch.Tensor]) -> set[str]:
@@ -102,6 +104,17 @@ def test_each_shipped_recipe_has_a_tiny_variant_and_stands_in_the_tables() -> No
     assert sorted(re.findall(r"^\| `(\w+)` \| [^|]+ \| (?:word|classes)", listed, re.M)) == sorted(TINY)
     rows = [line.split(" | ") for line in methods.splitlines() if "/recipes/" in line and line.startswith("| ")]
     assert all(len(row) == 4 and all(cell.strip(" |") for cell in row) for row in rows)
+
+
+def test_what_a_recipe_says_to_change_can_be_changed() -> None:
+    tried = 0
+    for name, path in shipped.recipes().items():
+        said = "".join(line[2:].rstrip("\n\\") + " " for line in path.open(encoding="utf-8") if line.startswith("# "))
+        commands = [shlex.split(c) for c in re.findall(rf"  layerpeft train {name} ((?: *[\w.]+=\S+)+)", said)]
+        for settings in [*commands, *([s] for s in re.findall(r"`(layerpeft[\w.]*=[^`]+)`", said))]:
+            load_recipe(name, settings)
+            tried += 1
+    assert tried >= 3
 
 
 @pytest.mark.parametrize("name", some(TINY, [name for name, tiny in TINY.items() if tiny.quick]))
