@@ -62,7 +62,7 @@ class Distill:
 
     @classmethod
     def parse(cls, value: Any) -> Distill:
-        """From a dict of its fields (as YAML gives it), or itself. Raises: ConfigError."""
+        """From a dict of its fields (as YAML and JSON give it, with texts for keys), or itself. Raises: ConfigError."""
         if isinstance(value, Distill):
             return value
         if not isinstance(value, Mapping):
@@ -72,6 +72,12 @@ class Distill:
         for name in (n for n in value if n not in own):
             problems.add(unknown("key", str(name), own), str(name))
         problems.raise_if_any(ConfigError)
+        pairs = value.get("map")
+        if isinstance(pairs, Mapping):
+            value = {
+                **value,
+                "map": {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in pairs.items()},
+            }
         return cls(**value)
 
     def plain(self) -> dict[str, Any]:

@@ -274,3 +274,4 @@ def test_answers_are_compared_some_at_a_time():
     )
     assert float(divergence(rows[:0], head, wanted[:0], 1.0)) == 0.0
     assert Distill.parse({"layers": [1], "kl": 1.0}).plain() == {"layers": [1], "kl": 1.0}
+    assert Distill.parse({"map": {"1": 2, 3: 4}}).map == {1: 2, 3: 4}, "YAML and JSON have texts for keys"
