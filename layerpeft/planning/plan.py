@@ -20,7 +20,7 @@ from layerpeft.integrations.peft import BaseTunerLayer
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.architectures import text_config
 from layerpeft.model.costs import Load, costs_of
-from layerpeft.model.layers import LayerMap, Stacks, base_of, layer_map, stacks_of
+from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
 from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
@@ -31,7 +31,7 @@ from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
 from layerpeft.text import size_text
 from layerpeft.training import backward
-from layerpeft.training.distilling import teacher_of
+from layerpeft.training.distilling import paired, teacher_of
 from layerpeft.training.method import Method
 from layerpeft.training.record import record_of
 from layerpeft.tuners.assume import fixed
@@ -301,13 +301,13 @@ def _teacher(config: peft.PeftConfig, base: Any, layers: LayerMap | None) -> Tea
     asked = config.distilling if isinstance(config, LayerLoraConfig) else None
     if asked is None or layers is None:
         return None
-    layers, teacher = layers.whole, teacher_of(asked, base)
-    others = layers if teacher is None else layer_map(teacher, layers.stack)
+    teacher = teacher_of(asked, base)
+    others, pairs = paired(asked, base, layers.whole, teacher)
     text = text_config(base)
     return Teacher(
         asked,
         0 if teacher is None else weight_bytes(teacher),
-        len(asked.pairs(len(layers), len(others))),
+        len(pairs),
         int(getattr(text, "hidden_size", 0)),
         int(getattr(text, "vocab_size", 0)),
         next(base.parameters()).element_size(),

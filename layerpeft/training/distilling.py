@@ -22,6 +22,7 @@ from layerpeft.integrations.checkpointing import is_replica
 from layerpeft.integrations.losses import IGNORED, learned_beside
 from layerpeft.integrations.peft import without_adapters
 from layerpeft.integrations.torch import eager
+from layerpeft.model.architectures import text_config
 from layerpeft.model.evaluating import as_found
 from layerpeft.model.home import known_of
 from layerpeft.model.layers import LayerMap, find_module, layer_map
@@ -87,10 +88,10 @@ class Distilling:
     layers train at other steps, so that some steps may have nothing to learn.
     """
 
-    def __init__(self, asked: Distill, layers: LayerMap, teacher: nn.Module | None, switches: bool = False) -> None:
-        self.asked, self.layers, self.teacher, self.switches = asked, layers, teacher, switches
-        self.others = layers if teacher is None else layer_map(teacher, layers.stack)
-        self.pairs = asked.pairs(len(layers), len(self.others))
+    def __init__(self, asked: Distill, model: nn.Module, layers: LayerMap, switches: bool = False) -> None:
+        self.asked, self.layers, self.switches = asked, layers, switches
+        self.teacher = teacher_of(asked, model)
+        self.others, self.pairs = paired(asked, model, layers, self.teacher)
         self._busy, self._checked = False, False
         self._said: tuple[_Seen, torch.Tensor | None, Mapping[str, Any]] | None = None
         self._mine: _Seen | None = None
@@ -269,3 +270,18 @@ def teacher_of(asked: Distill, model: nn.Module) -> nn.Module | None:
             f"distill: teacher: {asked.teacher!r} cannot be had as {kind.__name__} ({told(error, 200)})"
         ) from error
     return teacher.eval().requires_grad_(False)
+
+
+def paired(
+    asked: Distill, model: nn.Module, layers: LayerMap, teacher: nn.Module | None
+) -> tuple[LayerMap, tuple[tuple[int, int], ...]]:
+    """The teacher's layers, and which teaches which. Raises: ConfigError for another width, and as `Distill.pairs`."""
+    if teacher is None:
+        return layers, asked.pairs(len(layers), len(layers))
+    widths = [getattr(text_config(m), "hidden_size", None) for m in (model, teacher)]
+    if widths[0] != widths[1]:
+        raise ConfigError(
+            f"distill: the model's states are {widths[0]} wide and its teacher's {widths[1]}; they are compared as they are"
+        )
+    others = layer_map(teacher, layers.stack)
+    return others, asked.pairs(len(layers), len(others))

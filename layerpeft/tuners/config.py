@@ -16,7 +16,7 @@ from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problem
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.heads import HEAD
-from layerpeft.model.layers import LayerMap, Stacks, Target, stacks_of
+from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, stacks_of
 from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import find_targets, not_wrapped
 from layerpeft.model.units import in_units
@@ -184,7 +184,7 @@ class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
         targets = self.targets_in(model, layers)
         units, costs = _in_units(self, layers, targets), _costs(self, model, layers, targets)
-        self.check_taught_layers(len(layers))
+        self.check_taught_layers(base_of(model), layers.whole)
         return Examined(self.choosing.placed(units[0]), *units, blocks, costs)
 
     def targets_in(self, model: nn.Module, layers: LayerMap) -> tuple[Target, ...]:

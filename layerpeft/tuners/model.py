@@ -21,7 +21,7 @@ from layerpeft.selection.select import SCORERS, Select, Selection, only_before, 
 from layerpeft.text import note
 from layerpeft.training import backward, measuring, steps, switching
 from layerpeft.training.distill import BASE, Distill
-from layerpeft.training.distilling import Distilling, teacher_of
+from layerpeft.training.distilling import Distilling
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners import doors
@@ -161,7 +161,7 @@ def _learn(asked: Distill, config: LayerLoraConfig, model: nn.Module, record: Re
             f"distill: by: {examined.select.by} watches forward passes of training, and a teacher that is the model itself takes "
             "some; pass batches=… with the config, choose by gradients, or name the folder of a teacher"
         )
-    record.distilling = Distilling(asked, examined.layers.whole, teacher_of(asked, model), config.is_scheduled)
+    record.distilling = Distilling(asked, model, examined.layers.whole, config.is_scheduled)
     record.distilling.install(model)
 
 

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from layerpeft.errors import LayerpeftError, Problems
+from layerpeft.model.layers import LayerMap
 from layerpeft.selection.grammar import layer_numbers
 from layerpeft.selection.typecheck import checked
 from layerpeft.training.distill import BASE, Distill
+from layerpeft.training.distilling import paired, teacher_of
 
 
 @dataclass
@@ -26,10 +30,16 @@ class Taught:
         """The field as a recipe writes it; nothing where there is no teacher."""
         return {} if self.distilling is None else {"distill": self.distilling.plain()}
 
-    def check_taught_layers(self, count: int) -> None:
-        """Raises: SelectionError, ConfigError where a teacher is asked for layers that a stack of so many has not."""
-        if (asked := self.distilling) is not None:
-            asked.pairs(count, count) if asked.teacher == BASE else layer_numbers(asked.layers, count)
+    def check_taught_layers(self, model: nn.Module, layers: LayerMap) -> None:
+        """What can be known of the teacher before weights are. Raises: SelectionError, ConfigError."""
+        asked = self.distilling
+        if asked is None:
+            return
+        empty = next(model.parameters()).is_meta  # where weights are there, they are read for it once
+        if asked.teacher == BASE or empty:
+            paired(asked, model, layers, teacher_of(asked, model))
+        else:
+            layer_numbers(asked.layers, len(layers))
 
 
 def check_taught(config: Any, in_place: bool, problems: Problems) -> None:

@@ -344,6 +344,14 @@ def test_shipped_recipes_are_good_and_survive_being_written(
     assert layer_config(again).to_dict() == layer_config(recipe).to_dict()
 
 
+def test_a_teacher_is_looked_for_before_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="distill: teacher: 'nowhere/at-all' cannot be had as LlamaForCausalLM"):
+        load_recipe("distill", ["layerpeft.distill.teacher=nowhere/at-all"], "train")
+    with pytest.raises(RecipeError, match="the teacher has no layer 12"):
+        load_recipe("distill", ["layerpeft.distill.map={0: 12}", "layerpeft.distill.layers=0"], "train")
+
+
 def test_settings_reach_arguments_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(

@@ -144,6 +144,10 @@ def test_another_model_teaches_by_a_map_and_its_weights_stay(tmp_path):
         wrapped(asked | {"map": {1: 6}})
     with pytest.raises(ConfigError, match="nowhere/at-all.*cannot be had as LlamaForCausalLM"):
         wrapped({"teacher": "nowhere/at-all"})
+    wide = tmp_path / "wide"
+    llama(hidden_size=64).save_pretrained(wide)
+    with pytest.raises(ConfigError, match="the model's states are 32 wide and its teacher's 64"):
+        wrapped({"teacher": str(wide)})
     plain, model = wrapped(), wrapped(asked)
     same_teacher = type("T", (), {"get_base_model": lambda self: teacher, "__call__": lambda self, **b: teacher(**b)})()
     by_hand(plain, PADDED, asked, same_teacher, ((1, 2), (3, 5))).backward()
