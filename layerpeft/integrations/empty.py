@@ -1,6 +1,7 @@
 """A model without weights: its classes, names and shapes, and no memory."""
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,3 +25,17 @@ def hollow(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         tensors[id(parameter)] = nn.Parameter(tensors[id(parameter)], parameter.requires_grad)
     return copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+
+
+def twin(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the same class and of another config, without weights, to be saved as this one would be.
+
+    It goes by the same kind of attention, and knows how the names in files differ from those in memory.
+    """
+    new: Any = empty_model(type(model), config, getattr(model, "dtype", None))
+    with suppress(ValueError, AttributeError):
+        new.set_attn_implementation(model.config._attn_implementation)  # type: ignore[union-attr]
+    for name in ("_weight_conversions", "generation_config"):
+        if name in vars(model):
+            setattr(new, name, copy.deepcopy(vars(model)[name]))
+    return new

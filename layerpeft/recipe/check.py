@@ -11,7 +11,7 @@ from layerpeft.errors import LayerpeftError, Problem, RecipeError, told, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import code_beside
 from layerpeft.planning import layers as layers  # choices of recipes know by it what layers cost
-from layerpeft.recipe import cures, foreign, keys, model, surroundings
+from layerpeft.recipe import cures, foreign, keys, model, shorter, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.shipped import beside, expanded, looked_for
@@ -82,6 +82,9 @@ class Check:
             )
         block = counted(good.get("layerpeft"), _said(good, known, trainer))
         method, select, fields, config = self.block(block, trainer, path.parent)
+        if good.get(shorter.KEY) is not None:
+            good[shorter.KEY], there = self.placed(good[shorter.KEY], path.parent, shorter.KEY)
+            self.add_all(shorter.problems(good[shorter.KEY]) if there else ())
         self.add_all(surroundings.engine_problems(good, config))
         if trainer:
             judged = "columns" not in self.wrong
@@ -100,7 +103,7 @@ class Check:
             if (
                 config is not None
                 and "model_name_or_path" in good
-                and not self.wrong & {"model_name_or_path", model.INIT}
+                and not self.wrong & {"model_name_or_path", model.INIT, shorter.KEY}
             ):
                 with hub.settled(surroundings.on_hub(good)):
                     return self.choice(recipe)
@@ -109,7 +112,9 @@ class Check:
     def choice(self, recipe: Recipe) -> Recipe:
         """Tries the choice of layers on the architecture, which is kept."""
         try:
-            recipe = replace(recipe, model=model.empty_model(recipe))
+            found = shorter.without_weights(recipe)
+            told = (found.notice,) if found.notice and self.purpose == "plan" else ()
+            recipe = replace(found.recipe, notices=(*recipe.notices, *told))
             self.add_all(choice_problems(recipe))
         except RecipeError as error:
             self.add_all(error.problems)
@@ -159,9 +164,9 @@ class Check:
         known = keys.block_settings(METHODS[method])
         given = self.kept(given, known, "layerpeft")
         given.pop("method", None)
-        select, there = self.placed(given.pop("select", None), home, "select")
+        select, there = self.placed(given.pop("select", None), home, BLOCK, "select")
         if isinstance(given.get("quant"), Mapping) and "select" in given["quant"]:
-            inner, also = self.placed(given["quant"]["select"], home, "quant")
+            inner, also = self.placed(given["quant"]["select"], home, BLOCK, "quant")
             given["quant"], there = given["quant"] | {"select": inner}, there and also
         if select is None:
             example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
@@ -179,30 +184,10 @@ class Check:
         return method, select, fields, self.config(trainer, method, select, fields) if sound else None
 
     def placed(self, select: Any, home: Path, *path: str) -> tuple[Any, bool]:
-        """`select` with the place of the file that `by` names, or the run that `of` does, and whether it is there; a scorer's code
-        is loaded."""
-        by = select.get("by") if isinstance(select, Mapping) else None
-        if by == "change":  # of other scorers `of` is no folder
-            if not isinstance(run := select.get("of"), str) or not run:
-                self.add(change.NO_RUN, BLOCK, *path, "by")
-                return select, False
-            found = {**select, "of": beside(run, home)}
-            if not (there := expanded(found["of"]).is_dir()):
-                self.add(f"of: no folder {run!r} ({looked_for(run, home)})", BLOCK, *path, "of")
-            return found, there
-        if not isinstance(by, str) or not by.endswith((".json", ".py")) or not by.isprintable():
-            return select, True
-        if by.endswith(".py"):
-            try:
-                plugins.from_file(SCORERS, by, *code_beside(by, home, f"by: {by}"))
-            except LayerpeftError as error:
-                self.add_all(problem.under(BLOCK, *path) for problem in error.listed())
-                return select, False
-            return select, True
-        found = {**select, "by": beside(by, home)}
-        if not (there := expanded(found["by"]).is_file()):
-            self.add(f"by: no file {by!r} ({looked_for(by, home)})", BLOCK, *path, "by")
-        return found, there
+        """`select`, with the place of the file that it names, and whether it is there."""
+        found, wrong = _placed(select, home, path)
+        self.add_all(wrong)
+        return found, not wrong
 
     def config(self, trainer: str, method: str, select: Any, fields: Mapping[str, Any]) -> LayerLoraConfig | None:
         """What the block means. Adds what the constructor refuses, each at the line of its own key where there is one."""
@@ -228,6 +213,31 @@ class Check:
             place
         )
         return f" (layerpeft.{key[0]}=null takes it out)" if there and place in self.document.lines else ""
+
+
+def _placed(select: Any, home: Path, path: tuple[str, ...]) -> tuple[Any, list[Problem]]:
+    """`select` with the place of the file that `by` names, or the run that `of` does, and what is wrong with it; a scorer's code is
+    loaded."""
+    by = select.get("by") if isinstance(select, Mapping) else None
+    if by == "change":  # of other scorers `of` is no folder
+        if not isinstance(run := select.get("of"), str) or not run:
+            return select, [Problem((*path, "by"), change.NO_RUN)]
+        found = {**select, "of": beside(run, home)}
+        there = expanded(found["of"]).is_dir()
+        lost = Problem((*path, "of"), f"of: no folder {run!r} ({looked_for(run, home)})")
+    elif not isinstance(by, str) or not by.endswith((".json", ".py")) or not by.isprintable():
+        return select, []
+    elif by.endswith(".py"):
+        try:
+            plugins.from_file(SCORERS, by, *code_beside(by, home, f"by: {by}"))
+        except LayerpeftError as error:
+            return select, [problem.under(*path) for problem in error.listed()]
+        return select, []
+    else:
+        found = {**select, "by": beside(by, home)}
+        there = expanded(found["by"]).is_file()
+        lost = Problem((*path, "by"), f"by: no file {by!r} ({looked_for(by, home)})")
+    return found, [] if there else [lost]
 
 
 def _unquoted(columns: Any) -> str | None:

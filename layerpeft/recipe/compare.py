@@ -18,6 +18,7 @@ from layerpeft.errors import ElsewhereError, Problems, RecipeError, unknown
 from layerpeft.integrations.distributed import rank, world_size
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
+from layerpeft.recipe.shorter import shortened_apart
 from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
 from layerpeft.recipe.trainer import (
     Setup,
@@ -133,13 +134,20 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
             f"compare runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun; arms that "
             "no one card takes are recipes of their own to train (layerpeft.select=…, one output_dir each)"
         )
-    select = recipe.config.choosing
     refuse_strangers(recipe.output_dir, COMPARED)
     with contextlib.redirect_stdout(sys.stderr):
         setup = prepare(recipe)
         if setup.held_out is None:
             raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
         setup = tokenized(setup)
+    with shortened_apart(setup) as setup:
+        return _compared(recipe, setup, arms, say)
+
+
+def _compared(asked: Recipe, setup: Setup, arms: Sequence[Arm], say: Say) -> Comparison:
+    """Trains every arm of `asked` on the model of the setup."""
+    recipe, select = setup.recipe, setup.recipe.config.choosing
+    with contextlib.redirect_stdout(sys.stderr):
         model = load_model(setup)
         batches, setup = batches_for(setup, model, recipe.select)
         examined = recipe.config.examine(model)
@@ -165,7 +173,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print) -> Comparison
         say(f"[{index + 1}/{len(plans)}] {arm}: {shown}: {name} {run.value:.4f} ({run.seconds:.0f} s)")
     verdict = judge(runs, lower=setup.measure == "eval_loss", what=name)
     found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers, select.unit)
-    folder = _write(recipe, found)
+    folder = _write(asked, found)
     say("\n" + table(found) + "\n\n" + verdict.sentence)
     say(f"\nwritten: {folder / 'compare.png'}, compare.json")
     return found

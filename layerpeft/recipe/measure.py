@@ -17,6 +17,7 @@ from layerpeft.planning.trace import Pass, count, gradient_bytes
 from layerpeft.recipe.plan import empty, options_of
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
+from layerpeft.recipe.shorter import shorten
 from layerpeft.recipe.trainer import batches_for, load_model, make_trainer, prepare, tokenized, wrap
 from layerpeft.text import grid, size_text
 
@@ -101,7 +102,8 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
         recipe = load_recipe(recipe, settings, "plan")
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         recipe = replace(recipe, values={**recipe.values, "output_dir": folder})  # trainers make theirs at once
-        setup = tokenized(prepare(recipe))
+        setup = shorten(tokenized(prepare(recipe)))
+        recipe = setup.recipe
         bare = empty(setup)
         model = load_model(setup, recipe.select)
         batches, setup = batches_for(setup, model, recipe.select)

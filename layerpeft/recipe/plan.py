@@ -22,9 +22,10 @@ from layerpeft.planning.fit import Fit, fit
 from layerpeft.planning.plan import Plan, plan
 from layerpeft.planning.trace import Step
 from layerpeft.recipe import keys, rows
-from layerpeft.recipe.model import empty_model, loading
+from layerpeft.recipe.model import loading
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_of, training_arguments
+from layerpeft.recipe.shorter import without_weights
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
 from layerpeft.recipe.yaml import Fault
@@ -120,7 +121,7 @@ def empty(setup: Setup) -> nn.Module:
     """The recipe's model without weights. How many classes a head has is known with the rows alone."""
     model: Any = setup.recipe.model
     if setup.labels and len(setup.labels) != model.config.num_labels:
-        model = empty_model(setup.recipe, *setup.head)
+        model = without_weights(setup.recipe, *setup.head).recipe.model
     return model
 
 

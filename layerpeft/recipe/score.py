@@ -7,11 +7,13 @@ import sys
 
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.recipe import Recipe, command_of
+from layerpeft.recipe.shorter import KEY, chosen_on, shortened_apart
 from layerpeft.recipe.surroundings import SCORED, refuse_strangers
 from layerpeft.recipe.train import Say
 from layerpeft.recipe.trainer import batches_for, load_model, prepare, tokenized
 from layerpeft.saving.owned import room, vouch
 from layerpeft.selection.choose import choose_among
+from layerpeft.selection.drop import measures, parse_drop
 from layerpeft.selection.select import Selection
 from layerpeft.text import grid, is_first, note
 from layerpeft.training.pictures import write_csv, write_png
@@ -20,25 +22,33 @@ from layerpeft.training.report import Row
 
 def score(recipe: Recipe, say: Say = print) -> Selection:
     """Scores the layers of a recipe's model as training would; writes scores.json, scores.csv and scores.png.
+
+    Where those that train are chosen by place, and what is dropped by scores, these are scored: on the whole model.
     Raises: LayerpeftError; RecipeError when the recipe chooses by place, which needs no scores."""
     select = recipe.config.choosing
-    if select.by == "depth" and select.keep is None:
+    by_place = select.by == "depth" and select.keep is None
+    drops = by_place and recipe[KEY] is not None and measures(parse_drop(recipe[KEY]))
+    if by_place and not drops:
         example = command_of(recipe, {"layerpeft.select": {"by": "gradient_norm", "keep": "25%"}}, "score")
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
     refuse_strangers(recipe.output_dir, SCORED)
     with contextlib.redirect_stdout(sys.stderr):
         setup = tokenized(prepare(recipe))
-        note(f"loading the model {recipe['model_name_or_path']}")
-        model = load_model(setup)
-        batches, _ = batches_for(setup, model, recipe.select)
-        found = recipe.config.examine(model)
-        selection = choose_among(model, select, found.layers, found.targets, batches, costs=found.costs)
+        if drops:
+            selection = chosen_on(setup)[1]
+        else:
+            with shortened_apart(setup) as setup:
+                note(f"loading the model {recipe['model_name_or_path']}")
+                model = load_model(setup)
+                batches, _ = batches_for(setup, model, recipe.select)
+                found = setup.recipe.config.examine(model)
+                selection = choose_among(model, select, found.layers, found.targets, batches, costs=found.costs)
     if is_first():
-        _write_scores(recipe, selection, say)
+        _write_scores(recipe, selection, KEY if drops else "layerpeft.select", say)
     return selection
 
 
-def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
+def _write_scores(recipe: Recipe, selection: Selection, key: str, say: Say) -> None:
     scores = selection.scores
     assert scores is not None
     folder = room(recipe.output_dir, SCORED)
@@ -50,13 +60,20 @@ def _write_scores(recipe: Recipe, selection: Selection, say: Say) -> None:
     vouch(folder / "scores.json", scores.to_dict(), SCORED[1:])
     rows = [(str(row.layer), row.name, f"{row.score:.6g}", "yes" if row.chosen else "") for row in table]
     for line in grid(
-        [(scores.unit, "name", scores.by, "chosen"), *rows], "><><", (len(scores.unit), max(map(len, names)), 13, 6)
+        [(scores.unit, "name", scores.by, "goes" if key == KEY else "chosen"), *rows],
+        "><><",
+        (len(scores.unit), max(map(len, names)), 13, 6),
     ):
         say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
-    own = {k: v for k, v in recipe.config.choosing.to_dict().items() if k in ("keep", "unit", "within")}
+    own = {
+        k: v
+        for k, v in selection.select.items()
+        if k in ("keep", "unit", "within", *("layers", "exclude") * (key == KEY))
+    }
     select = {"by": str(folder / "scores.json"), **own}
     say("\nnext:")
-    say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', 'layerpeft.select': select})}")
-    say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")
+    say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', key: select})}")
+    if key != KEY:
+        say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")

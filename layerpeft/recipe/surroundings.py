@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told, unknown
+from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
@@ -29,9 +30,11 @@ from layerpeft.tuners.config import QUANT_FIELDS, LayerLoraConfig
 from layerpeft.tuners.merge import TOKENIZER
 
 # what each command writes into output_dir
+SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model that lost layers, and the record of which
 SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png")
 TRAINED = (
-    *ADAPTER_FILES, MANIFEST, "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
+    *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
+    "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
 )  # fmt: skip
 BESIDE = (*SCORED, *COMPARED, RECORD)  # a run may start beside them
 
@@ -43,6 +46,12 @@ CODE = {
     "use_kernels": "fetches code; take the key out",
     "kernel_config": "fetches code; take the key out",
     "allow_all_kernels": "runs code of any origin; take the key out",
+}
+
+# what an engine that divides a model cannot do
+IN_ONE = {
+    "drop": "a model is shortened whole, and {} divides it: run this once without that (max_steps: 1 will do), then train the "
+    "folder `shorter` of its output_dir as model_name_or_path, with drop taken out",
 }
 
 # what to install for a tracker whose package is called otherwise
@@ -228,7 +237,7 @@ def _theirs(folder: Path, good: Mapping[str, Any], purpose: str) -> list[str]:
         return []
     # a new run clears the old one away, a limit all but the newest; one that was cut short while it was saved is on no record
     limited = completed(folder) if good.get("save_total_limit") else set()
-    gone = [name for name in checkpoints_in(folder) if overwrite or name in limited]
+    gone = [name for name in checkpoints_in(folder) if overwrite or name in limited] + [SHORTER] * overwrite
     old = [file for name in gone for file in files_below(folder, name)]
     return strangers(folder, (*TRAINED, RECORD, *old))
 
@@ -290,6 +299,11 @@ def engine_problems(good: Mapping[str, Any], config: LayerLoraConfig | None) -> 
     engine = asked_for(SimpleNamespace(**good))
     if engine is None or config is None:
         return []
+    alone = [_of(key, sentence.format(engine.name)) for key, sentence in IN_ONE.items() if good.get(key) is not None]
+    return alone + _of_engine(engine, good, config)
+
+
+def _of_engine(engine: Engine, good: Mapping[str, Any], config: LayerLoraConfig) -> list[Problem]:
     found = engine.refusals(sorted(config.needs(batches=True)))
     if good.get(engine.argument):
         return [_of(engine.argument, sentence) for sentence in found]

@@ -27,7 +27,8 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.shipped import expanded
-from layerpeft.recipe.surroundings import TRAINED, checkpoints_in
+from layerpeft.recipe.shorter import shorten
+from layerpeft.recipe.surroundings import SHORTER_RECORD, TRAINED, checkpoints_in
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
@@ -53,7 +54,16 @@ from layerpeft.tuners.soft import BY_SCORE
 
 Say = Callable[[str], None]
 SAMPLES = 1
-WRITTEN = ("layers.png", "bits.png", "layers.csv", MANIFEST, "training_loss.png", "log.jsonl", "recipe.yaml")
+WRITTEN = (
+    "layers.png",
+    "bits.png",
+    "layers.csv",
+    MANIFEST,
+    "training_loss.png",
+    "log.jsonl",
+    "recipe.yaml",
+    SHORTER_RECORD,
+)
 NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
 
 
@@ -86,17 +96,18 @@ def run(recipe: Recipe, say: Say = print) -> Result:
 
 def _run(recipe: Recipe, say: Say) -> Result:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
-        setup = tokenized(prepare(recipe))
+        setup = shorten(tokenized(prepare(recipe)))
         checkpoint = _checkpoint(recipe)
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
         stored = _stored(recipe, recorded) if recorded else None
         choice = recipe.select if kept is None else _as_chosen(recipe, kept)
-        note(f"loading the model {recipe['model_name_or_path']}")
+        note(f"loading the model {setup.recipe['model_name_or_path']}")
         model = load_model(setup, choice, stored)
         model, setup = _wrapped(recipe, setup, model, kept, stored)
     if (record := record_of(model.peft_config["default"])) is not None:
         record.rows = {what: asdict(found) for what, found in setup.counts.items()}
+        record.dropped = setup.dropped.to_dict() if setup.dropped is not None else None
     chosen = record.selection if record is not None else None
     layers = (
         "all layers" if chosen is None else f"{chosen.unit}s {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"

@@ -34,7 +34,7 @@ from layerpeft.recipe.model import (
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
-from layerpeft.selection.select import DEFAULT_BATCHES
+from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.text import note, some
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
@@ -44,7 +44,8 @@ from layerpeft.tuners.precision import batches_wanted
 class Setup:
     """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
     `sources`: where training and held-out rows were read; `counts`: what became of them, by `training` and `held-out`; `ready` says
-    that the rows went through a trainer's preparation once (truncated, packed) and must not again."""
+    that the rows went through a trainer's preparation once (truncated, packed) and must not again. `dropped`: what was taken out of
+    the recipe's model."""
 
     recipe: Recipe
     tokenizer: Any
@@ -55,6 +56,7 @@ class Setup:
     ready: bool = False
     sources: tuple[rows.Source, rows.Source | None] | None = None
     counts: Mapping[str, tokens.Tally] = field(default_factory=dict)
+    dropped: Selection | None = None
 
     @property
     def head(self) -> tuple[tuple[str, ...], int | None]:

@@ -122,6 +122,7 @@ class Written:
     checks: dict[str, Any] | None = None
     rows: dict[str, Any] | None = None
     head: dict[str, Any] | None = None
+    dropped: dict[str, Any] | None = None
 
 
 # ---- verifying ------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class Record:
     idle_experts: tuple[str, ...] = ()
     needs: frozenset[Need] = frozenset()  # what an engine must be able to do
     rows: Mapping[str, Any] | None = None  # what became of a recipe's rows
+    dropped: Mapping[str, Any] | None = None  # what a recipe has taken out of the base before
     quantized: Any = None  # what is stored in which precision
     distilling: Any = field(default=None, compare=False, repr=False)  # what a teacher says beside training
     schedule: Any = None  # of a choice that is made again: what knows where it stands
@@ -117,6 +118,7 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
             "idle_experts": list(record.idle_experts),
             "checks": record.checks,
             "rows": record.rows,
+            "dropped": record.dropped,
             "head": head_of(model),
         },
         theirs,
@@ -145,4 +147,5 @@ def read_record(manifest: Mapping[str, Any]) -> Record:
             new_tensors=tuple(manifest.get("new_tensors") or ()),
             idle_experts=tuple(manifest.get("idle_experts") or ()),
             rows=manifest.get("rows"),
+            dropped=manifest.get("dropped"),
         )

@@ -36,6 +36,7 @@ TINY = {
     "badam": Tiny(EVERY),
     "cka_lora": Tiny((R, *BATCHES)),
     "distill": Tiny((R,)),
+    "finercut": Tiny((R,), (*BRIEF, "drop.num_batches=1")),
     "frozen_nf4": Tiny((R, *BATCHES)),
     "galore": Tiny((R, "update_proj_gap=1"), quick=True),
     "grass": Tiny(EVERY),

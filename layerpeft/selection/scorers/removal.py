@@ -26,18 +26,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from layerpeft.errors import ScoreError
+from layerpeft.errors import ConfigError, ScoreError
 from layerpeft.integrations.engines.gathers import without_engine
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import find_module
 from layerpeft.model.outputs import Distance, compared, kl, logits_of, per_token
+from layerpeft.model.shorten import writing
 from layerpeft.model.units import LAYER
 from layerpeft.selection.scorers import OF_STATES, STATES, Traits
 from layerpeft.selection.scoring import Measured, Request, WatchingCalls
 from layerpeft.selection.states import First, cosines, entering_states, given, signed, states_in, with_states
 
 TRAITS = Traits(of_whole=True, units=OF_STATES, reason=STATES)
-LAST = ("o", "down", "out")  # by role, the matrices of a sub-layer that write to the stream
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,10 @@ class Removal(WatchingCalls):
 
     def _last(self, unit: int) -> list[nn.Module]:
         """What writes a sub-layer's result to the stream. Raises: ScoreError where that is not known."""
-        targets = [t for t in self.request.layers.layers[unit].targets if t.role.rpartition(".")[2] in LAST]
-        if not targets:
-            raise ScoreError(
-                f"removal: it is not known which matrix of {self.request.layers.names[unit]} is its last; choose whole layers "
-                "(unit: layer)"
-            )
+        try:
+            targets = writing(self.request.layers.layers[unit])
+        except ConfigError as error:
+            raise ScoreError(f"removal: {error}") from error
         return [find_module(self.request.model, t.name) for t in targets]
 
     def _block(self, layer: int) -> nn.Module:
