@@ -223,8 +223,8 @@ def _differences(
         place = next((p for n, p in within.items() if name == n or name.startswith(f"{n}.")), None)
         for key, value in vars(module).items():
             before = vars(was).get(key)
-            if key[:1] == "_" or key == "training" or not (_simple(value) and _simple(before)):
-                continue
+            if key[:1] == "_" or key in ("training", "p") or "drop" in key or not (_simple(value) and _simple(before)):
+                continue  # dropout is of training, and may have been turned off
             if value != before and not _by_place(before, value, place, cut):
                 yield f"{name}.{key} would be {value!r}, not {before!r}"
     left = {old(name) for name, _ in new.named_modules(remove_duplicate=False)}

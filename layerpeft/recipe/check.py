@@ -13,6 +13,7 @@ from layerpeft.integrations.code import code_beside
 from layerpeft.planning import layers as layers  # choices of recipes know by it what layers cost
 from layerpeft.recipe import cures, foreign, keys, model, shorter, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
+from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
@@ -115,7 +116,7 @@ class Check:
             found = shorter.without_weights(recipe)
             told = (found.notice,) if found.notice and self.purpose == "plan" else ()
             recipe = replace(found.recipe, notices=(*recipe.notices, *told))
-            self.add_all(choice_problems(recipe))
+            self.add_all([*choice_problems(recipe), *exit_problems(recipe)])
         except RecipeError as error:
             self.add_all(error.problems)
         return recipe

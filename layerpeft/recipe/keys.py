@@ -22,6 +22,7 @@ _OWN: dict[str, Setting] = {
     "overwrite_output_dir": Setting(bool, False),
     "resume_from_checkpoint": Setting(bool | str | None),
     "sample_tokens": Setting(int, 48),
+    "exits": Setting(list[int | str] | None),
     "drop": Setting(int | str | list[Any] | dict[str, Any] | None),
     "layerpeft": Setting(dict),
 }

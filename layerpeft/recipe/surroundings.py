@@ -52,6 +52,7 @@ CODE = {
 IN_ONE = {
     "drop": "a model is shortened whole, and {} divides it: run this once without that (max_steps: 1 will do), then train the "
     "folder `shorter` of its output_dir as model_name_or_path, with drop taken out",
+    "exits": "the head runs once for every exit within a pass, which {} does not let it; DDP and one process do",
 }
 
 # what to install for a tracker whose package is called otherwise
@@ -238,6 +239,7 @@ def _theirs(folder: Path, good: Mapping[str, Any], purpose: str) -> list[str]:
     # a new run clears the old one away, a limit all but the newest; one that was cut short while it was saved is on no record
     limited = completed(folder) if good.get("save_total_limit") else set()
     gone = [name for name in checkpoints_in(folder) if overwrite or name in limited] + [SHORTER] * overwrite
+    gone += [p.name for p in folder.glob("exit-*") if p.is_dir()] * bool(good.get("exits"))
     old = [file for name in gone for file in files_below(folder, name)]
     return strangers(folder, (*TRAINED, RECORD, *old))
 

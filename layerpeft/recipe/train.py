@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from layerpeft.integrations.files import disk_is_full, replace_file
 from layerpeft.integrations.peft import whole_state
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
+from layerpeft.recipe.exits import exit_numbers, write_exits
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.shipped import expanded
@@ -47,8 +48,10 @@ from layerpeft.saving.owned import files_below, put_on_record, recording, room, 
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Selection
 from layerpeft.text import is_first, note, size_text, some
+from layerpeft.training.exits import depths_of
 from layerpeft.training.record import record_of
 from layerpeft.training.report import LayerReport, layer_report
+from layerpeft.tuners.exits import exit_folder
 from layerpeft.tuners.precision import wish
 from layerpeft.tuners.soft import BY_SCORE
 
@@ -70,7 +73,7 @@ NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_
 @dataclass(frozen=True)
 class Result:
     """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
-    `weight_bytes`: measured bytes of all weights, adapter and scales included."""
+    `weight_bytes`: measured bytes of all weights, adapter and scales included; `depths`: of exits; `exits`: numbers after, of each but the last."""
 
     output_dir: Path
     before: Mapping[str, float]
@@ -79,6 +82,8 @@ class Result:
     report: LayerReport
     seconds: float
     weight_bytes: int = 0
+    exits: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    depths: tuple[int, ...] = ()
 
 
 def run(recipe: Recipe, say: Say = print) -> Result:
@@ -121,15 +126,18 @@ def _run(recipe: Recipe, say: Say) -> Result:
     trainer.add_callback(_Files(recipe))
     with _room(recipe):
         seconds = train(trainer, checkpoint)
-    after = held_out_numbers(trainer)
+    after, exits = held_out_numbers(trainer), exit_numbers(setup.recipe, trainer)
     samples = _answers(setup, model, begin.samples)
     report = layer_report(model)
     folder = from_first(room(recipe.output_dir, TRAINED) if is_first() else None)
-    result = Result(folder, begin.numbers, after, samples, report, seconds, tensor_bytes(model))
+    result = Result(
+        folder, begin.numbers, after, samples, report, seconds, tensor_bytes(model), exits, depths_of(model)
+    )
     state = whole_state(model)
     if is_first():
         with _room(recipe):
             _write(recipe, setup, model, trainer, begin.numbers, folder, state)
+            write_exits(recipe, model, folder)
         _track(trainer, result)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -387,6 +395,8 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
     for key, name in NAMES.items():
         if key in result.after:
             say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
+            for depth, numbers in result.exits.items():
+                say(f"  of the first {depth} layers: {numbers[key]:.4f} after")
     if not result.after:
         say("no held-out rows (eval_dataset), so nothing was measured before and after")
     say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")
@@ -396,6 +406,7 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
     say(f"\n{result.report}")
     folder = result.output_dir
     written = [name for name in WRITTEN if (folder / name).is_file()]
+    written += [exit_folder(folder, depth).name for depth in result.depths]
     say(f"\nwritten to {folder}: adapter_model.safetensors, {', '.join(written)}")
     say("\nnext:")
     for line in _next(setup.recipe, result):

@@ -36,6 +36,7 @@ from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.text import note, some
+from layerpeft.training.exits import with_exits
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
 
@@ -180,7 +181,10 @@ def wrap(
 
     set_seed(training_arguments(setup.recipe).seed)
     config = layer_config(setup.recipe, select, batches).with_stored(stored)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+    wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    if setup.recipe["exits"] is not None:
+        with_exits(wrapped, setup.recipe["exits"], config.choosing.stack)
+    return wrapped
 
 
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:

@@ -55,6 +55,7 @@ TINY = {
     "quickstart": Tiny((R, *BATCHES)),
     "revision": Tiny((R, *BATCHES), CLASSES),
     "slim_llm": Tiny((R, "quant.select.num_batches=1")),
+    "soft": Tiny((R,)),
     "spectrum": Tiny(),
     "surgical": Tiny(BATCHES, quick=True),
     "telly": Tiny(),

@@ -95,7 +95,7 @@ def test_a_plan_counts_the_shorter_model():
     assert "as if the layers 3, 4 did" in shorter.recipe.notices[-1]
 
 
-def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place, capsys):
+def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place):
     settings = _settings("drop={keep: 60%, num_batches: 1, exclude: 0}")
     assert main(["train", "quickstart", *settings]) == 0
     record = json.loads((place / "out/shorter.json").read_text())["dropped"]
@@ -119,7 +119,13 @@ def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place, capsys):
             assert not torch.allclose(plain(IDS).logits, healed, atol=1e-4)
         assert torch.equal(named(IDS).logits, healed)
         assert torch.allclose(merged(IDS).logits, healed, atol=1e-5) and merged.config.num_hidden_layers == LAYERS - 2
-    # resuming keeps the choice, and ends where the unbroken run did
+    assert json.loads((place / "out/layerpeft.json").read_text())["dropped"]["layers"] == gone
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_shorter_model(place, capsys):
+    settings = _settings("drop={keep: 60%, num_batches: 1, exclude: 0}")
+    assert main(["train", "quickstart", *settings]) == 0
     trained = load_file(place / "out/adapter_model.safetensors")
     (place / "out/shorter/model.safetensors").unlink()
     (place / "out/shorter").rename(place / "away")
