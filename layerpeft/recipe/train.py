@@ -73,7 +73,8 @@ NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_
 @dataclass(frozen=True)
 class Result:
     """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
-    `weight_bytes`: measured bytes of all weights, adapter and scales included; `depths`: of exits; `exits`: numbers after, of each but the last."""
+    `weight_bytes`: measured bytes of all weights, adapter and scales included; `depths`: of exits; `exits`: numbers
+    after, of each but the last."""
 
     output_dir: Path
     before: Mapping[str, float]
