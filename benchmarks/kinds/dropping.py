@@ -15,8 +15,7 @@ from benchmarks.healing import scored, trained, wrapped
 from benchmarks.model import Batch, Model, build
 from benchmarks.questions import held_out, loss, rows
 from layerpeft.errors import LayerpeftError, Problems
-from layerpeft.model.shorten import shortened
-from layerpeft.selection.drop import droppable, dropped, parse_drop
+from layerpeft.selection.drop import drop_layers, parse_drop
 
 Say = Callable[[str], None]
 
@@ -67,10 +66,8 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
 def _run(options: Options, drop: Any, train: Sequence[Any], kept: Sequence[Any]) -> dict[str, Any]:
     model, gone = build(options.model), tuple[int, ...]()
     if drop is not None:
-        select = parse_drop(drop)
-        gone = dropped(model, select, scored(train, options.batch.rows, options.scored), progress=False).layers
-        units = droppable(model, select).units
-        model = shortened(model, units, set(range(len(units))) - set(gone))
+        model, chosen = drop_layers(model, drop, scored(train, options.batch.rows, options.scored))
+        gone = chosen.layers
     model.config.use_cache = False  # type: ignore[union-attr]
     before = loss(model.train(), kept)
     healed = wrapped(model, options.r, options.seed)

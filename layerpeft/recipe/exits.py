@@ -48,6 +48,10 @@ def exit_problems(recipe: Recipe) -> list[Problem]:
     ).get("use_reentrant"):
         sentence = "gradient_checkpointing_kwargs: reentrant checkpointing hides what layers give out; write use_reentrant: false"
         found.append(Problem(("gradient_checkpointing_kwargs",), sentence))
+    if recipe.config is not None and recipe.config.distill is not None:
+        found.append(
+            Problem(("layerpeft", "distill"), "distill: a teacher weighs its terms by one loss, and exits have several")
+        )
     if is_saved(model_path(recipe)):
         sentence = f"{KEY}: each becomes a plain model, and {model_path(recipe)} is stored in fewer bits; name the one in 16 bit"
         found.append(Problem((KEY,), sentence))

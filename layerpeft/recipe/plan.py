@@ -29,6 +29,7 @@ from layerpeft.recipe.shorter import without_weights
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
 from layerpeft.recipe.yaml import Fault
+from layerpeft.training.exits import with_exits
 
 ROWS = ("dataset_name", "eval_dataset", "columns", "dataset_text_field")
 DEFAULT_LENGTH = 1024
@@ -118,10 +119,12 @@ def asked(
 
 
 def empty(setup: Setup) -> nn.Module:
-    """The recipe's model without weights. How many classes a head has is known with the rows alone."""
+    """The recipe's model without weights, with its exits. How many classes a head has is known with the rows alone."""
     model: Any = setup.recipe.model
     if setup.labels and len(setup.labels) != model.config.num_labels:
         model = without_weights(setup.recipe, *setup.head).recipe.model
+    if setup.recipe["exits"] is not None:
+        with_exits(model, setup.recipe["exits"], setup.recipe.config.choosing.stack)
     return model
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, RecipeError, differences, told
-from layerpeft.integrations.distributed import everywhere
+from layerpeft.integrations.distributed import everywhere, from_first
 from layerpeft.integrations.files import read_json, written_whole
 from layerpeft.model.evaluating import evaluating
 from layerpeft.model.layers import base_of, find_module
@@ -30,7 +30,7 @@ from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.surroundings import SHORTER, SHORTER_RECORD
 from layerpeft.recipe.trainer import Setup, first_batches, load_model
 from layerpeft.saving.checkpoints import last_checkpoint
-from layerpeft.saving.manifest import MANIFEST
+from layerpeft.saving.manifest import CONFIG, MANIFEST
 from layerpeft.saving.owned import files_below, put_on_record, strangers, vouch
 from layerpeft.selection.drop import Droppable, droppable, dropped, measures, parse_drop
 from layerpeft.selection.scorers.removal import left_out
@@ -65,7 +65,7 @@ def without_weights(recipe: Recipe, *head: Any) -> Shorter:
         found = droppable(model, select)
         if recorded is not None or not measures(select):
             gone = (recorded or dropped(model, select)).layers
-            return Shorter(_on(recipe, _cut(model, found, gone), silenced(found, gone)))
+            return Shorter(_on(recipe, _cut(model, found, gone), found, gone))
         count = found.count or 1
         _cut(model, found, found.among[:count])  # what cannot go is refused before weights say whether it does
         if select.unit != "layer":
@@ -73,7 +73,7 @@ def without_weights(recipe: Recipe, *head: Any) -> Shorter:
         gone = found.among[-count:] if found.count else ()
         assumed = f"as if the layers {some([str(i) for i in gone], 16)} did" if gone else "without that"
         notice = f"drop: which layers go is decided by {select.by}; what a run takes is counted {assumed}"
-        return Shorter(replace(recipe, model=_cut(model, found, gone) if gone else model), notice)
+        return Shorter(_on(recipe, _cut(model, found, gone) if gone else model, found, gone), notice)
 
 
 def shorten(setup: Setup) -> Setup:
@@ -96,7 +96,7 @@ def shorten(setup: Setup) -> Setup:
     whole, select = empty_model(recipe, *setup.head), parse_drop(recipe[KEY])
     found = droppable(whole, select)
     note(f"drop: {chosen.why}: {some([str(i) for i in chosen.layers], 16)}")
-    based = _based(_on(recipe, _cut(whole, found, chosen.layers), silenced(found, chosen.layers)), home / SHORTER)
+    based = _based(_on(recipe, _cut(whole, found, chosen.layers), found, chosen.layers), home / SHORTER)
     return replace(setup, recipe=based, dropped=chosen)
 
 
@@ -106,12 +106,14 @@ def shortened_apart(setup: Setup) -> Iterator[Setup]:
     if setup.recipe[KEY] is None:
         yield setup
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own_folder:
+        folder = from_first(own_folder)
         values = {k: v for k, v in setup.recipe.values.items() if k != "resume_from_checkpoint"}
         given = replace(setup.recipe, values=values | {"output_dir": folder})
         found = shorten(replace(setup, recipe=given))
         own = {"output_dir": setup.recipe.values["output_dir"]}
         yield replace(found, recipe=replace(found.recipe, values={**found.recipe.values, **own}))
+        everywhere(True)  # nobody reads it any more
 
 
 def silenced(found: Droppable, gone: tuple[int, ...]) -> list[str]:
@@ -160,21 +162,31 @@ def _refuse_packed(recipe: Recipe, model: Any) -> None:
         )
 
 
-def _home(recipe: Recipe) -> Path:
-    """Where the shorter model lies: in the output folder, or beside the checkpoint that is gone on from."""
+def _checkpoint(recipe: Recipe) -> Path | None:
+    """What the run goes on from."""
     asked = recipe["resume_from_checkpoint"]
-    return expanded(asked).absolute().parent if isinstance(asked, str) else recipe.output_dir
+    found = (
+        expanded(asked).absolute() if isinstance(asked, str) else last_checkpoint(recipe.output_dir) if asked else None
+    )
+    return Path(found) if found else None
+
+
+def _home(recipe: Recipe) -> Path:
+    """Where the shorter model lies: in the output folder; of a run that is gone on with where its adapter says, or beside it."""
+    checkpoint = _checkpoint(recipe)
+    if checkpoint is None:
+        return recipe.output_dir
+    path = checkpoint / CONFIG
+    named = Path((read_json(path) if path.is_file() else {}).get("base_model_name_or_path") or "")
+    return named.parent if named.name == SHORTER and named.is_dir() else checkpoint.parent
 
 
 def _recorded(recipe: Recipe) -> Selection | None:
     """What the run that is gone on with has taken out. Raises: RecipeError where it did so otherwise, or says nothing of it."""
-    asked = recipe["resume_from_checkpoint"]
-    if not asked:
+    checkpoint, home = _checkpoint(recipe), _home(recipe)
+    if checkpoint is None:
         return None
-    home = _home(recipe)
-    checkpoint = expanded(asked) if isinstance(asked, str) else last_checkpoint(home)
-    found = [Path(checkpoint) / MANIFEST] if checkpoint else []
-    said = [read_json(p).get("dropped") for p in (*found, home / SHORTER_RECORD) if p.is_file()]
+    said = [read_json(p).get("dropped") for p in (checkpoint / MANIFEST, home / SHORTER_RECORD) if p.is_file()]
     if not any(said):
         raise RecipeError(f"the run in {home} does not say what was taken out of its model ({SHORTER_RECORD})")
     chosen = Selection.from_dict(next(filter(None, said)))
@@ -271,13 +283,20 @@ def _save(model: Any, tokenizer: Any, home: Path, chosen: Selection) -> None:
     note(f"the shorter model is in {folder}")
 
 
-def _on(recipe: Recipe, model: nn.Module, silent: list[str]) -> Recipe:
-    """The recipe on a shorter model, in which nothing trains that was silenced."""
-    config = recipe.config
-    if silent and config is not None:
-        own: Any = config.exclude_modules
+def _on(recipe: Recipe, model: nn.Module, found: Droppable, gone: tuple[int, ...]) -> Recipe:
+    """The recipe on a shorter model: what was silenced does not train, and from the whole model each layer learns what it was."""
+    config: Any = recipe.config
+    if config is None:
+        return replace(recipe, model=model)
+    if silent := silenced(found, gone):
+        own = config.exclude_modules
         pattern = "|".join([own, *map(re.escape, silent)]) if isinstance(own, str) else None
-        config = config.changed(exclude_modules=pattern or [*(own or ()), *silent])
+        config = config.changed(exclude_modules=pattern or list(dict.fromkeys([*(own or ()), *silent])))
+    asked = config.distilling
+    if asked is not None and asked.teacher in (recipe["model_name_or_path"], model_path(recipe)):
+        left = [i for i in range(len(found.units)) if i not in gone]
+        if found.units.unit == "layer" and asked.map is None:
+            config = config.changed(distill=asked.plain() | {"map": dict(enumerate(left))})
     return replace(recipe, model=model, config=config)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from layerpeft.errors import LayerpeftError, Problem, Problems, SelectionError
 from layerpeft.model.layers import LayerMap, Target, layer_map
+from layerpeft.model.shorten import shortened, silence
 from layerpeft.model.units import in_units
 from layerpeft.selection import plugins
 from layerpeft.selection.choose import candidates, choose_among, selection_of
@@ -121,3 +122,14 @@ def dropped(model: nn.Module, select: Select, batches: Batches | None = None, pr
     if not gone:
         raise SelectionError(Problem(("keep",), f"keep: {select.keep}: by these scores none would go"))
     return found.gone(gone, select, chosen.scores)
+
+
+def drop_layers(model: nn.Module, drop: Any, batches: Batches | None = None) -> tuple[nn.Module, Selection]:
+    """The model without what `drop` means, and what that was: a new model around the tensors that stay, or of parts of layers the
+    same one, in which they are silenced. Raises: LayerMapError, SelectionError, ScoreError, ConfigError."""
+    select = parse_drop(drop)
+    found, chosen = droppable(model, select), dropped(model, select, batches)
+    if select.unit == "layer":
+        return shortened(model, found.units, set(range(len(found.units))) - set(chosen.layers)), chosen
+    silence(model, found.units, chosen.layers)
+    return model, chosen

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from layerpeft.errors import ConfigError, Problem, TrainingError
 from layerpeft.integrations.checkpointing import is_reentrant
 from layerpeft.integrations.engines.known import is_cut
-from layerpeft.integrations.torch import eager
 from layerpeft.model.layers import base_of, find_module, layer_map
 
 SHARED = ("loss", "log_probs")  # what a loss is made of: transformers' own, and TRL's by token
@@ -91,7 +91,7 @@ class Exits:
         self._handles = [
             base.register_forward_pre_hook(self._before),
             base.register_forward_hook(self._after, with_kwargs=True),
-            *(self.blocks[d - 1].register_forward_hook(self._leave(d)) for d in self.depths[:-1]),
+            *(self.blocks[d - 1].register_forward_hook(partial(self._leave, d)) for d in self.depths[:-1]),
         ]
 
     def detach(self) -> None:
@@ -112,12 +112,9 @@ class Exits:
                 "exits: the model is divided among processes, and its head could not run again within a pass"
             )
 
-    def _leave(self, depth: int) -> Any:
-        def leave(_block: nn.Module, _args: Any, output: Any) -> None:
-            if self._watching:  # else an evaluation, or a backward pass that computes a layer again
-                self._left[depth] = output
-
-        return eager(leave)
+    def _leave(self, depth: int, _block: nn.Module, _args: Any, output: Any) -> None:
+        if self._watching:  # else an evaluation, or a backward pass that computes a layer again
+            self._left[depth] = output
 
     def _after(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._watching:

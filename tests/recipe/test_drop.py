@@ -186,11 +186,15 @@ def test_score_and_compare_know_what_was_dropped(place):
         ["layerpeft.select={by: gradient_norm, keep: 1, reselect_steps: 1, num_batches: 1}"],
         ["layerpeft={method: full, select: last:1}"],
         ["model_init_kwargs={quantization_config: {load_in_4bit: true}}"],
+        [f"layerpeft.distill={{teacher: {short_llama()}, kl: 1.0}}"],
     ],
-    ids=["packed", "scheduled", "full", "bitsandbytes"],
+    ids=["packed", "scheduled", "full", "bitsandbytes", "taught"],
 )
 def test_a_shorter_model_trains_in_every_way(place, more):
     assert main(["train", "quickstart", *_settings("drop={by: depth, pick: bottom, keep: 3}", *more)]) == 0
     record = json.loads((place / "out/shorter.json").read_text())["dropped"]
     assert record["layers"] == [3, 4] and layerpeft.load(place / "out").config.num_hidden_layers == 3
+    if "distill" in more[0]:  # each layer learns from the one that it was
+        learnt = json.loads((place / "out/layerpeft.json").read_text())["config"]["distill"]["map"]
+        assert {int(k): v for k, v in learnt.items()} == {0: 0, 1: 1, 2: 2}
     assert "quantization_config" not in json.loads((place / "out/shorter/config.json").read_text())

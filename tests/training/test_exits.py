@@ -17,6 +17,7 @@ from layerpeft.cli import main
 from layerpeft.errors import ConfigError, RecipeError, TrainingError
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.shorten import shortened
+from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.training.exits import at_exit, with_exits, without_exits
 from layerpeft.tuners.exits import save_exits
@@ -26,12 +27,12 @@ from tests.helpers.short import LAYERS, short_llama
 IDS = torch.arange(5, 25)[None]
 
 
+CALM = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "t5": {"dropout_rate": 0.0}}
+
+
 def _references(name: str, depths: tuple[int, ...]) -> tuple[Any, Any, list[torch.Tensor]]:
     """A model without dropout, a batch, and the losses of what its first layers make by themselves."""
-    model = MODELS[name]()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = MODELS[name](**CALM.get(name, {}))
     inputs, layers = batch(name, model.eval()), layer_map(model)
     return model.train(), inputs, [shortened(model, layers, range(d))(**inputs).loss for d in depths]
 
@@ -147,6 +148,22 @@ def test_each_exit_of_a_run_is_a_plain_model(tmp_path, monkeypatch):
         words in text
         for words in ("exits: [9] are no depths", "loss_type: ", "exits: the head runs once for every exit")
     )
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_head_of_every_exit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [
+        f"model_name_or_path={short_llama()}",
+        "max_length=16",
+        "per_device_train_batch_size=1",
+        "layerpeft.select=last:1",
+    ]
+    settings += ["columns={text: '{question}'}", "layerpeft.r=2"]
+    plain, several = (forecast("quickstart", [*settings, *more]).plan for more in ((), (f"exits=[1, 2, {LAYERS}]",)))
+    config = tf.AutoConfig.from_pretrained(short_llama())
+    head = 2 * 15 * config.vocab_size * config.hidden_size  # operations of one pass through it
+    assert several.flops - plain.flops >= 2 * head and several.peak_bytes >= plain.peak_bytes
 
 
 @pytest.mark.slow
