@@ -13,6 +13,8 @@ from trl.trainer.utils import add_fused_lm_head
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model, layer_map, plan
 from layerpeft.errors import ConfigError, SelectionError, TrainingError
 from layerpeft.integrations.engines.known import ENGINES
+from layerpeft.planning.plan import layers_that_train
+from layerpeft.planning.trace import Step
 from layerpeft.training.distill import Distill, divergence
 from tests.helpers.loops import adamw, hooks, llama, loras, make_batches, record, wrap
 from tests.helpers.repeating import repeated
@@ -242,13 +244,13 @@ def test_a_plan_counts_the_teacher(tmp_path):
     model = llama()
     config = {"select": "last:3", "r": 4, "task_type": "CAUSAL_LM"}
     asked = {"teacher": str(tmp_path), "map": {1: 2, 3: 5}, "kl": 1.0}
-    bare, own, other = (
-        plan(model, LayerLoraConfig(**config, distill=d), **given) for d in (None, {"layers": [1, 2]}, asked)
-    )
+    bare, own = (plan(model, LayerLoraConfig(**config, distill=d), **given) for d in (None, {"layers": [1, 2]}))
     assert own.weights == bare.weights and own.kept.peak - bare.kept.peak == 2 * 12 * 32 * 2 * (4 + 4)
-    weights = sum(p.numel() * p.element_size() for p in llama(num_hidden_layers=6).parameters())
-    assert other.weights - bare.weights >= weights and "has weights of its own" in str(other)
     assert own.kept.flops - bare.kept.flops == 2 * 24 * sum(t.params for t in layer_map(model).targets)
+    assert "a teacher is the model itself" in str(own)
+    weights = sum(p.numel() * p.element_size() for p in llama(num_hidden_layers=6).parameters())
+    other = layers_that_train(model, LayerLoraConfig(**config, distill=asked), Step())[2]
+    assert weights <= other - bare.weights < 1.01 * weights
     with pytest.raises(ConfigError, match="the teacher has no layer 6"):
         plan(model, LayerLoraConfig(**config, distill=asked | {"map": {1: 6}}), **given)
 
