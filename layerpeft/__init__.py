@@ -16,6 +16,7 @@ _PLACES = {
     "LayerLoraConfig": "tuners.config",
     "LayerMap": "model.layers",
     "LayerQuantConfig": "quantization.config",
+    "LayerUnlockConfig": "tuners.unlock.config",
     "LayerpeftError": "errors",
     "Measured": "selection.scoring",
     "Measurement": "selection.scoring",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from layerpeft.tuners.load import load as load
     from layerpeft.tuners.load import load_model as load_model
     from layerpeft.tuners.load import save_record as save_record
+    from layerpeft.tuners.unlock.config import LayerUnlockConfig as LayerUnlockConfig
     from layerpeft.tuners.wrap import get_peft_model as get_peft_model
 else:  # hidden from type checkers, for whom it would mean that every name is here
 

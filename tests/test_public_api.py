@@ -11,6 +11,7 @@ NAMES = [
     "LayerLoraConfig",
     "LayerMap",
     "LayerQuantConfig",
+    "LayerUnlockConfig",
     "LayerpeftError",
     "Measured",
     "Measurement",

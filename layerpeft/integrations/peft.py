@@ -40,6 +40,7 @@ __all__ = [
     "DUMMY_TARGET_MODULES", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLinear", "LoraVariant", "ModulesToSaveWrapper",
 ]  # fmt: skip
 
+BASE_BIAS = ".base_layer.bias"  # how the name of a wrapped module's own bias ends
 HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save, whether it is there or not
 
 
@@ -50,6 +51,7 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
     LAYER_GALORE = "LAYER_GALORE"
     LAYER_FULL = "LAYER_FULL"
     LAYER_HEAD = "LAYER_HEAD"
+    LAYER_UNLOCK = "LAYER_UNLOCK"
     LAYER_QUANT = "LAYER_QUANT"
 
     def __str__(self) -> str:
@@ -60,6 +62,8 @@ class LayerPeftType(str, enum.Enum):  # noqa: UP042 - PEFT compares and serialis
             return f"{self.value} (training the weights themselves takes a model without other adapters)"
         if self is LayerPeftType.LAYER_HEAD:
             return f"{self.value} (training offsets of heads takes a model without other adapters)"
+        if self is LayerPeftType.LAYER_UNLOCK:
+            return f"{self.value} (unlocking norms and linears takes a model without other adapters)"
         return f"{self.value} (its layers are not chosen yet: pass config.resolve(model, batches=…) instead)"
 
 
@@ -175,6 +179,19 @@ def watch_loading() -> None:
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
+_left: ContextVar[str | None] = ContextVar("layerpeft_left", default=None)
+
+
+@contextmanager
+def leaving(end: str | None) -> Iterator[None]:
+    """Inside, tensors of an adapter's file whose names end so are not loaded, once `watch_keys` was called."""
+    token = _left.set(end)
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
 @functools.cache
 def watch_wrapping(around: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
     """Runs whatever wraps a model for an adapter, by any door, inside `around(model)`. A second call changes nothing."""
@@ -287,7 +304,8 @@ def watch_keys(plain: Callable[[str], str]) -> None:
     def _remap_adapter_state_dict_for_load(
         cls: Any, model: Any, config: Any, adapter_name: str, state_dict: Any
     ) -> Any:
-        found = {plain(k): v for k, v in state_dict.items()}
+        left = _left.get()
+        found = {plain(k): v for k, v in state_dict.items() if left is None or not k.endswith(left)}
         found = remap(cls, model, config, adapter_name, found)
         names = {plain(n): n for n in model.state_dict() if plain(n) != n}
         for name, module in model.named_modules():  # trained copies, whose files have the names of the originals

@@ -37,10 +37,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained of a target: its weight (`rank` 0), and norms with it, or two factors, of which the first may be `fixed`."""
+    """What is trained of a target: its weight (`rank` 0), and norms with it, or two factors, of which the first may be `fixed`.
+    `norms`: those of a layer train, beside factors, too."""
 
     rank: int = 0
     fixed: bool = False
+    norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def costs_of(
     work = work or Work()
     for layer in layers.layers:
         block = base.get_submodule(layer.name)
-        normed = not work.rank and _has(block, _NORM_FIRST)  # and trains, before the first products
+        normed = (work.norms or not work.rank) and _has(block, _NORM_FIRST)  # and trains, before the first products
         products = _products(base, layer, load)
         last = max(products, key=lambda p: (p.branch, p.place), default=None)
         if not _ends_with_product(base, block):

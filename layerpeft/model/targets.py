@@ -120,7 +120,8 @@ def measured_for(layers: LayerMap, targets: Sequence[Target]) -> tuple[Target, .
     if not names:
         return tuple(targets)
     able = [t for t in layers.targets if t.kind in MATRICES]  # not routers and convolutions, which no scorer measures
-    inside = [t for t in able if any(a in names for a in upwards(t.name))]
+    own = {t.name for t in targets} - names.keys()
+    inside = [t for t in able if t.name in own or any(a in names for a in upwards(t.name))]
     bare = {*names.values()} - {t.layer for t in inside}
     found = {t.name for t in inside} | {t.name for t in able if t.layer in bare}
     return tuple(t for t in layers.targets if t.name in found)

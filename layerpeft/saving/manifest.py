@@ -28,7 +28,7 @@ MANIFEST = "layerpeft.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICTURES = ("layers.csv", "layers.png")
-STATES = tuple(f"layerpeft_{name}.safetensors" for name in ("state", "optimizer", "masters", "heads"))
+STATES = tuple(f"layerpeft_{name}.safetensors" for name in ("state", "optimizer", "masters", "heads", "scales"))
 BITS = "bits.png"
 ADAPTER_FILES = (CONFIG, *WEIGHTS, *STATES, *PICTURES, BITS)
 

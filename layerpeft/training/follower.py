@@ -341,6 +341,7 @@ class Tether:
         carried = unpacked(found) if found is not None else {}
         _cut_up(module, state, prefix)
         for follower in [f for f in self.followers if f.live]:
+            follower.method.read(state, prefix, loading_folder())
             follower.on_load(state, prefix, carried.get(follower.adapter))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tether:

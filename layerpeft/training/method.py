@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
+# a module's name, the module without weights, its tensors by name -> those tensors with what was trained in them
+Fold = Callable[[str, nn.Module, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class Step(NamedTuple):
@@ -38,6 +41,7 @@ class Method:
     in_place: ClassVar[bool] = False  # what trains are weights of the model itself
     whole: ClassVar[bool] = False  # what was trained lies in weights of the model, at least in part
     mixes: ClassVar[bool] = True  # what is trained are factors, which PEFT's own ways to mix adapters add up
+    restates: ClassVar[bool] = False  # a file beside the stock adapter holds what that one is only come to
     folds: ClassVar[bool] = False  # some of that is in no state dict, but in the folder of an adapter
     needs: ClassVar[frozenset[Need]] = frozenset()  # what an engine must be able to do for it
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
@@ -72,6 +76,11 @@ class Method:
     def cannot_wait(cls, config: Any) -> list[str]:
         """What of a config does not go with a choice that waits for the first step."""
         return []
+
+    @classmethod
+    def fold(cls, folder: Path) -> Fold | None:
+        """How what a folder holds goes into one module; None where PEFT's own merging does it. Raises: SaveError."""
+        return None
 
     def tensors(self) -> Tensors:
         """Target -> what trains in it."""
@@ -150,6 +159,8 @@ class Method:
     def switched(self, training: Set[str] | None, policy: str) -> None: ...
     # A run goes on, in which these targets have trained; their weights are loaded next.
     def went_on(self, trained: Set[str]) -> None: ...
+    # A state dict is about to be looked through: turns what a folder says of it into this model's own tensors.
+    def read(self, state: dict[str, Any], prefix: str, folder: str | None) -> None: ...
     # A state dict as in `found` is taken: `found` says of which modules, `folder` where it lies, where that is known.
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None: ...
     def restore(self, carried: Mapping[str, torch.Tensor]) -> None: ...  # of a state dict: takes up what `carried` gave

@@ -218,6 +218,9 @@ def _changes(
 @torch.no_grad()
 def _squared_norms(layer: Any, adapter_name: str, config: Any) -> tuple[float, float]:
     """(‖ΔW‖², ‖W‖²) of one target. Besides the model one full weight is held; two for packed DoRA and merged ones."""
+    variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
+    if hasattr(variant, "trained_change"):
+        return variant.trained_change(layer, adapter_name)
     _check_measurable(layer, adapter_name, config)
     if hasattr(layer, "trained_change"):  # more than the running adapter: what was folded into the weights
         return layer.trained_change()

@@ -18,7 +18,7 @@ from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, stacks_of
 from layerpeft.model.patterns import check_patterns
-from layerpeft.model.targets import find_targets, not_wrapped
+from layerpeft.model.targets import MODULE, find_targets, not_wrapped
 from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.config import LayerQuantConfig, frozen_precision
@@ -274,7 +274,8 @@ def _in_units(
 ) -> tuple[LayerMap, tuple[Target, ...]]:
     """What is chosen from, and the targets in it. Raises: ConfigError for targets asked for by name that no unit holds."""
     units, held = in_units(layers, config.choosing.unit, targets)
-    left = sorted({t.name for t in targets} - {t.name for t in held})
+    asked = (t for t in targets if config.works_by.in_place or t.kind != MODULE)  # norms come along
+    left = sorted({t.name for t in asked} - {t.name for t in held})
     if left and config.target_modules not in (None, "all-linear"):
         sentence = f"{some(left)} lie in no {units.unit}, and would never train; leave them out, or choose another unit"
         raise ConfigError(Problem(("target_modules",), f"target_modules: {sentence}"))

@@ -20,6 +20,7 @@ from layerpeft.training.carried import KEY
 from layerpeft.training.method import Method
 from layerpeft.training.record import record_of
 from layerpeft.tuners.galore.layer import MIXED
+from layerpeft.tuners.unlock.layer import UnlockedNorm
 
 
 def watch() -> None:
@@ -83,7 +84,7 @@ def _mixing(tuner: Any, adapters: list[str], *_: Any, **__: Any) -> None:
     other = next((n for n, method in _bound(tuner, adapters).items() if not method.mixes), None)
     if other is not None:
         raise ConfigError(
-            f"add_weighted_adapter mixes LoRA factors, and {other!r} is offsets of heads, of which it would leave nothing"
+            f"add_weighted_adapter mixes LoRA factors, and {other!r} is none, of which it would leave nothing"
         )
     whole = _whole(tuner, adapters)
     if whole is not None:
@@ -105,4 +106,6 @@ def _base_asked(model: nn.Module) -> set[str]:
         raise SaveError(
             "the model's own weights hold what was trained just now; read or load the base within: with model.disable_adapter(): …"
         )
-    return {KEY}
+    # the copies of norms; what PEFT's own wrappers hold it knows by itself
+    inside: Any = getattr(getattr(model, "base_model", model), "model", model)
+    return {KEY} | {f"{n}.modules_to_save" for n, m in inside.named_modules() if isinstance(m, UnlockedNorm)}

@@ -14,7 +14,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unknown
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, header_of, read_json
-from layerpeft.integrations.peft import watch_keys
+from layerpeft.integrations.peft import BASE_BIAS, leaving, watch_keys
 from layerpeft.model import precisions
 from layerpeft.model.heads import holder
 from layerpeft.model.layers import base_of, stacks_of
@@ -251,17 +251,24 @@ def load_verified(
     config = adapter_config(folder)
     watch_keys(adapted)
     check_chosen(folder, record)
-    if model is None:
-        loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
-    else:
-        _check_base(folder, model, manifest)
-        with as_written(f"{folder} cannot be put on this model"):
-            loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
+    left = BASE_BIAS if kind_of(record.method).works_by.restates else None
+    with leaving(left):
+        if model is None:
+            loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
+        else:
+            _check_base(folder, model, manifest)
+            with as_written(f"{folder} cannot be put on this model"):
+                loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
     adapter = kwargs.get("adapter_name", "default")
-    _check_keys(folder, loaded, adapter)
+    _check_keys(folder, loaded, adapter, left)
     loaded.peft_config[adapter]._layerpeft = record  # type: ignore[attr-defined]
     _name_classes(base_of(loaded), classes_of(folder, {}))
     return loaded
+
+
+def kind_of(method: str) -> type[LayerLoraConfig]:
+    """The config class of a method; of one that is not here, that of LoRA."""
+    return METHODS.get(method, LayerLoraConfig)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -298,7 +305,7 @@ def check_chosen(folder: Path, record: Record) -> None:
     """Raises: SaveError where the weights lack a target that the manifest says was chosen (of methods that save all of them)."""
     held = {clean(k.removeprefix(PREFIX)) for k in keys_in(folder)}
     inside = {n for k in held for n in upwards(k)}
-    whole = not METHODS.get(record.method, LayerLoraConfig).works_by.partial
+    whole = not kind_of(record.method).works_by.partial
     chosen = record.selection.targets if whole and record.selection is not None else ()
     # factors of experts, whose targets are parameters, lie in the module that has these
     lost = [t for t in chosen if t not in inside and f"{t.rpartition('.')[0]}.lora_A" not in inside]
@@ -306,10 +313,11 @@ def check_chosen(folder: Path, record: Record) -> None:
         raise SaveError(f"{folder} lacks what {MANIFEST} says was chosen: {some(lost)}")
 
 
-def _check_keys(folder: Path, loaded: peft.PeftModel, adapter: str) -> None:
-    """Raises: SaveError where the file's tensors are not those that the model has."""
-    there = {adapted(k) for k in keys_in(folder)}
+def _check_keys(folder: Path, loaded: peft.PeftModel, adapter: str, left: str | None) -> None:
+    """Raises: SaveError where the file's tensors are not those that the model has. `left`: how names end that were not loaded."""
+    there = {adapted(k) for k in keys_in(folder) if left is None or not k.endswith(left)}
     kept = peft.get_peft_model_state_dict(loaded, adapter_name=adapter, save_embedding_layers=False)
+    kept = {k: t for k, t in kept.items() if left is None or not k.endswith(left)}
     missing = [k for k in kept if k not in there]
     strange = sorted(there - kept.keys() - set(map(adapted, loaded.state_dict())))
     if missing or strange:
@@ -380,7 +388,7 @@ def load(
     live: Any = loaded.peft_config[adapter]
     tuner: Any = loaded.base_model
     record: Record = live._layerpeft
-    kind = METHODS.get(record.method, LayerLoraConfig)
+    kind = kind_of(record.method)
     live.__class__ = kind.seen_as
     method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable, folder)
     if is_trainable:

@@ -20,8 +20,10 @@ from layerpeft.model.layers import base_of
 from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.manifest import keys_in, read_manifest
 from layerpeft.text import note
+from layerpeft.training.method import Fold
 from layerpeft.training.record import read_record
-from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, load_verified
+from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, kind_of, load_verified
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, without_bias, write_merged
 
 TOKENIZER = (
@@ -57,7 +59,8 @@ def merge(
     check_chosen(source, read_record(manifest))
     config = adapter_config(source)
     where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
-    if into_quantized and config.get("lora_bias"):
+    kind = kind_of(str(manifest.get("method")))
+    if into_quantized and (config.get("lora_bias") or kind.works_by.restates):
         raise SaveError(
             "the adapter holds biases, which PEFT does not merge into a quantized base: merge it into one in 16 bit, without "
             "into_quantized"
@@ -76,21 +79,30 @@ def merge(
     with written_whole(target) as partial:
         if into_quantized:
             _merge_quantized(source, where, model, config, kwargs, partial)
-        elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial):
-            _merge_whole(source, model, base, config, kwargs, partial)
+        elif where is None or not _merge_files(
+            source, where, config, base is not None, kwargs, partial, kind.works_by.fold(source)
+        ):
+            _merge_whole(source, model, base, config, kwargs, partial, kind)
         for file in beside:
             shutil.copyfile(file, partial / file.name)
     return target
 
 
 def _merge_files(
-    source: Path, where: Path, config: Mapping[str, Any], named: bool, kwargs: Mapping[str, Any], partial: Path
+    source: Path,
+    where: Path,
+    config: Mapping[str, Any],
+    named: bool,
+    kwargs: Mapping[str, Any],
+    partial: Path,
+    fold: Fold | None,
 ) -> bool:
     """Merges module by module, and says whether that could be done. `named`: the base was given, with no word of its tokenizer."""
     options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision", "ignore_mismatched_sizes")}
     try:
         with as_written("it cannot be read piece by piece", NotPiecewise):
-            plan = plan_merge(source, where, MODELS.get(config.get("task_type") or ""), kwargs.get("dtype"), options)
+            model = MODELS.get(config.get("task_type") or "")
+            plan = plan_merge(source, where, model, kwargs.get("dtype"), options, fold)
             if not named and _more_words(source, plan.model):
                 raise NotPiecewise("the tokenizer has more words than the base")
     except NotPiecewise as why:
@@ -101,13 +113,21 @@ def _merge_files(
 
 
 def _merge_whole(
-    source: Path, model: nn.Module | None, base: Any, config: Mapping[str, Any], kwargs: dict[str, Any], partial: Path
+    source: Path,
+    model: nn.Module | None,
+    base: Any,
+    config: Mapping[str, Any],
+    kwargs: dict[str, Any],
+    partial: Path,
+    kind: type[LayerLoraConfig],
 ) -> None:
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
     loaded: Any = load_verified(source, model, **kwargs)
     _refuse(_packed_names(loaded))
+    if kind.works_by.restates:
+        kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)
     if bare_ones := without_bias(loaded, keys_in(source)):
         give_biases(base_of(loaded), bare_ones)
     with torch.no_grad():

@@ -16,11 +16,13 @@ from torch import nn
 from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import as_written
 from layerpeft.integrations.merging import bare, converts, merged_alone, tied, write_config
+from layerpeft.integrations.peft import BASE_BIAS
 from layerpeft.integrations.torch import give_back
-from layerpeft.model.biases import biased, no_place
+from layerpeft.model.biases import biased, no_bias, with_biases
 from layerpeft.model.layers import find_module
 from layerpeft.model.names import adapted, upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
+from layerpeft.training.method import Fold
 from layerpeft.training.record import HEAD
 
 ADAPTER = "adapter_model.safetensors"
@@ -30,7 +32,8 @@ ARCHITECTURE = ("num_labels", "id2label", "label2id", *HEAD)  # what may be aske
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where: `inside`: module -> the adapter's tensors in it; `instead`: tensor of the model -> the adapter's own."""
+    """What goes where: `inside`: module -> the adapter's tensors in it; `instead`: tensor of the model -> the adapter's own.
+    `added`: biases of the model that the base does not have; `fold`: what merges a module in the place of PEFT."""
 
     model: Any
     base: Checkpoint
@@ -38,14 +41,23 @@ class Plan:
     config: Any
     inside: Mapping[str, list[str]]
     instead: Mapping[str, str]
+    added: frozenset[str] = frozenset()
+    fold: Fold | None = None
 
 
 class NotPiecewise(LayerpeftError):
     """The reason why this adapter cannot be merged module by module."""
 
 
-def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | None, given: Mapping[str, Any]) -> Plan:
-    """Raises: NotPiecewise; SaveError for a damaged base."""
+def plan_merge(
+    folder: Path,
+    base: Path,
+    kind: str | None,
+    dtype: torch.dtype | None,
+    given: Mapping[str, Any],
+    fold: Fold | None = None,
+) -> Plan:
+    """Raises: NotPiecewise; SaveError for a damaged base, or one that has no place for biases of the adapter."""
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA" or config.layer_replication or config.trainable_token_indices:
         raise NotPiecewise("the adapter is more than LoRA in single modules")
@@ -67,15 +79,17 @@ def plan_merge(folder: Path, base: Path, kind: str | None, dtype: torch.dtype | 
         raise NotPiecewise("transformers converts the tensors of such a checkpoint")
     adapter = _adapter(folder)
     inside, instead = _sorted(model, adapter)
-    _check_biases(model, config, adapter)
-    _check(model, weights, adapter, inside, instead)
-    return Plan(model, weights, adapter, config, inside, instead)
+    keys, added = _added(model, adapter)
+    if keys:
+        model = bare(_class(config, kind), with_biases(shape, keys), kept)
+    _check(model, weights, adapter, inside, instead, added)
+    return Plan(model, weights, adapter, config, inside, instead, added, fold)
 
 
 def write_merged(plan: Plan, into: Path) -> None:
     """The files of the base with the adapter in them, under the same names, and the configs. Raises: SaveError."""
     names = set(plan.model.state_dict())
-    new = [n for n in plan.instead if n not in plan.base.entries]
+    new = [n for n in (*plan.instead, *sorted(plan.added)) if n not in plan.base.entries]
     types = {n: t.dtype for n, t in plan.model.state_dict().items()}
     ready: dict[str, torch.Tensor] = {}  # of a module that was merged, until their file is written
     where: dict[str, str] = {}
@@ -104,15 +118,25 @@ def _tensor(plan: Plan, name: str, types: Mapping[str, torch.dtype], ready: dict
         return plan.adapter.read(plan.instead[name]).to(types[name])
     module = next((m for m in upwards(name)[1:] if m in plan.inside), None)
     if module is None:
-        return plan.base.read(name).to(types[name])
-    own = list(plan.model.get_submodule(module).state_dict())
-    state = {n: plan.base.read(f"{module}.{n}").to(types[f"{module}.{n}"]) for n in own}
-    adapter = {n: plan.adapter.read(n) for n in plan.inside[module]}
+        return _of_base(plan, name, types[name])
+    empty = plan.model.get_submodule(module)
+    state = {n: _of_base(plan, f"{module}.{n}", types[f"{module}.{n}"]) for n in empty.state_dict()}
     with as_written(f"{module} cannot be merged"):
-        merged = merged_alone(plan.model, module, state, plan.config, adapter)
+        if plan.fold is not None:
+            merged = plan.fold(module, empty, state)
+        else:
+            adapter = {n: plan.adapter.read(n) for n in plan.inside[module]}
+            merged = merged_alone(plan.model, module, state, plan.config, adapter)
     ready |= {f"{module}.{n}": t for n, t in merged.items()}
     give_back()
     return ready.pop(name)
+
+
+def _of_base(plan: Plan, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the base, in the type it is loaded in."""
+    if name in plan.added:
+        return torch.zeros(plan.model.get_parameter(name).shape, dtype=dtype)
+    return plan.base.read(name).to(dtype)
 
 
 def _class(config: Any, kind: str | None) -> Any:
@@ -160,29 +184,39 @@ def _sorted(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[str]]
     return inside, instead
 
 
-def _check_biases(model: Any, config: Any, adapter: Checkpoint) -> None:
-    """Raises: NotPiecewise where the base has no biases yet that the adapter adds to; SaveError where it can have none."""
-    bare_ones = without_bias(model, adapter.entries) if config.lora_bias else []
-    if bare_ones and biased(model, bare_ones) is None:
-        raise SaveError(no_place(model, bare_ones))
-    if bare_ones:
-        raise NotPiecewise("the adapter adds biases that the base does not have")
+def _added(model: Any, adapter: Checkpoint) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The keys of a config by which the base gets the biases that the adapter adds to, and those biases.
+
+    Raises: SaveError where it can have none.
+    """
+    bare_ones = without_bias(model, adapter.entries)
+    if not bare_ones:
+        return (), frozenset()
+    found = biased(model, bare_ones)
+    if found is None:
+        raise SaveError(no_bias(model, bare_ones))
+    return found[0], frozenset(f"{n}.bias" for n in found[1])
 
 
 def without_bias(model: Any, keys: Iterable[str]) -> list[str]:
     """The linears without a bias that an adapter of these tensors holds one of."""
-    end = ".lora_B.bias"
-    names = [k.removeprefix(PREFIX).removesuffix(end) for k in keys if k.endswith(end)]
+    ends = (".lora_B.bias", BASE_BIAS)
+    names = [k.removeprefix(PREFIX).removesuffix(end) for k in keys for end in ends if k.endswith(end)]
     return [n for n in names if getattr(find_module(model, n), "bias", None) is None]
 
 
 def _check(
-    model: Any, weights: Checkpoint, adapter: Checkpoint, inside: Mapping[str, Any], instead: Mapping[str, str]
+    model: Any,
+    weights: Checkpoint,
+    adapter: Checkpoint,
+    inside: Mapping[str, Any],
+    instead: Mapping[str, str],
+    added: frozenset[str],
 ) -> None:
     """Raises: NotPiecewise where tensors are missing, shared, of other shapes, or computed by the model."""
     state = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     same = tied(model)
-    missing = [n for n in state if n not in weights.entries and n not in instead and n not in same]
+    missing = [n for n in state if n not in {*weights.entries, *instead, *same, *added}]
     if missing:
         raise NotPiecewise(f"the base lacks {len(missing)} of the model's names, such as {missing[0]}")
     changed = {f"{m}.{n}" for m in inside for n in model.get_submodule(m).state_dict()} | set(instead)
@@ -190,7 +224,7 @@ def _check(
     if shared:
         raise NotPiecewise(f"{shared[0]} is shared between modules")
     found = {n: e.shape for n, e in weights.entries.items()} | {n: adapter.entries[k].shape for n, k in instead.items()}
-    other = [n for n in state if n in found and found[n] != state[n]]
+    other = [n for n in state if n in found and n not in added and found[n] != state[n]]
     if other:
         raise NotPiecewise(f"{other[0]} has another shape in the base")
     for module in inside:

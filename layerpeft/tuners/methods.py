@@ -9,6 +9,7 @@ from layerpeft.tuners.galore.config import LayerGaloreConfig
 from layerpeft.tuners.head.config import LayerHeadConfig
 from layerpeft.tuners.model import tuner_for
 from layerpeft.tuners.trial import run_steps
+from layerpeft.tuners.unlock.config import LayerUnlockConfig
 
 METHODS: dict[str, type[LayerLoraConfig]] = {}
 DEFAULT = LayerLoraConfig.method
@@ -21,6 +22,6 @@ def add(config: type[LayerLoraConfig]) -> None:
     register(config.kind, config, tuner, tuner.prefix)
 
 
-for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig, LayerHeadConfig):
+for _config in (LayerLoraConfig, LayerGaloreConfig, LayerFullConfig, LayerHeadConfig, LayerUnlockConfig):
     add(_config)
 HANDED.update(run_steps=run_steps, change_of=change_of)

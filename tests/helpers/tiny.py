@@ -19,6 +19,9 @@ class Tiny:
     block: tuple[str, ...] = ()
     data: tuple[str, ...] = BRIEF
     quick: bool = False
+    base: str = (
+        "{}"  # options that plain transformers needs besides, for a base that plain PEFT is to put the adapter on
+    )
 
     @property
     def settings(self) -> list[str]:
@@ -32,6 +35,7 @@ BATCHES = ("select.num_batches=2",)
 
 TINY = {
     "adagradselect": Tiny(("select.keep=2", "select.explore=1"), quick=True),
+    "adapter_v2": Tiny(base='{"attention_bias": true, "mlp_bias": true}'),
     "aletheia": Tiny((*BATCHES, R, "rank_pattern={up_proj: 4}")),
     "badam": Tiny(EVERY),
     "cka_lora": Tiny((R, *BATCHES)),

@@ -22,11 +22,11 @@ from tests.helpers.tiny import STEPS, TINY
 from tests.helpers.training import plain
 
 PLAIN = """
-import sys; sys.modules["layerpeft"] = None
+import json, sys; sys.modules["layerpeft"] = None
 import peft, safetensors.torch, torch, transformers
-folder, base, labels, ids = sys.argv[1:]
-options = {"num_labels": int(labels)} if int(labels) else {}
-kind = transformers.AutoModelForSequenceClassification if options else transformers.AutoModelForCausalLM
+folder, base, labels, ids, more = sys.argv[1:]
+options = json.loads(more) | ({"num_labels": int(labels)} if int(labels) else {})
+kind = transformers.AutoModelForSequenceClassification if int(labels) else transformers.AutoModelForCausalLM
 model = peft.PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **options), folder).eval()
 held, wanted = peft.get_peft_model_state_dict(model), safetensors.torch.load_file(folder + "/adapter_model.safetensors")
 assert set(held) == set(wanted) and all(torch.equal(held[n], wanted[n].to(held[n].dtype)) for n in wanted)
@@ -76,6 +76,11 @@ def moved(folder: Path, base: dict[str, torch.Tensor]) -> set[str]:
         if name.endswith(".lora_B.weight"):
             update = tensor @ saved[name.replace("lora_B", "lora_A")]
             found |= {name.removesuffix(".lora_B.weight")} if update.any() else set()
+        elif name.endswith(".lora_magnitude_vector"):
+            module = name.removesuffix(".lora_magnitude_vector")
+            (same if torch.equal(tensor, base[f"{module}.weight"].norm(dim=1)) else found).add(module)
+        elif name.endswith(".base_layer.bias"):
+            (found if tensor.any() else same).add(name.removesuffix(".base_layer.bias"))
         elif ".lora_" not in name:
             (same if torch.equal(tensor, base[name].to(tensor.dtype)) else found).add(name.rpartition(".")[0])
     return found - same
@@ -138,7 +143,7 @@ def test_a_shipped_recipe_trains_what_it_names_loads_in_plain_peft_and_resumes(n
     # plain PEFT holds the same adapter, and computes the same where it has the same base
     torch.save(IDS, place / "ids")
     home, labels = record["config"]["base_model_name_or_path"], len((record["head"] or {}).get("id2label", ()))
-    there = without_the_package(PLAIN, whole, home, labels, place / "ids")
+    there = without_the_package(PLAIN, whole, home, labels, place / "ids", TINY[name].base)
     assert there.returncode == 0, there.stderr
     if not record.get("quant"):
         torch.testing.assert_close(torch.load(place / "ids"), ours.float(), atol=1e-5, rtol=1e-6)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import DISTILL, HEADS, RATES, Engine, launched
+from layerpeft.integrations.engines.engine import DISTILL, HEADS, RATES, SCALES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 _HF = "transformers.integrations.deepspeed"
@@ -171,6 +171,7 @@ ZERO3 = _engine(
         "rates": RATES,
         "heads": HEADS,
         "distill": DISTILL,
+        "scales": SCALES,
     },
 )
 ZERO = (ZERO1, ZERO2, ZERO3)

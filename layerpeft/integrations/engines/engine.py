@@ -9,7 +9,8 @@ import torch
 
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
 # that are measured on a model it has divided, scores of weights, projections, those of experts, weights that train in place, packed
-# weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads; a teacher besides.
+# weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads; a teacher besides;
+# scales of linears.
 Need = Literal[
     "schedule",
     "wait",
@@ -23,6 +24,7 @@ Need = Literal[
     "rates",
     "heads",
     "distill",
+    "scales",
 ]
 Part = Literal["weights", "gradients", "states"]
 
@@ -39,6 +41,12 @@ DISTILL = (
 
 HEADS = (
     "offsets of heads are read together with the weights of the projection after attention, of which a process holds a part only "
+    "under {name}; use DDP, ZeRO-1 or ZeRO-2"
+)
+
+
+SCALES = (
+    "scales and biases of linears are saved together with the lengths of their weights' rows, of which a process holds a part only "
     "under {name}; use DDP, ZeRO-1 or ZeRO-2"
 )
 

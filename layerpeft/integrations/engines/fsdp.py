@@ -11,7 +11,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import DISTILL, FIXED, HEADS, RATES, Engine, launched
+from layerpeft.integrations.engines.engine import DISTILL, FIXED, HEADS, RATES, SCALES, Engine, launched
 from layerpeft.integrations.files import read_json
 
 
@@ -106,7 +106,15 @@ FSDP1 = Engine(
     argument="fsdp",
     asked=lambda args: _version(args) == 1,
     divides=_ALL,
-    cannot={"schedule": FIXED, "wait": OLD, "projection": OLD, "rates": RATES, "heads": HEADS, "distill": DISTILL},
+    cannot={
+        "schedule": FIXED,
+        "wait": OLD,
+        "projection": OLD,
+        "rates": RATES,
+        "heads": HEADS,
+        "distill": DISTILL,
+        "scales": SCALES,
+    },
 )
 FSDP2 = Engine(
     key="fsdp2",
@@ -118,5 +126,12 @@ FSDP2 = Engine(
     local=lambda t: t.to_local(),  # type: ignore[attr-defined]
     whole=lambda t: t.full_tensor(),  # type: ignore[attr-defined]
     cut_like=_cut_like,
-    cannot={"projected_experts": EXPERTS, "packed_later": LATE, "rates": RATES, "heads": HEADS, "distill": DISTILL},
+    cannot={
+        "projected_experts": EXPERTS,
+        "packed_later": LATE,
+        "rates": RATES,
+        "heads": HEADS,
+        "distill": DISTILL,
+        "scales": SCALES,
+    },
 )

@@ -84,7 +84,7 @@ def wholes_of(base: nn.Module, layers: LayerMap, wanted: Wanted, targets: Sequen
     wholes = _with_other_places(base, found)
     order = {n: i for i, (n, _) in enumerate(base.named_modules(remove_duplicate=False))}
     wholes = sorted(wholes, key=lambda w: order[w.name])
-    _refuse_namesakes(list(order), {w.name for w in wholes})
+    refuse_namesakes(list(order), {w.name for w in wholes})
     return tuple(wholes)
 
 
@@ -216,7 +216,7 @@ def _is_packed(module: nn.Module) -> bool:
     return weight is None and not any(p is not None and p.ndim > 1 for p in module._parameters.values())
 
 
-def _refuse_namesakes(names: Sequence[str], chosen: set[str]) -> None:
+def refuse_namesakes(names: Sequence[str], chosen: set[str]) -> None:
     """Raises: ConfigError for modules that PEFT would take for chosen ones, because their names end as those do."""
     clash = []
     for name in names:
