@@ -153,6 +153,17 @@ def _parser() -> tuple[_Parser, list[str]]:
     merging.add_argument(
         "--into-quantized", action="store_true", help="merge into a quantized base, whose weights are rounded once more"
     )
+    merging.add_argument(
+        "--weights",
+        metavar="W",
+        help="how much what was trained counts, by layer: '0-7=0.5,8-11=1', or a YAML or JSON file",
+    )
+    merging.add_argument(
+        "--plus",
+        metavar="MODEL",
+        help="with --minus: FOLDER is a full model, to which the difference of two others is added",
+    )
+    merging.add_argument("--minus", metavar="MODEL", help="as --plus an instruction-tuned model, and its base here")
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")

@@ -1,7 +1,7 @@
 """What merging takes: a model without weights that a checkpoint has to fit, and PEFT's own merging, one module at a time."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import transformers
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -75,6 +76,34 @@ def merged_alone(
     with torch.no_grad():
         merged = wrapped.merge_and_unload(safe_merge=True)
     return dict(merged.get_submodule(name).state_dict())
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of a tensor before and after
+
+
+def weigh(model: Any, rule: Callable[[str], Rule | None]) -> None:
+    """Merges the active adapter of a PeftModel into those modules for which there is a rule, by their names in the base, one at a
+    time in float64. PEFT's own merging passes over them then; copies of whole modules are what it takes next.
+    """
+    for path, layer in model.named_modules():
+        name = path.removeprefix("base_model.model.")
+        one = rule(name) if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) else None
+        if one is None:
+            continue
+        if isinstance(layer, ModulesToSaveWrapper):
+            old, kept = dict(layer.original_module.named_parameters()), layer.modules_to_save[layer.active_adapters[0]]
+            for inner, parameter in kept.named_parameters():
+                parameter.data = one(old[inner].detach(), parameter.detach())
+        elif hasattr(layer, "base_layer"):
+            base: Any = layer.get_base_layer()
+            types = {n: p.dtype for n, p in base.named_parameters()}
+            on_mps = any(p.device.type == "mps" for p in base.parameters())  # which has no float64
+            module: Any = layer
+            module.to(torch.float32 if on_mps else torch.float64)
+            before = {n: p.detach().clone() for n, p in base.named_parameters()}
+            layer.merge(safe_merge=True)
+            for inner, parameter in base.named_parameters():
+                parameter.data = one(before[inner], parameter.detach()).to(types[inner])
 
 
 def merge_in_place(model: Any) -> dict[str, float]:

@@ -29,6 +29,7 @@ from layerpeft.recipe.score import score as score_layers
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.train import run
 from layerpeft.text import is_first
+from layerpeft.tuners.difference import add_difference
 from layerpeft.tuners.merge import merge as merge_adapter
 
 PACKAGES = (
@@ -88,8 +89,20 @@ def merge(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype, None) if args.dtype else None
     if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(unknown("dtype", args.dtype, ("float32", "bfloat16", "float16")))
+    if (args.plus is None) != (args.minus is None):
+        raise UsageError("--plus and --minus go together: what is added is their difference")
     with _aside():
-        target = merge_adapter(args.folder, args.into, base=args.base, dtype=dtype, into_quantized=args.into_quantized)
+        if args.plus is not None:
+            if args.base or dtype or args.into_quantized:
+                raise UsageError(
+                    "--base, --dtype and --into-quantized merge an adapter, --plus and --minus add up full models"
+                )
+            target = add_difference(args.folder, args.into, args.plus, args.minus, args.weights)
+        else:
+            quantized, weights = args.into_quantized, args.weights
+            target = merge_adapter(
+                args.folder, args.into, base=args.base, dtype=dtype, into_quantized=quantized, weights=weights
+            )
     plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
     _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load loads'}")
 

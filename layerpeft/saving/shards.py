@@ -1,10 +1,12 @@
 """A checkpoint on disk, tensor by tensor: names, shapes and types are known before anything is read, and nothing is kept."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,3 +97,30 @@ def entries_of(path: Path) -> dict[str, Entry]:
         raise SaveError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError) as error:
         raise SaveError(f"{path} is truncated, or holds what layerpeft does not know: {error}") from error
+
+
+def write_one_by_one(path: Path, entries: Mapping[str, Entry], pieces: Callable[[str], Iterable[torch.Tensor]]) -> None:
+    """A safetensors file of these tensors, in this order; no more than a piece of one is in memory.
+
+    `pieces(name)`: the numbers of a tensor in the type of its entry, part after part. Raises: SaveError for too many, or few.
+    """
+    names = {kind: name for name, kind in _TYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, entry in entries.items():
+        offsets = [at, at + entry.nbytes]
+        header[name] = {"dtype": names[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin where the system reads them fastest
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            count = sum(file.write(_bytes(piece.to(entry.dtype))) for piece in pieces(name))
+            if count != entry.nbytes:
+                raise SaveError(f"{path}: {name} takes {entry.nbytes} bytes, and {count} were given")
+
+
+def _bytes(piece: torch.Tensor) -> memoryview:
+    numbers: Any = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)

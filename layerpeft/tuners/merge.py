@@ -4,6 +4,8 @@ import os
 import shutil
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,16 @@ from torch import nn
 from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
-from layerpeft.integrations.merging import merge_in_place
+from layerpeft.integrations.merging import merge_in_place, weigh
 from layerpeft.model.biases import give_biases
-from layerpeft.model.layers import base_of
+from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.manifest import keys_in, read_manifest
 from layerpeft.text import note
 from layerpeft.training.method import Fold
 from layerpeft.training.record import read_record
 from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.layer_weights import Asked, LayerWeights, weighed
 from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, kind_of, load_verified
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, without_bias, write_merged
 
@@ -42,36 +45,34 @@ def merge(
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     into_quantized: bool = False,
+    weights: Asked | None = None,
     **kwargs: Any,
 ) -> Path:
     """Writes the base model with the adapter of `folder` merged into its weights, in their dtype, and the tokenizer beside it.
 
     `model`, or `base`, its folder or name: where the adapter does not say where it is; `dtype`: of the weights, the base's own
     without it; `kwargs` go to `from_pretrained`. A base in safetensors is read and written module by module; the peak is one file
-    of it. `into_quantized`: the base is quantized and stays so, its weights rounded once more. The target folder must be empty
+    of it. `into_quantized`: the base is quantized and stays so, its weights rounded once more. `weights`: by how much what was
+    trained in a layer counts (`LayerWeights.parse`): base + w · change, 1 where nothing is said. The target folder must be empty
     or new, and is written last, at once.
-    Raises: SaveError for a damaged adapter, a base that does not fit or is quantized, or a folder that holds something.
+    Raises: SaveError for a damaged adapter, a base that does not fit or is quantized, or a folder that holds something; ConfigError
+    for weights of layers that are not there.
     """
     target, source = Path(into), Path(folder)
     if why := must_be_new(target):
         raise SaveError(why)
-    manifest = read_manifest(source)
-    check_chosen(source, read_record(manifest))
+    how = _how(source, weights)
     config = adapter_config(source)
-    where = None if model is not None else _folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
-    kind = kind_of(str(manifest.get("method")))
-    if into_quantized and (config.get("lora_bias") or kind.works_by.restates):
-        raise SaveError(
-            "the adapter holds biases, which PEFT does not merge into a quantized base: merge it into one in 16 bit, without "
-            "into_quantized"
-        )
+    where = None if model is not None else folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
+    if into_quantized:
+        how.refuse_quantized(config)
     if model is None and dtype is not None:
         kwargs["dtype"] = dtype
     if model is None:
         kwargs = classes_of(source, kwargs)
     _check_base(where, model, into_quantized)
     beside = _beside(source, where)
-    if manifest.get("quant") is not None and not into_quantized:
+    if how.rounded and not into_quantized:
         note(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
             "computes differs by the rounding"
@@ -79,13 +80,43 @@ def merge(
     with written_whole(target) as partial:
         if into_quantized:
             _merge_quantized(source, where, model, config, kwargs, partial)
-        elif where is None or not _merge_files(
-            source, where, config, base is not None, kwargs, partial, kind.works_by.fold(source)
-        ):
-            _merge_whole(source, model, base, config, kwargs, partial, kind)
+        elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial, how):
+            _merge_whole(source, model, base, config, kwargs, partial, how)
         for file in beside:
             shutil.copyfile(file, partial / file.name)
     return target
+
+
+@dataclass(frozen=True)
+class _How:
+    """What kind of adapter it is, chosen in which stack, over a base that was `rounded` or not; how it goes into one module, where
+    not as PEFT does it; and how much of it counts, by layer."""
+
+    kind: type[LayerLoraConfig]
+    stack: str | None
+    rounded: bool
+    fold: Fold | None
+    weights: LayerWeights | None
+
+    def refuse_quantized(self, config: Mapping[str, Any]) -> None:
+        """Raises: SaveError for what is not merged into a quantized base."""
+        if self.weights is not None:
+            raise SaveError("weights of layers are for a base in 16 bit or more: leave out into_quantized, or weights")
+        if config.get("lora_bias") or self.kind.works_by.restates:
+            raise SaveError(
+                "the adapter holds biases, which PEFT does not merge into a quantized base: merge it into one in 16 bit, without "
+                "into_quantized"
+            )
+
+
+def _how(source: Path, weights: Asked | None) -> _How:
+    """Raises: SaveError for a damaged folder; ConfigError for weights that cannot be read."""
+    manifest = read_manifest(source)
+    check_chosen(source, read_record(manifest))
+    kind = kind_of(str(manifest.get("method")))
+    stack, rounded = (manifest.get("selection") or {}).get("stack"), manifest.get("quant") is not None
+    asked = LayerWeights.parse(weights) if weights is not None else None
+    return _How(kind, stack, rounded, kind.works_by.fold(source), asked)
 
 
 def _merge_files(
@@ -95,14 +126,14 @@ def _merge_files(
     named: bool,
     kwargs: Mapping[str, Any],
     partial: Path,
-    fold: Fold | None,
+    how: _How,
 ) -> bool:
     """Merges module by module, and says whether that could be done. `named`: the base was given, with no word of its tokenizer."""
     options = {k: v for k, v in kwargs.items() if k not in ("dtype", "revision", "ignore_mismatched_sizes")}
     try:
         with as_written("it cannot be read piece by piece", NotPiecewise):
             model = MODELS.get(config.get("task_type") or "")
-            plan = plan_merge(source, where, model, kwargs.get("dtype"), options, fold)
+            plan = plan_merge(source, where, model, kwargs.get("dtype"), options, how.fold, how.weights, how.stack)
             if not named and _more_words(source, plan.model):
                 raise NotPiecewise("the tokenizer has more words than the base")
     except NotPiecewise as why:
@@ -119,17 +150,25 @@ def _merge_whole(
     config: Mapping[str, Any],
     kwargs: dict[str, Any],
     partial: Path,
-    kind: type[LayerLoraConfig],
+    how: _How,
 ) -> None:
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
     loaded: Any = load_verified(source, model, **kwargs)
     _refuse(_packed_names(loaded))
-    if kind.works_by.restates:
-        kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)
+    if how.kind.works_by.restates:
+        how.kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)
     if bare_ones := without_bias(loaded, keys_in(source)):
         give_biases(base_of(loaded), bare_ones)
+    if how.weights is not None:
+        if not how.kind.works_by.restates and config.get("bias") not in (None, "none"):
+            raise SaveError(
+                f"bias={config['bias']!r}: the base was not read tensor by tensor, and its biases are not known any more"
+            )
+        weight_of = how.weights.placed(layer_map(loaded, how.stack).names)
+        with torch.no_grad():
+            weigh(loaded, lambda name: None if weight_of(name) == 1 else partial_of(weighed, weight=weight_of(name)))
     with torch.no_grad():
         merged: Any = loaded.merge_and_unload(safe_merge=True)
     merged.save_pretrained(partial)
@@ -155,8 +194,8 @@ def _merge_quantized(
     save_model(loaded.unload(), partial)
 
 
-def _folder_of(name: Any, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Path | None:
-    """The folder of the base, taken from the hub if need be; None where it is not to be had, which loading will say better."""
+def folder_of(name: Any, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Path | None:
+    """The folder of a full model, taken from the hub if need be; None where it is not to be had, which loading will say better."""
     if not name:
         return None
     if os.path.isdir(name):

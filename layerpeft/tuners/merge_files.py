@@ -19,11 +19,12 @@ from layerpeft.integrations.merging import bare, converts, merged_alone, tied, w
 from layerpeft.integrations.peft import BASE_BIAS
 from layerpeft.integrations.torch import give_back
 from layerpeft.model.biases import biased, no_bias, with_biases
-from layerpeft.model.layers import find_module
+from layerpeft.model.layers import find_module, layer_map
 from layerpeft.model.names import adapted, upwards
 from layerpeft.saving.shards import INDEX, Checkpoint, entries_of, open_checkpoint
 from layerpeft.training.method import Fold
 from layerpeft.training.record import HEAD
+from layerpeft.tuners.layer_weights import LayerWeights, WeightOf, weighed
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names
@@ -33,7 +34,8 @@ ARCHITECTURE = ("num_labels", "id2label", "label2id", *HEAD)  # what may be aske
 @dataclass(frozen=True)
 class Plan:
     """What goes where: `inside`: module -> the adapter's tensors in it; `instead`: tensor of the model -> the adapter's own.
-    `added`: biases of the model that the base does not have; `fold`: what merges a module in the place of PEFT."""
+    `added`: biases of the model that the base does not have; `fold`: what merges a module in the place of PEFT; `weight_of`: by
+    which what was trained in a tensor counts."""
 
     model: Any
     base: Checkpoint
@@ -43,6 +45,7 @@ class Plan:
     instead: Mapping[str, str]
     added: frozenset[str] = frozenset()
     fold: Fold | None = None
+    weight_of: WeightOf = lambda _: 1.0
 
 
 class NotPiecewise(LayerpeftError):
@@ -56,15 +59,18 @@ def plan_merge(
     dtype: torch.dtype | None,
     given: Mapping[str, Any],
     fold: Fold | None = None,
+    weights: LayerWeights | None = None,
+    stack: str | None = None,
 ) -> Plan:
-    """Raises: NotPiecewise; SaveError for a damaged base, or one that has no place for biases of the adapter."""
+    """Raises: NotPiecewise; SaveError for a damaged base, or one that has no place for biases of the adapter; ConfigError for
+    weights of layers that are not there."""
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA" or config.layer_replication or config.trainable_token_indices:
         raise NotPiecewise("the adapter is more than LoRA in single modules")
     if not (folder / ADAPTER).is_file():
         raise NotPiecewise("the adapter is not in safetensors")
-    weights = open_checkpoint(base)
-    if weights is None:
+    held = open_checkpoint(base)
+    if held is None:
         raise NotPiecewise("the base is not in safetensors")
     strange = set(given) - set(ARCHITECTURE)
     if strange:
@@ -72,7 +78,7 @@ def plan_merge(
     shape: Any = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **given)
     if hasattr(shape, "auto_map"):
         raise NotPiecewise("the base has code of its own")
-    kept: Any = dtype or shape.dtype or weights.dtype or torch.float32
+    kept: Any = dtype or shape.dtype or held.dtype or torch.float32
     kept = getattr(torch, kept) if isinstance(kept, str) else kept
     model = bare(_class(config, kind), shape, kept)
     if converts(model, kept):
@@ -82,8 +88,9 @@ def plan_merge(
     keys, added = _added(model, adapter)
     if keys:
         model = bare(_class(config, kind), with_biases(shape, keys), kept)
-    _check(model, weights, adapter, inside, instead, added)
-    return Plan(model, weights, adapter, config, inside, instead, added, fold)
+    _check(model, held, adapter, inside, instead, added)
+    weight_of = weights.placed(layer_map(model, stack).names) if weights is not None else Plan.weight_of
+    return Plan(model, held, adapter, config, inside, instead, added, fold, weight_of)
 
 
 def write_merged(plan: Plan, into: Path) -> None:
@@ -114,28 +121,37 @@ def _tensor(plan: Plan, name: str, types: Mapping[str, torch.dtype], ready: dict
     """One tensor of the merged model, in the type it is loaded in."""
     if name in ready:
         return ready.pop(name)
+    weight = plan.weight_of(name)
     if name in plan.instead:
-        return plan.adapter.read(plan.instead[name]).to(types[name])
+        own = plan.adapter.read(plan.instead[name])
+        return own.to(types[name]) if weight == 1 else weighed(_of_base(plan, name, types[name]), own, weight)
     module = next((m for m in upwards(name)[1:] if m in plan.inside), None)
     if module is None:
         return _of_base(plan, name, types[name])
     empty = plan.model.get_submodule(module)
     state = {n: _of_base(plan, f"{module}.{n}", types[f"{module}.{n}"]) for n in empty.state_dict()}
+    old = state
+    if weight != 1:  # then the change is computed before anything is rounded
+        state = {n: t.double() if t.is_floating_point() else t for n, t in old.items()}
     with as_written(f"{module} cannot be merged"):
         if plan.fold is not None:
             merged = plan.fold(module, empty, state)
         else:
             adapter = {n: plan.adapter.read(n) for n in plan.inside[module]}
             merged = merged_alone(plan.model, module, state, plan.config, adapter)
+    if weight != 1:
+        merged = {n: weighed(t, merged[n], weight) for n, t in old.items()}
     ready |= {f"{module}.{n}": t for n, t in merged.items()}
     give_back()
     return ready.pop(name)
 
 
 def _of_base(plan: Plan, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the base, in the type it is loaded in."""
+    """A tensor of the base, in the type it is loaded in. Raises: SaveError for one that only the adapter has."""
     if name in plan.added:
         return torch.zeros(plan.model.get_parameter(name).shape, dtype=dtype)
+    if name not in plan.base.entries:
+        raise SaveError(f"{name} is new with the adapter: it has no base that a weight other than 1 could begin from")
     return plan.base.read(name).to(dtype)
 
 
