@@ -46,7 +46,7 @@ TINY = {
     "grass": Tiny(EVERY),
     "ir_tuning": Tiny((R, *EVERY, "select.rescore_steps=1"), CLASSES),
     "ir_tuning_gsm8k": Tiny((R, *EVERY)),
-    "ist": Tiny((R, "select.rescore_steps=1"), quick=True),
+    "ist": Tiny((R, "select.rescore_steps=1")),
     "last_layers": Tiny((R,)),
     "layra": Tiny((R,)),
     "lisa": Tiny(EVERY),
