@@ -64,7 +64,7 @@ class Options:
 
     `ladder`: lower, base and higher precision of the paired shares, at the budget of the base. Objective "kl" is always there.
     `lowered`: by label, one of the ways and two precisions: the layers of its lowest scores go to the lower one until the budget
-    is met.
+    is met, to a four-hundredth of it.
     """
 
     model: Model
@@ -203,7 +203,8 @@ class _Shares:
             values = self.scores[way].values
             if len(values) == len(self.units):
                 ranked = [replace(u, score=v) for u, v in zip(self.units, values, strict=True)]
-                found[label] = lowest_first(ranked, named(low), named(high), size)
+                # the codes that bitsandbytes keeps beside nf4, less than this, are not to cost a layer
+                found[label] = lowest_first(ranked, named(low), named(high), size + size // 400)
         found["kl"] = greedy(self.units, choices, size, self.measured)
         if budget == self.options.ladder[1]:
             found |= self._paired(size)
