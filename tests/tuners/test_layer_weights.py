@@ -32,21 +32,25 @@ def weight_of(name):
     return {0: 1.0, 1: 1.0, **WEIGHTS}[layer]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def base(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    llama(tie_word_embeddings=False).to(getattr(torch, request.param)).save_pretrained(folder, max_shard_size="20KB")
-    return folder
-
-
 KINDS = {
     "lora": LayerLoraConfig(select="last:3", r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"]),
     "full": LayerFullConfig(select="last:3", modules_to_save=["lm_head"]),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_trained_counts_by_the_weight_of_its_layer(kind, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("lora", torch.bfloat16),
+        ("full", torch.float32),
+        pytest.param("lora", torch.float32, marks=pytest.mark.slow),
+        pytest.param("full", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_was_trained_counts_by_the_weight_of_its_layer(kind, dtype, tmp_path, monkeypatch):
+    base, start = tmp_path / "base", llama(tie_word_embeddings=False)
+    start.to(dtype).save_pretrained(base, max_shard_size="20KB")  # type: ignore[arg-type]
     config = KINDS[kind].changed(task_type="CAUSAL_LM")
     model = wrapped(base, config)
     model.save_pretrained(tmp_path / "adapter")

@@ -114,10 +114,14 @@ class UnlockMethod(LoraMethod):
             norm.rests = training is not None and clean(name) not in training
 
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
-        """Linears by their factors, norms by any tensor of theirs; of a folder also those that have no place here."""
-        mark = f".modules_to_save.{self.adapter}."
+        """Linears and norms by any tensor of theirs, since a checkpoint may leave out what is frozen.
+
+        Of a folder also those that have no place here.
+        """
+        mark, own = f".modules_to_save.{self.adapter}.", f".{GROUP}.{self.adapter}."
         keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
         held = {clean(k.partition(mark)[0]) for k in keys if mark in k} & set(self.modules())
+        held |= {clean(k.partition(own)[0]) for k in keys if own in k}
         folder = loading_folder() is not None
         lost = {clean(k.rpartition(".")[0]) for k in keys if ".lora_" not in k and ".modules_to_save." not in k}
         return super().found(state, prefix) | held | (lost if folder else set())

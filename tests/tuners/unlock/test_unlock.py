@@ -141,6 +141,9 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     whole = layerpeft.get_peft_model(llama(), config)
     whole.load_state_dict(model.state_dict())
     assert torch.equal(logits(whole), logits(model))
+    part = layerpeft.get_peft_model(llama(), config)  # as of an engine's checkpoint, which leaves out what is frozen
+    part.load_state_dict({n: p for n, p in model.named_parameters() if p.requires_grad}, strict=False)
+    assert torch.equal(logits(part), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,7 @@ def test_over_a_packed_base_scales_and_biases_train_and_merge_into_the_unpacked_
         merge(tmp_path / "adapter", tmp_path / "more", into_quantized=True, model=wide())
 
 
+@pytest.mark.slow
 def test_a_choice_that_waits_keeps_the_layers_that_the_first_step_shows():
     select = {"by": "gradient_norm", "keep": 2, "num_batches": 1}
     model = trained(llama(), unlock(select))
@@ -260,6 +264,7 @@ def test_the_backward_pass_stops_at_the_lowest_layer_and_checkpointing_changes_n
     assert len(found[0]) == 2 * (7 * 2 + 2) and all(map(torch.equal, *found))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_trains(tmp_path):
     llama().save_pretrained(tmp_path)
     found, _ = wrapped(str(tmp_path), unlock("last:2"), [], Step())
