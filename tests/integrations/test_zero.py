@@ -17,6 +17,7 @@ from layerpeft import (
     LayerGaloreConfig,
     LayerHeadConfig,
     LayerLoraConfig,
+    LayerUnlockConfig,
     check_trained,
     get_peft_model,
 )
@@ -43,6 +44,7 @@ METHODS = {
     "galore": lambda **options: LayerGaloreConfig(r=4, target_modules=["q_proj", "v_proj"], scale=1.0, **options),
     "full": lambda **options: LayerFullConfig(biases=False, **options),
     "head": lambda **options: LayerHeadConfig(**options),
+    "unlock": lambda **options: LayerUnlockConfig(**options),
 }
 # (stage, method, select); a stage of 3.5 divides the model before it is wrapped
 CELLS = [
@@ -66,6 +68,7 @@ MORE += [
     (3.5, "full", "last"),
 ]
 MORE += [(3.5, "lora", "last"), (2, "head", "last"), (2, "head", "turns"), (1, "head", "waits")]
+MORE += [(2, "unlock", "turns"), (1, "unlock", "waits")]
 
 
 def config(method, select, rank=None):
@@ -249,7 +252,7 @@ def compare(ranks, folder, number, method, select):
     assert saved if method != "full" else {k.rpartition(".")[2] for k in saved} == {"weight", "bias"}
     ends = ours["weights"].items()  # a folder has no names of adapters
     held = {n.replace(".modules_to_save.default.", ".").replace(".default.", "."): p for n, p in ends}
-    assert method in ("galore", "head") or all(torch.equal(saved[k], held[k]) for k in saved)
+    assert method in ("galore", "head", "unlock") or all(torch.equal(saved[k], held[k]) for k in saved)
     for found in (ours, again) if method != "lora" else ():
         torch.testing.assert_close(found["base"], one["base"], rtol=0, atol=1e-5)
 
