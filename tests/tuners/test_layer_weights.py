@@ -49,8 +49,9 @@ KINDS = {
     ids=str,
 )
 def test_what_was_trained_counts_by_the_weight_of_its_layer(kind, dtype, tmp_path, monkeypatch):
-    base, start = tmp_path / "base", llama(tie_word_embeddings=False)
-    start.to(dtype).save_pretrained(base, max_shard_size="20KB")  # type: ignore[arg-type]
+    base = tmp_path / "base"
+    start: Any = llama(tie_word_embeddings=False)
+    start.to(dtype).save_pretrained(base, max_shard_size="20KB")
     config = KINDS[kind].changed(task_type="CAUSAL_LM")
     model = wrapped(base, config)
     model.save_pretrained(tmp_path / "adapter")
