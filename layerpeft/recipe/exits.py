@@ -77,5 +77,6 @@ def write_exits(recipe: Recipe, model: Any, folder: Path) -> None:
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
     note(f"writing the model of each exit: {', '.join(names)}")
-    save_exits(folder, depths, dtype=getattr(base_of(model), "dtype", None), **code(recipe))
+    trusted = {k: v for k, v in code(recipe).items() if v}  # named, even as no, it has the base merged in memory
+    save_exits(folder, depths, dtype=getattr(base_of(model), "dtype", None), **trusted)
     put_on_record(folder, [file for name in names for file in files_below(folder, name)])
