@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 _Kind = TypeVar("_Kind")
 
@@ -70,6 +71,16 @@ def drop_hooks(tensor: torch.Tensor, kind: type) -> None:
     for key, hook in list((tensor._backward_hooks or {}).items()):
         if isinstance(hook, kind):
             del tensor._backward_hooks[key]  # type: ignore[index]
+
+
+class Inside(nn.Module):
+    """A module whose parameters are views of weights that other modules hold, whose bytes they are."""
+
+
+def counted(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Parameters and buffers that have bytes of their own, by identity."""
+    views = {id(p) for m in model.modules() if isinstance(m, Inside) for p in m.parameters()}
+    return {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in views}
 
 
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors by name, and facts that JSON takes

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerpeft.integrations.torch import counted
+
 
 @contextmanager
 def as_traced(model: nn.Module) -> Iterator[None]:
@@ -141,8 +143,7 @@ def is_stand_in(module: nn.Module) -> bool:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, what is quantized at its packed size with its scales."""
     packed = {id(m.weight): size for m in model.modules() if (size := _size(m)) is not None}
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(packed[key] if key in packed else t.numel() * t.element_size() for key, t in tensors.items())
+    return sum(packed[key] if key in packed else t.numel() * t.element_size() for key, t in counted(model).items())
 
 
 def operations() -> dict[Any, Callable[..., int]]:

@@ -6,7 +6,7 @@ error, which is found out on zeros before anything is wrapped.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layerpeft.errors import ConfigError, LayerpeftError, told
+from layerpeft.integrations.peft import is_traced
 
 TURNS = {"transpose", "t", "mT", "T"}
 KEEPS = {"to", "contiguous", "float", "bfloat16", "half", "double", "detach", "data"}
@@ -46,15 +47,31 @@ class Use:
     into: int
 
 
+@dataclass(frozen=True)
+class Asker:
+    """Who has to know how a model uses its experts, and what to do otherwise."""
+
+    name: str
+    other: str
+
+
+PROJECTION = Asker(
+    "gradient projection", "leave the experts out of target_parameters, or train them with LayerLoraConfig"
+)
+SINGLE = Asker("training of single experts", "or train all experts of a layer together (unit: target)")
+
+
 class Uses(TorchFunctionMode):
     """Follows one weight of experts through a forward pass, and hands each use to `used`.
 
-    `out_first`: whether it is stored (out, in), which a use then has to agree with; None: either will do.
+    `out_first`: whether it is stored (out, in), which a use then has to agree with; None: either will do. `who` asks.
     """
 
-    def __init__(self, name: str, weight: torch.Tensor, out_first: bool | None, said: str = "") -> None:
+    def __init__(
+        self, name: str, weight: torch.Tensor, out_first: bool | None, said: str = "", who: Asker | None = None
+    ) -> None:
         super().__init__()
-        self.name, self.out_first, self.said, self.count = name, out_first, said, 0
+        self.name, self.out_first, self.said, self.count, self.who = name, out_first, said, 0, who or PROJECTION
         self._known = {id(weight): _Seen(weight)}
 
     def used(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -94,9 +111,9 @@ class Uses(TorchFunctionMode):
     def unknown(self, how: str) -> LayerpeftError:
         """What to raise for a use that is none of the known ones."""
         return ConfigError(
-            f"{self.name}: the model uses the weights of its experts in a way that gradient projection does not know "
+            f"{self.name}: the model uses the weights of its experts in a way that {self.who.name} does not know "
             f"({how}{self.said}); load it with experts_implementation='grouped_mm', 'batched_mm' or 'eager' where it has "
-            "them, leave the experts out of target_parameters, or train them with LayerLoraConfig"
+            f"them, {self.who.other}"
         )
 
     def _of(self, value: Any) -> list[_Seen]:
@@ -141,6 +158,17 @@ def rows_of(use: Use) -> list[tuple[int, Any]]:
         return [(e, use.which == e) for e in use.which.unique().tolist()]
     ends = [0, *use.which.tolist()]
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a]
+
+
+SHARED_OUT = "activations of single experts are counted as if each expert got its share of the tokens"
+
+
+def rows_among(use: Use, experts: Collection[int], number: int) -> list[tuple[int, Any]]:
+    """As `rows_of`, of these experts out of `number`; where nothing has values (`plan`, which lets all rows through one expert)
+    as many rows as fall to them if each expert gets its share."""
+    if not is_traced(use.x):
+        return [(e, rows) for e, rows in rows_of(use) if e in experts]
+    return [(next(iter(experts)), slice(0, -(-len(use.x) * len(experts) // number)))]
 
 
 def flat(use: Use, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,8 +216,8 @@ class _OtherWidth(Exception):
     """The experts read something of another width."""
 
 
-def check_experts(model: nn.Module, names: Iterable[str]) -> None:
-    """Tries the experts that hold these weights on zeros, one module of a kind.
+def check_experts(model: nn.Module, names: Iterable[str], who: Asker = PROJECTION) -> None:
+    """Tries the experts that hold these weights on zeros, one module of a kind; `who` asks.
 
     Raises: ConfigError where they use them in a way that is not known, or cannot be tried.
     """
@@ -204,21 +232,21 @@ def check_experts(model: nn.Module, names: Iterable[str]) -> None:
         kind = type(module), getattr(getattr(module, "config", None), "_experts_implementation", None), shapes
         if kind not in tried:
             with torch.device("cpu"):  # also where a plan builds everything on meta
-                _try(owner, module, parameters, kind[1])
+                _try(owner, module, parameters, kind[1], who)
             tried.add(kind)
 
 
-def _try(owner: str, module: Any, parameters: list[str], implementation: str | None) -> None:
+def _try(owner: str, module: Any, parameters: list[str], implementation: str | None, who: Asker) -> None:
     packed = [p for p in parameters if not getattr(module, p).is_floating_point()]
     if packed:
-        raise ConfigError(f"{owner}.{packed[0]}: gradient projection does not train experts that are quantized")
+        raise ConfigError(f"{owner}.{packed[0]}: {who.name} does not go with experts that are quantized")
     if getattr(module, "_is_expert_parallel", False):
-        raise ConfigError(f"{owner}: gradient projection does not train experts that are split over processes")
+        raise ConfigError(f"{owner}: {who.name} does not go with experts that are split over processes")
     twin = _without_memory(module)
     said = f" with experts_implementation={implementation!r}" if implementation else ""
     out_first = not getattr(module, "is_transposed", False)
     held = {n: p for n, p in twin._parameters.items() if p is not None and p.dim() == 3}
-    uses = [_Trial(f"{owner}.{p}", held[p], out_first, said) for p in parameters]
+    uses = [_Trial(f"{owner}.{p}", held[p], out_first, said, who) for p in parameters]
     others = [_Beside(f"{owner}.{n}", p, out_first) for n, p in held.items() if n not in parameters]
     try:
         inspect.signature(type(module).forward).bind(module, *ARGUMENTS)

@@ -10,12 +10,13 @@ from layerpeft.integrations.peft import default_targets, refused_leaves
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.names import upwards
 from layerpeft.model.patterns import check_pattern
+from layerpeft.model.stacked import EXPERT
 from layerpeft.text import some
 
 Names = str | Iterable[str] | None
 # kinds of a target: tensors of a module, which PEFT calls target_parameters; what scorers measure; what is trained and saved whole
 PARAMETERS = ("experts", "parameter")
-MATRICES = ("linear", "conv1d", "experts")
+MATRICES = ("linear", "conv1d", "experts", EXPERT)
 MODULE = "module"
 
 

@@ -14,6 +14,7 @@ from layerpeft.errors import ConfigError, Problem
 from layerpeft.model.heads import AFTER_ATTENTION, HEAD, holder, name_of
 from layerpeft.model.layers import Layer, LayerMap, Target
 from layerpeft.model.names import lying_in, upwards
+from layerpeft.model.stacked import EXPERT, one_by_one
 from layerpeft.model.targets import MATRICES, MODULE
 from layerpeft.text import some
 
@@ -35,6 +36,9 @@ def in_units(layers: LayerMap, unit: str, targets: Sequence[Target]) -> tuple[La
     held: list[Target] = []
     for layer in layers.layers:
         own = [t for t in targets if t.layer == layer.index]
+        if unit == "expert":
+            matrices, own = (list(one_by_one(layer.targets, each)) for each in (layer.targets, own))
+            layer = replace(layer, targets=tuple(matrices))
         names = of_layer(layer, own)
         for name in dict.fromkeys(names[t.name] for t in own if t.name in names):
             inside, index = lying_in([name]), len(units)
@@ -120,11 +124,17 @@ _UNITS: dict[str, Callable[[Layer, Sequence[Target]], Mapping[str, str]]] = {
 def _missing(layers: LayerMap, unit: str, targets: Sequence[Target]) -> str:
     if unit != "expert":
         return f"{some([t.name for t in targets])} lie in no {unit}; choose whole layers (unit: layer)"
-    stacked = [t.name for t in layers.targets if t.kind == "experts"]
-    if stacked:
+    stacked = [t for t in layers.targets if t.kind == "experts"]
+    if stacked and all(one.kind != EXPERT for one in one_by_one(stacked, stacked)):
         return (
-            f"the experts of a layer are one tensor here ({stacked[0]}), which trains as a whole, so that single experts cannot be "
-            "chosen; choose such tensors (unit: target)"
+            f"the experts of a layer are one tensor here ({stacked[0].name}), which no module called experts holds; it trains "
+            "as a whole; choose such tensors (unit: target)"
+        )
+    if stacked:
+        ends = list(dict.fromkeys(".".join(t.name.split(".")[-2:]) for t in stacked))
+        return (
+            f"no target lies in an expert; the experts of a layer are in tensors here, which target_parameters names: {ends} "
+            "(method: full takes them by target_modules: ['experts'], or by naming nothing)"
         )
     modules = any(_EXPERT.match(t.name) for t in layers.targets)
     return "no target lies in an expert; name some in target_modules" if modules else "the model has no experts"

@@ -11,27 +11,36 @@ from layerpeft.integrations.peft import dequantized
 from layerpeft.integrations.torch import widest
 from layerpeft.model.heads import HEAD, columns, holder
 from layerpeft.model.layers import Target, find_module
+from layerpeft.model.stacked import EXPERT, place_of
 
 PIECE = 1 << 22  # elements read at a time, so that no weight is copied whole in float32
 
 
 def matrices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none. Of a head: its
-    columns.
+    """(expert, weight (out, in)) of a target in the type it is computed with; expert is 0 where there are none, or one alone is
+    meant. Of a head: its columns.
 
     A weight of which each process holds a part is put together, for as long as it is read; every process must ask.
     """
-    module = find_module(model, holder(target.name))
-    is_parameter = target.kind in ("experts", "parameter")
-    held = getattr(module, target.name.rpartition(".")[2]) if is_parameter else dequantized(module)
+    name, only = place_of(target.name) if target.kind == EXPERT else (target.name, None)
+    module = find_module(model, holder(name))
+    is_parameter = target.kind in ("experts", EXPERT, "parameter")
+    held = getattr(module, name.rpartition(".")[2]) if is_parameter else dequantized(module)
     stored = whole(held).detach()
+    if only is not None:
+        yield 0, _turned(stored[only], target.shape)
+        return
     if target.kind == "experts":
         for expert in range(target.shape[0]):
-            weight = stored[expert]
-            yield expert, weight if tuple(weight.shape) == target.shape[1:] else weight.T
+            yield expert, _turned(stored[expert], target.shape[1:])
         return
     rows = stored.T if isinstance(module, Conv1D) else stored.flatten(1)
     yield 0, rows[:, columns(target.name, target.shape[1])] if target.kind == HEAD else rows
+
+
+def _turned(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """One expert's matrix as (out, in)."""
+    return stored if tuple(stored.shape) == shape else stored.T
 
 
 def weight_slices(model: nn.Module, target: Target) -> Iterator[tuple[int, torch.Tensor]]:

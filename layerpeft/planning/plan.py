@@ -17,6 +17,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
 from layerpeft.integrations.empty import empty_model, hollow
 from layerpeft.integrations.peft import BaseTunerLayer
+from layerpeft.integrations.torch import counted
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.architectures import text_config
 from layerpeft.model.costs import Load, costs_of
@@ -155,7 +156,7 @@ def plan(
     return Plan(
         rows=_rows(found),
         trainable=cost.trainable,
-        total=sum(p.numel() for p in found.model.parameters()),
+        total=sum(t.numel() for t in counted(found.model).values() if isinstance(t, nn.Parameter)),
         weights=found.weights + cost.masters,
         gradients=cost.gradients,
         states=cost.states,

@@ -16,6 +16,7 @@ from layerpeft.integrations.peft import dequantized
 from layerpeft.model import weights
 from layerpeft.model.layers import LayerMap, Target, base_of, find_module, layer_map
 from layerpeft.model.names import adapted, place_among
+from layerpeft.model.stacked import EXPERT, place_of, stack_of
 from layerpeft.model.units import in_units
 from layerpeft.saving.manifest import CONFIG, WEIGHTS, read_manifest
 from layerpeft.saving.shards import Checkpoint, entries_of
@@ -96,7 +97,7 @@ def _all(
     stored: Checkpoint, config: Mapping[str, Any], model: nn.Module, layers: LayerMap, relative: bool
 ) -> Iterator[tuple[Moved, float]]:
     """What moved, and `‖W‖²` of its base where that is asked for."""
-    targets = {adapted(t.name): t for t in layers.targets}
+    targets, singles = {adapted(t.name): t for t in layers.targets}, _singles(layers)
     place = place_among([adapted(name) for name in layers.names])
     parameters = dict(base_of(model).named_parameters())
     owned: dict[str, list[Target]] = {}
@@ -107,13 +108,49 @@ def _all(
         factor = _FACTOR.match(name)
         if factor is not None:
             a, b = stored.read(key).double(), stored.read(key.replace(".lora_A.", ".lora_B.")).double()
+            for target, own_a, own_b in _single_factors(model, singles, factor["module"], a, b):
+                square = (
+                    _product(own_a, own_b, target)
+                    * _scale(config, replace(target, name=stack_of(target.name)), own_a) ** 2
+                )
+                yield Moved(target.name, target.layer, square), weights.squared_norm(model, target) if relative else 0.0
             target = targets.get(factor["module"]) or _experts(owned.get(factor["module"], []), a, b)
             if target is not None and (layer := place(adapted(target.name))) is not None:
                 square = _product(a, b, target) * _scale(config, target, a) ** 2
                 yield Moved(target.name, layer, square), weights.squared_norm(model, target) if relative else 0.0
+        elif name in singles:
+            before, after = _base(model, parameters, name), stored.read(key)
+            for target in singles[name]:
+                expert = place_of(target.name)[1]
+                change, base = weights.change_of(before[expert], after[expert])
+                yield Moved(target.name, target.layer, change), base
         elif ".lora_" not in name and (layer := place(name)) is not None:
             change, base = weights.change_of(_base(model, parameters, name), stored.read(key))
             yield Moved(name, layer, change), base
+
+
+def _singles(layers: LayerMap) -> dict[str, list[Target]]:
+    """The targets that are single experts of a 3-D tensor, by that tensor."""
+    found: dict[str, list[Target]] = {}
+    for target in layers.targets:
+        if target.kind == EXPERT:
+            found.setdefault(adapted(stack_of(target.name)), []).append(target)
+    return found
+
+
+def _single_factors(
+    model: nn.Module, singles: Mapping[str, list[Target]], module: str, a: torch.Tensor, b: torch.Tensor
+) -> Iterator[tuple[Target, torch.Tensor, torch.Tensor]]:
+    """Single experts, each with its A (r, in) and B (out, r) out of those of all experts of a module."""
+    for stack, held in singles.items():
+        if stack.rpartition(".")[0] != module or _experts(held[:1], a, b) is None:
+            continue
+        number = len(find_module(model, stack).get_parameter(stack.rpartition(".")[2]))
+        all_a, all_b = a.reshape(number, -1, a.shape[1]), b.reshape(b.shape[0], -1, number)
+        for target in held:
+            expert = place_of(target.name)[1]
+            yield target, all_a[expert], all_b[:, :, expert]
+        return
 
 
 def _base(model: nn.Module, parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from layerpeft.integrations.torch import add_to, eager, widest
 from layerpeft.model.experts import Use, Uses, flat, rows_of
 from layerpeft.model.heads import HEAD, columns, holder
 from layerpeft.model.layers import Target, find_module
+from layerpeft.model.stacked import EXPERT, place_of
 from layerpeft.selection.draws import seed_of
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -227,9 +228,12 @@ class Probe:
         low = gy.dtype == x.dtype == torch.bfloat16
         common = torch.bfloat16 if low else torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
         gy, x = gy.to(common), x.to(common)
-        if self.also is not None and self.targets[name].kind != "experts":
+        kind = self.targets[name].kind
+        if self.also is not None and kind not in ("experts", EXPERT):
             self.also(name, gy, x)
-        label = name if self.targets[name].kind != "experts" else f"{name}[{expert}]"
+        # the same draws for an expert that is a target of its own, so that parts add up to the whole
+        stack, number = place_of(name) if kind == EXPERT else (name, expert)
+        label = f"{stack}[{number}]" if kind in ("experts", EXPERT) else name
         add_to(self._fresh, key, self.how.part(label, self.batches, gy, x))
 
 
@@ -269,14 +273,15 @@ class _ExpertTaps(Uses):
     Any other use of it is an error: a gradient that cannot be seen is never scored as zero.
     """
 
-    def __init__(self, tap: TapFunction, owner: nn.Module, target: Target) -> None:
-        super().__init__(target.name, getattr(owner, target.name.rpartition(".")[2]), out_first=None)
-        self.tap = tap
+    def __init__(self, tap: TapFunction, owner: nn.Module, name: str, keys: Mapping[int, Key]) -> None:
+        super().__init__(name, getattr(owner, name.rpartition(".")[2]), out_first=None)
+        self.tap, self.keys = tap, keys  # of the experts that are watched
 
     def used(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The output, tapped."""
         y = compute()
-        return self.tap(*flat(use, y), {(self.name, e): rows for e, rows in rows_of(use)}).view_as(y)
+        keys = {self.keys[e]: rows for e, rows in rows_of(use) if e in self.keys}
+        return self.tap(*flat(use, y), keys).view_as(y) if keys else y
 
     def unknown(self, how: str) -> LayerpeftError:
         """Says how else the model may be scored."""
@@ -293,18 +298,23 @@ def attach_taps(model: nn.Module, targets: Iterable[Target], tap: TapFunction) -
     Raises: ScoreError for kinds of target that have no such use (convolutions).
     """
     targets = list(targets)
-    unfit = [t.name for t in targets if t.kind not in ("linear", "conv1d", "experts", HEAD)]
+    unfit = [t.name for t in targets if t.kind not in ("linear", "conv1d", "experts", EXPERT, HEAD)]
     if unfit:
         raise ScoreError(
             f"this score is measured on linear layers, Conv1D and experts; not on {', '.join(unfit[:6])}. "
             "Leave them out of target_modules, or choose by another scorer."
         )
     handles: list[RemovableHandle] = []
-    experts: dict[str, list[Target]] = {}
+    experts: dict[str, dict[str, dict[int, Key]]] = {}  # by module and weight in it
     linears: dict[str, list[Target]] = {}  # of a projection that was taken apart into its heads, those
     for target in targets:
-        if target.kind == "experts":
-            experts.setdefault(target.name.rpartition(".")[0], []).append(target)
+        if target.kind in ("experts", EXPERT):
+            one = target.kind == EXPERT
+            stack, number = place_of(target.name) if one else (target.name, None)
+            keys = experts.setdefault(stack.rpartition(".")[0], {}).setdefault(stack, {})
+            keys |= {
+                e: (target.name, 0 if one else e) for e in (range(target.shape[0]) if number is None else [number])
+            }
         else:
             linears.setdefault(holder(target.name), []).append(target)
     for name, held in linears.items():
@@ -329,13 +339,13 @@ def _linear_hook(held: list[Target], tap: TapFunction) -> Callable[..., torch.Te
     return eager(hook)
 
 
-def _expert_hooks(owner: nn.Module, held: list[Target], tap: TapFunction) -> list[RemovableHandle]:
+def _expert_hooks(owner: nn.Module, held: Mapping[str, Mapping[int, Key]], tap: TapFunction) -> list[RemovableHandle]:
     running: list[ExitStack] = []  # one for each call of the module that has not returned
 
     def enter(*_: Any) -> None:
         taps = ExitStack()
-        for target in () if running else held:
-            taps.enter_context(_ExpertTaps(tap, owner, target))
+        for name, keys in () if running else held.items():
+            taps.enter_context(_ExpertTaps(tap, owner, name, keys))
         running.append(taps)
 
     def leave(*_: Any) -> None:

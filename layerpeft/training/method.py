@@ -44,6 +44,8 @@ class Method:
     restates: ClassVar[bool] = False  # a file beside the stock adapter holds what that one is only come to
     folds: ClassVar[bool] = False  # some of that is in no state dict, but in the folder of an adapter
     needs: ClassVar[frozenset[Need]] = frozenset()  # what an engine must be able to do for it
+    # what an engine must be able to do where it trains single experts of a 3-D tensor; None: it does not
+    single: ClassVar[Need | None] = None
     masters: Any = None  # float32 copies of 16-bit weights that the optimizer steps on
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
@@ -142,6 +144,7 @@ class Method:
 
     def place(self) -> None: ...  # just before PEFT wraps the model, which may be without storage
     def wrap(self, targets: Iterable[Target]) -> None: ...  # just after it has; `targets`: those that may ever train
+    def adopt(self, trains: bool) -> None: ...  # PEFT has read the adapter from a folder, to train it further or not
     def ready(self) -> None: ...  # all is wrapped or loaded, and a forward pass may come
     def close(self) -> None: ...  # its adapter is gone
 

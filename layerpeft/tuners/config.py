@@ -18,6 +18,7 @@ from layerpeft.integrations.peft import LayerPeftType, default_targets
 from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap, Stacks, Target, base_of, stacks_of
 from layerpeft.model.patterns import check_patterns
+from layerpeft.model.stacked import picked_in, stack_of
 from layerpeft.model.targets import MODULE, find_targets, not_wrapped
 from layerpeft.model.units import in_units
 from layerpeft.quantization.apply import Quantized
@@ -183,7 +184,7 @@ class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
         layers = seen.layers(self.choosing.stack)
         blocks = tuple(dict.fromkeys([*seen.blocks(), layers.names]))
         targets = self.targets_in(model, layers)
-        units, costs = _in_units(self, layers, targets), _costs(self, model, layers, targets)
+        units, costs = _in_units(self, model, layers, targets), _costs(self, model, layers, targets)
         self.check_taught_layers(base_of(model), layers.whole)
         return Examined(self.choosing.placed(units[0]), *units, blocks, costs)
 
@@ -218,7 +219,7 @@ class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
 
     def needs(self, batches: bool) -> frozenset[Need]:
         """What an engine must be able to do for it; `batches`: whether some are there before training, for scores."""
-        found: set[Need] = {*self.works_by.needs, *(("rates",) if self.is_rated else ())}
+        found: set[Need] = {*self.works_by.needs, *(("rates",) if self.is_rated else ()), *_of_single(self)}
         found |= {"distill"} if self.distill is not None else set()
         if self.quantizes:
             found.add("packed")
@@ -270,16 +271,37 @@ def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets:
 
 
 def _in_units(
-    config: LayerLoraConfig, layers: LayerMap, targets: tuple[Target, ...]
+    config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]
 ) -> tuple[LayerMap, tuple[Target, ...]]:
     """What is chosen from, and the targets in it. Raises: ConfigError for targets asked for by name that no unit holds."""
     units, held = in_units(layers, config.choosing.unit, targets)
     asked = (t for t in targets if config.works_by.in_place or t.kind != MODULE)  # norms come along
-    left = sorted({t.name for t in asked} - {t.name for t in held})
+    left = sorted({t.name for t in asked} - {n for t in held for n in (t.name, stack_of(t.name))})
     if left and config.target_modules not in (None, "all-linear"):
         sentence = f"{some(left)} lie in no {units.unit}, and would never train; leave them out, or choose another unit"
         raise ConfigError(Problem(("target_modules",), f"target_modules: {sentence}"))
+    _refuse_single(config, model, held)
     return units, held
+
+
+def _of_single(config: LayerLoraConfig) -> tuple[Need, ...]:
+    """What an engine must be able to do for single experts that are named as parameters."""
+    single = config.works_by.single if config.choosing.unit == "expert" and config.target_parameters else None
+    return () if single is None else (single,)
+
+
+def _refuse_single(config: LayerLoraConfig, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    """Raises: ConfigError where single experts of a tensor are meant, and the method trains all that are in one together."""
+    if config.choosing.unit != "expert" or config.works_by.single is not None:
+        return
+    if single := picked_in(model, (t.name for t in targets)):
+        raise ConfigError(
+            Problem(
+                ("unit",),
+                f"unit: expert: method {config.method} keeps what it trains of all experts of a layer together, as they are one "
+                f"tensor here ({next(iter(single))}); choose such tensors (unit: target), or another method (lora, full)",
+            )
+        )
 
 
 def target_names(config: LayerLoraConfig, layers: LayerMap) -> Any:

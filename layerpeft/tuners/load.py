@@ -15,7 +15,7 @@ from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unkno
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, header_of, read_json
 from layerpeft.integrations.peft import BASE_BIAS, leaving, watch_keys
-from layerpeft.model import precisions
+from layerpeft.model import precisions, stacked
 from layerpeft.model.heads import holder
 from layerpeft.model.layers import base_of, stacks_of
 from layerpeft.model.names import adapted, clean, upwards
@@ -308,7 +308,8 @@ def check_chosen(folder: Path, record: Record) -> None:
     whole = not kind_of(record.method).works_by.partial
     chosen = record.selection.targets if whole and record.selection is not None else ()
     # factors of experts, whose targets are parameters, lie in the module that has these
-    lost = [t for t in chosen if t not in inside and f"{t.rpartition('.')[0]}.lora_A" not in inside]
+    places = ((t, {t, *(f"{n.rpartition('.')[0]}.lora_A" for n in (t, stacked.stack_of(t)))}) for t in chosen)
+    lost = [t for t, there in places if not there & inside]
     if lost:
         raise SaveError(f"{folder} lacks what {MANIFEST} says was chosen: {some(lost)}")
 
@@ -354,7 +355,8 @@ def _check_base(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> 
         raise SaveError("load() takes the base model, not a PeftModel; model.load_adapter(folder, name) adds to that")
     selection = manifest.get("selection") or {}
     names = {adapted(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
-    lost = [name for name in selection.get("targets", ()) if name not in names and holder(name) not in names]
+    places = ((name, {name, holder(name), stacked.holder(name)}) for name in selection.get("targets", ()))
+    lost = [name for name, held in places if not held & names]
     if lost:
         raise SaveError(
             f"{folder} was trained on another model: {type(model).__name__} lacks {len(lost)} of its "
@@ -391,6 +393,7 @@ def load(
     kind = kind_of(record.method)
     live.__class__ = kind.seen_as
     method = record.bound = kind.loaded(tuner.model, adapter, live, is_trainable, folder)
+    method.adopt(is_trainable)
     if is_trainable:
         steps.follow(method, tuner)
         chosen = record.selection

@@ -13,6 +13,7 @@ from layerpeft.integrations.engines.known import asked_for
 from layerpeft.integrations.peft import BaseTuner, become_stock, stock_of
 from layerpeft.model.layers import Stacks, base_of, stacks_of
 from layerpeft.model.names import clean, lying_in
+from layerpeft.model.stacked import picked_in
 from layerpeft.quantization.apply import Quantized
 from layerpeft.selection import choose, schedule, scoring
 from layerpeft.selection.examined import Examined
@@ -45,6 +46,14 @@ class Prepared:
     examined: Examined
     known: list[float] | None = None
     wanted: Quantized | None = None
+
+    def apart(self, model: nn.Module) -> frozenset[Need]:
+        """What an engine must be able to do besides, where single experts of a 3-D tensor may train."""
+        need, among = self.stock._layerpeft.asked.works_by.single, self.examined
+        single = (
+            need is not None and among.layers.unit == "expert" and picked_in(model, (t.name for t in among.targets))
+        )
+        return frozenset((need,)) if single and need is not None else frozenset()
 
 
 def prepare(config: LayerLoraConfig, model: nn.Module) -> Prepared:
@@ -89,6 +98,8 @@ class _Choosing(BaseTuner):
         config = with_lasting_batches(given)
         needs = _possible(config)
         found = prepare(config, model)
+        if apart := found.apart(model):
+            needs |= _possible(config, apart)
         live = self.peft_config[adapter_name] = found.stock
         method, record = live.bind(model, adapter_name), live._layerpeft
         record.needs, record.quantized = needs, stored(config, model, found.wanted)
@@ -106,10 +117,13 @@ class _Choosing(BaseTuner):
         become_stock(self, *stock_of(type(live)))
 
 
-def _possible(config: LayerLoraConfig) -> frozenset[Need]:
-    """What an engine must be able to do for it. Raises: ConfigError where `accelerate launch` has asked for one that cannot."""
+def _possible(config: LayerLoraConfig, besides: frozenset[Need] = frozenset()) -> frozenset[Need]:
+    """What an engine must be able to do for it, and `besides`.
+
+    Raises: ConfigError where `accelerate launch` has asked for one that cannot.
+    """
     problems, engine = Problems("the layers cannot be trained this way"), asked_for()
-    needs = config.needs(batches=not config.is_deferred)
+    needs = config.needs(batches=not config.is_deferred) | besides
     for sentence in engine.refusals(needs) if engine is not None else ():
         problems.add(sentence, "select")
     problems.raise_if_any(ConfigError)

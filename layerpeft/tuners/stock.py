@@ -14,9 +14,11 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, Problem, Problems
 from layerpeft.integrations.peft import HEADS, renamed_leaves
+from layerpeft.model.experts import SINGLE, check_experts
 from layerpeft.model.layers import Target, base_of
 from layerpeft.model.names import adapted
 from layerpeft.model.new_modules import new_modules
+from layerpeft.model.stacked import EXPERT, place_of
 from layerpeft.model.targets import PARAMETERS, like
 from layerpeft.saving import manifest
 from layerpeft.selection.select import Selection
@@ -96,9 +98,12 @@ def stock_config(config: Any, model: nn.Module, selection: Selection, targets: S
     if born:
         listed = [] if config.modules_to_save is None else list(config.modules_to_save)
         given["modules_to_save"] = listed + [n for n in born if not any(n == k or n.endswith(f".{k}") for k in listed)]
-    parameters = [n for n in selection.targets if kinds[n] in PARAMETERS]
-    modules = {n for n in selection.targets if kinds[n] not in PARAMETERS}
-    wrong = unmatched(config, model, kinds)
+    # of single experts the tensor that they lie in
+    places = {n: place_of(n)[0] if kind == EXPERT else n for n, kind in kinds.items()}
+    parameters = list(dict.fromkeys(places[n] for n in selection.targets if kinds[n] in (*PARAMETERS, EXPERT)))
+    modules = {n for n in selection.targets if kinds[n] not in (*PARAMETERS, EXPERT)}
+    check_experts(base_of(model), dict.fromkeys(places[n] for n in selection.targets if kinds[n] == EXPERT), SINGLE)
+    wrong = unmatched(config, model, places.values())
     if wrong:
         raise ConfigError(*(ConfigError(problem, title=problem.path[-1]) for problem in wrong))
     _refuse_saved_targets(given["modules_to_save"], selection.targets)

@@ -215,8 +215,8 @@ def test_targets_in_no_unit():
         choice({"layers": 0, "unit": "sublayer"}, kind=LayerFullConfig, target_modules=["q_proj", "input_layernorm"])
 
 
-def test_experts_that_are_one_tensor_are_refused():
-    with pytest.raises(ConfigError, match="experts of a layer are one tensor here"):
+def test_experts_that_nobody_names_are_refused():
+    with pytest.raises(ConfigError, match="no target lies in an expert; the experts of a layer are in tensors here"):
         choice({"layers": 0, "unit": "expert"}, MODELS["mixtral"](), target_modules=["q_proj"])
     with pytest.raises(ConfigError, match="the model has no experts"):
         choice({"layers": 0, "unit": "expert"})

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import DISTILL, HEADS, RATES, SCALES, Engine, launched
+from layerpeft.integrations.engines.engine import (
+    DISTILL,
+    HEADS,
+    RATES,
+    SCALES,
+    SINGLE,
+    VIEWS,
+    Engine,
+    launched,
+)
 from layerpeft.integrations.files import read_json
 
 _HF = "transformers.integrations.deepspeed"
@@ -157,7 +166,7 @@ def _engine(number: int, **more: Any) -> Engine:
     )
 
 
-ZERO1, ZERO2 = (_engine(i, cannot={"rates": RATES, "distill": DISTILL}) for i in (1, 2))
+ZERO1, ZERO2 = (_engine(i, cannot={"rates": RATES, "distill": DISTILL, "expert_views": VIEWS}) for i in (1, 2))
 ZERO3 = _engine(
     3,
     is_part=is_part,
@@ -172,6 +181,8 @@ ZERO3 = _engine(
         "heads": HEADS,
         "distill": DISTILL,
         "scales": SCALES,
+        "single_experts": SINGLE,
+        "expert_views": SINGLE,
     },
 )
 ZERO = (ZERO1, ZERO2, ZERO3)

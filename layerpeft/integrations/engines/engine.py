@@ -10,7 +10,7 @@ import torch
 # What a config may ask of an engine: layers that change while training, a choice that waits for the first step, scores by batches
 # that are measured on a model it has divided, scores of weights, projections, those of experts, weights that train in place, packed
 # weights, and such as are packed once a choice that waits is made; learning rates by layer; offsets of heads; a teacher besides;
-# scales of linears.
+# scales of linears; factors of single experts of a 3-D tensor, and such experts themselves, as views of it.
 Need = Literal[
     "schedule",
     "wait",
@@ -25,6 +25,8 @@ Need = Literal[
     "heads",
     "distill",
     "scales",
+    "single_experts",
+    "expert_views",
 ]
 Part = Literal["weights", "gradients", "states"]
 
@@ -42,6 +44,14 @@ DISTILL = (
 HEADS = (
     "offsets of heads are read together with the weights of the projection after attention, of which a process holds a part only "
     "under {name}; use DDP, ZeRO-1 or ZeRO-2"
+)
+SINGLE = (
+    "single experts of a 3-D tensor are followed while it is whole, and {name} divides it among the processes; use DDP, or choose "
+    "such tensors as a whole (unit: target)"
+)
+VIEWS = (
+    "single experts of a 3-D tensor train in their place in it, and {name} keeps what trains in a place of its own; use DDP, or "
+    "method: lora, or choose such tensors as a whole (unit: target)"
 )
 
 

@@ -11,7 +11,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.errors import SaveError
-from layerpeft.integrations.engines.engine import DISTILL, FIXED, HEADS, RATES, SCALES, Engine, launched
+from layerpeft.integrations.engines.engine import DISTILL, FIXED, HEADS, RATES, SCALES, SINGLE, Engine, Need, launched
 from layerpeft.integrations.files import read_json
 
 
@@ -99,6 +99,14 @@ LATE = (
 OLD = (
     "{name} in its first version keeps weights in flat parts, in which layers cannot be told apart; use fsdp_version: 2"
 )
+NOT_TRIED: dict[Need, str] = {
+    "rates": RATES,
+    "heads": HEADS,
+    "distill": DISTILL,
+    "scales": SCALES,
+    "single_experts": SINGLE,
+    "expert_views": SINGLE,
+}
 _ALL = frozenset(("weights", "gradients", "states"))
 FSDP1 = Engine(
     key="fsdp1",
@@ -106,15 +114,7 @@ FSDP1 = Engine(
     argument="fsdp",
     asked=lambda args: _version(args) == 1,
     divides=_ALL,
-    cannot={
-        "schedule": FIXED,
-        "wait": OLD,
-        "projection": OLD,
-        "rates": RATES,
-        "heads": HEADS,
-        "distill": DISTILL,
-        "scales": SCALES,
-    },
+    cannot={**NOT_TRIED, "schedule": FIXED, "wait": OLD, "projection": OLD},
 )
 FSDP2 = Engine(
     key="fsdp2",
@@ -126,12 +126,5 @@ FSDP2 = Engine(
     local=lambda t: t.to_local(),  # type: ignore[attr-defined]
     whole=lambda t: t.full_tensor(),  # type: ignore[attr-defined]
     cut_like=_cut_like,
-    cannot={
-        "projected_experts": EXPERTS,
-        "packed_later": LATE,
-        "rates": RATES,
-        "heads": HEADS,
-        "distill": DISTILL,
-        "scales": SCALES,
-    },
+    cannot={**NOT_TRIED, "projected_experts": EXPERTS, "packed_later": LATE},
 )

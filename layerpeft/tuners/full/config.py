@@ -15,6 +15,7 @@ from layerpeft.integrations import distributed
 from layerpeft.integrations.peft import DUMMY_TARGET_MODULES, LayerPeftType
 from layerpeft.model.layers import LayerMap, Target, base_of
 from layerpeft.model.new_modules import new_modules
+from layerpeft.model.stacked import picked_in
 from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.select import Selection
@@ -93,7 +94,8 @@ class LayerFullConfig(LayerLoraConfig):
         """PEFT's copies of the modules are those that train from now on."""
         selection = live._layerpeft.selection
         if selection is not None:
-            adopt(model, adapter, selection.layer_names, live._layerpeft.config.get("biases", True))
+            biases, single = live._layerpeft.config.get("biases", True), picked_in(model, selection.targets)
+            adopt(model, adapter, selection.layer_names, biases, single)
         return FullMethod(model, adapter, live)
 
     def wanted(self, base: nn.Module) -> Wanted:

@@ -6,7 +6,8 @@ stay the same all the while, so that optimizers keep them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError
 from layerpeft.integrations.engines.known import cut_like, is_cut, local, rewritten
 from layerpeft.integrations.peft import ModulesToSaveWrapper
+from layerpeft.model.architectures import stored_shape
 from layerpeft.model.names import clean, place_among
+from layerpeft.model.stacked import name_of
 from layerpeft.model.weights import change_of
+from layerpeft.tuners.full.experts import Picked, run
 
 ONE_ONLY = (
     "a model has one adapter that trains the weights themselves: {name!r} cannot take {module} as well, nor be a copy of it. Where "
@@ -34,7 +38,8 @@ CUT_LATER = "its originals were kept before fully_shard divided the weights; use
 class Whole:
     """One module that is trained and saved whole: its name, its layer (None: always on) and its parameters that may train.
 
-    `owner`: the module that holds the same weights and comes first, where this one is only another place of them.
+    `owner`: the module that holds the same weights and comes first, where this one is only another place of them. `experts`: of a
+    module that holds all experts of its layer in 3-D tensors, those that train; None: it trains as a whole.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Whole:
     trains: tuple[str, ...]
     params: int = 0
     owner: str | None = None
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -74,6 +80,13 @@ class FullWrapper(ModulesToSaveWrapper):
             "original_module"
         )  # names go by `modules_to_save`, as in PEFT
         self.register_state_dict_post_hook(_under_one_name)
+        self.picked = _picked(module, state.whole)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT does; single experts get their gradients."""
+        if self.picked is None or kwargs.get("adapter_names") is not None:
+            return super().forward(*args, **kwargs)
+        return run(self.original_module, self.picked, args, kwargs)
 
     def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Takes its adapter. Raises: ConfigError for another one."""
@@ -105,6 +118,7 @@ class FullWrapper(ModulesToSaveWrapper):
         if adapter_name in self._adapters:
             show(self, trained=False)
             self.original_module.requires_grad_(False)
+            self.picked = None
         super().delete_adapter(adapter_name, new_active_adapters)
 
     def unload_and_optionally_merge_module(
@@ -112,6 +126,8 @@ class FullWrapper(ModulesToSaveWrapper):
     ) -> nn.Module:
         """The module without its wrapper: as it was trained, or as it was."""
         state = self._layerpeft
+        if self.picked is not None:
+            self.picked.tie()
         show(self, trained=merge and state.adapter in (adapter_names or self.active_adapters))
         if not merge:
             self.original_module.requires_grad_(False)
@@ -128,7 +144,7 @@ class FullWrapper(ModulesToSaveWrapper):
         state = self._layerpeft
         if state.shows_original and state.cut:
             raise SaveError(f"{state.whole.name}: {SAVE_WHILE_ON}")
-        return found | dict(state.aside or {}) if state.shows_original else found
+        return _with_aside(self, found) if state.shows_original else found
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """None: PEFT takes every key of the map for one that the file must have, and a file has what was ever active alone."""
@@ -136,9 +152,13 @@ class FullWrapper(ModulesToSaveWrapper):
 
     def trained_change(self) -> tuple[float, float]:
         """(‖ΔW‖², ‖W‖²) of what was trained against the original weights."""
+        return self.change_in(_tensors(self))
+
+    def change_in(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """The same, of these alone."""
         state = self._layerpeft
         change = weight = 0.0
-        for name, tensor in _tensors(self).items():
+        for name, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.device.type == "meta":
                 continue
             now, other = local(tensor), (state.aside or {}).get(name)
@@ -214,8 +234,17 @@ def open_all(model: nn.Module, adapter: str) -> None:
         wrapper._settle()
 
 
-def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bool = True) -> None:
-    """Turns PEFT's own wrappers of a folder that was loaded into those that train in place; originals go to the CPU."""
+def adopt(
+    model: nn.Module,
+    adapter: str,
+    layer_names: Sequence[str],
+    biases: bool = True,
+    experts: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Turns PEFT's own wrappers of a folder that was loaded into those that train in place; originals go to the CPU.
+
+    `experts`: of modules that hold all experts of their layer in 3-D tensors, those that were picked.
+    """
     kept: set[str] = set()
     place = place_among(layer_names)
     for path, module in list(model.named_modules()):
@@ -223,22 +252,28 @@ def adopt(model: nn.Module, adapter: str, layer_names: Sequence[str], biases: bo
             continue
         name = clean(path)
         inner: Any = module.modules_to_save[adapter]
-        layer = place(name)
+        picked = (experts or {}).get(name)
+        layer = place(name if picked is None else name_of(name, picked[0], whole=True))
         held = dict(inner.named_parameters())
         trains = tuple(n for n, p in held.items() if p.is_floating_point() and (biases or not is_bias(n)))
-        state = Full(Whole(name, layer, trains, sum(held[n].numel() for n in trains)), adapter, kept)
-        saved = module.original_module.state_dict()
+        whole = whole_of(name, layer, {n: held[n] for n in trains}, picked)
+        state = Full(whole, adapter, kept)
+        saved = _in_parts(module.original_module.state_dict(), whole)
         state.aside = {n: local(t).to("cpu", copy=True) for n, t in saved.items() if t.device.type != "meta"}
         kept.add(name)
         state.opened = any(p.requires_grad for p in held.values())
         state.inference = not state.opened
         for other, parameter in held.items():
-            parameter.requires_grad_(state.opened and other in trains)
+            parameter.requires_grad_(state.opened and picked is None and other in trains)
         module.__class__ = FullWrapper
         module.__dict__["_layerpeft"] = state
         del module._modules["original_module"]
         module._modules["original_module"] = inner
         module.register_state_dict_post_hook(_under_one_name)
+        wrapper: Any = module
+        wrapper.picked = _picked(inner, whole)
+        for parameter in wrapper.picked.parameters() if wrapper.picked is not None else ():
+            parameter.requires_grad_(state.opened)
 
 
 def state_of(wrapper: FullWrapper) -> Full:
@@ -264,8 +299,58 @@ def full_parameters(wrapper: FullWrapper) -> dict[str, nn.Parameter]:
     whole = wrapper._layerpeft.whole
     if whole.owner is not None:
         return {}
+    if wrapper.picked is not None:
+        return {f"{name}[{e}]": p for (name, e), p in wrapper.picked.items()}
     held = dict(wrapper.original_module.named_parameters())
     return {name: held[name] for name in whole.trains}
+
+
+def targets_of(name: str, wrapper: FullWrapper) -> dict[str, dict[str, nn.Parameter]]:
+    """The targets in a wrapped module of this name, itself or its picked experts, each with the parameters that may train."""
+    if wrapper.picked is None:
+        return {name: held} if (held := full_parameters(wrapper)) else {}
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for (parameter, expert), held in wrapper.picked.items():
+        found.setdefault(name_of(name, expert, whole=True), {})[parameter] = held
+    return found
+
+
+class One(nn.Module):
+    """One expert of a wrapped module, as a report asks for it: how far it has changed."""
+
+    def __init__(self, wrapper: FullWrapper, expert: int) -> None:
+        super().__init__()
+        self._of = (wrapper, f"[{expert}]")  # in a tuple, since it is no part of this one
+
+    def trained_change(self) -> tuple[float, float]:
+        """(‖ΔW‖², ‖W‖²) of the expert."""
+        wrapper, end = self._of
+        return wrapper.change_in({n: t for n, t in _tensors(wrapper).items() if n.endswith(end)})
+
+
+def reported(name: str, wrapper: FullWrapper) -> dict[str, nn.Module]:
+    """The targets in a wrapped module of this name, each as a module that tells how far it has changed."""
+    picked = wrapper.picked
+    if picked is None:
+        return {name: wrapper}
+    return {name_of(name, e, whole=True): One(wrapper, e) for e in dict.fromkeys(e for _, e in picked.places.values())}
+
+
+def unpicked(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """By parameter name, of tensors that hold all experts of a layer those that were not picked, in the place of the whole."""
+    found: dict[str, torch.Tensor] = {}
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, FullWrapper) and wrapper.picked is not None:
+            inside, module = f"{clean(path)}.modules_to_save.{adapter}.", wrapper.original_module
+            found |= {f"{inside}{n}": module.get_parameter(n).data[:0] for n in wrapper._layerpeft.whole.trains}
+            found |= {f"{inside}{n}": view for n, view in wrapper.picked.others()}
+    return found
+
+
+def tensors_kept(model: nn.Module, adapter: str) -> dict[int, torch.Tensor]:
+    """All of which the original may lie on the CPU, by identity."""
+    each = (w if w.picked is None else w.picked for w in wrappers(model, adapter))
+    return {id(t): t for module in each for t in [*module.parameters(), *module.buffers()]}
 
 
 def keep_originals(model: nn.Module, adapter: str, names: Iterable[str] | None = None, always: bool = True) -> None:
@@ -273,7 +358,8 @@ def keep_originals(model: nn.Module, adapter: str, names: Iterable[str] | None =
     wanted = None if names is None else set(names)
     for wrapper in wrappers(model, adapter):
         whole = wrapper._layerpeft.whole
-        if always if whole.layer is None else wanted is None or (whole.owner or whole.name) in wanted:
+        own = {whole.owner or whole.name, *targets_of(whole.name, wrapper)}
+        if always if whole.layer is None else wanted is None or own & wanted:
             _keep(wrapper)
 
 
@@ -293,17 +379,33 @@ def loaded_modules(model: nn.Module, adapter: str, state: Mapping[str, Any], pre
 @torch.no_grad()
 def put_back(model: nn.Module, adapter: str, but: Iterable[str]) -> None:
     """Lets the modules of layers other than these be what they were before they trained, as if they never had."""
+    trained = set(but)
     for name, wrapper in full_layers(model, adapter).items():
         state = wrapper._layerpeft
-        if name in but or state.aside is None:
+        if name in trained or state.aside is None:
             continue
+        single = state.whole.experts or ()
+        stays = tuple(f"[{e}]" for e in single if name_of(name, e, whole=True) in trained)
         if not state.shows_original:
             tensors = _tensors(wrapper)
             for part, original in state.aside.items():
-                local(tensors[part]).copy_(original)
-                rewritten(tensors[part])
-        state.aside = None
-        state.kept.discard(name)
+                if not part.endswith(stays):
+                    local(tensors[part]).copy_(original)
+                    rewritten(tensors[part])
+        if not stays:
+            state.aside = None
+            state.kept.discard(name)
+
+
+def keep_experts(wrapper: FullWrapper, experts: Iterable[int]) -> None:
+    """Those of a wrapped module go on as picked ones; the others have never trained."""
+    picked, state = wrapper.picked, wrapper._layerpeft
+    assert picked is not None
+    kept = tuple(experts)
+    picked.drop({e for _, e in picked.places.values()} - set(kept))
+    state.whole = replace(state.whole, experts=kept)
+    ends = tuple(f"[{e}]" for e in kept)
+    state.aside = None if state.aside is None else {n: t for n, t in state.aside.items() if n.endswith(ends)}
 
 
 def unwrap(model: nn.Module, name: str, adapter: str) -> None:
@@ -337,7 +439,7 @@ def show(wrapper: FullWrapper, trained: bool) -> None:
         tensor = tensors[name]
         mine = local(tensor)
         other = other.to(mine.dtype)
-        if mine is tensor and other.device == mine.device:
+        if mine is tensor and other.device == mine.device and wrapper.picked is None:
             state.aside[name], tensor.data = tensor.data, other
         else:  # in place, so that a device holds no second copy of the layers
             state.aside[name] = mine.to("cpu", copy=True)
@@ -353,6 +455,41 @@ def _under_one_name(wrapper: Any, state: dict[str, Any], prefix: str, *_: Any) -
     if len(wrapper.modules_to_save) and not wrapper._layerpeft.shows_original:
         for key in [k for k in state if k.startswith(f"{prefix}original_module.")]:
             del state[key]
+
+
+def whole_of(
+    name: str, layer: int | None, trains: Mapping[str, nn.Parameter], experts: tuple[int, ...] | None = None
+) -> Whole:
+    """A module with these parameters; of single experts those tensors of it that hold one matrix or bias for each."""
+    if experts is None:
+        return Whole(name, layer, tuple(trains), sum(prod(stored_shape(p)) for p in trains.values()))
+    shapes = {n: stored_shape(p) for n, p in trains.items()}
+    number = next(shape[0] for shape in shapes.values() if len(shape) == 3)
+    held = {n: s for n, s in shapes.items() if s[0] == number and (len(s) == 3 or (len(s) == 2 and is_bias(n)))}
+    size = sum(prod(s[1:]) for s in held.values()) * len(experts)
+    return Whole(name, layer, tuple(held), size, experts=tuple(sorted(experts)))
+
+
+def _picked(module: nn.Module, whole: Whole) -> Picked | None:
+    return None if whole.experts is None else Picked(module, whole.trains, whole.experts)
+
+
+def _in_parts(state: Mapping[str, torch.Tensor], whole: Whole) -> dict[str, torch.Tensor]:
+    """Of a module's tensors what trains of it, where that is single experts."""
+    if whole.experts is None:
+        return dict(state)
+    return {f"{n}[{e}]": state[n][e] for e in whole.experts for n in whole.trains}
+
+
+def _with_aside(wrapper: FullWrapper, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors with what lies aside in its place."""
+    aside, picked = wrapper._layerpeft.aside or {}, wrapper.picked
+    if picked is None:
+        return dict(found) | aside
+    copies = {n: t.clone() for n, t in found.items()}
+    for (name, expert), _ in picked.items():
+        copies[name][expert] = aside.get(f"{name}[{expert}]", copies[name][expert])
+    return copies
 
 
 def is_bias(name: str) -> bool:
@@ -394,6 +531,8 @@ def _tensors(wrapper: FullWrapper) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers, the objects themselves, by name; none where another place of them has them."""
     if wrapper._layerpeft.whole.owner is not None:
         return {}
+    if wrapper.picked is not None:
+        return {f"{name}[{e}]": p for (name, e), p in wrapper.picked.items()}
     module = wrapper.original_module
     saved: Sequence[str] = list(module.state_dict())  # first, because it lets FSDP2 give up what it has gathered
     found: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -14,7 +14,11 @@ from torch.optim.optimizer import Optimizer
 from layerpeft.errors import ConfigError, LayerMapError
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import replacing
+from layerpeft.integrations.peft import loading_folder
+from layerpeft.model.experts import SHARED_OUT
 from layerpeft.model.layers import Target, base_of
+from layerpeft.model.stacked import holder, place_of
+from layerpeft.saving.manifest import MANIFEST, read_manifest
 from layerpeft.text import size_text
 from layerpeft.training import backward
 from layerpeft.training.method import Method, Step, Tensors
@@ -32,6 +36,7 @@ class FullMethod(Method):
     partial = True
     in_place = whole = True
     needs = frozenset(("in_place",))
+    single = "expert_views"
 
     def __init__(self, model: nn.Module, adapter: str, config: Any) -> None:
         super().__init__(model, adapter, config)
@@ -43,16 +48,25 @@ class FullMethod(Method):
 
     def tensors(self) -> Tensors:
         """Target -> the weights in it that train."""
-        found = {name: full_parameters(wrapper) for name, wrapper in full_layers(self.model, self.adapter).items()}
-        return {name: held for name, held in found.items() if held}
+        found: Tensors = {}
+        for name, wrapper in full_layers(self.model, self.adapter).items():
+            found |= layer.targets_of(name, wrapper)
+        return found
 
     def wrapped(self) -> set[str]:
-        """The modules of layers; always-on ones are none of the choice."""
-        return set(full_layers(self.model, self.adapter))
+        """The modules of layers, and single experts; always-on ones are none of the choice."""
+        return set(self.modules())
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Their wrappers."""
-        return full_layers(self.model, self.adapter)
+        """Their wrappers, and those of single experts."""
+        found: dict[str, nn.Module] = {}
+        for name, wrapper in full_layers(self.model, self.adapter).items():
+            found |= layer.reported(name, wrapper)
+        return found
+
+    def originals(self) -> Mapping[str, torch.Tensor]:
+        """Of tensors that hold all experts of a layer those that were not picked, in the place of the whole."""
+        return layer.unpicked(self.model, self.adapter)
 
     def place(self) -> None:
         """Puts the wrappers where PEFT will look for modules to copy."""
@@ -85,10 +99,11 @@ class FullMethod(Method):
 
     def assumed(self) -> list[str]:
         """Where the originals are."""
-        held = {id(t): t.nbytes for w in wrappers(self.model, self.adapter) for t in [*w.parameters(), *w.buffers()]}
-        return [
-            f"the original weights of what was ever trained are kept on the CPU (up to {size_text(sum(held.values()))})"
-        ]
+        held = layer.tensors_kept(self.model, self.adapter)
+        size = size_text(sum(t.nbytes for t in held.values()))
+        said = [f"the original weights of what was ever trained are kept on the CPU (up to {size})"]
+        single = any(w.picked is not None for w in wrappers(self.model, self.adapter))
+        return [*said, SHARED_OUT] if single else said
 
     def moved(self) -> set[str]:
         """Targets that have moved, by less than shows in 16 bits."""
@@ -96,8 +111,12 @@ class FullMethod(Method):
 
     def keep_only(self, targets: Set[str]) -> None:
         """The modules are as they were, and frozen."""
-        for name in full_layers(self.model, self.adapter).keys() - targets:
-            layer.unwrap(self.model, name, self.adapter)
+        for name, wrapper in full_layers(self.model, self.adapter).items():
+            kept = layer.reported(name, wrapper).keys() & targets
+            if not kept:
+                layer.unwrap(self.model, name, self.adapter)
+            elif wrapper.picked is not None:
+                layer.keep_experts(wrapper, sorted(place_of(t)[1] for t in kept))
 
     def keep(self, targets: Set[str], always: bool = True) -> None:
         """Their originals, on the CPU."""
@@ -134,8 +153,17 @@ class FullMethod(Method):
                 self.masters.rest([f"{target}|{n}" for n in group], policy)
 
     def found(self, state: Mapping[str, Any], prefix: str) -> set[str]:
-        """By any tensor of theirs."""
-        return layer.loaded_modules(self.model, self.adapter, state, prefix)
+        """By any tensor of theirs; which experts of a module trained is said by the folder that is loaded."""
+        folder, modules = loading_folder(), full_layers(self.model, self.adapter)
+        told = folder is not None and os.path.isfile(os.path.join(folder, MANIFEST))
+        said = (read_manifest(folder).get("selection") or {}).get("targets") if folder and told else None
+        found: set[str] = set()
+        for name in layer.loaded_modules(self.model, self.adapter, state, prefix):
+            if said is not None and modules[name].picked is not None:
+                found |= {t for t in said if holder(t) == name}
+            else:
+                found |= set(layer.reported(name, modules[name]))
+        return found
 
     def on_load(self, state: Mapping[str, Any], prefix: str, found: Set[str], folder: str | None) -> None:
         """Masters are taken up as soon as there is an optimizer to give their states to; what is not there never trained."""

@@ -10,11 +10,13 @@ from torch import nn
 from layerpeft.errors import MOST, ConfigError, Problems, SelectionError, nearest
 from layerpeft.integrations.peft import HEADS, AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.architectures import stored_shape
+from layerpeft.model.experts import SINGLE, check_experts
 from layerpeft.model.layers import LayerMap, Target
 from layerpeft.model.names import adapted, upwards
 from layerpeft.model.patterns import check_pattern
+from layerpeft.model.stacked import holder, picked_in
 from layerpeft.model.targets import MODULE, PARAMETERS, like, no_match
-from layerpeft.tuners.full.layer import Whole, is_bias
+from layerpeft.tuners.full.layer import Whole, is_bias, whole_of
 
 Names = str | Iterable[str] | None
 
@@ -75,17 +77,24 @@ def wholes_of(base: nn.Module, layers: LayerMap, wanted: Wanted, targets: Sequen
     among = {t.layer for t in targets}
     _refuse_unfit(base, layers, wanted, {p: layer for p, layer in chosen.items() if layer in among})
     found: list[tuple[str, int | None, list[str]]] = []
-    for target in targets:
-        paths = [p for p in chosen if p.startswith(f"{target.name}.")]
-        found.append((target.name, target.layer, [p.removeprefix(f"{target.name}.") for p in paths]))
+    order = {n: i for i, (n, _) in enumerate(base.named_modules(remove_duplicate=False))}
+    single = picked_in(base, [t.name for t in targets])
+    for name, layer in {t.name if t.name in order else holder(t.name): t.layer for t in targets}.items():
+        paths = [p for p in chosen if p.startswith(f"{name}.")]
+        found.append((name, layer, [p.removeprefix(f"{name}.") for p in paths]))
     for name in always_modules(base, wanted):
         held = base.get_submodule(name).named_parameters()
         found.append((name, None, [n for n, _ in held if wanted.biases or not is_bias(n)]))
-    wholes = _with_other_places(base, found)
-    order = {n: i for i, (n, _) in enumerate(base.named_modules(remove_duplicate=False))}
+    wholes = _with_other_places(base, found, single)
     wholes = sorted(wholes, key=lambda w: order[w.name])
+    check_experts(base, [f"{w.name}.{n}" for w in wholes if w.experts for n in _stacks(base, w)], SINGLE)
     refuse_namesakes(list(order), {w.name for w in wholes})
     return tuple(wholes)
+
+
+def _stacks(base: nn.Module, whole: Whole) -> list[str]:
+    """The 3-D tensors among what trains of a module."""
+    return [n for n in whole.trains if len(stored_shape(base.get_parameter(f"{whole.name}.{n}"))) == 3]
 
 
 def always_modules(base: nn.Module, wanted: Wanted) -> tuple[str, ...]:
@@ -234,7 +243,9 @@ def refuse_namesakes(names: Sequence[str], chosen: set[str]) -> None:
 # ---- weights in several places --------------------------------------------------------------------------------------
 
 
-def _with_other_places(base: nn.Module, found: Sequence[tuple[str, int | None, list[str]]]) -> list[Whole]:
+def _with_other_places(
+    base: nn.Module, found: Sequence[tuple[str, int | None, list[str]]], single: Mapping[str, tuple[int, ...]]
+) -> list[Whole]:
     """Wholes, and beside them the other modules that hold the same weights (tied embeddings), which a folder must hold too."""
     held: dict[int, list[str]] = {}
     for name, module in base.named_modules(remove_duplicate=False):
@@ -247,8 +258,7 @@ def _with_other_places(base: nn.Module, found: Sequence[tuple[str, int | None, l
         if name in wholes:
             continue  # another place of what came before
         module = base.get_submodule(name)
-        size = sum(prod(stored_shape(module.get_parameter(t))) for t in trains)
-        wholes[name] = Whole(name, layer, tuple(trains), size)
+        wholes[name] = whole_of(name, layer, {t: module.get_parameter(t) for t in trains}, single.get(name))
         places = {o for p in module.parameters() for o in held[id(p)] if not f"{o}.".startswith(f"{name}.")}
         for other in sorted(places):
             around = next((n for n in names if other.startswith(f"{n}.")), None)

@@ -32,6 +32,7 @@ class GaloreMethod(LoraMethod):
 
     whole = folds = True
     needs = frozenset(("projection",))
+    single = None
 
     def __init__(self, model: nn.Module, adapter: str, config: Any, watcher: Watcher | None = None) -> None:
         super().__init__(model, adapter, config)

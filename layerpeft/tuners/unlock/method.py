@@ -41,6 +41,7 @@ class UnlockMethod(LoraMethod):
     mixes = False
     restates = True
     needs = frozenset(("scales",))
+    single = None
 
     @classmethod
     def ranks(cls, asked: int) -> tuple[int, ...]:

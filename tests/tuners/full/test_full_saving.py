@@ -90,6 +90,7 @@ SCENES = {
     "conv1d": (conv1d, {}),
     "experts": (MODELS["mixtral"], {}),
     "experts and sinks": (MODELS["gpt_oss"], {}),
+    "single experts": (MODELS["mixtral"], {"select": {"layers": [1, 7], "unit": "expert"}}),
     "mamba": (MODELS["jamba"], {}),
     "encoder-decoder": (MODELS["t5"], {"task_type": "SEQ_2_SEQ_LM"}),
     "tied encoder-decoder": (MODELS["t5"], {"task_type": "SEQ_2_SEQ_LM", "modules_to_save": ["shared"]}),
