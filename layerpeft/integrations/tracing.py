@@ -68,6 +68,24 @@ def _all_by_one(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -
     return input.to(weight.dtype) @ weight[0]
 
 
+@contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """Attention as in a step in which no row holds several texts, whose places transformers finds by looking at positions: traced
+    ones have none, and would be masked as if they did (with a mask, grouped keys are repeated for every head)."""
+    from transformers import masking_utils
+
+    kept = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _in_one
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
+
+
+def _in_one(*_: Any, **__: Any) -> None:
+    """Where the texts of a row begin: there is one."""
+
+
 # ---- TRL's language-model head, which takes the loss in tiles and never forms the logits; with it SFT, DPO and GRPO train
 
 

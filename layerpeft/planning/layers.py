@@ -167,6 +167,7 @@ def _step(model: nn.Module, shape: Shape) -> Step:
         autocast=getattr(torch, shape.precision) if shape.precision is not None else None,
         fused_head=shape.fused_head,
         in_place=shape.fused_head and torch.accelerator.is_available(),
+        padded=shape.padded,
         quantization=packed,
     )
 

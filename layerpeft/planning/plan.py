@@ -16,7 +16,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, LayerpeftError, Problems, told
 from layerpeft.integrations.empty import empty_model, hollow
-from layerpeft.integrations.peft import BaseTunerLayer
+from layerpeft.integrations.peft import BaseTunerLayer, is_traced
 from layerpeft.integrations.torch import counted
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.architectures import text_config
@@ -141,6 +141,8 @@ def plan(
     Activations count the peak of what one forward and backward pass makes. Raises: LayerpeftError with every problem at once.
     """
     step = step or Step()
+    if inputs is not None:
+        inputs = {k: v for k, v in inputs.items() if k != "attention_mask" or not _masks_nothing(v)}
     found, bare = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     full = copy.deepcopy(bare).train()
     divided = share(found, optimizer, step, (batch_size, length), checkpointing, inputs) if step.cards else None
@@ -169,6 +171,12 @@ def plan(
         assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
         share=divided,
     )
+
+
+def _masks_nothing(mask: Any) -> bool:
+    """Which a step sees by its values, of which a trace has none."""
+    seen = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not is_traced(mask)
+    return seen and bool(mask.all())
 
 
 def for_cards(

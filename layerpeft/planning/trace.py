@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from layerpeft.errors import ConfigError, told
 from layerpeft.integrations.torch import tensors_of
-from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations
+from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations, unpacked_rows
 from layerpeft.model.layers import base_of
 from layerpeft.planning.engines import Cards
 
@@ -176,7 +176,9 @@ class Step:
 
     `autocast`: the type of mixed precision; `checkpointing_kwargs`: as in TrainingArguments; `fused_head`: TRL's loss, which
     never forms the logits (SFT, DPO, GRPO), and `in_place`: counted as on an accelerator; `quantization`: a
-    BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step; `cards`: how many there are, and their engine.
+    BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step; `cards`: how many there are, and their engine;
+    `padded`: rows are of different lengths, so that attention takes a mask wherever several are padded to the longest; `packed`:
+    several texts lie in one row, told apart by their positions.
     """
 
     autocast: torch.dtype | None = None
@@ -187,6 +189,8 @@ class Step:
     quantization: Any = None
     accumulation: int = 1
     cards: Cards | None = None
+    padded: bool = False
+    packed: bool = False
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------
@@ -238,12 +242,14 @@ def parted(
     device = next(model.parameters()).device
     cast: AbstractContextManager[Any] = torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
     try:
-        given = _batch(model, batch_size, length, device) if inputs is None else _alike(inputs, device)
+        given = _batch(model, batch_size, length, device, step.padded) if inputs is None else _alike(inputs, device)
         if getattr(getattr(model, "config", None), "use_cache", None):
             given["use_cache"] = False
         if step.fused_head:
             given["fused_lm_head"] = True
-        with _of_one_class(model), in_place() if step.fused_head and step.in_place else nullcontext():
+        folded = in_place() if step.fused_head and step.in_place else nullcontext()
+        whole = nullcontext() if step.packed or "position_ids" in given else unpacked_rows()
+        with _of_one_class(model), folded, whole:
             live = _counted(partial(_run, model, given, cast), model, (), blocks)
             return live, gradient_bytes(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -276,7 +282,7 @@ def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractCont
     loss.backward()
 
 
-def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device) -> dict[str, Any]:
+def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device, padded: bool) -> dict[str, Any]:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
     base: Any = base_of(model)
     about: Any = getattr(base, "config", None)
@@ -290,6 +296,9 @@ def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device)
     # a language model has a label per token, a classifier one per row
     classes = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None
     besides = {"token_type_ids": ids} if hasattr(about, "vision_config") and _takes(base, "token_type_ids") else {}
+    if padded and batch_size > 1 and _takes(base, "attention_mask"):
+        besides["attention_mask"] = torch.ones_like(ids)
+        besides["attention_mask"][0, -1] = 0
     return {"input_ids": ids, "labels": ids[:, 0] if classes else ids, **besides}
 
 

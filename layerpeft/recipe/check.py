@@ -288,4 +288,5 @@ def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -
         "checkpointing": bool(value("gradient_checkpointing")),
         "precision": "float16" if value("fp16") else "bfloat16" if by_default or value("bf16") else None,
         "fused_head": trainer == "sft",
+        "padded": True,
     }

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,11 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
             trainer.train()
     accelerated = next(wrapped.parameters()).device.type != "cpu"
     options = options_of(recipe, training_arguments(recipe), accelerated)
-    options |= {"batch_size": seen.shape[0], "length": seen.shape[1]}
+    options |= {
+        "batch_size": seen.shape[0],
+        "length": seen.shape[1],
+        "step": replace(options["step"], **seen.how),
+    }
     record = getattr(wrapped.peft_config["default"], "_layerpeft", None)
     chosen = record.selection.placed if record else recipe.select
     found = plan(bare, layer_config(recipe, chosen), **options)
@@ -137,6 +141,7 @@ class _Seen:
     states: int = 0
     passed: Pass = Pass(0, 0)
     shape: tuple[int, int] = (0, 0)
+    how: Mapping[str, bool] = field(default_factory=dict)
     loss: float = 0.0
 
 
@@ -149,6 +154,8 @@ def _watched(trainer: Any) -> Iterator[_Seen]:
         inputs = next(a for a in (*args, *kwargs.values()) if isinstance(a, Mapping) and "input_ids" in a)
         rows, tokens = inputs["input_ids"].shape
         seen.shape = (int(rows), int(tokens))
+        padded = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
+        seen.how = {"padded": padded, "packed": "position_ids" in inputs}
         seen.weights = tensor_bytes(model)
         result: list[Any] = []
         besides = [v for v in inputs.values() if isinstance(v, torch.Tensor)]

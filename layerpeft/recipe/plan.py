@@ -139,11 +139,14 @@ def arguments_of(recipe: Recipe, elsewhere: bool = False) -> Any:
 def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, Any]:
     """What `plan` and `fit` are told of a recipe."""
     sft = recipe.trainer == "sft"
+    packed = any(getattr(arguments, name, False) for name in ("packing", "padding_free"))
     here, quantization = accelerator and not arguments.use_cpu, loading(recipe).get("quantization_config")
     step = Step(
         autocast=_precision(recipe, arguments),
         checkpointing_kwargs=arguments.gradient_checkpointing_kwargs or {},
         fused_head=sft,
+        padded=not packed,
+        packed=packed,
         in_place=here,
         optim_args=arguments.optim_args,
         quantization=quantization if isinstance(quantization, BitsAndBytesConfig) else None,

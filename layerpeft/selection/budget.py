@@ -19,7 +19,8 @@ ROWS = 8
 @dataclass(frozen=True)
 class Shape:
     """By what bytes are counted: what the arguments of a training say. `rows` of `length` tokens go through the model at a time;
-    `precision`: that of autocast; `fused_head`: TRL's loss, which never forms the logits."""
+    `precision`: that of autocast; `fused_head`: TRL's loss, which never forms the logits; `padded`: rows are of different lengths,
+    and attention is masked."""
 
     rows: int = checked(ROWS, least=1)
     length: int = checked(LENGTH, least=1)
@@ -27,10 +28,11 @@ class Shape:
     checkpointing: bool = checked(False)
     precision: Literal["bfloat16", "float16"] | None = checked(None)
     fused_head: bool = checked(False)
+    padded: bool = checked(False)
 
     def __str__(self) -> str:
         how = ", with checkpointing" * self.checkpointing + f", in {self.precision}" * (self.precision is not None)
-        return f"{self.rows} rows of {self.length} tokens, {self.optimizer}{how}"
+        return f"{self.rows}{' padded' * self.padded} rows of {self.length} tokens, {self.optimizer}{how}"
 
 
 @dataclass(frozen=True)

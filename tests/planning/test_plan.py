@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from layerpeft import LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
 from layerpeft.errors import ConfigError, SelectionError
+from layerpeft.integrations.tracing import weight_bytes
 from layerpeft.model.precisions import tensor_bytes
-from layerpeft.planning.plan import plan
-from layerpeft.planning.trace import Step, trace
+from layerpeft.planning.plan import peak_bytes, plan
+from layerpeft.planning.trace import Step, count, gradient_bytes, trace
 from layerpeft.recipe import shipped
 from tests.helpers.models import MODELS, batch
 from tests.helpers.repeating import repeated, some
@@ -53,6 +54,28 @@ def test_the_plan_predicts_what_is_measured(name):
     assert found.trainable == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert found.stop.layer == len(found.rows) - 1 and [r.trains for r in found.rows][-1]
     assert found.flops < found.flops_full
+
+
+@pytest.mark.parametrize("name", some(["qwen3", "llama", "mistral", "olmo2", "phi3"], ["qwen3"]))
+def test_grouped_keys_are_repeated_where_a_real_step_repeats_them(name):
+    """Rows of one length need no mask, and keys stay grouped; padded ones do not."""
+    config = LayerLoraConfig(select="last:2", target_modules="all-linear", r=4)
+    real, found = get_peft_model(MODELS[name](), config).train(), []
+    ones = torch.ones(2, 32, dtype=torch.long)
+    inputs = {"input_ids": ones, "labels": ones}
+    given = {"batch_size": 2, "length": 32, "optimizer": "sgd", "checkpointing": False}
+    for padded in (False, True):
+        mask = torch.ones_like(ones)
+        mask[1, 20:] = 0
+        batch = inputs | ({"attention_mask": mask} if padded else {})
+        live = count(lambda batch=batch: real(**batch, use_cache=False).loss.backward(), real, batch.values()).peak
+        found.append(live)
+        taken = weight_bytes(real) + gradient_bytes(real) + live
+        real.zero_grad()
+        assert peak_bytes(MODELS[name](), config, step=Step(padded=padded), **given) == taken
+    assert found[0] < 0.99 * found[1]
+    masked = plan(MODELS[name](), config, inputs=inputs | {"attention_mask": ones})  # nothing, that is
+    assert masked.kept.peak == pytest.approx(found[0], rel=0.02)
 
 
 def test_no_weight_is_read_and_the_model_is_left_alone(monkeypatch):
