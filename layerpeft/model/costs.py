@@ -1,10 +1,10 @@
-"""What a training step costs by layer, in closed form: operations of its products, from the shapes of targets alone.
+"""What a training step costs by layer, in closed form from shapes: operations of its products, and bytes that it keeps.
 
 A layer is a chain of products: what reads its input (q, k, v), attention itself, `o`, then gate and up, then down. With
 T tokens a product by a weight (out, in) takes 2 T·out·in operations in the forward pass, as many for the gradient of its
 input, and as many for that of the weight where it trains. Attention takes two products of (tokens, tokens) in the
 forward pass and five in the backward pass of a fused kernel, four where they are made one by one. Norms, activations
-and losses multiply no matrices, and are not counted.
+and losses multiply no matrices, and are not counted. What is kept for the backward pass is in model/activations.py.
 """
 
 from __future__ import annotations
@@ -18,31 +18,10 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import LayerMapError
+from layerpeft.model.activations import block_of, kept
 from layerpeft.model.architectures import text_config
 from layerpeft.model.layers import Layer, LayerMap, Target, base_of
-
-LENGTH = 512  # tokens of a row where nobody says how many
-
-
-@dataclass(frozen=True)
-class Load:
-    """What goes through the model in a pass: rows of so many tokens; `again`: blocks are recomputed in the backward pass;
-    `tiled`: the head and its loss run together in tiles, without the last token of a row (TRL's)."""
-
-    rows: int = 1
-    length: int = LENGTH
-    again: bool = False
-    tiled: bool = False
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is trained of a target: its weight (`rank` 0), and norms with it, or two factors, of which the first may be `fixed`.
-    `norms`: those of a layer train, beside factors, too."""
-
-    rank: int = 0
-    fixed: bool = False
-    norms: bool = False
+from layerpeft.model.load import Load, Work
 
 
 @dataclass(frozen=True)
@@ -55,6 +34,16 @@ class LayerCost:
     again: int
     own: int
     saved: int
+
+
+@dataclass(frozen=True)
+class LayerKept:
+    """Bytes of one layer after its forward pass, its output among them: frozen above one that trains, trained above another one,
+    trained with nothing below that trains. With checkpointing they are those of its output."""
+
+    frozen: int
+    trained: int
+    lowest: int
 
 
 @dataclass(frozen=True)
@@ -161,6 +150,28 @@ def costs_of(
     return Costs(*_outside(base, layers, load), tuple(found), load.tiled)
 
 
+def kept_of(
+    model: nn.Module, layers: LayerMap, targets: Iterable[Target], load: Load, work: Work, late: bool = False
+) -> tuple[LayerKept, ...]:
+    """Bytes that layers keep for their backward pass where `targets` of them train, by `work`; counted as on a CPU.
+
+    `late`: norms round after they have multiplied by their weight (OLMo 2), not before (Llama): shapes do not say which.
+    Raises: LayerMapError with the reason, for blocks that are not written as attention and an MLP with residuals.
+    """
+    base, found = base_of(model), []
+    wanted, beside = frozenset(t.name for t in targets), _side_by_side(text_config(base))
+    for layer in layers.layers:
+        block = block_of(base, layer, beside)
+        frozen, trained = kept(block, frozenset(), work, True, load, late), kept(block, wanted, work, True, load, late)
+        found.append(LayerKept(frozen, trained, kept(block, wanted, work, False, load, late)))
+    return tuple(found)
+
+
+def _side_by_side(config: Any) -> bool:
+    """Whether attention and MLP read the same input."""
+    return getattr(config, "model_type", "") in _SIDE_BY_SIDE or any(getattr(config, n, False) for n in _SAID_BY)
+
+
 def _cost(
     products: list[_Product],
     wanted: Collection[str],
@@ -199,7 +210,7 @@ def _trains(target: Target | None, wanted: Collection[str]) -> bool:
 
 def _products(base: nn.Module, layer: Layer, load: Load) -> list[_Product]:
     config = text_config(base)
-    apart = getattr(config, "model_type", "") in _SIDE_BY_SIDE or any(getattr(config, n, False) for n in _SAID_BY)
+    apart = _side_by_side(config)
     tokens = load.rows * _length(base, load)
     found, width = [], {}
     for target in layer.targets:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from layerpeft.text import size_text
@@ -59,6 +60,11 @@ class Memory:
     layers: tuple[LayerBytes, ...]
     slack: float = 0.0
 
+    @cached_property
+    def _freed(self) -> int:
+        """Less than nothing where layers take less once they train, because they are packed then."""
+        return sum(min(0, layer.lasting) for layer in self.layers)
+
     @property
     def top(self) -> Held:
         """Above all layers."""
@@ -66,7 +72,7 @@ class Memory:
 
     def least(self, held: Held) -> float:
         """What a set that holds these layers takes at least."""
-        return (self.lasting + held[0]) * (1 + self.slack)
+        return (self.lasting + held[0] + self._freed) * (1 + self.slack)
 
     def above(self, held: Held, layer: int, trains: bool) -> Held:
         """With a layer below which another one trains."""

@@ -1,15 +1,16 @@
-"""What layers cost where that does not follow from shapes: bytes of every model, operations of some. From traces of plans.
+"""What layers cost beyond operations that follow from shapes: bytes of a step, and operations of some models. From traces of plans.
 
-A few passes are traced, with marks at the layers: all train, the first alone trains, the last of each kind alone trains. What a
-layer takes in each of these states is the same whatever else trains, so that any set of layers is a sum of them. Another set is
-traced beside its sum.
+A pass is traced with marks at the layers. What a layer takes is the same whatever else trains, so that any set of layers is a sum.
+What it keeps is known in closed form where blocks are written like known ones: then two passes say whether that is so within 2 %,
+of every layer, and what is highest on the way. Otherwise all of it comes from traces: all layers train, the first alone, the last
+of each kind alone; and two more sets are traced beside their sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from transformers import BitsAndBytesConfig
 
 from layerpeft.errors import LayerMapError, LayerpeftError
 from layerpeft.integrations.tracing import as_traced, is_stand_in
-from layerpeft.model.costs import Costs, LayerCost
+from layerpeft.model.architectures import text_config
+from layerpeft.model.costs import Costs, LayerCost, LayerKept, kept_of
 from layerpeft.model.layers import Layer, LayerMap, base_of
+from layerpeft.model.load import Load
 from layerpeft.model.memory import Below, LayerBytes, Memory, Span
 from layerpeft.planning.parts import training
 from layerpeft.planning.plan import wrapped
@@ -73,8 +76,11 @@ def traced(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, budget: 
         while len(_KNOWN) >= _MOST:
             del _KNOWN[next(iter(_KNOWN))]
         try:
-            passes = partial(_pass, config, model, layers, shape, _step(model, shape))
-            _KNOWN[key] = _summed(passes, [_kind(model, layer) for layer in layers.layers], memory)
+            passes = cache(partial(_pass, config, model, layers, shape, _step(model, shape)))
+            kinds = [_kind(model, layer) for layer in layers.layers]
+            found = _from_shapes(passes, kinds, _kept(config, model, layers, shape)) if memory else None
+            whole = config.quantize_frozen is None or config.quantize_trained is not None
+            _KNOWN[key] = found or _summed(passes, kinds, memory, whole)
         except LayerMapError:
             raise
         except LayerpeftError as error:
@@ -85,16 +91,100 @@ def traced(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, budget: 
 HANDED["costs"] = traced
 
 
-def _summed(run: Callable[[Sequence[int]], _Pass], kinds: Sequence[Any], memory: bool) -> Costs | Memory:
-    """Of layers of these kinds."""
+_Run = Callable[[tuple[int, ...]], _Pass]
+
+
+def _kept(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, shape: Shape) -> list[tuple[LayerKept, ...]]:
+    """What layers keep in closed form, with norms that round before they weigh, and after; nothing where it is not known."""
+    low = getattr(torch, shape.precision).itemsize if shape.precision is not None else 0
+    load = Load(shape.rows, shape.length, shape.checkpointing, low=low, padded=shape.padded)
+    targets, work = config.targets_in(model, layers), config.works_by.work(config)
+    try:
+        return [kept_of(model, layers, targets, load, work, late) for late in (False, True)]
+    except LayerMapError:
+        return []
+
+
+def _from_shapes(run: _Run, kinds: Sequence[Any], forms: Sequence[tuple[LayerKept, ...]]) -> Memory | None:
+    """From what layers keep in closed form, and two passes; None where these do not agree with any of the forms."""
+    count = len(kinds)
+    if not forms or count < 3 or len({weights for _, weights, _ in kinds}) > 1:
+        return None
+    some, last = run(tuple(i for i in range(count) if i % 4 < 2)), run((count - 1,))
+    for form in forms:
+        if not all(_agrees(form, passed) for passed in (some, last)):
+            continue
+        plain = _by_form(form, some, last, kinds)
+        besides = [p.bytes - int(plain.of(p.chosen)) for p in (some, last)]
+        # the model holds on to what the first layer reads, until the way back
+        entering = plain.below[1].start - plain.below[0].start
+        if any(abs(n) > APART * p.bytes + entering for n, p in zip(besides, (some, last), strict=True)):
+            return None
+        besides[0] = max(besides[0], entering)
+        below = tuple(b._replace(besides=besides[i > 0]) for i, b in enumerate(plain.below))
+        found = replace(plain, below=below)
+        others = {kind: (i,) for i, kind in enumerate(kinds) if kind != kinds[-1]} if len({*kinds}) > 1 else {}
+        lack = max([0.0, *(run(i).bytes / found.of(i) - 1 for i in others.values())])
+        return replace(found, slack=1.25 * lack) if lack <= APART else None
+    return None
+
+
+def _agrees(form: Sequence[LayerKept], passed: _Pass) -> bool:
+    """Whether every layer of a pass kept what the form says."""
+    lowest = min(passed.chosen)
+    for i, layer in enumerate(form[lowest:], lowest):
+        said = layer.lowest if i == lowest else layer.trained if i in passed.chosen else layer.frozen
+        if abs(said - passed.span(i).kept) > APART * passed.span(i).kept:
+            return False
+    return True
+
+
+def _by_form(form: Sequence[LayerKept], some: _Pass, last: _Pass, kinds: Sequence[Any]) -> Memory:
+    """`some`: a pass in which layers of all states are; `last`: one in which the last one alone trains."""
+    count, chosen = len(form), some.chosen
+    frozen = _highest((kinds[i], some.span(i)) for i in range(1, count) if i not in chosen)
+    trained = _highest((kinds[i], some.span(i)) for i in chosen[1:])
+    lowest = {kinds[-1]: last.span(count - 1)}
+    own = (some.lasting - last.lasting) // (len(chosen) - 1)
+    found = []
+    for i, (kind, kept) in enumerate(zip(kinds, form, strict=True)):
+        # of a kind of attention that no pass shows in a state, another one stands for what is highest on the way
+        states = (frozen, trained, lowest if i else {kind: some.span(0)})
+        spans = [seen.get(kind, next(iter(seen.values()))) for seen in states]
+        of_form = map(_keeping, (kept.frozen, kept.trained, kept.lowest), spans)
+        found.append(LayerBytes(next(of_form), next(of_form), next(of_form), own))
+    head = last.parts["after", count - 1]
+    below = tuple(last.below(i) for i in range(count))
+    return Memory(last.lasting - own, below, (head.peak - head.start, head.end - head.start), tuple(found))
+
+
+def _highest(spans: Iterable[tuple[Any, Span]]) -> dict[Any, Span]:
+    """One of each kind, as high on the way as any of them."""
+    found: dict[Any, Span] = {}
+    for kind, span in spans:
+        seen = found.get(kind, span)
+        found[kind] = replace(seen, peak=max(seen.peak, span.peak), back=max(seen.back, span.back))
+    return found
+
+
+def _keeping(kept: int, span: Span) -> Span:
+    more = kept - span.kept
+    return Span(kept, span.peak + max(0, more), span.back, span.left - more)
+
+
+def _summed(run: _Run, kinds: Sequence[Any], memory: bool, whole: bool) -> Costs | Memory:
+    """Of layers of these kinds, from traces alone; `whole`: all of them can train together."""
     count = len(kinds)
     last = {kind: i for i, kind in enumerate(kinds)}
-    alone = {i: run([i]) for i in sorted({0, *last.values()})}
-    every = run(range(count)) if count > 1 else alone[0]
+    alone = {i: run((i,)) for i in sorted({0, *last.values()})}
+    # one that is left out has a twin among the others
+    spare = [i for i in range(1, count) if kinds[i] in kinds[1:i]][-1:] if not whole else []
+    every = run(tuple(i for i in range(count) if i not in spare)) if count > 1 else alone[0]
     make = _memory if memory else _costs
-    found = make([alone.get(i, alone[last[kind]]) for i, kind in enumerate(kinds)], every)
+    twins = [i if i not in spare else kinds.index(kinds[i], 1) for i in range(count)]
+    found = make([alone.get(i, alone[last[kind]]) for i, kind in enumerate(kinds)], every, twins)
     others = [sorted({*range(1, count, 2), count - 1}), [*range((count + 1) // 2)]] if count > 2 else []
-    more = [every, *map(run, others)]
+    more = [every, *(run(tuple(chosen)) for chosen in others)]
     if isinstance(found, Memory):
         # more than those lack, since others may lack more
         return replace(found, slack=1.25 * max(0.0, *(p.bytes / found.of(p.chosen) - 1 for p in more)))
@@ -104,15 +194,17 @@ def _summed(run: Callable[[Sequence[int]], _Pass], kinds: Sequence[Any], memory:
     return found
 
 
-def _memory(alone: Sequence[_Pass], every: _Pass) -> Memory:
-    """`alone`: by layer, a pass in which it, or the last one of its kind, alone trains."""
+def _memory(alone: Sequence[_Pass], every: _Pass, twins: Sequence[int]) -> Memory:
+    """`alone`: by layer, a pass in which it, or the last one of its kind, alone trains; `twins`: by layer, one that trains in
+    `every` and takes the same."""
     first, last, count = alone[0], alone[-1], len(alone)
     own = [run.chosen[0] for run in alone]
-    base = (sum(run.lasting for run in alone) - every.lasting) // (count - 1) if count > 1 else first.lasting
+    together = sum(alone[i].lasting for i in every.chosen) - every.lasting
+    base = together // (len(every.chosen) - 1) if len(every.chosen) > 1 else first.lasting
     found = []
     for i, run in enumerate(alone):
         lowest = run.span(own[i])
-        others = (first.span(i), every.span(i)) if i else (lowest, lowest)
+        others = (first.span(i), every.span(twins[i])) if i else (lowest, lowest)
         found.append(LayerBytes(*others, lowest, run.lasting - base))
     head = last.parts["after", count - 1]
     below = tuple(last.below(i) for i in range(count))
@@ -121,13 +213,13 @@ def _memory(alone: Sequence[_Pass], every: _Pass) -> Memory:
     return replace(plain, below=tuple(b._replace(besides=besides[own[i]]) for i, b in enumerate(below)))
 
 
-def _costs(alone: Sequence[_Pass], every: _Pass) -> Costs:
+def _costs(alone: Sequence[_Pass], every: _Pass, twins: Sequence[int]) -> Costs:
     """As `_memory`."""
     first, last, count = alone[0], alone[-1], len(alone)
     found = []
     for i, run in enumerate(alone):
         lowest = run.operations(run.chosen[0])
-        frozen, trained = (first.operations(i), every.operations(i)) if i else (lowest, lowest)
+        frozen, trained = (first.operations(i), every.operations(twins[i])) if i else (lowest, lowest)
         below = last.operations(i) if i < count - 1 else first.parts["forward", i].flops
         found.append(LayerCost(below, frozen - below, 0, trained - frozen, trained - lowest))
     outside = last.flops - sum(last.operations(i) for i in range(count))
@@ -140,7 +232,7 @@ def _costs(alone: Sequence[_Pass], every: _Pass) -> Costs:
 
 
 def _pass(
-    config: LayerLoraConfig, model: nn.Module, layers: LayerMap, shape: Shape, step: Step, chosen: Sequence[int]
+    config: LayerLoraConfig, model: nn.Module, layers: LayerMap, shape: Shape, step: Step, chosen: tuple[int, ...]
 ) -> _Pass:
     placed = choosing_by(config, {"layers": list(chosen), "stack": layers.stack})
     found, _ = wrapped(model, placed, [], step)
@@ -155,7 +247,7 @@ def _pass(
         raise LayerMapError(f"no gradient comes to layer {min(chosen)} in a step that is traced")
     most = max(live.peak, gradients)
     lasting = found.weights + cost.masters + cost.states + cost.gradients - gradients
-    return _Pass(tuple(chosen), parts, lasting, lasting + most, live.flops)
+    return _Pass(chosen, parts, lasting, lasting + most, live.flops)
 
 
 def _step(model: nn.Module, shape: Shape) -> Step:
@@ -172,11 +264,13 @@ def _step(model: nn.Module, shape: Shape) -> Step:
     )
 
 
-def _kind(model: nn.Module, layer: Layer) -> Any:
-    """What layers share that take the same."""
+def _kind(model: nn.Module, layer: Layer) -> tuple[Any, Any, Any]:
+    """What layers share that take the same: modules, weights, and how attention looks back."""
     block = base_of(model).get_submodule(layer.name)
     modules = tuple((name, type(module).__name__) for name, module in block.named_modules())
-    return modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False))
+    attends = getattr(text_config(base_of(model)), "layer_types", None)
+    weights = tuple((name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False))
+    return modules, weights, attends[layer.index] if attends and layer.index < len(attends) else None
 
 
 def _key(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, shape: Shape, memory: bool) -> str:

@@ -20,8 +20,9 @@ from layerpeft.integrations.peft import BaseTunerLayer, is_traced
 from layerpeft.integrations.torch import counted
 from layerpeft.integrations.tracing import add_head, as_quantized, as_traced, weight_bytes
 from layerpeft.model.architectures import text_config
-from layerpeft.model.costs import Load, costs_of
+from layerpeft.model.costs import costs_of
 from layerpeft.model.layers import LayerMap, Stacks, base_of, stacks_of
+from layerpeft.model.load import Load
 from layerpeft.model.names import lying_in
 from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of

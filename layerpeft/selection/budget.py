@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from layerpeft.errors import Problem, Problems, SelectionError, unknown
-from layerpeft.model.costs import LENGTH
+from layerpeft.model.load import LENGTH
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import size_of, size_text
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from layerpeft.errors import LayerMapError, Problem, ScoreError, SelectionError
 from layerpeft.integrations import distributed
-from layerpeft.model.costs import LENGTH, Costs, Load, Work, costs_of
+from layerpeft.model.costs import Costs, costs_of
 from layerpeft.model.layers import LayerMap, Target
+from layerpeft.model.load import LENGTH, Load, Work
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import Budget, Counts, best_within
 from layerpeft.selection.draws import seed_within

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from layerpeft.integrations.engines.engine import Need
-from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
+from layerpeft.model.load import Work
 
 Tensors = dict[str, dict[str, nn.Parameter]]  # target -> the adapter's tensors in it
 # a module's name, the module without weights, its tensors by name -> those tensors with what was trained in them

@@ -10,8 +10,8 @@ from torch import nn
 
 from layerpeft.integrations.peft import lora_layers
 from layerpeft.integrations.tracing import is_stand_in
-from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
+from layerpeft.model.load import Work
 from layerpeft.model.names import COMPILED, clean
 from layerpeft.text import size_text
 from layerpeft.training.method import Method, Step

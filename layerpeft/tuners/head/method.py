@@ -12,9 +12,9 @@ from torch import nn
 from layerpeft.errors import ConfigError, SaveError
 from layerpeft.integrations.files import as_written, header_of, replacing
 from layerpeft.integrations.peft import loading_folder, lora_layers, unwrap_layer, watch_states
-from layerpeft.model.costs import Work
 from layerpeft.model.heads import HEAD, holder, name_of, place_of
 from layerpeft.model.layers import Target
+from layerpeft.model.load import Work
 from layerpeft.model.names import clean
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.draws import seed_of

@@ -8,9 +8,9 @@ from torch import nn
 from layerpeft.errors import ConfigError
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.peft import adapter_parameters, let_rest, lora_layers, unwrap_layer, watch_states
-from layerpeft.model.costs import Work
 from layerpeft.model.experts import SHARED_OUT
 from layerpeft.model.layers import Target
+from layerpeft.model.load import Work
 from layerpeft.model.names import clean
 from layerpeft.model.stacked import name_of, picked_in
 from layerpeft.training.method import Method, Tensors
@@ -38,7 +38,7 @@ class LoraMethod(Method):
 
     @classmethod
     def work(cls, config: Any) -> Work:
-        return Work(config.r)
+        return Work(config.r, dropout=config.lora_dropout)
 
     def tensors(self) -> Tensors:
         """Target -> the adapter's tensors in it, with the bias that LoRA trains."""

@@ -13,8 +13,8 @@ from layerpeft.errors import ConfigError, SaveError
 from layerpeft.integrations.files import as_written, replacing
 from layerpeft.integrations.peft import BASE_BIAS, let_rest, loading_folder, lora_layers, watch_states
 from layerpeft.model.biases import biased
-from layerpeft.model.costs import Work
 from layerpeft.model.layers import Target
+from layerpeft.model.load import Work
 from layerpeft.model.names import clean
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.training.method import Fold, Tensors
