@@ -220,7 +220,7 @@ BOTH = {"quantize_frozen": "nf4", "quantize_trained": "nf4"}
         repeated((LayerLoraConfig, {"r": 4} | BOTH, 2)),
         repeated((LayerFullConfig, {"quantize_frozen": "nf4"}, 2)),
         repeated((LayerGaloreConfig, {"r": 4}, 2)),
-        repeated((LayerHeadConfig, {}, 6)),
+        repeated((LayerHeadConfig, {}, 5)),
     ],
 )
 def test_bytes_come_in_closed_form_where_two_passes_agree(kind, options, passes, monkeypatch):
