@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from layerpeft.errors import ConfigError, LayerpeftError, Problems
+from layerpeft.errors import ConfigError, LayerpeftError, Problems, told
 from layerpeft.integrations.files import read_text
 from layerpeft.model.names import place_among
 from layerpeft.model.weights import PIECE, widest
@@ -97,7 +97,7 @@ def _pairs(asked: Asked, problems: Problems) -> list[tuple[Any, Any]]:
         try:
             held = yaml.safe_load(read_text(text))
         except yaml.YAMLError as error:
-            problems.add(f"{text} is neither YAML nor JSON: {' '.join(str(error).split())}", "weights")
+            problems.add(f"{text} is neither YAML nor JSON: {told(error, 200)}", "weights")
             return []
         if not isinstance(held, dict):
             problems.add(f"{text} holds no weights by layers", "weights")

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import case, model, run
 from benchmarks.kinds import bits
 from layerpeft.errors import ConfigError
+from layerpeft.model import rounding
 from layerpeft.quantization.budget import mean_bits, total_bytes
 
 SMALL = """
@@ -65,7 +66,22 @@ def test_rows_are_whole_and_the_two_files_have_none_in_common():
         assert all(b["input_ids"].shape == (4, 32) for part in found for b in part)
 
 
-def test_a_small_case_becomes_a_table(tmp_path):
+@pytest.fixture
+def rounded_once(monkeypatch):
+    """Each matrix is rounded to each precision once: most of what the ways take."""
+    kept = {}
+
+    def once(weight, precision, storage):
+        key = (weight.data_ptr(), tuple(weight.shape), precision)
+        if key not in kept:
+            kept[key] = made(weight, precision, storage)
+        return kept[key]
+
+    made = rounding.rounded
+    monkeypatch.setattr(rounding, "rounded", once)
+
+
+def test_a_small_case_becomes_a_table(tmp_path, rounded_once):
     path = tmp_path / "small.yaml"
     path.write_text(SMALL, encoding="utf-8")
     run.run(case.load(str(path)), tmp_path)

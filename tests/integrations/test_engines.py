@@ -23,7 +23,10 @@ slow = pytest.mark.slow
 # Of all runs: the first goes through, the second goes on from its second step.
 CELLS = [
     *[("ddp", name) for name in ("lora-depth", "lora-grad", "galore", "full", "lisa", "lora-nf4")],
-    *[("fsdp2", n) for n in ("lora-depth", "lora-batches", "lora-sched", "lora-sched-clear", "full", "full-grad")],
+    *[
+        ("fsdp2", n)
+        for n in ("lora-depth", "lora-batches", "lora-sched", "lora-sched-clear", "lisa", "full", "full-grad")
+    ],
     *[(e, n) for e in ("fsdp2_noram", "fsdp2_sharded") for n in ("lora-grad", "lora-sched", "full", "lisa")],
     *[("fsdp2_ac", name) for name in ("lora-depth", "lora-grad", "full", "lisa")],
     *[("fsdp2_bf16", name) for name in ("lora-grad", "full", "lisa", "lora-sched")],
@@ -44,7 +47,7 @@ CELLS = [
     ("zero3_file", "full"),
     *[("zero3_apart", name) for name in ("lora-depth", "full")],
 ]
-QUICK = [("fsdp2", "lora-grad"), ("fsdp2", "lisa")]
+QUICK = [("fsdp2", "lora-grad")]
 # Runs of another kind: options of the trainer
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation with a ragged last batch": {"gradient_accumulation_steps": 2, "count": 20, "max_steps": 5, "ragged": True},

@@ -48,7 +48,6 @@ METHODS = {
 }
 # (stage, method, select); a stage of 3.5 divides the model before it is wrapped
 CELLS = [
-    (2, "full", "turns"),
     (2, "galore", "waits"),
     (3.5, "lora", "scored"),
 ]
