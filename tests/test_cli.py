@@ -113,6 +113,7 @@ def test_help_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *tiny("quickstart", "warmup_ratio=0")]) == 0
@@ -236,6 +237,7 @@ def test_chat_rows_packed(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {row.steps for row in rows if row.chosen} == {2}
 
 
+@pytest.mark.slow  # as tests/recipe/test_shipped.py has it of a recipe of each kind
 def test_resume_goes_on_with_the_same_choice(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = tiny("quickstart", *BRIEF, "max_steps=4", "save_strategy=steps", "save_steps=2")
     assert main(["train", *whole]) == 0

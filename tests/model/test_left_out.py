@@ -81,7 +81,7 @@ def written(message):
     return ast.literal_eval(value)
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("kind", [LayerLoraConfig, LayerGaloreConfig])
 @pytest.mark.parametrize("select", ["last:3", {"by": "gradient_norm", "keep": 2}], ids=["last", "waits"])
 def test_what_never_gets_a_gradient_is_named_with_a_cure_that_works(kind, select):

@@ -287,7 +287,7 @@ def test_the_backward_pass_stops_above_quantized_layers():
     assert seen.text("reached") == "0011" and seen.text("forward") == "1111"
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -70,6 +70,7 @@ def trained(name: str, config: peft.PeftConfig, folder: Path, **options: Any) ->
     return (seen.text("forward"), seen.text("reached"), seen.text("recomputed")), gradients
 
 
+@pytest.mark.spread(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("reentrant", [False, True], ids=["default", "reentrant"])
 @pytest.mark.parametrize("name", TRAINERS)

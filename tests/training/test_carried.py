@@ -45,7 +45,7 @@ def saved(model, optimizer):
     return torch.load(io.BytesIO(file.getvalue()))  # tensors and plain values alone
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("at", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_run_goes_on_from_a_state_dict_bit_for_bit(kind, at):

@@ -201,7 +201,7 @@ def grown(found: dict[str, Any], bar: dict[str, Any], room: float) -> list[str]:
     return faults + [f"{k}: {found[k]}, was {v}" for k, v in bar.items() if k not in sizes and found[k] != v]
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("case", some(CASES, [case for case in CASES if "llama" in case or "non-" in case]))
 def test_no_count_has_changed(recorded, case):
     same = all(recorded["versions"][p] == version(p) for p in PACKAGES)

@@ -42,7 +42,7 @@ def values(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(3)
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("select", [UNIFORM, BY_GRADIENT, UNIFORM | {"always": -1, "state": "clear"}], ids=str)

@@ -192,7 +192,7 @@ def wrapped(base, config, kind=AutoModelForCausalLM, **options):
     return drawn(layerpeft.get_peft_model(kind.from_pretrained(base, **options), config))
 
 
-@pytest.mark.spread(3)
+@pytest.mark.spread(4)
 @pytest.mark.matrix
 @pytest.mark.parametrize("way", list(WAYS))
 def test_module_by_module_is_bit_for_bit_what_peft_merges(way, bases, tmp_path, monkeypatch):
