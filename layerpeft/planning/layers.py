@@ -32,6 +32,7 @@ from layerpeft.selection.scoring import HANDED
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.soft import choosing_by
 
+LEAST = 5e-4  # of what a set of layers takes, the least that others are taken to lack
 APART = 0.02  # of what a set of layers takes, the most that a sum of operations may be beside a trace
 _KNOWN: dict[str, Costs | Memory] = {}  # by what was counted
 _MOST = 8
@@ -78,8 +79,8 @@ def traced(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, budget: 
         try:
             passes = cache(partial(_pass, config, model, layers, shape, _step(model, shape)))
             kinds = [_kind(model, layer) for layer in layers.layers]
-            found = _from_shapes(passes, kinds, _kept(config, model, layers, shape)) if memory else None
             whole = config.quantize_frozen is None or config.quantize_trained is not None
+            found = _from_shapes(passes, kinds, _kept(config, model, layers, shape), whole) if memory else None
             _KNOWN[key] = found or _summed(passes, kinds, memory, whole)
         except LayerMapError:
             raise
@@ -105,16 +106,26 @@ def _kept(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, shape: Sh
         return []
 
 
-def _from_shapes(run: _Run, kinds: Sequence[Any], forms: Sequence[tuple[LayerKept, ...]]) -> Memory | None:
-    """From what layers keep in closed form, and two passes; None where these do not agree with any of the forms."""
+def _from_shapes(run: _Run, kinds: Sequence[Any], forms: Sequence[tuple[LayerKept, ...]], whole: bool) -> Memory | None:
+    """From what layers keep in closed form, and two passes; None where these do not agree with any of the forms.
+
+    Few layers with several kinds of attention take more passes, until each kind was seen to train and to rest.
+    """
     count = len(kinds)
     if not forms or count < 3 or len({weights for _, weights, _ in kinds}) > 1:
         return None
     some, last = run(tuple(i for i in range(count) if i % 4 < 2)), run((count - 1,))
+    shown = [some]
+    if {*kinds[1:]} > {kinds[i] for i in some.chosen[1:]}:
+        if not whole:
+            return None
+        shown.append(run((*range(count),)))
+    if {*kinds[1:]} > {kinds[i] for i in range(1, count) if i not in some.chosen}:
+        shown.append(run((0,)))
     for form in forms:
         if not all(_agrees(form, passed) for passed in (some, last)):
             continue
-        plain = _by_form(form, some, last, kinds)
+        plain = _by_form(form, shown, last, kinds)
         besides = [p.bytes - int(plain.of(p.chosen)) for p in (some, last)]
         # the model holds on to what the first layer reads, until the way back
         entering = plain.below[1].start - plain.below[0].start
@@ -139,16 +150,16 @@ def _agrees(form: Sequence[LayerKept], passed: _Pass) -> bool:
     return True
 
 
-def _by_form(form: Sequence[LayerKept], some: _Pass, last: _Pass, kinds: Sequence[Any]) -> Memory:
-    """`some`: a pass in which layers of all states are; `last`: one in which the last one alone trains."""
-    count, chosen = len(form), some.chosen
-    frozen = _highest((kinds[i], some.span(i)) for i in range(1, count) if i not in chosen)
-    trained = _highest((kinds[i], some.span(i)) for i in chosen[1:])
+def _by_form(form: Sequence[LayerKept], shown: Sequence[_Pass], last: _Pass, kinds: Sequence[Any]) -> Memory:
+    """`shown`: passes in which layers of all states are; `last`: one in which the last one alone trains."""
+    count, some = len(form), shown[0]
+    frozen = _highest((kinds[i], p.span(i)) for p in shown for i in range(1, count) if i not in p.chosen)
+    trained = _highest((kinds[i], p.span(i)) for p in shown for i in p.chosen[1:])
     lowest = {kinds[-1]: last.span(count - 1)}
-    own = (some.lasting - last.lasting) // (len(chosen) - 1)
+    own = (some.lasting - last.lasting) // (len(some.chosen) - 1)
     found = []
     for i, (kind, kept) in enumerate(zip(kinds, form, strict=True)):
-        # of a kind of attention that no pass shows in a state, another one stands for what is highest on the way
+        # of a kind of attention that was not seen as the lowest one, another stands for what is highest on the way
         states = (frozen, trained, lowest if i else {kind: some.span(0)})
         spans = [seen.get(kind, next(iter(seen.values()))) for seen in states]
         of_form = map(_keeping, (kept.frozen, kept.trained, kept.lowest), spans)
@@ -187,7 +198,7 @@ def _summed(run: _Run, kinds: Sequence[Any], memory: bool, whole: bool) -> Costs
     more = [every, *(run(tuple(chosen)) for chosen in others)]
     if isinstance(found, Memory):
         # more than those lack, since others may lack more
-        return replace(found, slack=1.25 * max(0.0, *(p.bytes / found.of(p.chosen) - 1 for p in more)))
+        return replace(found, slack=1.25 * max(LEAST, *(p.bytes / found.of(p.chosen) - 1 for p in more)))
     if worst := [p for p in more if abs(found.of(p.chosen) - p.flops) > APART * p.flops]:
         few = ", ".join(map(str, worst[0].chosen))
         raise LayerMapError(f"what layers take does not add up (of layers {few}): some go with what trains in others")
