@@ -1,4 +1,4 @@
-"""A few steps of LoRA on every layer of a small model that is whole, shortened, or trained at several depths."""
+"""A few steps on real rows: of LoRA on every layer of a small model that is whole or shortened, or of any other model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def trained(model: Any, train: Sequence[Any], rows: int, steps: int, lr: float, 
         optimizer.zero_grad()
 
 
-def scored(train: Sequence[Any], rows: int, count: int) -> list[dict[str, torch.Tensor]]:
+def scored(train: Sequence[Any], rows: int, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """The batches that a choice sees."""
-    draw = torch.Generator().manual_seed(1000)
+    draw = torch.Generator().manual_seed(1000 + seed)
     drawn = [torch.randint(0, len(train), (rows,), generator=draw).tolist() for _ in range(count)]
     return [collated([train[i] for i in batch]) for batch in drawn]

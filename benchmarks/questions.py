@@ -27,6 +27,13 @@ def check(kind: str, model: Model, batch: Batch, problems: Problems) -> None:
         problems.add(f"model: {kind} needs a model that knows something (shipped) and real rows (batch.text: gsm8k)")
 
 
+def check_counts(options: object, names: Sequence[str], problems: Problems) -> None:
+    """Adds what is less than one of these."""
+    for name in names:
+        if getattr(options, name) < 1:
+            problems.add(f"{name}: {getattr(options, name)} is not at least 1")
+
+
 def rows(model: Model, which: str, length: int) -> list[Example]:
     """The package's GSM8K rows as question and answer, at most `length` tokens each."""
     tokenizer = AutoTokenizer.from_pretrained(folder(model))

@@ -45,9 +45,7 @@ def check(options: Options, problems: Problems) -> None:
                 parse_drop(drop)
         except LayerpeftError as error:
             problems.absorb(error, "drops", label)
-    for name in ("steps", "scored", "held_out", "r"):
-        if getattr(options, name) < 1:
-            problems.add(f"{name}: {getattr(options, name)} is not at least 1")
+    questions.check_counts(options, ("steps", "scored", "held_out", "r"), problems)
 
 
 def measure(case: Case, say: Say) -> dict[str, Any]:

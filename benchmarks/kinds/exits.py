@@ -51,9 +51,7 @@ def check(options: Options, problems: Problems) -> None:
             checked_exits(options.exits, num_layers(build(options.model)))
         except LayerpeftError as error:
             problems.absorb(error)
-    for name in ("steps", "held_out", "r"):
-        if getattr(options, name) < 1:
-            problems.add(f"{name}: {getattr(options, name)} is not at least 1")
+    questions.check_counts(options, ("steps", "held_out", "r"), problems)
 
 
 def measure(case: Case, say: Say) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 import layerpeft
 from benchmarks import questions, table
 from benchmarks.case import Case
+from benchmarks.healing import scored, trained
 from benchmarks.model import LINEARS, Batch, Model, build, num_layers
-from benchmarks.questions import collated, held_out, loss, rows
+from benchmarks.questions import held_out, loss, rows
 from layerpeft.errors import LayerpeftError, Problems
 from layerpeft.planning.trace import trace
 from layerpeft.selection.select import Select
@@ -48,9 +49,7 @@ def check(options: Options, problems: Problems) -> None:
             Select.parse(select)
         except LayerpeftError as error:
             problems.absorb(error, "sets", label)
-    for name in ("steps", "held_out", "r"):
-        if getattr(options, name) < 1:
-            problems.add(f"{name}: {getattr(options, name)} is not at least 1")
+    questions.check_counts(options, ("steps", "held_out", "r"), problems)
 
 
 def measure(case: Case, say: Say) -> dict[str, Any]:
@@ -73,11 +72,7 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
 
 
 def _wrapped(options: Options, select: Any, seed: int, train: Sequence[Any]) -> Any:
-    draw = torch.Generator().manual_seed(1000 + seed)
-    batches = []
-    for _ in range(SCORED):
-        drawn = torch.randint(0, len(train), (options.batch.rows,), generator=draw).tolist()
-        batches.append(collated([train[i] for i in drawn]))
+    batches = scored(train, options.batch.rows, SCORED, seed)
     if isinstance(select, Mapping):
         select = {"seed": seed, **select}
     config = layerpeft.LayerLoraConfig(
@@ -100,16 +95,8 @@ def _run(
     layers = [row.layer for row in layerpeft.layer_report(model).rows if row.chosen]
     taken = trace(model, options.batch.rows, options.batch.length).flops
     steps = max(1, round(options.steps * whole / taken))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr, weight_decay=0.0)
-    draw, before = torch.Generator().manual_seed(seed), loss(model, kept)
-    for number in range(steps):
-        rate = options.lr * min(1.0, 10 * (number + 1) / steps) * (1 - number / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        drawn = torch.randint(0, len(train), (options.batch.rows,), generator=draw).tolist()
-        model(**collated([train[i] for i in drawn])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    before = loss(model, kept)
+    trained(model, train, options.batch.rows, steps, options.lr, seed)
     after = loss(model, kept)
     return {
         "seed": seed,

@@ -12,6 +12,7 @@ from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.shipped import SCHEME, expanded, resolve
 from layerpeft.recipe.yaml import dump, flow
+from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
@@ -104,3 +105,11 @@ def command_of(recipe: Recipe, changed: Mapping[str, Any] | None = None, verb: s
 def settings_of(changed: Mapping[str, Any]) -> list[str]:
     """Settings as `key=value`."""
     return [f"{key}={flow(value)}" for key, value in changed.items()]
+
+
+def checkpoint_of(recipe: Recipe) -> str | None:
+    """What the run goes on from: a folder that is named, or the last one in its own; None where it begins anew."""
+    asked = recipe["resume_from_checkpoint"]
+    if asked is True:
+        return last_checkpoint(recipe.output_dir)
+    return str(expanded(asked)) if isinstance(asked, str) else None

@@ -25,11 +25,9 @@ from layerpeft.model.layers import base_of, find_module
 from layerpeft.model.shorten import shortened, silence, writing
 from layerpeft.quantization.save import is_saved
 from layerpeft.recipe.model import INIT, LOADING, empty_model, model_path
-from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.recipe import Recipe, checkpoint_of
 from layerpeft.recipe.surroundings import SHORTER, SHORTER_RECORD
 from layerpeft.recipe.trainer import Setup, first_batches, load_model
-from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import CONFIG, MANIFEST
 from layerpeft.saving.owned import files_below, put_on_record, strangers, vouch
 from layerpeft.selection.drop import Droppable, droppable, dropped, measures, parse_drop
@@ -164,11 +162,10 @@ def _refuse_packed(recipe: Recipe, model: Any) -> None:
 
 def _checkpoint(recipe: Recipe) -> Path | None:
     """What the run goes on from."""
-    asked = recipe["resume_from_checkpoint"]
-    found = (
-        expanded(asked).absolute() if isinstance(asked, str) else last_checkpoint(recipe.output_dir) if asked else None
-    )
-    return Path(found) if found else None
+    found = checkpoint_of(recipe)
+    if found is None:
+        return None
+    return Path(found).absolute() if isinstance(recipe["resume_from_checkpoint"], str) else Path(found)
 
 
 def _home(recipe: Recipe) -> Path:

@@ -25,9 +25,8 @@ from layerpeft.integrations.peft import whole_state
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.exits import exit_numbers, write_exits
-from layerpeft.recipe.recipe import Recipe, command_of, layer_config, to_yaml
+from layerpeft.recipe.recipe import Recipe, checkpoint_of, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
-from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.shorter import shorten
 from layerpeft.recipe.surroundings import SHORTER_RECORD, TRAINED, checkpoints_in
 from layerpeft.recipe.trainer import (
@@ -103,7 +102,7 @@ def run(recipe: Recipe, say: Say = print) -> Result:
 def _run(recipe: Recipe, say: Say) -> Result:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet; the first line of standard output is PEFT's count
         setup = shorten(tokenized(prepare(recipe)))
-        checkpoint = _checkpoint(recipe)
+        checkpoint = checkpoint_of(recipe)
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
         stored = _stored(recipe, recorded) if recorded else None
@@ -217,13 +216,6 @@ def _room(recipe: Recipe) -> Iterator[None]:
 
 
 # ---- steps of a run -------------------------------------------------------------------------------------------------
-
-
-def _checkpoint(recipe: Recipe) -> str | None:
-    asked = recipe["resume_from_checkpoint"]
-    if asked is True:
-        return last_checkpoint(recipe.output_dir)
-    return str(expanded(asked)) if isinstance(asked, str) else None
 
 
 def _kept(recipe: Recipe, checkpoint: str) -> Selection:

@@ -45,6 +45,16 @@ def step(model, optimizer, *batches, drop=True):
         optimizer.zero_grad()
 
 
+def trained(model, config, steps=3, batches=None):
+    """Wrapped, and trained for a few steps."""
+    model = layerpeft.get_peft_model(model, config, batches=batches)
+    optimizer = adamw(model.train())
+    for batch in make_batches()[:steps]:
+        step(model, optimizer, batch)
+    layerpeft.check_trained(model)
+    return model
+
+
 def record(model):
     return model.peft_config["default"]._layerpeft
 

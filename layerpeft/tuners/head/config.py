@@ -19,9 +19,10 @@ from layerpeft.selection.examined import Examined
 from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import checked
 from layerpeft.training.method import Method
+from layerpeft.tuners.beside import read_beside
 from layerpeft.tuners.config import LayerLoraConfig, options_given
 from layerpeft.tuners.head import layer
-from layerpeft.tuners.head.method import HeadMethod, offsets_in
+from layerpeft.tuners.head.method import FILE, HeadMethod
 from layerpeft.tuners.stock import Recorded, stock_config
 
 # LoRA's options that mean the same here; every other one is refused unless it is left alone
@@ -92,7 +93,7 @@ class LayerHeadConfig(LayerLoraConfig):
     @classmethod
     def loaded(cls, model: nn.Module, adapter: str, live: Any, trains: bool, folder: Path) -> Method:
         """The offsets that lie in the folder, in the place of the constants that PEFT has read."""
-        saved = offsets_in(folder)
+        saved = read_beside(folder, FILE)
         for name, module in lora_layers(model, adapter).items():
             own = {place[1]: v for n, v in saved.items() if (place := place_of(n)) and place[0] == clean(name)}
             size = len(next(iter(own.values())))

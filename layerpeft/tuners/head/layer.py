@@ -17,6 +17,7 @@ from layerpeft.integrations.peft import LoraVariant, dequantized
 from layerpeft.model.heads import columns_of, name_of
 from layerpeft.model.names import clean
 from layerpeft.model.weights import in_pieces
+from layerpeft.tuners.beside import rest_factors
 
 GROUP = "lora_offset"  # where a module keeps them, by adapter; PEFT knows names that begin so as an adapter's
 NO_BIAS = (
@@ -152,17 +153,10 @@ def place(layer: Any, adapter: str, heads: Iterable[int], size: int, inference: 
     if not hasattr(layer, GROUP):
         setattr(layer, GROUP, nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, GROUP)
-    factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
-    for parameter in (p for factor in factors for p in factor.parameters()):
-        parameter.requires_grad_(False)
-        if parameter.device.type != "meta":
-            parameter.data.zero_()
-    offsets = offsets_of(layer)[adapter] = Offsets(heads, size, factors[0].weight.device)
+    device = rest_factors(layer, adapter, HeadVariant())
+    offsets = offsets_of(layer)[adapter] = Offsets(heads, size, device)
     kind = type(layer)
     layer.__class__ = kind if issubclass(kind, Offset) else _class_of(kind)
-    layer.lora_variant[adapter] = HeadVariant()
-    layer.lora_bias[adapter] = False  # PEFT is not to look for it: the variant does
-    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A", "lora_B")}
     offsets.requires_grad_(not inference)
     return offsets
 

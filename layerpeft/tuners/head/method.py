@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
-from layerpeft.integrations.files import as_written, header_of, replacing
+from layerpeft.integrations.files import header_of
 from layerpeft.integrations.peft import loading_folder, lora_layers, unwrap_layer, watch_states
 from layerpeft.model.heads import HEAD, holder, name_of, place_of
 from layerpeft.model.layers import Target
 from layerpeft.model.load import Work
 from layerpeft.model.names import clean
-from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.draws import seed_of
 from layerpeft.training.method import Method, Tensors
+from layerpeft.tuners.beside import read_beside, written_beside, zero_factors
 from layerpeft.tuners.head.layer import GROUP, head_layers, offsets_of, parts, place
 
 FILE = "layerpeft_heads.safetensors"
@@ -137,7 +136,7 @@ class HeadMethod(Method):
         if folder is None or not os.path.isfile(os.path.join(folder, FILE)):
             return
         given: Any = state
-        saved = offsets_in(folder)
+        saved = read_beside(folder, FILE)
         for name, layer in head_layers(self.model, self.adapter).items():
             for head, offset in offsets_of(layer)[self.adapter].items():
                 vector = saved[name_of(clean(name), head)]
@@ -146,15 +145,11 @@ class HeadMethod(Method):
                         f"{folder}: head {head} of {clean(name)} has {len(vector)} numbers, and here {len(offset)}"
                     )
                 given[f"{prefix}{name}.{GROUP}.{self.adapter}.head_{head}"] = vector
-            for factor in ("A", "B"):
-                for part, tensor in getattr(layer, f"lora_{factor}")[self.adapter].named_parameters():
-                    given[f"{prefix}{name}.lora_{factor}.{self.adapter}.{part}"] = torch.zeros_like(tensor)
+            given.update(zero_factors(layer, self.adapter, f"{prefix}{name}"))
 
     def save(self, folder: str, found: Any) -> dict[str, Any]:
         """The offsets themselves; what can read the rest of the folder."""
-        held = {n: group["offset"].detach().cpu().contiguous() for n, group in self.tensors().items()}
-        with replacing(Path(folder, FILE)) as file:
-            save_file(held, file, {"format": "pt"})
+        written_beside(folder, FILE, {n: group["offset"] for n, group in self.tensors().items()})
         return {"heads": {"file": FILE, "served": SERVED}}
 
     def copied(self, adapter: str) -> None:
@@ -167,14 +162,6 @@ class HeadMethod(Method):
             f"hotswap_adapter exchanges LoRA factors, and {self.adapter!r} is offsets of heads: model.load_adapter(folder, "
             "adapter_name) on a model that is wrapped the same way takes another folder's offsets"
         )
-
-
-def offsets_in(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The offsets of a saved folder, by head. Raises: SaveError."""
-    read_manifest(folder)
-    path = os.path.join(folder, FILE)
-    with as_written(f"{path} cannot be read"):
-        return load_file(path)
 
 
 def _as_stock(model: nn.Module, config: Any, adapter: str, found: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from layerpeft.errors import ConfigError
 from layerpeft.integrations.peft import LoraVariant, ModulesToSaveWrapper, dequantized, lora_layers, unwrap_layer
 from layerpeft.model.names import clean
 from layerpeft.model.weights import change_of, in_pieces
+from layerpeft.tuners.beside import rest_factors
 
 # Where a module keeps them, by adapter: trainers that cast adapters to bfloat16, in which 1 + 1e-3 is 1, leave what lies here
 GROUP = "lora_magnitude_vector"
@@ -139,17 +140,11 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
 
 def place(layer: Any, adapter: str, shifts: bool, inference: bool = False) -> Unlocked:
     """Turns a LoRA module's adapter, whose factors become zero and stay so, into a scale of 1 and a bias of 0."""
-    factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
-    for parameter in (p for factor in factors for p in factor.parameters()):
-        parameter.requires_grad_(False)
-        if parameter.device.type != "meta":
-            parameter.data.zero_()
+    device = rest_factors(layer, adapter, UnlockVariant())
     if GROUP not in layer.adapter_layer_names:
         layer.adapter_layer_names = (*layer.adapter_layer_names, GROUP)
-    own = layer.lora_magnitude_vector[adapter] = Unlocked(layer.out_features, shifts, factors[0].weight.device)
-    layer.lora_variant[adapter] = UnlockVariant()
-    layer.use_dora[adapter] = layer.lora_bias[adapter] = False
-    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A", "lora_B")}
+    own = layer.lora_magnitude_vector[adapter] = Unlocked(layer.out_features, shifts, device)
+    layer.use_dora[adapter] = False
     own.requires_grad_(not inference)
     return own
 

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError
-from layerpeft.integrations.files import as_written, replacing
 from layerpeft.integrations.peft import BASE_BIAS, let_rest, loading_folder, lora_layers, watch_states
 from layerpeft.model.biases import biased
 from layerpeft.model.layers import Target
 from layerpeft.model.load import Work
 from layerpeft.model.names import clean
-from layerpeft.saving.manifest import read_manifest
 from layerpeft.training.method import Fold, Tensors
+from layerpeft.tuners.beside import read_beside, written_beside, zero_factors
 from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.unlock import layer
 from layerpeft.tuners.unlock.layer import GROUP, Unlocked, norms, place, trained, unlocked
@@ -151,9 +149,7 @@ class UnlockMethod(LoraMethod):
                     inside = f"{prefix}{name}.modules_to_save.{self.adapter}.{part}"
                     state[inside] = state.pop(f"{prefix}{name}.{part}")
         for name, module in unlocked(self.model, self.adapter).items():
-            for factor in ("A", "B"):
-                for part, tensor in getattr(module, f"lora_{factor}")[self.adapter].named_parameters():
-                    state[f"{prefix}{name}.lora_{factor}.{self.adapter}.{part}"] = torch.zeros_like(tensor)
+            state |= zero_factors(module, self.adapter, f"{prefix}{name}")
             for part, parameter in module.lora_magnitude_vector[self.adapter].named_parameters():
                 given = saved.get(f"{clean(name)}.{part}")
                 if given is not None and given.shape != parameter.shape:
@@ -174,8 +170,7 @@ class UnlockMethod(LoraMethod):
             held |= {f"{clean(name)}.{n}": p for n, p in own.named_parameters()}
         for name, norm in norms(self.model, self.adapter, always=True).items():
             held |= {f"{clean(name)}.{n}": p for n, p in trained(norm, self.adapter).items()}
-        with replacing(Path(folder, FILE)) as file:
-            save_file({n: p.detach().cpu().contiguous() for n, p in held.items()}, file, {"format": "pt"})
+        written_beside(folder, FILE, held)
         return {"unlock": {"file": FILE, "served": self._served()}}
 
     def copied(self, adapter: str) -> None:
@@ -197,10 +192,7 @@ def stock_options(shifted: bool) -> dict[str, Any]:
 
 def saved_in(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """`name.scale` and `name.shift` of linears, and the weights of norms, of a saved folder. Raises: SaveError."""
-    read_manifest(folder)
-    path = os.path.join(folder, FILE)
-    with as_written(f"{path} cannot be read"):
-        return load_file(path)
+    return read_beside(folder, FILE)
 
 
 def _as_stock(model: nn.Module, config: Any, adapter: str, found: Mapping[str, torch.Tensor]) -> dict[str, Any]:

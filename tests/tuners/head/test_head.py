@@ -32,7 +32,7 @@ from layerpeft.training import backward
 from layerpeft.tuners.head.method import FILE
 from layerpeft.tuners.merge import merge
 from tests.conftest import LLAMA
-from tests.helpers.loops import adamw, llama, make_batches, record, step
+from tests.helpers.loops import adamw, llama, make_batches, record, step, trained
 from tests.helpers.models import MODELS
 from tests.helpers.quanting import wide
 from tests.helpers.short import short_llama
@@ -76,15 +76,6 @@ def heads(pairs=PAIRS, **options):
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=BATCHES[0]["input_ids"]).logits
-
-
-def trained(model, config, steps=3, batches=None):
-    model = layerpeft.get_peft_model(model, config, batches=batches)
-    optimizer = adamw(model.train())
-    for batch in BATCHES[:steps]:
-        step(model, optimizer, batch)
-    layerpeft.check_trained(model)
-    return model
 
 
 def apart(one, other):

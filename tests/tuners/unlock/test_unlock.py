@@ -23,7 +23,7 @@ from layerpeft.training import backward
 from layerpeft.tuners.merge import merge
 from layerpeft.tuners.unlock.method import FILE
 from tests.conftest import LLAMA
-from tests.helpers.loops import adamw, llama, make_batches, record, step
+from tests.helpers.loops import adamw, llama, make_batches, record, step, trained
 from tests.helpers.quanting import wide
 from tests.helpers.short import short_llama
 from tests.tuners.head.test_head import apart, gpt2, logits, qwen
@@ -35,15 +35,6 @@ PREFIX = "base_model.model."
 def unlock(select: Any = (1, -1), **options):
     select = list(select) if isinstance(select, tuple) else select
     return LayerUnlockConfig(select=select, task_type="CAUSAL_LM", **options)
-
-
-def trained(model, config, steps=3, batches=None):
-    model = layerpeft.get_peft_model(model, config, batches=batches)
-    optimizer = adamw(model.train())
-    for batch in BATCHES[:steps]:
-        step(model, optimizer, batch)
-    layerpeft.check_trained(model)
-    return model
 
 
 def tensors_of(model):
