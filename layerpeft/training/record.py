@@ -61,6 +61,9 @@ class Record:
     dropped: Mapping[str, Any] | None = None  # what a recipe has taken out of the base before
     quantized: Any = None  # what is stored in which precision
     distilling: Any = field(default=None, compare=False, repr=False)  # what a teacher says beside training
+    prefix: Any = field(
+        default=None, compare=False, repr=False
+    )  # what is kept of rows below the lowest layer that trains
     schedule: Any = None  # of a choice that is made again: what knows where it stands
     asked: Any = field(default=None, compare=False, repr=False)
     bound: Method | None = field(default=None, compare=False, repr=False)  # to the model and the adapter
@@ -81,7 +84,10 @@ class Record:
         """That of a copy of the adapter, which goes on by itself."""
         steps, checks = dict(self.steps_trained), dict(self.checks)
         taught = None if self.distilling is None else self.distilling.twin()
-        return replace(self, steps_trained=steps, checks=checks, bound=bound, schedule=None, distilling=taught)
+        kept = None if self.prefix is None else self.prefix.twin()
+        return replace(
+            self, steps_trained=steps, checks=checks, bound=bound, schedule=None, distilling=taught, prefix=kept
+        )
 
     def settle(self, model: nn.Module, selection: Selection) -> None:
         """The choice is made. Raises: QuantizationError where precisions hang on it, and cannot be had."""

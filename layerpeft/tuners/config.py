@@ -32,25 +32,25 @@ from layerpeft.selection.select import Select, Selection
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import some
 from layerpeft.training.method import Method
+from layerpeft.tuners.cached import CACHED, Cached, check_cached
 from layerpeft.tuners.lora.method import LoraMethod
 from layerpeft.tuners.soft import SOFT, Soft, check_soft
 from layerpeft.tuners.stock import Recorded, RecordedLoraConfig, lora_fields, stock_config
 from layerpeft.tuners.taught import Taught, check_taught
 
 QUANT_FIELDS = ("quantize_frozen", "quantize_trained", "quant")
-OWN_FIELDS = ("select", "train_new", "distill", *QUANT_FIELDS, *SOFT)
+OWN_FIELDS = ("select", "train_new", "distill", *QUANT_FIELDS, *SOFT, *CACHED)
 INIT_WITHOUT_TRACE = (True, "gaussian")  # initialisations that leave the wrapped model's output as it was
 
 
 @dataclass
-class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
+class LayerLoraConfig(Chooses, Soft, Taught, Cached, LoraConfig):
     """LoRA on chosen layers. Takes every field of `peft.LoraConfig`; with `select="all"` (the default) it is one.
 
     `select`: a layer grammar, a dict or a `Select`. `train_new`: also train tensors without pre-trained values (a new head).
-    `quantize_frozen`, `quantize_trained`: precision of the linears in layers that do not train, and that do; `quant`: a
-    `LayerQuantConfig` (or a dict), bits by a choice of its own. Fields of `Soft`: how much each layer trains; of `Taught`: what
-    is learned from a teacher. `batches`: model inputs with labels for data-driven choices; used at run time, never written,
-    never copied deep. Raises: ConfigError naming every problem at once.
+    `quantize_frozen`, `quantize_trained`: precision of linears in layers that do not train, and that do; `quant`: bits by a choice
+    of its own. Fields of `Soft`: how much each layer trains; of `Taught`: what is learned from a teacher; of `Cached`: what is kept
+    of rows. `batches`: model inputs with labels, used at run time, never written. Raises: ConfigError naming every problem at once.
     """
 
     select: Any = checked(
@@ -91,6 +91,7 @@ class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
         self.refuse(problems)
         _check_quant(self, problems)
         check_taught(self, self.works_by.in_place, problems)
+        check_cached(self, problems)
         check_soft(self, select, self.kind is LayerLoraConfig.kind, problems)
         problems.raise_if_any(ConfigError)
         super().__post_init__()
@@ -106,7 +107,7 @@ class LayerLoraConfig(Chooses, Soft, Taught, LoraConfig):
         plain = super().to_dict()
         if self.is_plain:
             return {k: v for k, v in plain.items() if k not in OWN_FIELDS}
-        plain |= {"select": self.choosing.to_dict()} | self.taught()
+        plain |= {"select": self.choosing.to_dict()} | self.taught() | self.cached()
         return plain if self.quantizing is None else plain | {"quant": self.quantizing.plain()}
 
     @property
@@ -258,7 +259,7 @@ def left_out(config: LayerLoraConfig, model: nn.Module, layers: LayerMap) -> dic
 
 def _asks_more(config: LayerLoraConfig) -> bool:
     """Whether more than a choice is asked for that LoRA does not know."""
-    return config.quantizes or config.is_rated or config.distill is not None
+    return config.quantizes or config.is_rated or config.distill is not None or config.prefix_cache is not None
 
 
 def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets: tuple[Target, ...]) -> Counts | None:

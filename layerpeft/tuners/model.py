@@ -26,6 +26,7 @@ from layerpeft.training.distilling import Distilling
 from layerpeft.training.method import Method
 from layerpeft.training.record import Record
 from layerpeft.tuners import doors
+from layerpeft.tuners.cached import keep_states
 from layerpeft.tuners.config import INIT_WITHOUT_TRACE, LayerLoraConfig, left_out
 from layerpeft.tuners.precision import after_choice, before_wrapping, check_schedule, stored, with_lasting_batches
 from layerpeft.tuners.stock import Recorded
@@ -114,6 +115,7 @@ class _Choosing(BaseTuner):
         _follow(method, self, found)
         if (asked := config.distilling) is not None:
             _learn(asked, config, model, record, found.examined)
+        keep_states(config, record, model, found.examined.layers.stack)
         become_stock(self, *stock_of(type(live)))
 
 

@@ -1,0 +1,1 @@
+"""Later passes over a row begin at the lowest layer that trains."""

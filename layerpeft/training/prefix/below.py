@@ -1,0 +1,144 @@
+"""What lies below the lowest trained layer of a stack, and what of it keeps its states from being a fixed function of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from layerpeft.integrations.checkpointing import Silent, is_replica, modules_of, parameters_of
+from layerpeft.integrations.peft import AuxiliaryTrainingWrapper, BaseTunerLayer
+from layerpeft.model.architectures import text_config
+from layerpeft.text import some
+
+RANDOM = ("dropout", "drop_prob", "drop_path", "layerdrop", "jitter", "noise")  # in names of rates
+LIBRARIES = ("layerpeft", "transformers", "torch", "accelerate", "peft", "trl")
+
+
+@dataclass(frozen=True)
+class Below:
+    """The blocks of a stack by name, and the lowest of them that trains (`cut`)."""
+
+    names: tuple[str, ...]
+    cut: int
+
+    def blocks(self, base: nn.Module) -> list[nn.Module]:
+        """Those below the cut, and then the one at it."""
+        return [base.get_submodule(name) for name in self.names[: self.cut + 1]]
+
+    @property
+    def block(self) -> str:
+        """The name of the lowest block that trains."""
+        return self.names[self.cut]
+
+
+def below_of(base: nn.Module, names: Sequence[str]) -> Below | None:
+    """From what is trainable now; None where the first block trains, or none does."""
+    blocks = enumerate(map(base.get_submodule, names))
+    lowest = next((i for i, block in blocks if any(p.requires_grad for p in parameters_of(block))), None)
+    return Below(tuple(names), lowest) if lowest else None
+
+
+def in_front(base: nn.Module, first: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that come before the first block in the order of the model; those that hold it are among them."""
+    for name, module in base.named_modules():
+        if name == first:
+            return
+        yield name, module
+
+
+def modules_below(base: nn.Module, below: Below) -> list[tuple[str, nn.Module]]:
+    """What runs below the cut, by name."""
+    found = list(in_front(base, below.names[0]))
+    for name in below.names[: below.cut]:
+        found += [(f"{name}.{n}" if n else name, m) for n, m in base.get_submodule(name).named_modules()]
+    return found
+
+
+def why_off(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | None:
+    """Why what enters block `below.cut` is no fixed function of a row, as far as it can be told without running it; None: it is.
+
+    `lower_dropout`: what is random below the cut stays so in training. Weights need not be there.
+    """
+    modules = modules_below(base, below)
+    own = {id(p) for _, m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+    upper = [p for p in parameters_of(base) if id(p) in own]
+    if upper:
+        name = next(n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in own)
+        return f"{name}, below layer {below.cut}, trains"
+    if lower_dropout and (rates := random_in(modules)):
+        return f"below layer {below.cut} there is dropout or noise ({some(rates)}); lower_dropout: off leaves it out"
+    if rope := _moving(base):
+        return rope
+    return (
+        _found(modules, (BaseTunerLayer, AuxiliaryTrainingWrapper), f"below layer {below.cut} lies another adapter")
+        or _found(modules, (_BatchNorm,), "batch norms look at a batch as a whole")
+        or _handing_on(modules)
+        or _hooked(base, below)
+        or _compiled(base)
+        or ("DataParallel copies the model at every step" if is_replica(base) else None)
+    )
+
+
+def random_in(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """The names of what is random in training there, with its rate."""
+    found = []
+    for name, module in modules:
+        if isinstance(module, _DropoutNd):
+            found += [f"{name}: {module.p:g}"] if module.p else []
+            continue
+        rates = {k: v for k, v in vars(module).items() if isinstance(v, float) and v and any(w in k for w in RANDOM)}
+        found += [f"{name}.{key}: {rate:g}" for key, rate in rates.items()]
+    return found
+
+
+def foreign_hooks(base: nn.Module, below: Below) -> list[str]:
+    """Modules in blocks below the cut, and the block at it, on which somebody else has put hooks."""
+    blocks = below.blocks(base)
+    inside = [m for block in blocks[:-1] for m in modules_of(block)] + [blocks[-1]]
+    hooks = ((m, h) for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return [type(m).__name__ for m, hook in hooks if not _is_known(hook)]
+
+
+def _hooked(base: nn.Module, below: Below) -> str | None:
+    found = foreign_hooks(base, below)
+    return f"a hook of your own waits below layer {below.cut}, on {some(found)}" if found else None
+
+
+def _is_known(hook: Any) -> bool:
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return isinstance(hook, Silent) or str(module).split(".")[0] in LIBRARIES
+
+
+def _found(modules: Iterable[tuple[str, nn.Module]], kinds: tuple[type, ...], why: str) -> str | None:
+    names = [name for name, module in modules if isinstance(module, kinds)]
+    return f"{why} ({some(names)})" if names else None
+
+
+def _handing_on(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """T5 and those like it make their position bias in the first block and hand it upwards."""
+    names = [n for n, m in modules if getattr(m, "has_relative_attention_bias", False)]
+    return f"blocks hand a position bias upwards besides hidden states ({some(names)})" if names else None
+
+
+def _moving(base: nn.Module) -> str | None:
+    config: Any = text_config(base)
+    kinds = _rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    moving = kinds & {"dynamic", "longrope"}
+    return f"positions of rope type {min(moving)} hang on the longest row of a batch" if moving else None
+
+
+def _rope_types(value: Any) -> set[str]:
+    if not isinstance(value, dict):
+        return set()
+    own = value.get("rope_type") or value.get("type")
+    return ({own} if isinstance(own, str) else set()).union(*map(_rope_types, value.values()))
+
+
+def _compiled(base: nn.Module) -> str | None:
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in modules_of(base))
+    return "the model is compiled, and a graph runs as a whole" if compiled else None

@@ -1,0 +1,315 @@
+"""Later passes over a row begin at the lowest layer that trains: what enters it is kept the first time that a row is seen.
+
+Two hooks on the model do it, so that trainers and loops need not know. It is right or off: where anything below the cut keeps its
+states from being a fixed function of a row, one line says why, and all is computed as without it. Published as layer recycling for
+frozen encoders (Gururangan et al., 2019, for the idea of features that are computed once); bits are those of a run without it at
+equal batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.integrations import checkpointing
+from layerpeft.integrations.torch import eager
+from layerpeft.model.architectures import text_config
+from layerpeft.model.home import known_of
+from layerpeft.selection.states import given
+from layerpeft.text import note
+from layerpeft.training.prefix import below, proof
+from layerpeft.training.prefix.below import Below
+from layerpeft.training.prefix.rows import Row, rows_of
+from layerpeft.training.prefix.running import Form, Running, random_states
+from layerpeft.training.prefix.store import Store
+
+SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
+Open = Callable[[nn.Module, Below], Store]
+
+
+class PrefixCache:
+    """State is real here: what is kept, what was proved, and what became of the passes so far.
+
+    `open_store(model, below)`: where states are kept, asked for once the cut is known.
+    """
+
+    def __init__(self, open_store: Open, stack: str | None, lower_dropout: bool = True) -> None:
+        self.open_store, self.stack, self.lower_dropout = open_store, stack, lower_dropout
+        self.why: str | None = None  # it is off
+        self.hits, self.misses = 0, 0  # rows of the passes so far
+        self.store: Store | None = None
+        self._below: Below | None = None
+        self._versions: tuple[Any, ...] = ()
+        self._proved: set[tuple[Any, ...]] = set()
+        self._forms: dict[int, Form] = {}
+        self._busy = False
+        self._now: _Pass | None = None
+        self._said: set[str] = set()
+
+    def twin(self) -> PrefixCache:
+        """That of a copy of the model."""
+        found = PrefixCache(self.open_store, self.stack, self.lower_dropout)
+        found.why = self.why
+        return found
+
+    def install(self, model: nn.Module) -> None:
+        """From now on, for this model and its copies."""
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, always_call=True)
+
+    def off(self, why: str) -> None:
+        """No more, for this reason, which is said once."""
+        self.why = why
+        self.say(f"prefix_cache is off: {why}")
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+    def say(self, sentence: str) -> None:
+        """Once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            note(sentence)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward pass begins; what it is to be called with by name."""
+        self._end()
+        if self._busy or self.why is not None or torch.compiler.is_compiling():
+            return kwargs
+        inputs = dict(given(model, args, kwargs))
+        training = model.training and torch.is_grad_enabled()
+        free = training and inputs.get("use_cache") is None and inputs.get("past_key_values") is None
+        more = (
+            {"use_cache": False} if free and _keeps(model, inputs) else {}
+        )  # nobody reads the keys of a training pass
+        if (why := _unfit(model, inputs | more)) is not None:
+            self.say(f"prefix_cache: {why}, so that such passes are computed whole")
+        elif self._ready(model):
+            assert self._below is not None
+            self._now = _Pass(self, model, self._below, inputs | more)
+            return kwargs | more
+        return kwargs
+
+    def after(self, model: nn.Module, output: Any) -> None:
+        """It has ended. Where all was computed, what entered the cut is kept."""
+        now = self._end()
+        if now is None or output is None or self._busy:
+            return
+        if now.running.why is not None:
+            self.off(f"{now.running.why} (layer {now.below.cut})")
+        elif now.kept:
+            self.hits += len(now.rows)
+        elif now.rows and now.running.entered is not None:
+            self.misses += len(now.rows)
+            self._keep(model, now, output)
+
+    def forget(self) -> None:
+        """What is kept belongs to other weights."""
+        if self.store is not None:
+            self.store.close()
+        self.store, self._proved = None, set()
+
+    def _keep(self, model: nn.Module, now: _Pass, output: Any) -> None:
+        entered, store = now.running.entered, self.store
+        assert entered is not None and store is not None
+        if now.mode not in self._proved:
+            why = self._fault(model, now, entered, output)
+            if why is not None:
+                self.off(why)
+                return
+            self._proved.add(now.mode)
+        for row in now.rows:
+            if not store.has(row.key):
+                store.put(row.key, entered[row.row, row.places].to("cpu", copy=True))
+
+    def _fault(self, model: nn.Module, now: _Pass, entered: torch.Tensor, output: Any) -> str | None:
+        assert self.store is not None
+        if proof.drew(now.random, now.running.random):
+            return proof.RANDOM.format(now.below.cut)
+        for row in now.rows:
+            known = self.store.get([row.key])
+            if known and not proof.alike(known[0], entered[row.row, row.places].cpu()):
+                return proof.CHANGED.format(now.below.cut)
+        self._busy, quiet = True, now.quieted(model)
+        try:
+            return proof.fault(
+                model, now.below, now.inputs, now.rows, entered, output, self._forms, now.random, now.decoder
+            )
+        finally:
+            self._busy = False
+            _wake(quiet)
+
+    def _ready(self, model: nn.Module) -> bool:
+        """Whether there is a cut, and a store of states of what lies below it now."""
+        names = known_of(model).blocks
+        own = next((n for n in names if self.stack is None or n[0].rpartition(".")[0] == self.stack), None)
+        found = below.below_of(model, own) if own else None
+        if found is None:
+            self.off("nothing lies below the lowest layer that trains")
+            return False
+        if found != self._below:
+            if (why := below.why_off(model, found, self.lower_dropout)) is not None:
+                self.off(why)
+                return False
+            self._below, self._forms = found, {}
+            self.forget()
+        elif foreign := below.foreign_hooks(model, found):
+            self.off(f"a hook of your own waits below layer {found.cut}, on {foreign[0]}")
+            return False
+        versions = _versions(model, found)
+        if versions != self._versions:
+            self.forget()
+            self._versions = versions
+        if self.store is None:
+            self.store = self.open_store(model, found)
+        return True
+
+    def _end(self) -> _Pass | None:
+        now, self._now = self._now, None
+        if now is not None:
+            now.close()
+        return now
+
+
+class _Pass:
+    """One forward pass: what it is called with, its rows, and how its blocks run."""
+
+    def __init__(self, cache: PrefixCache, model: nn.Module, found: Below, inputs: dict[str, Any]) -> None:
+        self.cache, self.below, self.inputs = cache, found, inputs
+        self.rows: list[Row] = []
+        self.kept = False
+        self.device = next((v.device for v in inputs.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
+        kind = self.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.mode = (model.training, cast)
+        config: Any = getattr(model, "config", None)
+        self.decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0]
+        self.image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        self.flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        self.quiet = self.quieted(model)
+        self.random = random_states(self.device)
+        self.running = Running(found.blocks(model), cache._forms, self.decide)
+
+    def close(self) -> None:
+        """All is as before."""
+        self.running.close()
+        _wake(self.quiet)
+
+    def quieted(self, model: nn.Module) -> list[nn.Module]:
+        """Puts what is random below the cut in evaluation mode, where that is asked for; those modules."""
+        return _quieted(model, self.below) if model.training and not self.cache.lower_dropout else []
+
+    @torch.no_grad()
+    def decide(self, hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """What enters the cut, where it is kept of every row; None: all is computed."""
+        store = self.cache.store
+        if hidden is None or hidden.dim() < 3 or store is None:
+            return None
+        shape = (hidden.shape[0], hidden.shape[1])
+        several, salt = stops(self.inputs.get("position_ids"), kwargs, self.flash), str(self.mode[1]).encode()
+        found = rows_of(
+            self.inputs,
+            shape,
+            several=several,
+            decoder=self.decoder,
+            image=self.image,
+            salt=salt + str(hidden.dtype).encode(),
+        )
+        self.rows = found or []
+        if not self.rows or self.mode not in self.cache._proved:
+            return None
+        states = store.get([row.key for row in self.rows])
+        if states is None:
+            return None
+        first = states[0]
+        kept = torch.zeros((*shape, *first.shape[1:]), dtype=first.dtype, device=hidden.device)
+        for row, state in zip(self.rows, states, strict=True):
+            kept[row.row, row.places] = state.to(hidden.device, non_blocking=True)
+        self.kept = True
+        return kept
+
+
+def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:
+    """Whether texts in one row, told apart by positions that begin anew, do not see each other in what a block is called with."""
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        return False
+    cuts = [(int(row), int(at) + 1) for row, at in (positions.diff(dim=1) != 1).nonzero()]
+    mask = kwargs.get("attention_mask")
+    if not cuts or flash:
+        return bool(cuts) and mask is None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return False
+    closed = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    return all(bool(closed[min(row, len(closed) - 1), :, at:, :at].all()) for row, at in cuts)
+
+
+def _unfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """Why a pass is not one that can begin at the cut."""
+    if inputs.get("past_key_values") is not None:
+        return "a pass that goes on from keys and values (generation) needs those of every layer"
+    if _keeps(model, inputs):
+        return "with use_cache a model hands out keys and values of every layer"
+    config: Any = text_config(model)
+    for name in SEEN:
+        asked = inputs.get(name)
+        if asked if asked is not None else getattr(config, name, False):
+            return f"{name} asks for those of every layer"
+    return None
+
+
+def _keeps(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model hands out keys and values."""
+    asked = inputs.get("use_cache")
+    if asked is not None or "use_cache" not in inspect.signature(model.forward).parameters:
+        return bool(asked)
+    return bool(getattr(text_config(model), "use_cache", False))
+
+
+def _wake(quiet: list[nn.Module]) -> None:
+    for module in quiet:
+        module.training = True
+
+
+def _quieted(model: nn.Module, found: Below) -> list[nn.Module]:
+    """Of what holds the blocks, only what is random by itself: its flag says more than that."""
+    around = {
+        id(m) for name, m in below.in_front(model, found.names[0]) if found.names[0].startswith(f"{name}." * bool(name))
+    }
+    modules = [(name, m) for name, m in below.modules_below(model, found) if m.training]
+    quiet = [m for name, m in modules if id(m) not in around or below.random_in([(name, m)])]
+    for module in quiet:
+        module.training = False
+    return quiet
+
+
+def _versions(model: nn.Module, found: Below) -> tuple[Any, ...]:
+    """Changes when a weight below the cut, or one in front of the blocks, is written to or another one takes its place."""
+    modules = [module for _, module in below.in_front(model, found.names[0])]
+    modules += [m for block in found.blocks(model)[:-1] for m in checkpointing.modules_of(block)]
+    held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in held)
+
+
+def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    for found in _of(model):
+        kwargs = found.before(model, args, kwargs)
+    return args, kwargs
+
+
+def _after(model: nn.Module, _args: Any, output: Any) -> None:
+    for found in _of(model):
+        found.after(model, output)
+
+
+_before, _after = eager(_before), eager(_after)
+
+
+def _of(model: nn.Module) -> list[PrefixCache]:
+    """Those of the model's adapters whose layers are chosen; a pickled copy of the model has none."""
+    tether = known_of(model).tether
+    records = [f.record for f in tether.followers if f.live] if tether is not None else []
+    return [r.prefix for r in records if r.prefix is not None and r.selection is not None]

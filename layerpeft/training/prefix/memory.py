@@ -1,0 +1,61 @@
+"""States that are kept in this process's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layerpeft.text import note, size_text
+
+
+class Memory:
+    """At most `limit` bytes; or of the `newest` rows alone, for trainers whose rows never come again after a few steps."""
+
+    def __init__(self, limit: int | None = None, newest: int | None = None) -> None:
+        self.limit, self.newest = limit, newest
+        self.size, self._full = 0, False
+        self._kept: dict[bytes, torch.Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self._kept)
+
+    def has(self, key: bytes) -> bool:
+        """Whether this row is there."""
+        return key in self._kept
+
+    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor] | None:
+        """The states (tokens, width) of these rows, which are not to be written to; None where one is missing."""
+        found = [self._kept[key] for key in keys if key in self._kept]
+        return found if len(found) == len(keys) else None
+
+    def put(self, key: bytes, state: torch.Tensor) -> None:
+        """Keeps a state, which is the store's own from now on; what does not fit is dropped."""
+        if key in self._kept:
+            return
+        if self.limit is not None and self.size + state.nbytes > self.limit:
+            if not self._full:
+                self._full = True
+                note(f"prefix_cache: {size_text(self.limit)} are full with {self.rows} rows; others are computed anew")
+            return
+        self._kept[key] = state
+        self.size += state.nbytes
+        while self.newest is not None and len(self._kept) > self.newest:
+            self.size -= self._kept.pop(next(iter(self._kept))).nbytes
+
+    def flush(self) -> None:
+        """All is there already."""
+
+    def close(self) -> None:
+        """Forgets all."""
+        self._kept.clear()
+        self.size = 0
+
+    def __deepcopy__(self, memo: Any) -> Memory:
+        return Memory(self.limit, self.newest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memory, (self.limit, self.newest)

@@ -1,0 +1,63 @@
+"""`prefix_cache`, parsed: where what enters the lowest trained layer is kept, how much of it, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerpeft.errors import ConfigError, Problem, Problems, unknown
+from layerpeft.text import size_of
+
+WAYS = 'null, memory, disk, a size on disk ("20GB"), a folder, or {where: …, limit: 20GB, bits: 8}'
+KEYS = ("where", "limit", "bits")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`where`: "memory", "disk" (the user's cache folder) or a folder; `limit`: bytes, at most (None: half of what is free);
+    `bits`: 8 for a scale per token and a byte per number, None for states as they are."""
+
+    where: str = "memory"
+    limit: int | None = None
+    bits: int | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Setting:
+        """From the value of a recipe's key. Raises: ConfigError naming every problem."""
+        given = dict(value) if isinstance(value, Mapping) else {"where": value}
+        problems = Problems("prefix_cache")
+        for key in (k for k in given if k not in KEYS):
+            problems.add(unknown("prefix_cache", key, KEYS), "prefix_cache")
+        where, limit, bits = (given.get(k) for k in KEYS)
+        if isinstance(where, str) and (size := size_of(where)) is not None:
+            where, limit = "disk", size if limit is None else limit
+        if not isinstance(where, str) or not where.strip():
+            problems.add(f"prefix_cache={value!r} is none of: {WAYS}", "prefix_cache")
+        if limit is not None and not _is_whole(limit := size_of(limit) if isinstance(limit, str) else limit):
+            problems.add(f"limit={given['limit']!r} is no size; say it as 20GB, 500MiB, or in bytes", "prefix_cache")
+        if bits is not None and (bits != 8 or isinstance(bits, bool)):
+            problems.add(f"bits={bits!r} is not 8, or null for states as they are", "prefix_cache")
+        problems.raise_if_any(ConfigError)
+        return cls(str(where), limit, bits)
+
+    def plain(self) -> str | dict[str, Any]:
+        """As a recipe writes it."""
+        found = {k: v for k, v in asdict(self).items() if v is not None}
+        return self.where if len(found) == 1 else found
+
+
+def parse_lower(value: Any) -> bool:
+    """Whether blocks below the lowest trained layer train as they are (`on`, the default) or are in evaluation mode (`off`; False).
+
+    Raises: ConfigError.
+    """
+    if value in (None, True, "on"):
+        return True
+    if value is False or value == "off":
+        return False
+    raise ConfigError(Problem(("lower_dropout",), f"lower_dropout={value!r} is none of: on, off"))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
