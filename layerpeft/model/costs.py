@@ -48,12 +48,17 @@ class LayerKept:
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations of one forward and backward pass: of the head in one direction, of what else is `outside`, and by layer."""
+    """Operations of one forward and backward pass: of the head in one direction, of what else is `outside`, and by layer.
+
+    `whole`: the share of passes that go through the layers below the lowest one that trains. Others begin there, since states were
+    kept: of E epochs all but the first (1/E).
+    """
 
     head: int
     outside: int
     layers: tuple[LayerCost, ...]
     tiled: bool = False
+    whole: float = 1.0
 
     @property
     def top(self) -> tuple[int, ...]:
@@ -62,7 +67,7 @@ class Costs:
 
     def least(self, held: tuple[int, ...]) -> float:
         """What a set that holds these layers takes at least."""
-        return self.fixed + held[0]
+        return self.fixed - self.spared(len(self.layers) - 1) + held[0]
 
     def above(self, held: tuple[int, ...], layer: int, trains: bool) -> tuple[int, ...]:
         """With a layer below which another one trains."""
@@ -88,7 +93,7 @@ class Costs:
         lowest = min(chosen)
         above = sum(c.through + c.again for c in self.layers[lowest:])
         own = sum(self.layers[i].own for i in chosen)
-        return self.fixed + above + own - self.layers[lowest].saved
+        return self.fixed - self.spared(lowest) + above + own - self.layers[lowest].saved
 
     def too_small(self, room: float, layer: int) -> str:
         """That a budget holds not even this layer."""
@@ -97,9 +102,13 @@ class Costs:
         return f"{room:.4g} operations holds no layer; the cheapest, {layer}, takes {least:.4g}: write time: {share}% or more"
 
     def added(self, layer: int) -> int:
-        """Those that a layer adds to a step in which nothing trains: the way down to it, and its own."""
-        way = sum(c.through + c.again for c in self.layers[layer:])
-        return way + self.layers[layer].own - self.layers[layer].saved
+        """Those that a layer adds to a step in which nothing trains: the way down to it, and its own; where states are kept, the
+        forward pass from it on, too."""
+        return self.of([layer]) - self.fixed + self.spared(len(self.layers))
+
+    def spared(self, lowest: int) -> int:
+        """Those that a mean pass has no need of, where states that enter this layer are kept."""
+        return round((1 - self.whole) * sum(c.forward for c in self.layers[:lowest]))
 
 
 @dataclass(frozen=True)

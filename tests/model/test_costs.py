@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from layerpeft import LayerFullConfig, LayerLoraConfig, get_peft_model, layer_map
@@ -9,6 +11,7 @@ from layerpeft.errors import LayerMapError
 from layerpeft.model.costs import Load, costs_of
 from layerpeft.planning.trace import trace
 from tests.helpers.models import MODELS, batch
+from tests.helpers.passes import beginning_at
 from tests.helpers.repeating import some
 
 NAMES = [
@@ -34,8 +37,14 @@ def test_operations_are_those_of_a_traced_step(name):
             for again in (False, True):
                 if again:
                     real.get_base_model().gradient_checkpointing_enable()
-                found = costs_of(model, layers, targets, Load(2, 8, again), work).of(chosen)
-                assert found == pytest.approx(trace(real, 2, 8, inputs=given).flops, rel=0.02), (kind, chosen, again)
+                found = costs_of(model, layers, targets, Load(2, 8, again), work)
+                counted = trace(real, 2, 8, inputs=given).flops
+                assert found.of(chosen) == pytest.approx(counted, rel=0.02), (kind, chosen, again)
+                with beginning_at(min(chosen), real, layers, given):
+                    later = trace(real, 2, 8, inputs=given).flops
+                assert replace(found, whole=0.0).of(chosen) == pytest.approx(later, rel=0.02), (kind, chosen, again)
+                third = replace(found, whole=1 / 3).of(chosen)  # of three epochs the first is whole
+                assert third == pytest.approx((counted + 2 * later) / 3, rel=0.02)
 
 
 @pytest.mark.parametrize("name", some(REASONS, ["jamba", "deberta_v2", "nanogpt"]))

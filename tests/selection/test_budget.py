@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -30,7 +31,8 @@ from layerpeft.planning.trace import Step, gradient_bytes, trace
 from layerpeft.recipe.measure import state_bytes
 from layerpeft.selection.budget import Budget, Shape, best_within
 from tests.helpers.loops import llama, make_batches
-from tests.helpers.models import MODELS, Moody
+from tests.helpers.models import MODELS, Moody, batch
+from tests.helpers.passes import beginning_at
 from tests.helpers.repeating import repeated, some
 from tests.helpers.short import short_llama
 
@@ -38,18 +40,19 @@ HALF = {"time": "50%"}
 
 
 def drawn(seed: int, count: int = 8) -> tuple[Costs, list[float]]:
-    """Layers of two kinds, and scores of which some are equal."""
+    """Layers of two kinds, and scores of which some are equal; of some, states are kept for two of three epochs, or for all."""
     draw = random.Random(seed)
     kinds = [LayerCost(40, 30, 0, 12, 9), LayerCost(70, 55, draw.choice((0, 60)), 31, 14)]
     layers = tuple(draw.choice(kinds) for _ in range(count))
-    return Costs(draw.randint(0, 100), draw.randint(0, 50), layers), [float(draw.randint(0, 6)) for _ in layers]
+    costs = Costs(draw.randint(0, 100), draw.randint(0, 50), layers, whole=(1.0, 1 / 3, 0.0)[seed % 3])
+    return costs, [float(draw.randint(0, 6)) for _ in layers]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_set_is_the_best_of_all(seed):
     costs, values = drawn(seed)
     among = sorted(random.Random(seed).sample(range(8), 7))
-    values = [values[i] - 2 * (seed % 3 == 0) for i in among]  # some of them negative
+    values = [values[i] - 2 * (seed % 4 == 0) for i in among]  # some of them negative
     sets = [held for n in range(1, 8) for held in combinations(range(7), n)]
     room = random.Random(seed).uniform(0.5, 1) * costs.of(range(8))
 
@@ -187,6 +190,9 @@ def test_operations_are_those_of_a_trace_where_they_do_not_follow_from_shapes(na
     for held in ([0, 2],) if name in TRACED[:2] else ([0], [2], [1, 2], [0, 1, 2]):
         real = get_peft_model(MODELS[name](), LayerLoraConfig(select=held, **options)).train()
         assert costs.of(held) == pytest.approx(trace(real, 1, 8).flops, rel=0.02), held
+        with beginning_at(min(held), real, layer_map(model), batch(name, real, 1)):
+            later = trace(real, 1, 8).flops
+        assert replace(costs, whole=0.0).of(held) == pytest.approx(later, rel=0.02), held
     found = get_peft_model(model, LayerLoraConfig(select={"keep": keep, "by": "random"}, **options)).train()
     assert trace(found, 1, 8).flops <= 1.02 * 0.75 * costs.of(range(len(costs.layers)))
     assert "rows of 8 tokens" in found.peft_config["default"]._layerpeft.selection.why
