@@ -36,11 +36,10 @@ class Below:
         return self.names[self.cut]
 
 
-def below_of(base: nn.Module, names: Sequence[str]) -> Below | None:
-    """From what is trainable now; None where the first block trains, or none does."""
+def lowest_of(base: nn.Module, names: Sequence[str]) -> int | None:
+    """The number of the lowest block in which something is trainable now; None where nothing is."""
     blocks = enumerate(map(base.get_submodule, names))
-    lowest = next((i for i, block in blocks if any(p.requires_grad for p in parameters_of(block))), None)
-    return Below(tuple(names), lowest) if lowest else None
+    return next((i for i, block in blocks if any(p.requires_grad for p in parameters_of(block))), None)
 
 
 def in_front(base: nn.Module, first: str) -> Iterator[tuple[str, nn.Module]]:

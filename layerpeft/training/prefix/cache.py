@@ -147,10 +147,15 @@ class PrefixCache:
         """Whether there is a cut, and a store of states of what lies below it now."""
         names = known_of(model).blocks
         own = next((n for n in names if self.stack is None or n[0].rpartition(".")[0] == self.stack), None)
-        found = below.below_of(model, own) if own else None
-        if found is None:
+        lowest = below.lowest_of(model, own) if own else 0
+        if lowest is None and self._below is None:  # an adapter that is switched off, before anything trained
+            return False
+        if lowest == 0:
             self.off("nothing lies below the lowest layer that trains")
             return False
+        found = Below(own or (), lowest or 0)
+        if self._below is not None and (lowest is None or lowest >= self._below.cut):
+            found = self._below  # what enters it is as fixed while less trains, or nothing at all
         if found != self._below:
             if (why := below.why_off(model, found, self.lower_dropout)) is not None:
                 self.off(why)

@@ -1,4 +1,4 @@
-"""Is the answer the same when a pass begins at the cut? Asked of the first batch, which is computed whole, before others begin there.
+"""Is the answer the same when a pass begins at the cut? Asked of the first batch, which is computed whole, before others begin so.
 
 Three things have to hold. Nothing below the cut draws random numbers. From what enters the cut alone the blocks above give out what
 they gave out (nothing else goes upwards). And a row by itself enters the cut as it does among others, up to rounding.
