@@ -106,6 +106,15 @@ class Costs:
         forward pass from it on, too."""
         return self.of([layer]) - self.fixed + self.spared(len(self.layers))
 
+    def said(self, chosen: Collection[int]) -> str:
+        """Of which passes a mean is taken; nothing where all of them are whole."""
+        if self.whole == 1:
+            return ""
+        passes = (
+            f"a mean of {1 / self.whole:g} epochs, all but the first of which" if self.whole else "later epochs, which"
+        )
+        return f", in {passes} begin at layer {min(chosen)}"
+
     def spared(self, lowest: int) -> int:
         """Those that a mean pass has no need of, where states that enter this layer are kept."""
         return round((1 - self.whole) * sum(c.forward for c in self.layers[:lowest]))

@@ -289,4 +289,5 @@ def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -
         "precision": "float16" if value("fp16") else "bfloat16" if by_default or value("bf16") else None,
         "fused_head": trainer == "sft",
         "padded": True,
+        "epochs": value("num_train_epochs") if (value("max_steps") or 0) < 1 else None,
     }

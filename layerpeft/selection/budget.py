@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from layerpeft.errors import Problem, Problems, SelectionError, unknown
+from layerpeft.model.costs import Costs
 from layerpeft.model.load import LENGTH
 from layerpeft.selection.typecheck import check, checked
 from layerpeft.text import size_of, size_text
@@ -81,7 +82,8 @@ class Budget:
         taken, whole = costs.of(chosen), costs.of(range(len(costs.layers)))
         share = f"{100 * taken / whole:.1f} % of the {self.unit} of training all layers"
         if self.of == "time":
-            return f"{share}, rows of {self.shape.length} tokens"
+            assert isinstance(costs, Costs)
+            return f"{share}, rows of {self.shape.length} tokens{costs.said(chosen)}"
         return f"a step takes {size_text(taken)} of {size_text(self.room(costs))}, {share}; {self.shape}"
 
 
@@ -101,11 +103,17 @@ class Counts(Protocol):
 
 
 def counted(block: Any, said: Mapping[str, Any]) -> Any:
-    """What holds `select`, with what a training's arguments say of rows where it has a budget that does not say it itself."""
+    """What holds `select`, with what a training's arguments say of rows where it has a budget that does not say it itself; and of
+    epochs where states are kept."""
     select = block.get("select") if isinstance(block, Mapping) else None
     keep = select.get("keep") if isinstance(select, Mapping) else None
-    if not isinstance(select, Mapping) or not isinstance(keep, Mapping):
+    if not isinstance(select, Mapping):
         return block
+    weighs = select.get("per") == "cost" or isinstance(keep, Mapping) and "time" in keep
+    if weighs and block.get("prefix_cache") is not None and said.get("epochs") is not None:
+        select = {"epochs": said["epochs"], **select}
+    if not isinstance(keep, Mapping):
+        return {**block, "select": select}
     names = ("length",) if "time" in keep else Shape.__dataclass_fields__ if "memory" in keep else ()
     found = {n: said[n] for n in names if n not in keep and said.get(n) is not None}
     return {**block, "select": {**select, "keep": {**keep, **found}}}

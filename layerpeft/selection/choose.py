@@ -1,6 +1,7 @@
 """Model + how to select + batches -> Selection: the one place where scorers and rules meet, for tuners and runner alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -49,8 +50,10 @@ def weighed(
     targets: tuple[Target, ...],
     work: Work,
     traced: Callable[[Budget | None], Counts],
+    whole: float = 1.0,
 ) -> Counts | None:
-    """What layers cost, where the choice weighs it; `work`: what is trained of a target; `traced`: what that takes by a trace.
+    """What layers cost, where the choice weighs it; `work`: what is trained of a target; `traced`: what that takes by a trace;
+    `whole`: as `Costs` has it.
 
     Raises: SelectionError for a model of which that cannot be known.
     """
@@ -62,10 +65,12 @@ def weighed(
         if budget is None or budget.of == "time":
             try:
                 length = budget.shape.length if budget is not None else LENGTH
-                return costs_of(model, layers, targets, Load(length=length), work)
+                found: Counts = costs_of(model, layers, targets, Load(length=length), work)
             except LayerMapError:  # they do not follow from shapes alone
-                pass
-        return traced(budget)
+                found = traced(budget)
+        else:
+            found = traced(budget)
+        return replace(found, whole=whole) if isinstance(found, Costs) else found
     except LayerMapError as error:
         sentence = f"{name}: the {what} of a layer are not known: {error}; write keep as a number, without per"
         raise SelectionError(Problem((name,), sentence)) from error

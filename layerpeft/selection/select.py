@@ -37,6 +37,7 @@ class Select:
     keep: int | float | str | Mapping[str, Any] | None = None
     pick: str | None = None
     per: Literal["cost"] | None = checked(None)
+    epochs: float | None = checked(None, above=0)
     layers: Any = "all"
     unit: Unit = checked("layer")
     within: WITHIN | None = checked(None)
@@ -357,6 +358,8 @@ def _check_cost(known: dict[str, Any], problems: Problems) -> None:
         problems.add("per: divides scores, of which the best are kept; say how many with keep", "per")
     if per is not None and pick is not None and plugins.traits(PICKS, pick).scoreless:
         problems.add(f"per: divides scores, and pick: {pick} looks at none", "per")
+    if known.get("epochs") is not None and per is None and (not within or budget != "time"):
+        problems.add("epochs: is of what layers cost (per: cost, keep: {time: …}); leave it out", "epochs")
     unit = known.get("unit") or "layer"
     weighs = [
         ("keep", within),

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import LayerpeftError, Problems
+from layerpeft.model.layers import LayerMap
 from layerpeft.selection.typecheck import checked
+from layerpeft.training.prefix.below import Below, why_unfixed
 from layerpeft.training.prefix.cache import PrefixCache
 from layerpeft.training.prefix.open import opener
 from layerpeft.training.prefix.setting import Setting, parse_lower
@@ -38,6 +40,15 @@ class Cached:
     def drops_below(self) -> bool:
         """Whether what lies below the cut trains with its dropout. Raises: ConfigError."""
         return parse_lower(self.lower_dropout)
+
+    def share_whole(self, base: nn.Module, layers: LayerMap) -> float:
+        """Of passes over rows, the share that goes through what lies below the lowest trained layer: of E epochs the first, of
+        unknown many none. Raises: LayerpeftError."""
+        blocks = Below(layers.names, len(layers) - 1)
+        if self.caching is None or why_unfixed(base, blocks, self.drops_below) is not None:
+            return 1.0
+        epochs = self.choosing.epochs  # type: ignore[attr-defined]
+        return 0.0 if epochs is None else min(1.0, 1 / epochs)
 
     def cached(self) -> dict[str, Any]:
         """The fields as a recipe writes them; nothing where nothing is kept."""

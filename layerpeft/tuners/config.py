@@ -268,7 +268,8 @@ def _costs(config: LayerLoraConfig, model: nn.Module, layers: LayerMap, targets:
             raise LayerMapError("import layerpeft.planning.layers, which counts it")
         return HANDED["costs"](config, model, layers, budget)
 
-    return weighed(model, config.choosing, layers, targets, config.works_by.work(config), traced)
+    whole = config.share_whole(base_of(model), layers)
+    return weighed(model, config.choosing, layers, targets, config.works_by.work(config), traced, whole)
 
 
 def _in_units(

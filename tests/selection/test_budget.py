@@ -18,17 +18,20 @@ from layerpeft import (
     Select,
     get_peft_model,
     layer_map,
+    score_layers,
 )
 from layerpeft.cli import main
 from layerpeft.errors import LayerpeftError, Problems, SelectionError
 from layerpeft.integrations.tracing import weight_bytes
-from layerpeft.model.costs import Costs, LayerCost
+from layerpeft.model.costs import Costs, LayerCost, costs_of
+from layerpeft.model.load import Work
 from layerpeft.model.memory import Below, LayerBytes, Memory, Span
 from layerpeft.planning import layers as planned
 from layerpeft.planning.layers import traced
 from layerpeft.planning.plan import peak_bytes
 from layerpeft.planning.trace import Step, gradient_bytes, trace
 from layerpeft.recipe.measure import state_bytes
+from layerpeft.recipe.read import load_recipe
 from layerpeft.selection.budget import Budget, Shape, best_within
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.models import MODELS, Moody, batch
@@ -292,6 +295,77 @@ def test_a_layer_is_weighed_against_the_way_down_to_it():
     assert layers == (3, 5) and "by gradient_norm over cost" in why
 
 
+WORTH = (6.5, 4.0, 1.0, 3.5)
+
+
+def four(dropout: float = 0.0):
+    return llama(num_hidden_layers=4, attention_dropout=dropout)
+
+
+def chosen_by(select, kept: str | None = "memory", dropout: float = 0.0, worth=WORTH):
+    """The choice among four layers by these scores."""
+    given = {**score_layers(four(), by="random").to_dict(), "values": list(worth)}
+    config = LayerLoraConfig(select={"by": given, **select}, r=4, prefix_cache=kept)
+    return get_peft_model(four(dropout), config).peft_config["default"]._layerpeft.selection
+
+
+def test_later_epochs_cost_what_they_then_cost():
+    """The set is the best of all within the budget by steps that are counted as they run, whole or begun at a layer."""
+    model, given, sets = four(), make_batches()[0], [h for n in (1, 2, 4) for h in combinations(range(4), n)]
+    steps = {}
+    for held in sets:
+        real = get_peft_model(four(), LayerLoraConfig(select=list(held), r=4)).train()
+        steps[held] = trace(real, 2, 12).flops
+        with beginning_at(min(held), real, layer_map(model), given):
+            steps[held] = steps[held], trace(real, 2, 12).flops
+    for epochs, share, text in (
+        (None, 0.35, "later epochs, which"),
+        (3, 0.45, "a mean of 3 epochs, all but the first of which"),
+    ):
+        keep = {"keep": {"time": share, "length": 12}} | ({"epochs": epochs} if epochs else {})
+        taken = {held: later if epochs is None else (first + 2 * later) / 3 for held, (first, later) in steps.items()}
+        fitting = [held for held in sets if taken[held] <= share * taken[0, 1, 2, 3]]
+        best = max(fitting, key=lambda held: (sum(WORTH[i] for i in held), -taken[held]))
+        found = chosen_by(keep)
+        assert found.layers == best and found.why.endswith(f", in {text} begin at layer {min(best)}")
+    whole = {"keep": {"time": 0.8, "length": 12}}
+    for plain in (chosen_by(whole, None), chosen_by(whole, dropout=0.1)):  # dropout below: nothing can be kept
+        assert plain.layers == (2, 3) and "epochs" not in plain.why
+    assert chosen_by(whole).layers == (1, 2, 3)
+
+
+def test_a_layer_is_weighed_against_what_it_adds_to_a_later_epoch():
+    layers = layer_map(model := four())
+    costs = costs_of(model, layers, LayerLoraConfig(r=4).targets_in(model, layers), work=Work(4))
+    later = replace(costs, whole=0.0)
+    forward = [c.forward for c in costs.layers]
+    assert [later.added(i) - costs.added(i) for i in range(4)] == [sum(forward[i:]) for i in range(4)]
+    ratios = [c.added(2) / c.added(3) for c in (later, replace(costs, whole=1 / 3), costs)]
+    assert ratios[0] < ratios[1] < ratios[2]
+    one = {"keep": 1, "per": "cost"}
+    assert chosen_by(one, worth=(0, 0, sum(ratios[:2]) / 2, 1)).layers == (2,)
+    assert chosen_by(one | {"epochs": 3}, worth=(0, 0, sum(ratios[:2]) / 2, 1)).layers == (3,)
+    assert chosen_by(one | {"epochs": 3}, worth=(0, 0, sum(ratios[1:]) / 2, 1)).layers == (2,)
+    assert chosen_by(one, None, worth=(0, 0, sum(ratios[1:]) / 2, 1)).layers == (3,)
+
+
+def test_a_recipe_says_how_often_its_rows_come(tmp_path):
+    words = [
+        f"model_name_or_path={short_llama(3)}",
+        f"output_dir={tmp_path / 'out'}",
+        "num_train_epochs=4",
+        "max_steps=-1",
+    ]
+
+    def epochs(select, *more):
+        return load_recipe("quickstart", [f"layerpeft.select={select}", *words, *more], "plan").config.choosing.epochs
+
+    kept, chosen = "layerpeft.prefix_cache=memory", "{by: random, keep: 1, per: cost}"
+    assert epochs(chosen, kept) == 4 and epochs("{by: random, keep: {time: 80%}}", kept) == 4
+    assert epochs(chosen) is epochs(chosen, kept, "max_steps=9") is epochs("{by: random, keep: 1}", kept) is None
+    assert epochs("{by: random, keep: 1, per: cost, epochs: 2}", kept) == 2
+
+
 @pytest.mark.parametrize(
     ("select", "message"),
     [
@@ -314,6 +388,9 @@ def test_a_layer_is_weighed_against_the_way_down_to_it():
         ({"keep": HALF, "per": "cost"}, "counts what layers cost already"),
         ({"keep": HALF, "reselect_steps": 5}, "keep: costs are weighed in a choice that is made once"),
         ({"keep": 2, "per": "cost", "reselect_steps": 5}, "per: costs are weighed in a choice that is made once"),
+        ({"keep": 2, "epochs": 3}, "epochs: is of what layers cost (per: cost, keep: {time: …})"),
+        ({"keep": {"memory": "8GB"}, "epochs": 3}, "epochs: is of what layers cost"),
+        ({"keep": HALF, "epochs": 0}, "epochs: 0 is not a number above 0"),
         ({"keep": 2, "per": "csot"}, "Did you mean 'cost'?"),
         ({"keep": 2, "per": "cost", "pick": "uniform"}, "pick: uniform looks at none"),
         ({"per": "cost"}, "say how many with keep"),

@@ -69,6 +69,12 @@ def why_off(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | 
     if upper:
         name = next(n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in own)
         return f"{name}, below layer {below.cut}, trains"
+    return why_unfixed(base, below, lower_dropout)
+
+
+def why_unfixed(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | None:
+    """As `why_off`, whatever of it trains."""
+    modules = modules_below(base, below)
     if lower_dropout and (rates := random_in(modules)):
         return f"below layer {below.cut} there is dropout or noise ({some(rates)}); lower_dropout: off leaves it out"
     if rope := _moving(base):
