@@ -3,16 +3,42 @@
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.state import GradientState
 from torch.autograd import Variable
+from torch.utils.data import IterableDataset
 
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.integrations.files import read_json
 
 NAME = "LayerPeftCallback"
+# TRL's trainers that write their own rows anew (by their arguments), and those with a reference, by what its arguments can ask
+ONLINE = ("num_generations", "missing_eos_penalty")
+REFERENCE = ("precompute_ref_log_probs",)
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """How often a training sees a row: in so many `epochs` (None: it is streamed), `again` for a reference or in evaluations; or
+    never again after the next `fresh` rows, which the trainer makes itself (None: it does not)."""
+
+    epochs: int | None = None
+    again: bool = False
+    fresh: int | None = None
+
+
+def seeing(args: Any, state: Any, loader: Any) -> Seeing:
+    """From a trainer's arguments, its state and the loader of its rows."""
+    streamed = loader is not None and isinstance(getattr(loader, "dataset", None), IterableDataset)
+    fresh = None
+    if any(hasattr(args, name) for name in ONLINE):
+        fresh = 4 * max(int(getattr(args, "generation_batch_size", 0) or 0), int(args.train_batch_size))
+    reference = any(getattr(args, name, None) is False for name in REFERENCE)
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    return Seeing(None if streamed else int(state.num_train_epochs), reference or evaluates, fresh)
 
 
 def install(
@@ -29,25 +55,24 @@ def install(
     """Adds the callback to the trainer's default list, once.
 
     `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
-    `begin(model, restored, merges, engine, optimizer)` runs when training begins: `restored` is what `state(model)` gave at the
-    checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every step.
-    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step. `news(model)`: what trackers
-    are told. `packed` models go without DataParallel, which transformers spares what it has quantized itself. `resume`, `made`
-    and `sharded`: as below.
+    `begin(model, restored, merges, engine, optimizer, rows)` runs when training begins: `restored` is what `state(model)` gave at
+    the checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every
+    step. `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step. `news(model)`: what
+    trackers are told. `packed` models go without DataParallel, which transformers spares what it has quantized itself.
+    `resume`, `made` and `sharded`: as below.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
-    _watch_checkpoints(trainer.Trainer, resume, sharded)
-    _watch_optimizers(trainer.Trainer, made)
+    _watch(trainer.Trainer, resume, sharded, made)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
 
         model: Any = None
-        began = 0  # the step that training began at
+        began = 0  # its first step
 
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"records": state(self.model)}}
@@ -65,7 +90,8 @@ def install(
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             merges = bool(getattr(args, "use_vllm", False))
             restored = attributes.get("records") if state.global_step else None
-            begin(self.model, restored, merges, asked_for(args), kwargs.get("optimizer"))
+            held, rows = kwargs.get("optimizer"), seeing(args, state, kwargs.get("train_dataloader"))
+            begin(self.model, restored, merges, asked_for(args), held, rows)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if isinstance(logs, dict) and args.report_to:
@@ -75,6 +101,11 @@ def install(
             end(self.model, args.output_dir, state.global_step > self.began)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
+
+
+def _watch(kind: Any, resume: Any, sharded: Any, made: Any) -> None:
+    _watch_checkpoints(kind, resume, sharded)
+    _watch_optimizers(kind, made)
 
 
 def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool], sharded: Callable[[Any, str], None]) -> None:

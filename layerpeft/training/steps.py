@@ -15,6 +15,7 @@ from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving, whole_state
+from layerpeft.integrations.trainer import Seeing
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.training import divided, idle
@@ -138,7 +139,9 @@ def _news(model: nn.Module | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for follower in followers_of(model):
         taught = follower.record.distilling
+        kept = follower.record.prefix
         found |= follower.news() | (taught.news() if taught is not None else {})
+        found |= kept.news() if kept is not None else {}
     return found
 
 
@@ -160,11 +163,14 @@ def _train_begin(
     merges: bool,
     engine: Engine | None = None,
     optimizer: Any = None,
+    rows: Seeing | None = None,
 ) -> None:
     _built(model, engine)
     for follower in followers_of(model):
         refuse_fused(getattr(optimizer, "optimizer", optimizer))
         follower.begin((restored or {}).get(follower.adapter), merges)
+        if follower.record.prefix is not None and rows is not None:
+            follower.record.prefix.begin(rows)
     if model is not None:
         idle.refuse(model)
 

@@ -72,7 +72,7 @@ def keep_states(config: Cached, record: Record, model: nn.Module, stack: str) ->
     setting = config.caching
     if setting is None:
         return
-    record.prefix = PrefixCache(opener(setting), stack, config.drops_below)
+    record.prefix = PrefixCache(opener(setting), stack, config.drops_below, setting.where != "memory")
     if record.schedule is not None:
         record.prefix.off("the layers that train change while training")
     record.prefix.install(model)

@@ -8,8 +8,7 @@ equal batches.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,42 +16,44 @@ from torch import nn
 
 from layerpeft.integrations import checkpointing
 from layerpeft.integrations.torch import eager
-from layerpeft.model.architectures import text_config
+from layerpeft.integrations.trainer import Seeing
 from layerpeft.model.home import known_of
 from layerpeft.selection.states import given
 from layerpeft.text import note
 from layerpeft.training.prefix import below, proof
 from layerpeft.training.prefix.below import Below
-from layerpeft.training.prefix.rows import Row, rows_of
-from layerpeft.training.prefix.running import Form, Running, random_states
+from layerpeft.training.prefix.memory import Memory
+from layerpeft.training.prefix.passing import Mode, Pass, keeps, unfit, wake
+from layerpeft.training.prefix.running import Form
 from layerpeft.training.prefix.store import Store
 
-SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
 Open = Callable[[nn.Module, Below], Store]
 
 
 class PrefixCache:
     """State is real here: what is kept, what was proved, and what became of the passes so far.
 
-    `open_store(model, below)`: where states are kept, asked for once the cut is known.
+    `open_store(model, below)`: where states are kept, asked for once the cut is known; `lasting`: for other runs as well.
     """
 
-    def __init__(self, open_store: Open, stack: str | None, lower_dropout: bool = True) -> None:
-        self.open_store, self.stack, self.lower_dropout = open_store, stack, lower_dropout
+    def __init__(self, open_store: Open, stack: str | None, lower_dropout: bool = True, lasting: bool = False) -> None:
+        self.open_store, self.stack, self.lower_dropout, self.lasting = open_store, stack, lower_dropout, lasting
         self.why: str | None = None  # it is off
         self.hits, self.misses = 0, 0  # rows of the passes so far
+        self.rests = False  # in this training
+        self.newest: int | None = None  # rows alone are kept
         self.store: Store | None = None
         self._below: Below | None = None
         self._versions: tuple[Any, ...] = ()
-        self._proved: set[tuple[Any, ...]] = set()
+        self._proved: set[Mode] = set()
         self._forms: dict[int, Form] = {}
         self._busy = False
-        self._now: _Pass | None = None
+        self._now: Pass | None = None
         self._said: set[str] = set()
 
     def twin(self) -> PrefixCache:
         """That of a copy of the model."""
-        found = PrefixCache(self.open_store, self.stack, self.lower_dropout)
+        found = PrefixCache(self.open_store, self.stack, self.lower_dropout, self.lasting)
         found.why = self.why
         return found
 
@@ -75,22 +76,43 @@ class PrefixCache:
             self._said.add(sentence)
             note(sentence)
 
+    def begin(self, rows: Seeing) -> None:
+        """A trainer begins, which sees its rows so often."""
+        why = None
+        if rows.fresh is not None:
+            self.say(
+                "prefix_cache: this trainer makes its rows anew, so that states serve the passes of a step, and go"
+            )
+        elif not (self.lasting or rows.again):
+            why = "rows that are streamed never come again" if rows.epochs is None else None
+            why = "one epoch without evaluation sees no row again" if rows.epochs == 1 else why
+        if why is not None:
+            self.say(f"prefix_cache is off: {why}")
+        if rows.fresh != self.newest:
+            self.forget()
+        self.rests, self.newest = why is not None, rows.fresh
+
+    def news(self) -> dict[str, float]:
+        """What trackers are told: the share of rows, so far, whose lower part was not computed."""
+        seen = self.hits + self.misses
+        return {"prefix_cache/hit_rate": self.hits / seen} if seen else {}
+
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A forward pass begins; what it is to be called with by name."""
         self._end()
-        if self._busy or self.why is not None or torch.compiler.is_compiling():
+        if self._busy or self.rests or self.why is not None or torch.compiler.is_compiling():
             return kwargs
         inputs = dict(given(model, args, kwargs))
         training = model.training and torch.is_grad_enabled()
         free = training and inputs.get("use_cache") is None and inputs.get("past_key_values") is None
-        more = (
-            {"use_cache": False} if free and _keeps(model, inputs) else {}
-        )  # nobody reads the keys of a training pass
-        if (why := _unfit(model, inputs | more)) is not None:
+        more = {"use_cache": False} if free and keeps(model, inputs) else {}  # nobody reads the keys of a training pass
+        if (why := unfit(model, inputs | more)) is not None:
             self.say(f"prefix_cache: {why}, so that such passes are computed whole")
         elif self._ready(model):
-            assert self._below is not None
-            self._now = _Pass(self, model, self._below, inputs | more)
+            assert self._below is not None and self.store is not None
+            self._now = Pass(
+                model, self._below, inputs | more, self.store, self._proved, self._forms, self.lower_dropout
+            )
             return kwargs | more
         return kwargs
 
@@ -113,7 +135,7 @@ class PrefixCache:
             self.store.close()
         self.store, self._proved = None, set()
 
-    def _keep(self, model: nn.Module, now: _Pass, output: Any) -> None:
+    def _keep(self, model: nn.Module, now: Pass, output: Any) -> None:
         entered, store = now.running.entered, self.store
         assert entered is not None and store is not None
         if now.mode not in self._proved:
@@ -126,7 +148,7 @@ class PrefixCache:
             if not store.has(row.key):
                 store.put(row.key, entered[row.row, row.places].to("cpu", copy=True))
 
-    def _fault(self, model: nn.Module, now: _Pass, entered: torch.Tensor, output: Any) -> str | None:
+    def _fault(self, model: nn.Module, now: Pass, entered: torch.Tensor, output: Any) -> str | None:
         assert self.store is not None
         if proof.drew(now.random, now.running.random):
             return proof.RANDOM.format(now.below.cut)
@@ -141,7 +163,7 @@ class PrefixCache:
             )
         finally:
             self._busy = False
-            _wake(quiet)
+            wake(quiet)
 
     def _ready(self, model: nn.Module) -> bool:
         """Whether there is a cut, and a store of states of what lies below it now."""
@@ -170,125 +192,14 @@ class PrefixCache:
             self.forget()
             self._versions = versions
         if self.store is None:
-            self.store = self.open_store(model, found)
+            self.store = Memory(newest=self.newest) if self.newest else self.open_store(model, found)
         return True
 
-    def _end(self) -> _Pass | None:
+    def _end(self) -> Pass | None:
         now, self._now = self._now, None
         if now is not None:
             now.close()
         return now
-
-
-class _Pass:
-    """One forward pass: what it is called with, its rows, and how its blocks run."""
-
-    def __init__(self, cache: PrefixCache, model: nn.Module, found: Below, inputs: dict[str, Any]) -> None:
-        self.cache, self.below, self.inputs = cache, found, inputs
-        self.rows: list[Row] = []
-        self.kept = False
-        self.device = next((v.device for v in inputs.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
-        kind = self.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.mode = (model.training, cast)
-        config: Any = getattr(model, "config", None)
-        self.decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0]
-        self.image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        self.flash = "flash" in str(getattr(config, "_attn_implementation", ""))
-        self.quiet = self.quieted(model)
-        self.random = random_states(self.device)
-        self.running = Running(found.blocks(model), cache._forms, self.decide)
-
-    def close(self) -> None:
-        """All is as before."""
-        self.running.close()
-        _wake(self.quiet)
-
-    def quieted(self, model: nn.Module) -> list[nn.Module]:
-        """Puts what is random below the cut in evaluation mode, where that is asked for; those modules."""
-        return _quieted(model, self.below) if model.training and not self.cache.lower_dropout else []
-
-    @torch.no_grad()
-    def decide(self, hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """What enters the cut, where it is kept of every row; None: all is computed."""
-        store = self.cache.store
-        if hidden is None or hidden.dim() < 3 or store is None:
-            return None
-        shape = (hidden.shape[0], hidden.shape[1])
-        several, salt = stops(self.inputs.get("position_ids"), kwargs, self.flash), str(self.mode[1]).encode()
-        found = rows_of(
-            self.inputs,
-            shape,
-            several=several,
-            decoder=self.decoder,
-            image=self.image,
-            salt=salt + str(hidden.dtype).encode(),
-        )
-        self.rows = found or []
-        if not self.rows or self.mode not in self.cache._proved:
-            return None
-        states = store.get([row.key for row in self.rows])
-        if states is None:
-            return None
-        first = states[0]
-        kept = torch.zeros((*shape, *first.shape[1:]), dtype=first.dtype, device=hidden.device)
-        for row, state in zip(self.rows, states, strict=True):
-            kept[row.row, row.places] = state.to(hidden.device, non_blocking=True)
-        self.kept = True
-        return kept
-
-
-def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:
-    """Whether texts in one row, told apart by positions that begin anew, do not see each other in what a block is called with."""
-    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
-        return False
-    cuts = [(int(row), int(at) + 1) for row, at in (positions.diff(dim=1) != 1).nonzero()]
-    mask = kwargs.get("attention_mask")
-    if not cuts or flash:
-        return bool(cuts) and mask is None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-        return False
-    closed = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-    return all(bool(closed[min(row, len(closed) - 1), :, at:, :at].all()) for row, at in cuts)
-
-
-def _unfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """Why a pass is not one that can begin at the cut."""
-    if inputs.get("past_key_values") is not None:
-        return "a pass that goes on from keys and values (generation) needs those of every layer"
-    if _keeps(model, inputs):
-        return "with use_cache a model hands out keys and values of every layer"
-    config: Any = text_config(model)
-    for name in SEEN:
-        asked = inputs.get(name)
-        if asked if asked is not None else getattr(config, name, False):
-            return f"{name} asks for those of every layer"
-    return None
-
-
-def _keeps(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model hands out keys and values."""
-    asked = inputs.get("use_cache")
-    if asked is not None or "use_cache" not in inspect.signature(model.forward).parameters:
-        return bool(asked)
-    return bool(getattr(text_config(model), "use_cache", False))
-
-
-def _wake(quiet: list[nn.Module]) -> None:
-    for module in quiet:
-        module.training = True
-
-
-def _quieted(model: nn.Module, found: Below) -> list[nn.Module]:
-    """Of what holds the blocks, only what is random by itself: its flag says more than that."""
-    around = {
-        id(m) for name, m in below.in_front(model, found.names[0]) if found.names[0].startswith(f"{name}." * bool(name))
-    }
-    modules = [(name, m) for name, m in below.modules_below(model, found) if m.training]
-    quiet = [m for name, m in modules if id(m) not in around or below.random_in([(name, m)])]
-    for module in quiet:
-        module.training = False
-    return quiet
 
 
 def _versions(model: nn.Module, found: Below) -> tuple[Any, ...]:

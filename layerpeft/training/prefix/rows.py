@@ -7,12 +7,12 @@ no positions are given: some models number places from the left edge.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 
 # Of what a model is called with, this changes nothing that enters a block.
 APART = frozenset(
@@ -61,7 +61,7 @@ def rows_of(
     pictures = _pictures(inputs, shape, image)
     if pictures is None:
         return None
-    common = xxhash.xxh3_128(salt)
+    common = _digest(salt)
     for name, value in shared:
         common.update(f"{name}={_text(value)};".encode())
     given, found = inputs.get("position_ids") is not None, []
@@ -156,7 +156,7 @@ def _pictures(inputs: Mapping[str, Any], shape: tuple[int, int], image: int | No
     if image is None or not given:
         return []
     if shape[0] == 1:
-        return [xxhash.xxh3_128("".join(f"{k}={_text(v)};" for k, v in sorted(given.items())).encode()).digest()]
+        return [_digest("".join(f"{k}={_text(v)};" for k, v in sorted(given.items())).encode()).digest()]
     grids = [v for k, v in given.items() if k.endswith("grid_thw")]
     if (
         not isinstance(ids, torch.Tensor)
@@ -177,7 +177,7 @@ def _dealt(
     share, found, at = sum(counts) / sum(sizes), [], 0
     starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     for count in counts:
-        key, held = xxhash.xxh3_128(), 0.0
+        key, held = _digest(), 0.0
         while held < count and at < len(sizes):
             held += share * sizes[at]
             for name, value in sorted(given.items()):
@@ -192,6 +192,10 @@ def _dealt(
     return found if at == len(sizes) else None
 
 
+def _digest(start: bytes = b"") -> Any:
+    return hashlib.blake2b(start, digest_size=16)
+
+
 def _bytes(value: torch.Tensor, dims: int) -> Any:
     """As an array of bytes whose first `dims` dimensions are those of the tensor."""
     value = value.detach().cpu().contiguous()
@@ -200,9 +204,7 @@ def _bytes(value: torch.Tensor, dims: int) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return (
-            f"{value.dtype}{tuple(value.shape)}{xxhash.xxh3_128(_bytes(value.reshape(1, -1), 1).tobytes()).hexdigest()}"
-        )
+        return f"{value.dtype}{tuple(value.shape)}{_digest(_bytes(value.reshape(1, -1), 1).tobytes()).hexdigest()}"
     if isinstance(value, Mapping):
         return ",".join(f"{k}:{_text(v)}" for k, v in sorted(value.items()))
     if isinstance(value, list | tuple):

@@ -1,0 +1,140 @@
+"""One pass of a model: which rows it sees, whether it may begin at the cut, and what is put back afterwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpeft.model.architectures import text_config
+from layerpeft.training.prefix import below
+from layerpeft.training.prefix.below import Below
+from layerpeft.training.prefix.rows import Row, rows_of
+from layerpeft.training.prefix.running import Form, Running, random_states
+from layerpeft.training.prefix.store import Store
+
+SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
+Mode = tuple[bool, torch.dtype | None]  # whether the model trains, and what autocast casts to
+
+
+class Pass:
+    """One forward pass: what it is called with, its rows, and how its blocks run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Below,
+        inputs: dict[str, Any],
+        store: Store,
+        proved: Collection[Mode],
+        forms: dict[int, Form],
+        lower_dropout: bool,
+    ) -> None:
+        self.below, self.inputs, self.store, self.lower_dropout = found, inputs, store, lower_dropout
+        self.rows: list[Row] = []
+        self.kept = False
+        self.device = next((v.device for v in inputs.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
+        kind = self.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.mode: Mode = (model.training, cast)
+        self.proved = self.mode in proved
+        config: Any = getattr(model, "config", None)
+        self.decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0]
+        self.image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        self.flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        self.quiet = self.quieted(model)
+        self.random = random_states(self.device)
+        self.running = Running(found.blocks(model), forms, self.decide)
+
+    def close(self) -> None:
+        """All is as before."""
+        self.running.close()
+        wake(self.quiet)
+
+    def quieted(self, model: nn.Module) -> list[nn.Module]:
+        """Puts what is random below the cut in evaluation mode, where that is asked for; those modules."""
+        return _quieted(model, self.below) if model.training and not self.lower_dropout else []
+
+    @torch.no_grad()
+    def decide(self, hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """What enters the cut, where it is kept of every row; None: all is computed."""
+        if hidden is None or hidden.dim() < 3:
+            return None
+        shape = (hidden.shape[0], hidden.shape[1])
+        several, salt = stops(self.inputs.get("position_ids"), kwargs, self.flash), str(self.mode[1]).encode()
+        found = rows_of(
+            self.inputs,
+            shape,
+            several=several,
+            decoder=self.decoder,
+            image=self.image,
+            salt=salt + str(hidden.dtype).encode(),
+        )
+        self.rows = found or []
+        if not self.rows or not self.proved:
+            return None
+        states = self.store.get([row.key for row in self.rows])
+        if states is None:
+            return None
+        first = states[0]
+        kept = torch.zeros((*shape, *first.shape[1:]), dtype=first.dtype, device=hidden.device)
+        for row, state in zip(self.rows, states, strict=True):
+            kept[row.row, row.places] = state.to(hidden.device, non_blocking=True)
+        self.kept = True
+        return kept
+
+
+def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:
+    """Whether texts in one row, told apart by positions that begin anew, do not see each other in what a block is called with."""
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+        return False
+    cuts = [(int(row), int(at) + 1) for row, at in (positions.diff(dim=1) != 1).nonzero()]
+    mask = kwargs.get("attention_mask")
+    if not cuts or flash:
+        return bool(cuts) and mask is None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return False
+    closed = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    return all(bool(closed[min(row, len(closed) - 1), :, at:, :at].all()) for row, at in cuts)
+
+
+def unfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """Why a pass is not one that can begin at the cut."""
+    if inputs.get("past_key_values") is not None:
+        return "a pass that goes on from keys and values (generation) needs those of every layer"
+    if keeps(model, inputs):
+        return "with use_cache a model hands out keys and values of every layer"
+    config: Any = text_config(model)
+    for name in SEEN:
+        asked = inputs.get(name)
+        if asked if asked is not None else getattr(config, name, False):
+            return f"{name} asks for those of every layer"
+    return None
+
+
+def keeps(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model hands out keys and values."""
+    asked = inputs.get("use_cache")
+    if asked is not None or "use_cache" not in inspect.signature(model.forward).parameters:
+        return bool(asked)
+    return bool(getattr(text_config(model), "use_cache", False))
+
+
+def wake(quiet: list[nn.Module]) -> None:
+    for module in quiet:
+        module.training = True
+
+
+def _quieted(model: nn.Module, found: Below) -> list[nn.Module]:
+    """Of what holds the blocks, only what is random by itself: its flag says more than that."""
+    around = {
+        id(m) for name, m in below.in_front(model, found.names[0]) if found.names[0].startswith(f"{name}." * bool(name))
+    }
+    modules = [(name, m) for name, m in below.modules_below(model, found) if m.training]
+    quiet = [m for name, m in modules if id(m) not in around or below.random_in([(name, m)])]
+    for module in quiet:
+        module.training = False
+    return quiet
