@@ -120,6 +120,8 @@ def _sorted(
         if not isinstance(value, torch.Tensor):
             shared.append((name, value))
             continue
+        if name == _SOME[decoder] and tuple(value.shape) == tuple(shape) and bool(((value == 0) | (value == 1)).all()):
+            continue  # says what is real, and nothing else
         title = f"{name}:{value.dtype};".encode()
         if name == "position_ids" and value.dim() > 2:  # several numbers for each place
             value = value.movedim((-2, -1), (0, 1))

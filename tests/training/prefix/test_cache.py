@@ -1,0 +1,326 @@
+"""Loops and trainers with `prefix_cache`: equal to runs without it, and whatever would make states wrong switches it off."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
+from layerpeft.errors import ConfigError
+from layerpeft.training.prefix.setting import Setting
+from tests.helpers.loops import llama, make_batches
+from tests.helpers.short import short_llama
+from tests.helpers.training import gsm8k_rows, record, sft
+
+BATCHES = make_batches()[:2]
+METHODS: dict[str, Any] = {
+    "lora": lambda **o: LayerLoraConfig(r=4, init_lora_weights=False, **o),
+    "galore": lambda **o: LayerGaloreConfig(r=4, update_proj_gap=2, **o),
+    "full": lambda **o: LayerFullConfig(**o),
+}
+
+
+def wrapped(method: str = "lora", base: nn.Module | None = None, **options: Any) -> Any:
+    torch.manual_seed(3)
+    config = METHODS[method](select="last:2", task_type="CAUSAL_LM", **options)
+    return get_peft_model(llama() if base is None else base, config)
+
+
+def cache_of(model: Any) -> Any:
+    return model.peft_config["default"]._layerpeft.prefix
+
+
+def epochs(model: Any, number: int = 3, each: Any = lambda _model: None) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(number):
+        for batch in BATCHES:
+            loss = model.train()(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            each(model)
+    return losses
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_begins_at_the_cut_and_a_block_below_runs_once_for_each_row(method: str):
+    plain, model = wrapped(method), wrapped(method, prefix_cache="memory")
+    ran = []
+    below = model.get_base_model().model.layers[0].mlp.down_proj
+    below.register_forward_hook(lambda *_: ran.append(1))
+    assert "hook of your own" not in str(cache_of(model).why)
+    below._forward_hooks.clear()
+    own = type(below).forward
+    below.forward = lambda x: (ran.append(1), own(below, x))[1]
+    assert epochs(model) == epochs(plain)
+    assert equal(model, plain)
+    cache = cache_of(model)
+    rows = sum(len(b["input_ids"]) for b in BATCHES)
+    assert (cache.why, cache.hits, cache.misses) == (None, 2 * rows, rows)
+    assert len(ran) == len(BATCHES) + 1  # and one row by itself, for the proof
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_again_from_what_is_kept(reentrant: bool):
+    plain, model = wrapped(), wrapped(prefix_cache="memory")
+    for each in (plain, model):
+        each.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        each.enable_input_require_grads()
+    assert epochs(model) == epochs(plain)
+    assert equal(model, plain)
+    assert cache_of(model).hits
+
+
+def two_then_backward(model: Any) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        found = [model.train()(**batch).loss for batch in BATCHES]  # both passes before the first goes back
+        sum(found).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [loss.item() for loss in found]
+    return losses
+
+
+def test_several_passes_in_flight_keep_to_their_own_states():
+    plain, model = wrapped(), wrapped(prefix_cache="memory")
+    for each in (plain, model):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+    assert two_then_backward(model) == two_then_backward(plain)
+    assert equal(model, plain)
+
+
+def test_the_same_row_is_found_under_other_padding_and_in_other_company():
+    model = wrapped(prefix_cache="memory")
+    epochs(model, 1)
+    ids = BATCHES[0]["input_ids"][:1]
+    other = torch.cat([ids, torch.full((1, 3), 5)], 1), torch.tensor([[1] * ids.shape[1] + [0] * 3])
+    cache, plain = cache_of(model), wrapped()
+    plain.load_state_dict(model.state_dict())
+    before = cache.hits
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=other[0], attention_mask=other[1], use_cache=False).logits for m in (model, plain))
+    assert cache.hits == before + 1
+    real = other[1].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_the_left_is_another_row():
+    model = wrapped(prefix_cache="memory")
+    epochs(model, 1)
+    ids, cache = BATCHES[0]["input_ids"][:1], cache_of(model)
+    left = torch.cat([torch.zeros(1, 2).long(), ids], 1), torch.tensor([[0] * 2 + [1] * ids.shape[1]])
+    hits = cache.hits
+    model(input_ids=left[0], attention_mask=left[1])
+    assert cache.hits == hits
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "past_key_values"])
+def test_passes_that_need_every_layer_are_computed_whole(asked: str):
+    model = wrapped(prefix_cache="memory")
+    epochs(model, 2)
+    plain = wrapped()
+    plain.load_state_dict(model.state_dict())
+    hits = cache_of(model).hits
+    if asked == "past_key_values":
+        found = [m.eval().generate(BATCHES[0]["input_ids"], max_new_tokens=3, do_sample=False) for m in (model, plain)]
+        assert torch.equal(*found)
+    else:
+        for m in (model, plain):
+            m.config._attn_implementation = "eager"
+        found = [m(**BATCHES[0], **{asked: True}) for m in (model, plain)]
+        names = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
+        ours, theirs = (getattr(f, names[asked]) for f in found)
+        assert all(map(torch.equal, ours, theirs))
+    assert cache_of(model).hits == hits
+
+
+def test_weights_that_change_below_the_cut_make_states_stale():
+    plain, model = wrapped(), wrapped(prefix_cache="memory")
+    losses = []
+    for each in (plain, model):
+        found = epochs(each, 2)
+        with torch.no_grad():
+            each.get_base_model().model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        losses.append(found + epochs(each, 2))
+    assert losses[0] == losses[1]
+    assert cache_of(model).why is None
+
+
+@pytest.mark.parametrize("what", ["hook", "adapter", "trains", "noise"])
+def test_what_makes_the_lower_part_no_function_of_a_row_switches_it_off_at_any_time(what: str):
+    def change(model: Any) -> None:
+        base = model.get_base_model()
+        if what == "hook":
+            base.model.layers[0].register_forward_hook(lambda _m, _a, y: y * 1.01)
+        elif what == "adapter":
+            torch.manual_seed(9)
+            model.add_adapter("other", LoraConfig(r=2, layers_to_transform=[0], init_lora_weights=False))
+            model.base_model.set_adapter(["default", "other"])
+        elif what == "trains":
+            base.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+        else:
+            base.model.embed_tokens.register_forward_hook(lambda _m, _a, y: y + torch.randn_like(y))
+
+    if what == "adapter":  # which trains as well, so that the cut is gone
+        model = wrapped(prefix_cache="memory")
+        epochs(model, 1)
+        change(model)
+        epochs(model, 1)
+        assert cache_of(model).why is not None
+        return
+    losses, model = [], None
+    for options in ({}, {"prefix_cache": "memory"}):
+        model = wrapped(**options)
+        if what == "noise":
+            change(model)
+        torch.manual_seed(21)
+        first = epochs(model, 1)
+        if what != "noise":
+            change(model)
+        losses.append(first + epochs(model, 2))
+    assert losses[0] == losses[1]
+    assert cache_of(model).why is not None
+
+
+def test_a_copy_of_the_model_keeps_states_of_its_own():
+    model = wrapped(prefix_cache="memory")
+    epochs(model, 1)
+    twin = copy.deepcopy(model)
+    assert cache_of(twin) is not cache_of(model)
+    assert epochs(twin, 2) == epochs(model, 2)
+    assert cache_of(twin).misses < cache_of(model).misses + 1
+
+
+def test_a_choice_that_waits_is_made_before_anything_is_kept():
+    losses = []
+    for options in ({}, {"prefix_cache": "memory"}):
+        torch.manual_seed(3)
+        config = LayerLoraConfig(
+            select={"by": "gradient_norm", "keep": 1, "layers": [2, 3], "num_batches": 1}, r=4, **options
+        )
+        model: Any = get_peft_model(llama(), config)
+        losses.append(epochs(model))
+    assert losses[0] == losses[1]
+    assert cache_of(model).hits
+
+
+def test_schedules_and_plain_choices_say_that_it_is_off():
+    model: Any = get_peft_model(
+        llama(), LayerLoraConfig(select={"by": "random", "keep": 1, "reselect_steps": 2}, r=4, prefix_cache="memory")
+    )
+    assert "change while training" in cache_of(model).why
+    model = get_peft_model(llama(), LayerLoraConfig(r=4, prefix_cache="memory"))
+    epochs(model, 1)
+    assert "nothing lies below" in cache_of(model).why
+
+
+SETTINGS = [
+    ("memory", Setting()),
+    ("disk", Setting("disk")),
+    ("20GB", Setting("disk", 20 * 10**9)),
+    ("./kept", Setting("./kept")),
+    ({"where": "memory", "limit": "1MiB", "bits": 8}, Setting("memory", 2**20, 8)),
+]
+
+
+@pytest.mark.parametrize(("value", "setting"), SETTINGS)
+def test_settings_are_read_and_written(value: Any, setting: Setting):
+    assert Setting.parse(value) == setting == Setting.parse(setting.plain())
+
+
+def test_wrong_settings_are_named_together():
+    with pytest.raises(ConfigError) as error:
+        LayerLoraConfig(select="last:1", prefix_cache={"where": 3, "limit": "much", "bit": 8}, lower_dropout="of")
+    assert all(word in str(error.value) for word in ("'bit'", "limit='much'", "lower_dropout='of'", "memory, disk"))
+
+
+# ---- trainers
+
+TRAINED = {
+    "sft": {"pad_to_multiple_of": 32},
+    "accumulated": {"pad_to_multiple_of": 32, "gradient_accumulation_steps": 2},
+    "packed": {"packing": True, "max_length": 64, "per_device_train_batch_size": 1},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "per_device_train_batch_size": 1},
+    "bf16": {"pad_to_multiple_of": 32, "bf16": True},
+}
+
+
+def losses_of(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", [*(n for n in TRAINED if n != "bf16"), pytest.param("bf16", marks=pytest.mark.slow)])
+def test_sft_is_equal_to_the_bit_where_batches_have_one_shape(name: str, tmp_path: Any):
+    rows, found = gsm8k_rows().select(range(6)), []
+    for kept in (None, "memory"):
+        torch.manual_seed(11)
+        config = LayerLoraConfig(select="last:2", r=4, prefix_cache=kept)
+        options = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "no", "learning_rate": 1e-2}
+        trainer = sft(rows, tmp_path, config, **options, **TRAINED[name])
+        trainer.train()
+        found.append(trainer)
+    assert losses_of(found[1]) == losses_of(found[0])
+    assert equal(found[1].model, found[0].model)
+    cache = record(found[1]).prefix
+    assert cache.why is None
+    assert cache.hits == 2 * cache.misses
+
+
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_a_reference_shares_the_lower_part_of_the_same_step(kind: str, tmp_path: Any):
+    rows = [(r["prompt"], r["completion"]) for r in gsm8k_rows().select(range(6))]
+    if kind == "dpo":
+        made = [{"prompt": p, "chosen": c, "rejected": " no" + c[:9]} for p, c in rows]
+        config, trainer = DPOConfig, DPOTrainer
+    else:
+        made = [{"prompt": p, "completion": c, "label": i % 2 == 0} for i, (p, c) in enumerate(rows)]
+        config, trainer = KTOConfig, KTOTrainer
+    found = []
+    for kept in (None, "memory"):
+        torch.manual_seed(11)
+        given = {"max_steps": 6, "max_length": 64, "learning_rate": 1e-2, "save_strategy": "no", "logging_steps": 1}
+        given |= {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True, "pad_to_multiple_of": 64}
+        given |= {"per_device_train_batch_size": 2} if kind == "dpo" else {"per_device_train_batch_size": 6}
+        given = given if kind == "dpo" else {k: v for k, v in given.items() if k != "pad_to_multiple_of"}
+        run: Any = trainer(
+            str(short_llama()),
+            args=config(str(tmp_path), **given),
+            train_dataset=Dataset.from_list(made),
+            peft_config=LayerLoraConfig(select="last:2", r=4, prefix_cache=kept),
+        )
+        run.train()
+        found.append(run)
+    assert losses_of(found[1]) == losses_of(found[0])
+    assert equal(found[1].model, found[0].model)
+    cache = record(found[1]).prefix
+    assert cache.why is None
+    assert cache.hits >= 3 * cache.misses  # in the first epoch half of all passes, later all
+
+
+def test_one_epoch_and_streams_leave_it_off(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    monkeypatch.setenv("LAYERPEFT_QUIET", "0")
+    rows = gsm8k_rows().select(range(4))
+    for given, why in ((rows, "one epoch"), (rows.to_iterable_dataset(), "streamed")):
+        config = LayerLoraConfig(select="last:2", r=4, prefix_cache="memory")
+        trainer = sft(given, tmp_path, config, max_steps=2, save_strategy="no")
+        trainer.train()
+        cache = record(trainer).prefix
+        assert (cache.hits, cache.misses) == (0, 0)
+        assert f"prefix_cache is off: {'one epoch without' if why == 'one epoch' else 'rows that are streamed'}" in (
+            capsys.readouterr().err
+        )
