@@ -1,0 +1,135 @@
+"""The files of a folder of states: each process appends to a data file and a journal of its own, and reads those of all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerpeft.training.prefix.entries import FIELDS, SIZE, Entry, Form, entry_of, record_of
+from layerpeft.training.prefix.folders import DATA, JOURNAL, Handle
+from layerpeft.training.prefix.index import Index
+
+OPEN = 64  # files that are held open, whatever their number
+CHUNK = 2**16  # records that are read at a time
+_RECORDS = 40  # bits of a place that number the record in its journal; those above number the journal
+
+
+class Damaged(Exception):
+    """An entry is not what was written."""
+
+
+class Journals:
+    """Those of all processes, to read. Files are read and never mapped: one that is cut short, or a disk that fails, is an error
+    that can be caught, where a mapped one would end the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._names: list[str] = []
+        self._read: dict[str, tuple[int, int]] = {}  # the number of a journal, and how many records of it are known
+        self._open: OrderedDict[str, Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def news(self, index: Index) -> None:
+        """Adds what has been written since, by any process. Raises: OSError."""
+        with os.scandir(self.folder) as files:
+            found = [(file.name, file.stat().st_size // SIZE) for file in files if file.name.endswith(JOURNAL)]
+        for file, count in sorted(found):
+            name = file.removesuffix(JOURNAL)
+            if name not in self._read:
+                self._read[name] = len(self._names), 0
+                self._names.append(name)
+            number, known = self._read[name]
+            while known < count:
+                data = bytearray(min(count - known, CHUNK) * SIZE)
+                whole = self._handle(file).read_into(memoryview(data), known * SIZE) // SIZE
+                if not whole:
+                    break
+                records = np.frombuffer(data, FIELDS, whole)
+                there = records["type"].nonzero()[0]
+                index.add(records["low"][there], records["high"][there], there + (known + (number << _RECORDS)))
+                known += whole
+                self._read[name] = number, known
+
+    def read(self, place: int, key: bytes, pinned: bool = False) -> torch.Tensor | None:
+        """The state that lies there; None where it is another row's. Raises: OSError; Damaged."""
+        entry, name = self._entry(place), self._name(place)
+        if entry.key != key:
+            return None
+        data = torch.empty(entry.length, dtype=torch.uint8, pin_memory=pinned)
+        try:
+            count = self._handle(name + DATA).read_into(memoryview(data.numpy()), entry.offset)
+        except FileNotFoundError as error:
+            raise Damaged from error
+        if count < entry.length or not entry.fits(data):
+            raise Damaged
+        return entry.form.restored(data)
+
+    def ahead(self, place: int) -> None:
+        """Has the system read it while others things are done. Raises: OSError; Damaged."""
+        entry = self._entry(place)
+        if hasattr(os, "posix_fadvise"):
+            handle = self._handle(self._name(place) + DATA)
+            os.posix_fadvise(handle.fd, entry.offset, entry.length, os.POSIX_FADV_WILLNEED)
+
+    def strike(self, place: int) -> None:
+        """Nobody finds it any more, where the journal can be written."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._handle(self._name(place) + JOURNAL).fd, bytes(SIZE), _at(place))
+
+    def _entry(self, place: int) -> Entry:
+        record = os.pread(self._handle(self._name(place) + JOURNAL).fd, SIZE, _at(place))
+        entry = entry_of(record)
+        if entry is None:
+            raise Damaged
+        return entry
+
+    def _name(self, place: int) -> str:
+        return self._names[place >> _RECORDS]
+
+    def _handle(self, name: str) -> Handle:
+        with self._lock:
+            handle = self._open.pop(name, None) or Handle(self.folder / name, os.O_RDWR, os.O_RDONLY)
+            self._open[name] = handle
+            while len(self._open) > OPEN:
+                self._open.popitem(last=False)
+            return handle
+
+
+class Own:
+    """The two files of this process. An entry counts once its record is whole, which is written after its data."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: OSError."""
+        name = secrets.token_hex(8)
+        self._data, self._journal = (
+            Handle(folder / f"{name}{kind}", os.O_RDWR | os.O_CREAT | os.O_EXCL) for kind in (DATA, JOURNAL)
+        )
+        self._end = self._count = 0
+
+    def append(self, rows: Sequence[tuple[bytes, torch.Tensor, Form]]) -> None:
+        """Keys, bytes and what they mean. Raises: OSError, and then nothing of them is left."""
+        end, records = self._end, []
+        try:
+            for key, data, form in rows:
+                self._data.write(memoryview(data.numpy()), end)
+                records.append(record_of(key, end, data, form))
+                end += len(data)
+            self._journal.write(memoryview(b"".join(records)), self._count * SIZE)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._journal.fd, self._count * SIZE)
+                os.ftruncate(self._data.fd, self._end)
+            raise
+        self._end, self._count = end, self._count + len(records)
+
+
+def _at(place: int) -> int:
+    return (place & (1 << _RECORDS) - 1) * SIZE
