@@ -14,12 +14,13 @@ from benchmarks.model import LINEARS, num_layers
 
 @dataclass(frozen=True)
 class Options:
-    """`select` as in `LayerLoraConfig`, the rank, PEFT's factor, and the precision of layers that do not train."""
+    """`select` as in `LayerLoraConfig`, the rank, PEFT's factor, and the precision of layers that do not train, `prefix_cache`."""
 
     select: Any = "last:3"
     r: int = 8
     lora_alpha: int = 16
     quantize_frozen: str | None = None
+    prefix_cache: str | None = None
 
 
 def config(options: Options, count: int) -> layerpeft.LayerLoraConfig:
@@ -30,6 +31,7 @@ def config(options: Options, count: int) -> layerpeft.LayerLoraConfig:
         target_modules=LINEARS,
         select=options.select,
         quantize_frozen=options.quantize_frozen,
+        prefix_cache=options.prefix_cache,
         task_type="CAUSAL_LM",
     )
 

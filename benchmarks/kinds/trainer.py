@@ -32,6 +32,7 @@ TOKENIZER = Model(shipped="llama-6m")  # for its vocabulary of 4,096; rows are t
 class Options:
     """What is trained by which arms, in `rounds` fresh trainers each, of `steps` steps of which the first `warm_up` are not timed.
 
+    In `epochs` over the same rows only the last is timed and counted; of the first, the whole is timed beside it.
     `trl`: arguments of `SFTConfig` that are not to be left at their defaults.
     """
 
@@ -43,6 +44,7 @@ class Options:
     rounds: int = 5
     steps: int = 6
     warm_up: int = 2
+    epochs: int = 1
     threads: int = 1
     seed: int = 0
 
@@ -58,6 +60,8 @@ def check(options: Options, problems: Problems) -> None:
         problems.add(f"reference: {unknown('label', options.reference, options.arms)}")
     if not 1 <= options.warm_up < options.steps:
         problems.add(f"warm_up: {options.warm_up} of {options.steps} steps; expected at least 1 and fewer than steps")
+    if options.epochs < 1 or options.steps % options.epochs:
+        problems.add(f"epochs: {options.epochs} of {options.steps} steps; expected as many steps in each")
 
 
 def measure(case: Case, say: Say) -> dict[str, Any]:
@@ -69,23 +73,32 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
     say("counted")
     order, draw = list(arms), random.Random(options.seed)
     times: dict[str, list[float]] = {label: [] for label in arms}
+    firsts: dict[str, list[float]] = {label: [] for label in arms}
     for number in range(options.rounds):
         draw.shuffle(order)
         for label in order:
-            watch = Watch(options.warm_up)
+            watch = Watch()
             _train(arms[label], options, watch)
-            times[label].append(statistics.median(watch.seconds))
+            times[label].append(statistics.median(watch.seconds[_timed_from(options) :]))
+            firsts[label].append(sum(watch.seconds[options.warm_up - 1 : options.steps // options.epochs]))
         say(f"round {number + 1} of {options.rounds}")
     for label, row in clock.ratios(times, options.reference).items() if options.rounds else ():
         rows[label] |= {"time": row, "step_seconds": round(statistics.median(times[label]), 4)}
+    for label, row in clock.ratios(firsts, options.reference).items() if options.rounds and options.epochs > 1 else ():
+        rows[label] |= {"first_epoch": row}
     return {"arms": rows}
 
 
-class Watch(TrainerCallback):
-    """Seconds of every step after the first `warm_up`."""
+def _timed_from(options: Options) -> int:
+    """The first step that is timed, from 0: those before it warm up, or belong to epochs before the last."""
+    return max(options.warm_up, options.steps - options.steps // options.epochs if options.epochs > 1 else 0)
 
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up, self.start, self.seconds = warm_up, 0.0, []
+
+class Watch(TrainerCallback):
+    """Seconds of every step."""
+
+    def __init__(self) -> None:
+        self.start, self.seconds = 0.0, list[float]()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before the forward pass."""
@@ -93,15 +106,14 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the optimizer's step."""
-        if state.global_step > self.warm_up:
-            self.seconds.append(clock.now() - self.start)
+        self.seconds.append(clock.now() - self.start)
 
 
 class Counter(TrainerCallback):
-    """Operations and peak live bytes of the step after `warm_up`."""
+    """Operations and peak live bytes of the step after so many."""
 
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up, self.open = warm_up, ExitStack()
+    def __init__(self, after: int) -> None:
+        self.warm_up, self.open = after, ExitStack()
         self.found: dict[str, int] = {}
 
     def on_step_begin(
@@ -121,8 +133,9 @@ class Counter(TrainerCallback):
 
 
 def _counts(arm: Arm, options: Options) -> dict[str, int]:
-    counter = Counter(options.warm_up)
-    _train(arm, options, counter, steps=options.warm_up + 1)
+    last = _timed_from(options) + 1
+    counter = Counter(last - 1)
+    _train(arm, options, counter, steps=last)
     return counter.found
 
 
@@ -134,7 +147,8 @@ def _train(arm: Arm, options: Options, callback: TrainerCallback, steps: int | N
     model: Any = build(options.model, seed=options.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder(TOKENIZER))
     count, vocabulary = steps or options.steps, min(model.config.vocab_size, len(tokenizer))
-    drawn = batches(options.model, options.batch, vocabulary, count=count, seed=options.seed)
+    every = options.steps // options.epochs if options.epochs > 1 else count
+    drawn = batches(options.model, options.batch, vocabulary, count=every, seed=options.seed)
     rows = [row for batch in drawn for row in batch["input_ids"].tolist()]
     with tempfile.TemporaryDirectory() as output, _hushed():
         fixed = {"max_steps": count, "per_device_train_batch_size": options.batch.rows, "seed": options.seed}
