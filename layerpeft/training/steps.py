@@ -194,6 +194,8 @@ def _train_end(model: nn.Module | None, output_dir: str, stepped: bool) -> None:
     try:
         for follower in followers:
             follower.end(stepped)
+            if follower.record.prefix is not None:
+                follower.record.prefix.end()
     except TrainingError as error:
         inner: Any = getattr(model, "module", model)
         rescue = unused(output_dir, "unverified")

@@ -92,6 +92,12 @@ class PrefixCache:
             self.forget()
         self.rests, self.newest = why is not None, rows.fresh
 
+    def end(self) -> None:
+        """A trainer has ended: how many passes of a row began at the cut."""
+        if self.hits and self._below is not None:
+            whole = self.hits + self.misses
+            self.say(f"prefix_cache: {self.hits:,} of {whole:,} passes of a row began at layer {self._below.cut}")
+
     def news(self) -> dict[str, float]:
         """What trackers are told: the share of rows, so far, whose lower part was not computed."""
         seen = self.hits + self.misses
@@ -150,20 +156,20 @@ class PrefixCache:
 
     def _fault(self, model: nn.Module, now: Pass, entered: torch.Tensor, output: Any) -> str | None:
         assert self.store is not None
-        if proof.drew(now.random, now.running.random):
-            return proof.RANDOM.format(now.below.cut)
-        for row in now.rows:
-            known = self.store.get([row.key])
-            if known and not proof.alike(known[0], entered[row.row, row.places].cpu()):
-                return proof.CHANGED.format(now.below.cut)
         self._busy, quiet = True, now.quieted(model)
         try:
-            return proof.fault(
+            found = proof.fault(
                 model, now.below, now.inputs, now.rows, entered, output, self._forms, now.random, now.decoder
             )
         finally:
             self._busy = False
             wake(quiet)
+        if proof.drew(now.random, now.running.random):
+            return proof.RANDOM.format(now.below.cut)
+        known = ((row, self.store.get([row.key])) for row in now.rows)
+        if any(s and not proof.alike(s[0], entered[r.row, r.places].cpu()) for r, s in known):
+            return proof.CHANGED.format(now.below.cut)
+        return found
 
     def _ready(self, model: nn.Module) -> bool:
         """Whether there is a cut, and a store of states of what lies below it now."""

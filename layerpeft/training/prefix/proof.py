@@ -7,14 +7,13 @@ they gave out (nothing else goes upwards). And a row by itself enters the cut as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerpeft.integrations.torch import tensors_of
-from layerpeft.selection.states import entering_states
 from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.rows import Row
 from layerpeft.training.prefix.running import Form, Running, random_states
@@ -26,10 +25,6 @@ CHANGED = "what is kept of a row is not what enters layer {}"
 # How far rows may differ in other batches, as a share of the largest number, by what another order of sums does.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 LOW = 5e-2
-
-
-class Enough(Exception):
-    """Ends a pass that was run for what enters the cut alone."""
 
 
 def drew(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
@@ -60,12 +55,10 @@ def fault(
     """What is not as it must be, of a pass that gave out `output`, and began with these random states; None: all is."""
     with torch.no_grad(), _drawing_as(random, entered.device):
         again = _from_cut(model, below, inputs, assembled(entered, rows), forms)
-        if again is None or not _same(output, again, rows, tuple(entered.shape[:2])):
-            return UPWARDS.format(below.cut)
+        upwards = again is None or not _same(output, again, rows, tuple(entered.shape[:2]))
         longest = max(rows, key=lambda row: (row.row, _length(row)))
-        if len(rows) > 1 and not _alone(model, below, inputs, longest, entered, forms, decoder):
-            return TOGETHER.format(below.cut)
-    return None
+        together = not _alone(model, below, inputs, longest, entered, forms, decoder)  # by all processes, or by none
+    return (UPWARDS if upwards else TOGETHER).format(below.cut) if upwards or together else None
 
 
 def assembled(entered: torch.Tensor, rows: list[Row]) -> torch.Tensor:
@@ -122,22 +115,11 @@ def _alone(
     shape = tuple(entered.shape[:2])
     own = {k: _own(k, v, row, shape, decoder) for k, v in inputs.items()}
     running = Running(below.blocks(model), dict(forms), lambda *_: None)
-    handle = below.blocks(model)[-1].register_forward_pre_hook(_stop, with_kwargs=True)
-    found: torch.Tensor | None = None
-    try:
+    with suppress(Exception):  # such as that of a model that wants as many pictures as there were
         model.forward(**own)
-    except Enough as enough:
-        found = enough.args[0]
-    except Exception:  # such as a model that wants as many pictures as there were
-        return True
-    finally:
-        handle.remove()
-        running.close()
+    running.close()
+    found = running.entered
     return found is None or alike(found[0], entered[row.row, row.places])
-
-
-def _stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise Enough(entering_states(args, kwargs))
 
 
 def _own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool) -> Any:
