@@ -64,10 +64,8 @@ def why_off(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | 
     `lower_dropout`: what is random below the cut stays so in training. Weights need not be there.
     """
     modules = modules_below(base, below)
-    own = {id(p) for _, m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
-    upper = [p for p in parameters_of(base) if id(p) in own]
-    if upper:
-        name = next(n for n, p in base.named_parameters(remove_duplicate=False) if id(p) in own)
+    trains = (f"{n}.{k}" for n, m in modules for k, p in m._parameters.items() if p is not None and p.requires_grad)
+    if (name := next(trains, None)) is not None:
         return f"{name}, below layer {below.cut}, trains"
     return why_unfixed(base, below, lower_dropout)
 
@@ -83,7 +81,7 @@ def why_unfixed(base: nn.Module, below: Below, lower_dropout: bool = True) -> st
         _found(modules, (BaseTunerLayer, AuxiliaryTrainingWrapper), f"below layer {below.cut} lies another adapter")
         or _found(modules, (_BatchNorm,), "batch norms look at a batch as a whole")
         or _handing_on(modules)
-        or _hooked(base, below)
+        or _hooked(modules, base, below)
         or _compiled(base)
         or ("DataParallel copies the model at every step" if is_replica(base) else None)
     )
@@ -101,16 +99,12 @@ def random_in(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     return found
 
 
-def foreign_hooks(base: nn.Module, below: Below) -> list[str]:
-    """Modules in blocks below the cut, and the block at it, on which somebody else has put hooks."""
-    blocks = below.blocks(base)
-    inside = [m for block in blocks[:-1] for m in modules_of(block)] + [blocks[-1]]
-    hooks = ((m, h) for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return [type(m).__name__ for m, hook in hooks if not _is_known(hook)]
-
-
-def _hooked(base: nn.Module, below: Below) -> str | None:
-    found = foreign_hooks(base, below)
+def _hooked(modules: Iterable[tuple[str, nn.Module]], base: nn.Module, below: Below) -> str | None:
+    """What is around the blocks, and ends with all, may have hooks."""
+    around = [*modules, (below.block, base.get_submodule(below.block))]
+    inside = [(n, m) for n, m in around if n and not below.names[0].startswith(f"{n}.")]
+    hooks = ((n, h) for n, m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    found = [name for name, hook in hooks if not _is_known(hook)]
     return f"a hook of your own waits below layer {below.cut}, on {some(found)}" if found else None
 
 

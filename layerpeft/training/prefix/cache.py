@@ -184,15 +184,12 @@ class PrefixCache:
         found = Below(own or (), lowest or 0)
         if self._below is not None and (lowest is None or lowest >= self._below.cut):
             found = self._below  # what enters it is as fixed while less trains, or nothing at all
+        if (why := below.why_off(model, found, self.lower_dropout)) is not None:
+            self.off(why)
+            return False
         if found != self._below:
-            if (why := below.why_off(model, found, self.lower_dropout)) is not None:
-                self.off(why)
-                return False
             self._below, self._forms = found, {}
             self.forget()
-        elif foreign := below.foreign_hooks(model, found):
-            self.off(f"a hook of your own waits below layer {found.cut}, on {foreign[0]}")
-            return False
         versions = _versions(model, found)
         if versions != self._versions:
             self.forget()

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from layerpeft.model.architectures import text_config
 from layerpeft.training.prefix import below
 from layerpeft.training.prefix.below import Below
-from layerpeft.training.prefix.rows import Row, rows_of
+from layerpeft.training.prefix.proof import RANDOM, drew
+from layerpeft.training.prefix.rows import IMAGES, Row, length, rows_of
 from layerpeft.training.prefix.running import Form, Running, random_states
 from layerpeft.training.prefix.store import Store
 
 SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
-Mode = tuple[bool, torch.dtype | None]  # whether the model trains, and what autocast casts to
+# What a proof is for: whether the model trains, what autocast casts to; and whether rows hold several texts, batches several rows,
+# padding, pictures.
+Mode = tuple[Any, ...]
 
 
 class Pass:
@@ -40,7 +44,8 @@ class Pass:
         kind = self.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.mode: Mode = (model.training, cast)
-        self.proved = self.mode in proved
+        self.proved = proved
+        self.divided = isinstance(model.get_submodule(found.block), FSDPModule)
         config: Any = getattr(model, "config", None)
         self.decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0]
         self.image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
@@ -63,6 +68,9 @@ class Pass:
         """What enters the cut, where it is kept of every row; None: all is computed."""
         if hidden is None or hidden.dim() < 3:
             return None
+        if drew(self.random, random_states(hidden.device)):
+            self.running.why = RANDOM.format(self.below.cut)
+            return None
         shape = (hidden.shape[0], hidden.shape[1])
         several, salt = stops(self.inputs.get("position_ids"), kwargs, self.flash), str(self.mode[1]).encode()
         found = rows_of(
@@ -74,7 +82,11 @@ class Pass:
             salt=salt + str(hidden.dtype).encode(),
         )
         self.rows = found or []
-        if not self.rows or not self.proved:
+        padded = sum(map(length, self.rows)) < shape[0] * shape[1]
+        pictures = self.image is not None and any(name.startswith(IMAGES) for name in self.inputs)
+        if not self.divided:  # or a process would prove alone what another has proved, and wait for its weights
+            self.mode = (*self.mode[:2], several, len(self.rows) > 1, padded, pictures)
+        if not self.rows or self.mode not in self.proved:
             return None
         states = self.store.get([row.key for row in self.rows])
         if states is None:

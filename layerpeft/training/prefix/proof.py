@@ -15,7 +15,7 @@ from torch import nn
 
 from layerpeft.integrations.torch import tensors_of
 from layerpeft.training.prefix.below import Below
-from layerpeft.training.prefix.rows import Row
+from layerpeft.training.prefix.rows import Row, length
 from layerpeft.training.prefix.running import Form, Running, random_states
 
 RANDOM = "what runs below layer {} draws random numbers"
@@ -56,7 +56,7 @@ def fault(
     with torch.no_grad(), _drawing_as(random, entered.device):
         again = _from_cut(model, below, inputs, assembled(entered, rows), forms)
         upwards = again is None or not _same(output, again, rows, tuple(entered.shape[:2]))
-        longest = max(rows, key=lambda row: (row.row, _length(row)))
+        longest = max(rows, key=lambda row: (row.row, length(row)))
         together = not _alone(model, below, inputs, longest, entered, forms, decoder)  # by all processes, or by none
     return (UPWARDS if upwards else TOGETHER).format(below.cut) if upwards or together else None
 
@@ -132,10 +132,6 @@ def _own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool)
         at = min(row.row, len(value) - 1)
         return value[at : at + 1, row.places]
     return value[row.row : row.row + 1] if value.dim() and value.shape[0] == shape[0] else value
-
-
-def _length(row: Row) -> int:
-    return row.places.stop - row.places.start if isinstance(row.places, slice) else len(row.places)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ APART = frozenset(
     + ("next_sentence_label", "shift_labels", "fused_lm_head")
 )
 _CUTS = ("cu_seq_lens", "max_length_", "seq_idx")  # say where texts begin, as positions do
-_IMAGES = ("pixel_values", "image_", "video_", "pixel_")
+IMAGES = ("pixel_values", "image_", "video_", "pixel_")
 _SOME = ("attention_mask", "decoder_attention_mask")
 
 
@@ -40,6 +40,11 @@ class Row:
     row: int
     places: slice | torch.Tensor
     key: bytes
+
+
+def length(row: Row) -> int:
+    """How many tokens it has."""
+    return row.places.stop - row.places.start if isinstance(row.places, slice) else len(row.places)
 
 
 def rows_of(
@@ -115,7 +120,7 @@ def _sorted(
     tokens, whole, shared = [], [], []
     for name, value in sorted(inputs.items()):
         away = name in APART and not (decoder and name == "labels")
-        if away or value is None or (several and name.startswith(_CUTS)) or (image and name.startswith(_IMAGES)):
+        if away or value is None or (several and name.startswith(_CUTS)) or (image and name.startswith(IMAGES)):
             continue
         if not isinstance(value, torch.Tensor):
             shared.append((name, value))
@@ -127,6 +132,8 @@ def _sorted(
             value = value.movedim((-2, -1), (0, 1))
         if value.dim() > 1 and value.shape[1] == shape[1] and value.shape[0] in (1, shape[0]):
             tokens.append((title, _bytes(value, 2)))
+        elif "input_ids" in inputs and (value.is_floating_point() or value.dim() == 1) and not decoder:
+            shared.append((name, value))  # of pictures or sounds beside a text it is not said whose they are
         elif value.dim() and value.shape[0] == shape[0]:
             mask = inputs.get("attention_mask") if decoder else None
             real = mask.sum(1) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -153,7 +160,7 @@ class _Trimmed:
 
 def _pictures(inputs: Mapping[str, Any], shape: tuple[int, int], image: int | None) -> list[bytes] | None:
     """A digest of the pictures of every row, which hold as many tokens as their sizes say; None where that does not come out."""
-    given = {k: v for k, v in inputs.items() if k.startswith(_IMAGES) and isinstance(v, torch.Tensor)}
+    given = {k: v for k, v in inputs.items() if k.startswith(IMAGES) and isinstance(v, torch.Tensor)}
     ids = inputs.get("input_ids")
     if image is None or not given:
         return []
