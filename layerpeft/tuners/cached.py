@@ -12,7 +12,7 @@ from layerpeft.model.layers import LayerMap
 from layerpeft.selection.typecheck import checked
 from layerpeft.training.prefix.below import Below, why_unfixed
 from layerpeft.training.prefix.cache import PrefixCache
-from layerpeft.training.prefix.open import opener
+from layerpeft.training.prefix.open import Opener
 from layerpeft.training.prefix.setting import Setting, parse_lower
 from layerpeft.training.record import Record
 
@@ -72,7 +72,7 @@ def keep_states(config: Cached, record: Record, model: nn.Module, stack: str) ->
     setting = config.caching
     if setting is None:
         return
-    record.prefix = PrefixCache(opener(setting), stack, config.drops_below, setting.where != "memory")
+    record.prefix = PrefixCache(Opener(setting), stack, config.drops_below, setting.where != "memory")
     if record.schedule is not None:
         record.prefix.off("the layers that train change while training")
     record.prefix.install(model)

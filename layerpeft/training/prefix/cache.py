@@ -167,7 +167,8 @@ class PrefixCache:
         if proof.drew(now.random, now.running.random):
             return proof.RANDOM.format(now.below.cut)
         known = ((row, self.store.get([row.key])) for row in now.rows)
-        if any(s and not proof.alike(s[0], entered[r.row, r.places].cpu()) for r, s in known):
+        low = getattr(self.store, "bits", None) is not None
+        if any(s and not proof.alike(s[0], entered[r.row, r.places].cpu(), low) for r, s in known):
             return proof.CHANGED.format(now.below.cut)
         return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 # The place in here is what a record says, so new types go to the end. A record whose type is 0 is of nothing.
 DTYPES = (
@@ -54,7 +54,7 @@ class Entry:
 
     def fits(self, data: torch.Tensor) -> bool:
         """Whether these bytes (bytes,) uint8 are those that were written."""
-        return len(data) == self.length and xxhash.xxh3_64_intdigest(data.numpy()) == self.digest
+        return len(data) == self.length and digest_of(data.numpy()) == self.digest
 
 
 def packed(state: torch.Tensor, bits: int | None = None) -> tuple[torch.Tensor, Form] | None:
@@ -78,7 +78,7 @@ def packed(state: torch.Tensor, bits: int | None = None) -> tuple[torch.Tensor, 
 
 def record_of(key: bytes, offset: int, data: torch.Tensor, form: Form) -> bytes:
     """`SIZE` bytes that say where the bytes of this row's state lie."""
-    digest = xxhash.xxh3_64_intdigest(data.numpy())
+    digest = digest_of(data.numpy())
     shape = (*form.shape, *[0] * (MOST_DIMS - len(form.shape)))
     said = (key, offset, len(data), digest, DTYPES.index(form.dtype), form.bits, len(form.shape), *shape)
     record = _RECORD.pack(*said)
@@ -94,5 +94,12 @@ def entry_of(record: bytes) -> Entry | None:
     return None if dtype is None else Entry(key, offset, length, digest, Form(dtype, bits, tuple(shape[:dims])))
 
 
+def digest_of(data: Any) -> int:
+    """XXH3 of these bytes, 64 bits."""
+    import xxhash  # nothing else needs it, and those who keep nothing need not load it
+
+    return xxhash.xxh3_64_intdigest(data)
+
+
 def _check(record: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(record) & 0xFFFFFFFF
+    return digest_of(record) & 0xFFFFFFFF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -11,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 try:
     import fcntl
@@ -72,7 +71,7 @@ def default_root() -> Path:
 
 def folder_of(root: Path, belongs: Mapping[str, Any]) -> Path:
     """The folder of what belongs to the same things."""
-    return root / xxhash.xxh3_128_hexdigest(_json(belongs))
+    return root / hashlib.blake2b(_json(belongs), digest_size=16).hexdigest()
 
 
 @contextmanager

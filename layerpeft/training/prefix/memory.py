@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from layerpeft.text import note, size_text
+from layerpeft.training.prefix.entries import Form, packed
 
 
 class Memory:
-    """At most `limit` bytes; or of the `newest` rows alone, for trainers whose rows never come again after a few steps."""
+    """At most `limit` bytes; or of the `newest` rows alone, for trainers whose rows never come again after a few steps.
 
-    def __init__(self, limit: int | None = None, newest: int | None = None) -> None:
-        self.limit, self.newest = limit, newest
+    `bits`: 8 for a scale per token and a byte per number.
+    """
+
+    def __init__(self, limit: int | None = None, newest: int | None = None, bits: int | None = None) -> None:
+        self.limit, self.newest, self.bits = limit, newest, bits
         self.size, self._full = 0, False
-        self._kept: dict[bytes, torch.Tensor] = {}
+        self._kept: dict[bytes, tuple[torch.Tensor, Form]] = {}
 
     @property
     def rows(self) -> int:
@@ -30,21 +34,22 @@ class Memory:
     def get(self, keys: Sequence[bytes]) -> list[torch.Tensor] | None:
         """The states (tokens, width) of these rows, which are not to be written to; None where one is missing."""
         found = [self._kept[key] for key in keys if key in self._kept]
-        return found if len(found) == len(keys) else None
+        return [form.restored(data) for data, form in found] if len(found) == len(keys) else None
 
     def put(self, key: bytes, state: torch.Tensor) -> None:
         """Keeps a state, which is the store's own from now on; what does not fit is dropped."""
-        if key in self._kept:
+        kept = packed(state, self.bits) if key not in self._kept else None
+        if kept is None:
             return
-        if self.limit is not None and self.size + state.nbytes > self.limit:
+        if self.limit is not None and self.size + kept[0].nbytes > self.limit:
             if not self._full:
                 self._full = True
                 note(f"prefix_cache: {size_text(self.limit)} are full with {self.rows} rows; others are computed anew")
             return
-        self._kept[key] = state
-        self.size += state.nbytes
+        self._kept[key] = kept
+        self.size += kept[0].nbytes
         while self.newest is not None and len(self._kept) > self.newest:
-            self.size -= self._kept.pop(next(iter(self._kept))).nbytes
+            self.size -= self._kept.pop(next(iter(self._kept)))[0].nbytes
 
     def flush(self) -> None:
         """All is there already."""
@@ -55,7 +60,7 @@ class Memory:
         self.size = 0
 
     def __deepcopy__(self, memo: Any) -> Memory:
-        return Memory(self.limit, self.newest)
+        return Memory(self.limit, self.newest, self.bits)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, (self.limit, self.newest)
+        return Memory, (self.limit, self.newest, self.bits)

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from torch import nn
 
+from layerpeft.integrations import distributed
+from layerpeft.text import note
 from layerpeft.training.prefix.below import Below
+from layerpeft.training.prefix.disk import Disk
+from layerpeft.training.prefix.fingerprint import belongs_to
+from layerpeft.training.prefix.folders import default_root
 from layerpeft.training.prefix.memory import Memory
 from layerpeft.training.prefix.setting import Setting
 from layerpeft.training.prefix.store import Store
 
+SHARED = Path("/dev/shm")  # files in memory that processes share, where the system has them
+
 
 @dataclass(frozen=True)
-class opener:  # noqa: N801
-    """What makes the store."""
+class Opener:
+    """What opens the store. Processes of one machine share its memory, since samplers deal rows anew in every epoch."""
 
     setting: Setting
 
     def __call__(self, model: nn.Module, below: Below) -> Store:
-        limit = self.setting.limit
-        return Memory(psutil.virtual_memory().available // 2 if limit is None else limit)
+        """The store for states that enter `below.block` of the model. Every process must ask."""
+        asked = self.setting
+        if asked.where == "memory":
+            several = distributed.world_size() > 1
+            limit = psutil.virtual_memory().available // 2 if asked.limit is None else asked.limit
+            root = _shared(limit) if several else None
+            if root is None:
+                return Memory(limit, bits=asked.bits)
+            return Disk(root, belongs_to(model, below), limit, asked.bits)
+        root = default_root() if asked.where == "disk" else Path(asked.where).expanduser()
+        return Disk(root, belongs_to(model, below), asked.limit, asked.bits)
+
+
+def _shared(limit: int) -> Path | None:
+    """A folder of this run in the memory of the machine, which goes with its processes; None where there is not as much room."""
+    name = distributed.from_first(f"layerpeft-{os.getpid()}-{os.urandom(4).hex()}")
+    room = shutil.disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
+    if not distributed.everywhere(room >= min(limit, 1 << 30)):
+        note("prefix_cache: processes keep states of their own, and find a row where it comes to the same one again")
+        return None
+    root = SHARED / name
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root

@@ -32,12 +32,12 @@ def drew(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return len(before) != len(after) or not all(map(torch.equal, before, after))
 
 
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two states are the same up to the order of sums."""
+def alike(a: torch.Tensor, b: torch.Tensor, low: bool = False) -> bool:
+    """Whether two states are the same up to the order of sums, or to `low` precision."""
     if a.shape != b.shape:
         return False
+    limit = LOW if low else ROUNDING.get(torch.promote_types(a.dtype, b.dtype), LOW)
     a, b = a.double(), b.double()
-    limit = ROUNDING.get(torch.promote_types(a.dtype, b.dtype), LOW)
     return bool((a - b).abs().max() <= limit * b.abs().max().clamp(min=1e-12)) if a.numel() else True
 
 

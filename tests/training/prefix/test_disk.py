@@ -334,7 +334,7 @@ def test_few_files_are_open_whatever_their_number(tmp_path, monkeypatch):
     assert len(files(tmp_path, JOURNAL)) == 12 and found(store, range(60)) == list(range(60))
     assert len(os.listdir("/proc/self/fd")) <= before + 4
     store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_full_disk_costs_speed_alone(tmp_path, said):
