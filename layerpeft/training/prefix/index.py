@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 MIX, ALL = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -17,6 +19,7 @@ class Index:
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)
+        self._view = memoryview(self._sorted[0])  # whose numbers are Python's
         self._newest: dict[int, int] = {}
         self._count = 0
 
@@ -27,7 +30,7 @@ class Index:
         """Its place, or None."""
         short = _short(key)
         place = self._newest.get(short)
-        return self._old(short)[1] if place is None else None if place == GONE else place
+        return self._old(short) if place is None else None if place == GONE else place
 
     def add(self, low: np.ndarray, high: np.ndarray, places: np.ndarray) -> None:
         """Keys by their halves (rows,) uint64, and their places (rows,) int64, in the stead of earlier ones."""
@@ -37,7 +40,7 @@ class Index:
             return
         for one, place in zip(short.tolist(), places.tolist(), strict=True):
             known = self._newest.get(one)
-            self._count += (self._old(one)[1] is None) if known is None else known == GONE
+            self._count += (self._old(one) is None) if known is None else known == GONE
             self._newest[one] = place
 
     def forget(self, key: bytes) -> None:
@@ -46,10 +49,9 @@ class Index:
             self._newest[_short(key)] = GONE
             self._count -= 1
 
-    def _old(self, short: int) -> tuple[int, int | None]:
-        shorts, places = self._sorted
-        at = int(np.searchsorted(shorts, np.uint64(short))) if len(shorts) else 0
-        return at, int(places[at]) if at < len(shorts) and int(shorts[at]) == short else None
+    def _old(self, short: int) -> int | None:
+        at = bisect_left(self._view, short)
+        return int(self._sorted[1][at]) if at < len(self._view) and self._view[at] == short else None
 
     def _merge(self, short: np.ndarray, places: np.ndarray) -> None:
         newest = (np.fromiter(self._newest.keys(), np.uint64), np.fromiter(self._newest.values(), np.int64))
@@ -60,6 +62,7 @@ class Index:
         last = np.append(shorts[1:] != shorts[:-1], True) if len(shorts) else np.empty(0, bool)
         last &= places != GONE
         self._sorted = shorts[last], places[last]
+        self._view = memoryview(self._sorted[0])
         self._newest, self._count = {}, int(last.sum())
 
 

@@ -37,10 +37,11 @@ class Journals:
         self._open: OrderedDict[str, Handle] = OrderedDict()
         self._lock = threading.Lock()
 
-    def news(self, index: Index) -> None:
-        """Adds what has been written since, by any process. Raises: OSError."""
+    def news(self, index: Index) -> OSError | None:
+        """Adds what has been written since, by any process; why a journal cannot be read, which is left out. Raises: OSError."""
         with os.scandir(self.folder) as files:
             found = [(file.name, file.stat().st_size // SIZE) for file in files if file.name.endswith(JOURNAL)]
+        parts, failed = [], None
         for file, count in sorted(found):
             name = file.removesuffix(JOURNAL)
             if name not in self._read:
@@ -49,14 +50,21 @@ class Journals:
             number, known = self._read[name]
             while known < count:
                 data = bytearray(min(count - known, CHUNK) * SIZE)
-                whole = self._handle(file).read_into(memoryview(data), known * SIZE) // SIZE
+                try:
+                    whole = self._handle(file).read_into(memoryview(data), known * SIZE) // SIZE
+                except OSError as error:
+                    whole, failed = 0, error
                 if not whole:
                     break
                 records = np.frombuffer(data, FIELDS, whole)
                 there = records["type"].nonzero()[0]
-                index.add(records["low"][there], records["high"][there], there + (known + (number << _RECORDS)))
+                parts.append((records["low"][there], records["high"][there], there + (known + (number << _RECORDS))))
                 known += whole
                 self._read[name] = number, known
+        if parts:
+            low, high, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+            index.add(low, high, places)
+        return failed
 
     def read(self, place: int, key: bytes, pinned: bool = False) -> torch.Tensor | None:
         """The state that lies there; None where it is another row's. Raises: OSError; Damaged."""
@@ -115,20 +123,31 @@ class Own:
         self._end = self._count = 0
 
     def append(self, rows: Sequence[tuple[bytes, torch.Tensor, Form]]) -> None:
-        """Keys, bytes and what they mean. Raises: OSError, and then nothing of them is left."""
-        end, records = self._end, []
+        """Keys, bytes and what they mean. Raises: OSError, when as many as there was room for have been written."""
+        ends, records, failed = [self._end], [], None
         try:
             for key, data, form in rows:
-                self._data.write(memoryview(data.numpy()), end)
-                records.append(record_of(key, end, data, form))
-                end += len(data)
-            self._journal.write(memoryview(b"".join(records)), self._count * SIZE)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._journal.fd, self._count * SIZE)
-                os.ftruncate(self._data.fd, self._end)
-            raise
-        self._end, self._count = end, self._count + len(records)
+                self._data.write(memoryview(data.numpy()), ends[-1])
+                records.append(record_of(key, ends[-1], data, form))
+                ends.append(ends[-1] + len(data))
+        except OSError as error:
+            failed = error
+        while records or failed is not None:
+            try:
+                if failed is not None:  # which may make room for the journal
+                    os.ftruncate(self._data.fd, ends[len(records)])
+                self._journal.write(memoryview(b"".join(records)), self._count * SIZE)
+                break
+            except OSError as error:
+                failed = error
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._journal.fd, self._count * SIZE)
+                if not records:
+                    break
+                del records[len(records) // 2 :]
+        self._end, self._count = ends[len(records)], self._count + len(records)
+        if failed is not None:
+            raise failed
 
 
 def _at(place: int) -> int:

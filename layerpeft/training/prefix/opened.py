@@ -48,8 +48,9 @@ class Opened:
             if self._used is not None:
                 beat = os.pread(self._used.fd, BEAT, 0)
                 if beat != self._beat:
-                    self._journals.news(self._index)
-                    self._beat = beat
+                    failed, self._beat = self._journals.news(self._index), beat
+                    if failed is not None:
+                        raise failed
 
     def read(self, key: bytes, pinned: bool) -> torch.Tensor | None:
         """The state of a row, None where there is none. Raises: OSError, Damaged; it is forgotten then."""
@@ -98,6 +99,8 @@ class Opened:
             if fit:
                 self._used = self._used or folders.make(self.folder, self.belongs)
                 self._own = self._own or Own(self.folder)
-                self._own.append(fit)
-                folders.beat(self._used)
-                self.refresh()
+                try:
+                    self._own.append(fit)
+                finally:
+                    folders.beat(self._used)
+                    self.refresh()
