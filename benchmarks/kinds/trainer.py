@@ -80,7 +80,7 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
             watch = Watch()
             _train(arms[label], options, watch)
             times[label].append(statistics.median(watch.seconds[_timed_from(options) :]))
-            firsts[label].append(sum(watch.seconds[options.warm_up - 1 : options.steps // options.epochs]))
+            firsts[label].append(sum(watch.seconds[: options.steps // options.epochs]))
         say(f"round {number + 1} of {options.rounds}")
     for label, row in clock.ratios(times, options.reference).items() if options.rounds else ():
         rows[label] |= {"time": row, "step_seconds": round(statistics.median(times[label]), 4)}

@@ -23,6 +23,7 @@ from layerpeft.selection.budget import counted
 from layerpeft.selection.scorers import change
 from layerpeft.selection.select import SCORERS
 from layerpeft.selection.typecheck import Setting, complaint
+from layerpeft.training.prefix import setting
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import DEFAULT, METHODS
 
@@ -169,6 +170,8 @@ class Check:
         if isinstance(given.get("quant"), Mapping) and "select" in given["quant"]:
             inner, also = self.placed(given["quant"]["select"], home, BLOCK, "quant")
             given["quant"], there = given["quant"] | {"select": inner}, there and also
+        if "prefix_cache" in given:
+            given["prefix_cache"] = setting.placed(given["prefix_cache"], home)
         if select is None:
             example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
             self.add(f"select: missing; say which layers, as in {example}", "layerpeft")

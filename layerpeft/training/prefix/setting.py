@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import ConfigError, Problem, Problems, unknown
+from layerpeft.errors import ConfigError, Problem, Problems, hint, unknown
 from layerpeft.text import size_of
 
 WAYS = 'null, memory, disk, a size on disk ("20GB"), a folder, or {where: …, limit: 20GB, bits: 8}'
-KEYS = ("where", "limit", "bits")
+KEYS, PLACES = ("where", "limit", "bits"), ("memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Setting:
             where, limit = "disk", size if limit is None else limit
         if not isinstance(where, str) or not where.strip():
             problems.add(f"prefix_cache={value!r} is none of: {WAYS}", "prefix_cache")
+        elif where not in PLACES and not _is_path(where):
+            sentence = (
+                f"prefix_cache={where!r} is none of: {WAYS}.{hint(where, PLACES)} A folder is written as './{where}'"
+            )
+            problems.add(sentence, "prefix_cache")
         if limit is not None and not _is_whole(limit := size_of(limit) if isinstance(limit, str) else limit):
             problems.add(f"limit={given['limit']!r} is no size; say it as 20GB, 500MiB, or in bytes", "prefix_cache")
         if bits is not None and (bits != 8 or isinstance(bits, bool)):
@@ -47,6 +54,15 @@ class Setting:
         return self.where if len(found) == 1 else found
 
 
+def placed(value: Any, home: Path) -> Any:
+    """The same, with a folder that is named from the place of a recipe as one that is there."""
+    if isinstance(value, Mapping):
+        return {k: placed(v, home) if k == "where" else v for k, v in value.items()}
+    if not isinstance(value, str) or not _is_path(value) or size_of(value) is not None:
+        return value
+    return str(home / Path(value).expanduser())
+
+
 def parse_lower(value: Any) -> bool:
     """Whether blocks below the lowest trained layer train as they are (`on`, the default) or are in evaluation mode (`off`; False).
 
@@ -57,6 +73,10 @@ def parse_lower(value: Any) -> bool:
     if value is False or value == "off":
         return False
     raise ConfigError(Problem(("lower_dropout",), f"lower_dropout={value!r} is none of: on, off"))
+
+
+def _is_path(where: str) -> bool:
+    return "/" in where or os.sep in where or where.startswith("~")
 
 
 def _is_whole(value: Any) -> bool:

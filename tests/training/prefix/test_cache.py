@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.errors import ConfigError
-from layerpeft.training.prefix.setting import Setting
+from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.short import short_llama
 from tests.helpers.training import gsm8k_rows, record, sft
@@ -231,6 +232,38 @@ def test_schedules_and_plain_choices_say_that_it_is_off():
     assert "nothing lies below" in cache_of(model).why
 
 
+def test_runs_share_a_folder_which_is_filled_once(tmp_path: Path):
+    caches, rows = [], sum(len(b["input_ids"]) for b in BATCHES)
+    losses = [epochs(wrapped(), 2)]
+    for _ in range(3):
+        model = wrapped(prefix_cache=f"{tmp_path}/kept")
+        losses.append(epochs(model, 2))
+        caches.append(cache_of(model))
+        caches[-1].store.flush()
+    assert all(found == losses[0] for found in losses)
+    first = len(BATCHES[0]["input_ids"])  # which proves, in each of them
+    assert [(c.hits, c.misses) for c in caches] == [(rows, rows), (2 * rows - first, first), (2 * rows - first, first)]
+    changed: Any = llama()
+    with torch.no_grad():
+        changed.model.embed_tokens.weight[7] += 1
+    other = wrapped(base=changed, prefix_cache=f"{tmp_path}/kept")
+    epochs(other, 1)
+    assert cache_of(other).misses == rows
+    assert cache_of(other).store.folder != caches[0].store.folder
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_in_8_bits_states_take_a_quarter_of_float32_and_losses_stay_near(bits: int | None):
+    kept: Any = {"where": "memory", "bits": bits} if bits else "memory"
+    plain, model = wrapped(), wrapped(prefix_cache=kept)
+    theirs, ours = epochs(plain), epochs(model)
+    cache, numbers = cache_of(model), sum(b["input_ids"].numel() for b in BATCHES)
+    width = model.config.hidden_size
+    assert cache.store.size == numbers * (width + 4 if bits else 4 * width)
+    assert cache.hits
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= (1e-3 if bits else 0)
+
+
 SETTINGS = [
     ("memory", Setting()),
     ("disk", Setting("disk")),
@@ -249,6 +282,15 @@ def test_wrong_settings_are_named_together():
     with pytest.raises(ConfigError) as error:
         LayerLoraConfig(select="last:1", prefix_cache={"where": 3, "limit": "much", "bit": 8}, lower_dropout="of")
     assert all(word in str(error.value) for word in ("'bit'", "limit='much'", "lower_dropout='of'", "memory, disk"))
+    with pytest.raises(ConfigError, match=r"Did you mean 'memory'\? A folder is written as './memroy'"):
+        LayerLoraConfig(select="last:1", prefix_cache="memroy")
+
+
+def test_a_folder_in_a_recipe_lies_beside_it():
+    home = Path("/somewhere")
+    assert placed("./kept", home) == "/somewhere/kept"
+    assert placed({"where": "kept/a", "limit": "1GB"}, home) == {"where": "/somewhere/kept/a", "limit": "1GB"}
+    assert [placed(v, home) for v in ("memory", "20GB", "/kept", None)] == ["memory", "20GB", "/kept", None]
 
 
 # ---- trainers
