@@ -65,7 +65,7 @@ def measure(case: Case, say: Say) -> dict[str, Any]:
 def counted(model: str, engine: str, choice: str, processes: Sequence[int]) -> list[Share]:
     """As `layerpeft plan` counts for each of these numbers of cards."""
     settings = [f"model_name_or_path={model}", f"layerpeft.select={choice}"]
-    recipe, empty, options = asked(str(RECIPE), settings, True, cards(engine, processes[0]))
+    recipe, empty, options, _ = asked(str(RECIPE), settings, True, cards(engine, processes[0]))
     return for_cards(empty, layer_config(recipe), processes, **options)
 
 

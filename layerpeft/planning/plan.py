@@ -28,6 +28,7 @@ from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.parts import Teacher, Wrapped, half, put_to_sleep, store, training
+from layerpeft.planning.prefix import Prefix, prefix
 from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
@@ -72,7 +73,7 @@ class Plan:
 
     `kept`: a pass that keeps its activations; `recomputed`: one with checkpointing (None where the model has none);
     `everything`: operations of training all weights, in the same order. `checkpointing` says which of the two applies.
-    `share`: what one of several cards holds, where there are several.
+    `share`: what one of several cards holds, where there are several. `prefix`: what keeping states below the cut brings.
     """
 
     rows: tuple[PlanRow, ...]
@@ -89,6 +90,7 @@ class Plan:
     stop: backward.Stop
     assumed: tuple[str, ...]
     share: Share | None = None
+    prefix: Prefix | None = None
 
     @property
     def applies(self) -> Pass:
@@ -154,6 +156,8 @@ def plan(
         raise ConfigError(f"{type(base_of(found.model)).__name__} has no gradient checkpointing")
     everything = _everything(full, found.layers, batch_size, length, step, inputs)
     cost = training(found, optimizer, step.optim_args)
+    applies = recomputed if checkpointing and recomputed else kept
+    spared = prefix(found, config, applies.flops, (batch_size, length), step, inputs)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
@@ -171,6 +175,7 @@ def plan(
         stop=found.stop,
         assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
         share=divided,
+        prefix=spared,
     )
 
 

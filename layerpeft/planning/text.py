@@ -20,8 +20,43 @@ def plan_lines(found: Any) -> list[str]:
     lines += _parts(found)
     where = "the bottom" if found.stop.layer is None else f"layer {found.stop.layer}"
     lines.append(f"backward pass: down to {where} ({found.stop.why})")
+    lines += prefix_lines(found.prefix) if found.prefix is not None and found.prefix.setting is not None else []
     lines += [f"assumed: {text}" for text in found.assumed]
     return lines if found.share is None else [*lines, "", *share_lines(found.share)]
+
+
+def prefix_lines(found: Any) -> list[str]:
+    """The lines of a Prefix that was asked for."""
+    if found.why is not None:
+        return [f"prefix_cache: off, {found.why}"]
+    return [
+        f"prefix_cache: later epochs begin at layer {found.layer}, of whose tokens {size_text(found.token)} each are kept",
+        f"operations of a step: {found.whole:.3g} in the first epoch, as without it, {found.later:.3g} in later ones "
+        f"({found.later / found.whole:.2f})",
+    ]
+
+
+LITTLE = 0.9  # of all operations: what spares less is not worth a line to those who have not asked
+
+
+def rows_lines(found: Any, rows: Any) -> list[str]:
+    """What a Prefix comes to for these Rows; for one that was not asked for, where that is much."""
+    if found.why is not None:
+        return []
+    about, share, size = "about " * rows.about, rows.ratio(found), size_text(rows.takes(found))
+    epochs = f"{rows.epochs:.3g} epochs"
+    if found.setting is None:
+        said = f"prefix_cache: memory would take {about}{size}, and {epochs} then {share:.2f} of their operations"
+        return [f"{said}: later ones begin at layer {found.layer}"] if rows.epochs > 1 and share < LITTLE else []
+    among = ", those of held-out rows among them" * (rows.held_out > 0)
+    lines = [f"prefix_cache: the states of {about}{rows.tokens + rows.held_out:,} tokens take {size}{among}"]
+    if rows.epochs <= 1:
+        but = ", but for held-out rows, which are measured more than once" if rows.held_out else ""
+        return [*lines, f"no more than one epoch: no row comes again, and prefix_cache spares nothing{but}"]
+    if rows.found(found) < 1:
+        begun = f"{100 * rows.found(found):.0f} % of later batches of {rows.batch} rows begin there"
+        lines.append(f"within the limit of {size_text(found.setting.limit)} {begun}: those of which every row is kept")
+    return [*lines, f"{epochs} take {share:.2f} of the operations that they take without it"]
 
 
 def _trains(row: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.engines import Cards
 from layerpeft.planning.fit import Fit, fit
 from layerpeft.planning.plan import Plan, plan
+from layerpeft.planning.prefix import Rows
+from layerpeft.planning.text import rows_lines
 from layerpeft.planning.trace import Step
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.model import loading
@@ -27,6 +29,7 @@ from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_of, training_arguments
 from layerpeft.recipe.shorter import without_weights
 from layerpeft.recipe.surroundings import on_hub
+from layerpeft.recipe.tokens import WHAT, amount
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
 from layerpeft.recipe.yaml import Fault
 from layerpeft.training.exits import with_exits
@@ -38,11 +41,12 @@ TRIED = 64  # rows that a plan turns into tokens
 
 @dataclass(frozen=True)
 class Forecast:
-    """A recipe with its plan, or with the largest choice that fits; `command` trains that."""
+    """A recipe with its plan, or with the largest choice that fits; `command` trains that. `rows`: how it goes over its rows."""
 
     recipe: Recipe
     found: Plan | Fit
     command: str
+    rows: Rows | None = None
 
     @property
     def plan(self) -> Plan:
@@ -55,7 +59,8 @@ class Forecast:
         return settings_of(self.found.settings) if isinstance(self.found, Fit) else []
 
     def __str__(self) -> str:
-        lines = [str(self.found)]
+        kept = self.plan.prefix
+        lines = [str(self.found), *(rows_lines(kept, self.rows) if kept is not None and self.rows is not None else ())]
         if isinstance(self.found, Fit):
             lines.append(f"\nto train this:\n  {self.command}")
         return "\n".join(lines)
@@ -65,6 +70,9 @@ class Forecast:
         plain = asdict(self.plan) | {"peak_bytes": self.plan.peak_bytes, "parts": dict(self.plan.parts)}
         plain["rows"] = [row.to_dict() for row in self.plan.rows]
         plain["share"] = self.plan.share and self.plan.share.to_dict()
+        plain["prefix"] = self.plan.prefix and self.plan.prefix.to_dict() | (
+            self.rows.to_dict(self.plan.prefix) if self.rows else {}
+        )
         if isinstance(self.found, Plan):
             return plain
         found = self.found
@@ -92,7 +100,7 @@ def forecast(
     Raises: RecipeError with every problem of the recipe at once, those of rows and optimizer included; ConfigError where
     nothing fits.
     """
-    recipe, model, options = asked(source, settings, accelerator, cards)
+    recipe, model, options, setup = asked(source, settings, accelerator, cards)
     config = layer_config(recipe)
     engine = next((e for e in known.ENGINES if cards is not None and e.key == cards.engine.name), None)
     if engine is not None and (refused := engine.refusals(sorted(config.needs(batches=True)))):
@@ -100,13 +108,13 @@ def forecast(
     options |= {} if limit is None else {"packing": _packing()}
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
-    return Forecast(recipe, found, command_of(recipe, changed))
+    return Forecast(recipe, found, command_of(recipe, changed), _rows(recipe, setup, options, found))
 
 
 def asked(
     source: str, settings: Sequence[str], accelerator: bool | None, cards: Cards | None
-) -> tuple[Recipe, nn.Module, dict[str, Any]]:
-    """A recipe, its model without weights, and what `plan` is told of it. Raises: RecipeError."""
+) -> tuple[Recipe, nn.Module, dict[str, Any], Setup]:
+    """A recipe, its model without weights, what `plan` is told of it, and its rows. Raises: RecipeError."""
     there = torch.accelerator.is_available()
     examined = examine(source, settings, "plan", bool(accelerator) and not there)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet when they are imported
@@ -115,7 +123,27 @@ def asked(
         model = empty(setup)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
-    return recipe, model, options | {"step": replace(options["step"], cards=cards)}
+    return recipe, model, options | {"step": replace(options["step"], cards=cards)}, setup
+
+
+def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan | Fit) -> Rows | None:
+    """How a training goes over the rows of a recipe; None where they are prepared elsewhere."""
+    parts = zip(WHAT.values(), (setup.train, setup.held_out), strict=True)
+    read = {
+        what: amount(part, setup.counts[what], setup.counts[what].read) for what, part in parts if what in setup.counts
+    }
+    train, held_out = ((setup.amounts | read).get(what) for what in WHAT.values())
+    if train is None or not train.rows:
+        return None
+    batch, passes = options["batch_size"], options["step"].accumulation
+    if isinstance(found, Fit):
+        batch, passes = found.batch_size, found.accumulation
+    cards = options["step"].cards
+    processes = cards.processes if cards is not None else 1
+    steps = recipe["max_steps"]
+    epochs = steps * batch * passes * processes / train.rows if steps > 0 else float(recipe["num_train_epochs"])
+    evaluated = held_out.tokens if held_out is not None else 0
+    return Rows(epochs, train.tokens, evaluated, train.about, batch)
 
 
 def empty(setup: Setup) -> nn.Module:
@@ -186,7 +214,7 @@ def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
                 return None, problems
             setup = prepare(recipe)
             if not examined.problems:
-                tokenized(setup, TRIED)
+                setup = tokenized(setup, TRIED)
             return setup, problems
         except LayerpeftError as error:
             keyless = (Problem(("dataset_name",), f"dataset_name: {p.text}") for p in error.listed() if not p.path)

@@ -37,6 +37,23 @@ class Tally:
         return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much rows are: how many are left, and their tokens; `about`: told by some of them."""
+
+    rows: int
+    tokens: int
+    about: bool
+
+
+def amount(made: Any, found: Tally, rows: int) -> Amount:
+    """Of so many `rows`, those that were `made` of some of them or of all, and what became of these."""
+    limit = found.max_length
+    lengths = (len(ids) for batch in made.iter(1000) for ids in batch["input_ids"])
+    tokens = sum(length if limit is None else min(length, limit) for length in lengths)
+    return Amount(len(made) * rows // found.read, tokens * rows // found.read, rows > found.read)
+
+
 def late(limit: int | None) -> str:
     """The reason of rows whose labels all come too late."""
     return f"have no label left within max_length: {limit}"

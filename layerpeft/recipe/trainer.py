@@ -46,7 +46,7 @@ class Setup:
     """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
     `sources`: where training and held-out rows were read; `counts`: what became of them, by `training` and `held-out`; `ready` says
     that the rows went through a trainer's preparation once (truncated, packed) and must not again. `dropped`: what was taken out of
-    the recipe's model."""
+    the recipe's model. `amounts`: rows and tokens that are left, by `training` and `held-out`, where some rows were tried."""
 
     recipe: Recipe
     tokenizer: Any
@@ -58,6 +58,7 @@ class Setup:
     sources: tuple[rows.Source, rows.Source | None] | None = None
     counts: Mapping[str, tokens.Tally] = field(default_factory=dict)
     dropped: Selection | None = None
+    amounts: Mapping[str, tokens.Amount] = field(default_factory=dict)
 
     @property
     def head(self) -> tuple[tuple[str, ...], int | None]:
@@ -88,8 +89,8 @@ def prepare(recipe: Recipe) -> Setup:
 def tokenized(setup: Setup, most: int | None = None) -> Setup:
     """The setup with its rows as token ids, those that teach nothing left out; what became of them is told.
 
-    With `most` no more rows than that are tried, and the setup stays as it is. Raises: RecipeError naming the first row that a chat
-    template or the tokenizer cannot take, or where none is left.
+    With `most` no more rows than that are tried; they tell how much all are, and the rows stay as they are. Raises: RecipeError
+    naming the first row that a chat template or the tokenizer cannot take, or where none is left.
     """
     recipe = setup.recipe
     if recipe.trainer != "sft" or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
@@ -98,7 +99,12 @@ def tokenized(setup: Setup, most: int | None = None) -> Setup:
     made = [
         tokens.tokenized(part, source, setup.tokenizer, arguments, key, most) for key, part, source in _parts(setup)
     ]
-    return setup if most is not None else _counted(setup, made)
+    if most is None:
+        return _counted(setup, made)
+    sizes = (
+        tokens.amount(one, found, len(part)) for (one, found), (_, part, _) in zip(made, _parts(setup), strict=True)
+    )
+    return replace(setup, amounts=dict(zip(tokens.WHAT.values(), sizes)))
 
 
 def _parts(setup: Setup) -> list[tuple[str, Any, Any]]:

@@ -1,0 +1,154 @@
+"""What keeping the states that enter the lowest trained layer takes and spares: bytes of rows, operations of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerpeft.errors import LayerMapError
+from layerpeft.integrations.tracing import as_traced
+from layerpeft.model.architectures import text_config
+from layerpeft.model.costs import costs_of
+from layerpeft.model.layers import base_of
+from layerpeft.model.load import Load
+from layerpeft.planning.parts import Wrapped
+from layerpeft.planning.trace import Step, parted
+from layerpeft.selection.states import entering_states
+from layerpeft.training.prefix.below import Below, why_off
+from layerpeft.training.prefix.setting import Setting
+from layerpeft.tuners.config import LayerLoraConfig
+
+SCALE = 4  # bytes, of the states of one token in 8 bits
+CHANGES = "the layers that train change while training"
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters a layer in a step: numbers of a token, and bytes of each; and operations of the layers below it."""
+
+    width: int
+    itemsize: int
+    below: int
+
+    def token(self, bits: int | None) -> int:
+        """Bytes that are kept of a token, in so many bits (None: as it enters)."""
+        return self.width + SCALE if bits == 8 else self.width * self.itemsize
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`layer`: where later epochs begin; `why`: nothing is kept, for this reason; `token`: bytes of one that are kept; `whole` and
+    `later`: operations of a step of a first epoch, which are those of a step without, and of a later one; `setting`: as asked, None
+    where nobody has, and this is what it would be."""
+
+    layer: int | None
+    why: str | None
+    token: int = 0
+    whole: int = 0
+    later: int = 0
+    setting: Setting | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return vars(self) | {"setting": self.setting and self.setting.plain()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a training goes over its rows. `tokens`: real ones of all rows (`about`: from some of them), `held_out`: those of rows
+    that are evaluated, more than once; `batch`: rows that go through the model together."""
+
+    epochs: float
+    tokens: int
+    held_out: int = 0
+    about: bool = False
+    batch: int = 1
+
+    def to_dict(self, found: Prefix) -> dict[str, Any]:
+        """Plain data, of what states of these rows take and spare."""
+        return {
+            "epochs": self.epochs,
+            "tokens": self.tokens + self.held_out,
+            "bytes": self.takes(found),
+            "ratio": self.ratio(found),
+        }
+
+    def takes(self, found: Prefix) -> int:
+        """Bytes of the states of all rows."""
+        return found.token * (self.tokens + self.held_out)
+
+    def found(self, found: Prefix) -> float:
+        """The share of a later epoch's batches that begin at the cut: those of which every row is kept within the limit."""
+        limit = found.setting.limit if found.setting is not None else None
+        return 1.0 if limit is None else min(1.0, limit / max(1, self.takes(found))) ** self.batch
+
+    def ratio(self, found: Prefix) -> float:
+        """Operations of all epochs, as a share of those without."""
+        again, hit = max(0.0, self.epochs - 1), self.found(found)
+        mean = hit * found.later + (1 - hit) * found.whole
+        return (found.whole * min(1.0, self.epochs) + again * mean) / (found.whole * self.epochs)
+
+
+def prefix(
+    found: Wrapped,
+    config: Any,
+    flops: int,
+    shape: tuple[int, int],
+    step: Step,
+    inputs: Mapping[str, Any] | None = None,
+) -> Prefix | None:
+    """Of a step of `flops` operations; None where nobody asked, and it would bring nothing or is not known without a trace."""
+    if not isinstance(config, LayerLoraConfig) or found.layers is None:
+        return None
+    setting, cut = config.caching, found.stop.layer
+    names = found.layers.names
+    why = CHANGES if config.is_scheduled else found.stop.why if cut is None else None
+    if why is None and cut is not None:
+        why = why_off(base_of(found.model), Below(names, cut), config.drops_below)
+    if why is not None or cut is None:
+        return None if setting is None else Prefix(cut, why, whole=flops, later=flops, setting=setting)
+    if setting is None:
+        entering = _from_shapes(found, cut, shape) if inputs is None else None
+    else:
+        entering = _traced(found, cut, shape, step, inputs)
+    if entering is None:
+        return None
+    bits = setting.bits if setting is not None else None
+    return Prefix(cut, None, entering.token(bits), flops, flops - entering.below, setting)
+
+
+def _from_shapes(found: Wrapped, cut: int, shape: tuple[int, int]) -> Entering | None:
+    base: Any = base_of(found.model)
+    assert found.layers is not None
+    try:
+        costs = costs_of(base, found.layers, found.layers.targets, Load(*shape))
+    except LayerMapError:
+        return None
+    width = getattr(text_config(base), "hidden_size", None)
+    below = sum(c.forward for c in costs.layers[:cut])
+    return None if width is None else Entering(width, base.get_input_embeddings().weight.element_size(), below)
+
+
+def _traced(
+    found: Wrapped, cut: int, shape: tuple[int, int], step: Step, inputs: Mapping[str, Any] | None
+) -> Entering | None:
+    """From one more pass, with marks at the layers."""
+    assert found.layers is not None
+    blocks = [base_of(found.model).get_submodule(name) for name in found.layers.names[: cut + 1]]
+    seen: list[torch.Tensor | None] = []
+
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(entering_states(args, kwargs))
+
+    handle = blocks[-1].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with as_traced(found.model):
+            live, _ = parted(found.model, *shape, step, inputs, blocks)
+    finally:
+        handle.remove()
+    states = next((s for s in seen if s is not None), None)
+    below = sum(p.flops for p in live.parts if p.place[0] == "forward" and p.place[1] < cut)
+    return None if states is None else Entering(states.shape[-1], states.element_size(), below)
