@@ -129,7 +129,8 @@ def _from_shapes(found: Wrapped, cut: int, shape: tuple[int, int]) -> Entering |
         return None
     width = getattr(text_config(base), "hidden_size", None)
     below = sum(c.forward for c in costs.layers[:cut])
-    return None if width is None else Entering(width, base.get_input_embeddings().weight.element_size(), below)
+    itemsize = next((p.element_size() for p in base.parameters() if p.is_floating_point()), None)
+    return None if width is None or itemsize is None else Entering(width, itemsize, below)
 
 
 def _traced(
