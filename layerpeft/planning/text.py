@@ -30,7 +30,7 @@ def prefix_lines(found: Any) -> list[str]:
     if found.why is not None:
         return [f"prefix_cache: off, {found.why}"]
     return [
-        f"prefix_cache: later epochs begin at layer {found.layer}, of whose tokens {size_text(found.token)} each are kept",
+        f"prefix_cache: later epochs begin at layer {found.layer}, and {size_text(found.token)} are kept of a token",
         f"operations of a step: {found.whole:.3g} in the first epoch, as without it, {found.later:.3g} in later ones "
         f"({found.later / found.whole:.2f})",
     ]

@@ -111,7 +111,7 @@ def test_a_recipe_says_what_its_rows_take(capsys, tmp_path):
     setup = tokenized(prepare(load_recipe("quickstart", words, "plan")))
     tokens = sum(min(96, len(ids)) for part in (setup.train, setup.held_out) for ids in part["input_ids"])
     assert f"the states of {tokens:,} tokens take" in text and "3 epochs take 0." in text
-    assert "prefix_cache: later epochs begin at layer 2, of whose tokens 768 B each are kept" in text
+    assert "prefix_cache: later epochs begin at layer 2, and 768 B are kept of a token" in text
 
 
 @pytest.mark.slow
