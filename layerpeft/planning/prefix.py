@@ -16,6 +16,7 @@ from layerpeft.model.layers import base_of
 from layerpeft.model.load import Load
 from layerpeft.planning.parts import Wrapped
 from layerpeft.planning.trace import Step, parted
+from layerpeft.selection.scoring import needs
 from layerpeft.selection.states import entering_states
 from layerpeft.training.prefix.below import Below, why_off
 from layerpeft.training.prefix.setting import Setting
@@ -23,6 +24,7 @@ from layerpeft.tuners.config import LayerLoraConfig
 
 SCALE = 4  # bytes, of the states of one token in 8 bits
 CHANGES = "the layers that train change while training"
+WAITS = "it goes by the layers that will be chosen, and the lowest are assumed here"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Entering:
 class Prefix:
     """`layer`: where later epochs begin; `why`: nothing is kept, for this reason; `token`: bytes of one that are kept; `whole` and
     `later`: operations of a step of a first epoch, which are those of a step without, and of a later one; `setting`: as asked, None
-    where nobody has, and this is what it would be."""
+    where nobody has, and this is what it would be; `known`: it does not hang on a choice that is not made yet."""
 
     layer: int | None
     why: str | None
@@ -50,6 +52,7 @@ class Prefix:
     whole: int = 0
     later: int = 0
     setting: Setting | None = None
+    known: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -105,11 +108,12 @@ def prefix(
         return None
     setting, cut = config.caching, found.stop.layer
     names = found.layers.names
-    why = CHANGES if config.is_scheduled else found.stop.why if cut is None else None
+    known = config.is_scheduled or cut is not None or needs(config.choosing) == "nothing"
+    why = CHANGES if config.is_scheduled else (found.stop.why if known else WAITS) if cut is None else None
     if why is None and cut is not None:
         why = why_off(base_of(found.model), Below(names, cut), config.drops_below)
     if why is not None or cut is None:
-        return None if setting is None else Prefix(cut, why, whole=flops, later=flops, setting=setting)
+        return None if setting is None else Prefix(cut, why, 0, flops, flops, setting, known)
     if setting is None:
         entering = _from_shapes(found, cut, shape) if inputs is None else None
     else:

@@ -28,7 +28,7 @@ def plan_lines(found: Any) -> list[str]:
 def prefix_lines(found: Any) -> list[str]:
     """The lines of a Prefix that was asked for."""
     if found.why is not None:
-        return [f"prefix_cache: off, {found.why}"]
+        return [f"prefix_cache: {'off' if found.known else 'not known yet'}, {found.why}"]
     return [
         f"prefix_cache: later epochs begin at layer {found.layer}, and {size_text(found.token)} are kept of a token",
         f"operations of a step: {found.whole:.3g} in the first epoch, as without it, {found.later:.3g} in later ones "
