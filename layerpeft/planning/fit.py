@@ -16,6 +16,18 @@ from layerpeft.selection.select import PICKS, options_of
 from layerpeft.text import size_of, size_text
 from layerpeft.tuners.config import LayerLoraConfig
 
+# What was traced before: other limits ask for the same again.
+_SIZES: dict[tuple[Any, ...], int] = {}
+MOST = 1000
+
+
+def _shape(model: nn.Module) -> tuple[Any, ...]:
+    """All of a model without numbers that a trace hangs on."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = hash(tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in held))
+    modules = hash(tuple((name, type(m), m.training) for name, m in model.named_modules()))
+    return tensors, modules, str(getattr(model, "config", None))
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -68,9 +80,17 @@ def fit(
     asked = _Trial(None, config.r, batch_size, checkpointing)
     chosen: list[int] = []
 
+    shape = _shape(model)
+
     def size(trial: _Trial) -> int:
         fewer = _config(config, trial, chosen, packing)
-        return peak_bytes(model, fewer, batch_size=trial.rows, checkpointing=trial.checkpointing, step=step, **given)
+        key = (*shape, type(fewer), str(fewer.to_dict()), trial.rows, trial.checkpointing, str(step), str(given))
+        if key not in _SIZES:
+            if len(_SIZES) >= MOST:
+                _SIZES.pop(next(iter(_SIZES)))
+            how = {"batch_size": trial.rows, "checkpointing": trial.checkpointing, "step": step}
+            _SIZES[key] = peak_bytes(model, fewer, **how, **given)
+        return _SIZES[key]
 
     if size(asked) <= room:
         whole = plan(model, config, batch_size=batch_size, checkpointing=checkpointing, step=step, **given)

@@ -17,6 +17,7 @@ from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_p
 from layerpeft.errors import ConfigError
 from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.loops import llama, make_batches
+from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
 from tests.helpers.training import gsm8k_rows, record, sft
 
@@ -308,7 +309,7 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", [*(n for n in TRAINED if n != "bf16"), pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some(TRAINED, ["accumulated", "packed"]))
 def test_sft_is_equal_to_the_bit_where_batches_have_one_shape(name: str, tmp_path: Any):
     rows, found = gsm8k_rows().select(range(6)), []
     for kept in (None, "memory"):
