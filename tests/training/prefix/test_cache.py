@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.errors import ConfigError
@@ -369,3 +369,29 @@ def test_one_epoch_and_streams_leave_it_off(tmp_path: Any, capsys: pytest.Captur
         assert f"prefix_cache is off: {'one epoch without' if why == 'one epoch' else 'rows that are streamed'}" in (
             capsys.readouterr().err
         )
+
+
+@pytest.mark.slow
+def test_rows_that_a_trainer_makes_itself_serve_a_step_and_go(tmp_path: Any):
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in gsm8k_rows().select(range(6))])
+    found = []
+    for kept in (None, "memory"):
+        torch.manual_seed(11)
+        given = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, "beta": 0.1}
+        given |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "no", "logging_steps": 1}
+        given |= {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+        run: Any = GRPOTrainer(
+            str(short_llama()),
+            reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
+            args=GRPOConfig(str(tmp_path), **given),
+            train_dataset=rows,
+            peft_config=LayerLoraConfig(select="last:2", r=4, prefix_cache=kept),
+        )
+        run.train()
+        found.append(run)
+    assert losses_of(found[1]) == losses_of(found[0])
+    assert equal(found[1].model, found[0].model)
+    cache = record(found[1]).prefix
+    assert cache.why is None
+    assert cache.hits
+    assert cache.store.rows <= cache.newest
