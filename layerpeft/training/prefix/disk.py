@@ -121,7 +121,7 @@ class Disk:
         self.flush()
         with self._here():
             self._closed = True
-            self._opened = Opened(self.root, self._opened.belongs, self.limit)
+            self._opened.leave()
 
     def __deepcopy__(self, memo: Any) -> Disk:
         return self

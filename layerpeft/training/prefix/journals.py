@@ -71,7 +71,7 @@ class Journals:
         entry, name = self._entry(place), self._name(place)
         if entry.key != key:
             return None
-        data = torch.empty(entry.length, dtype=torch.uint8, pin_memory=pinned)
+        data = _memory(entry.length, pinned)
         try:
             count = self._handle(name + DATA).read_into(memoryview(data.numpy()), entry.offset)
         except FileNotFoundError as error:
@@ -148,6 +148,13 @@ class Own:
         self._end, self._count = ends[len(records)], self._count + len(records)
         if failed is not None:
             raise failed
+
+
+def _memory(size: int, pinned: bool) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError:  # no accelerator, or no more memory that can be pinned
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _at(place: int) -> int:

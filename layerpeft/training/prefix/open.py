@@ -33,15 +33,16 @@ class Opener:
     def __call__(self, model: nn.Module, below: Below) -> Store:
         """The store for states that enter `below.block` of the model. Every process must ask."""
         asked = self.setting
+        pinned = next(model.parameters()).device.type not in ("cpu", "meta")
         if asked.where == "memory":
             several = distributed.world_size() > 1
             limit = psutil.virtual_memory().available // 2 if asked.limit is None else asked.limit
             root = _shared(limit) if several else None
             if root is None:
                 return Memory(limit, bits=asked.bits)
-            return Disk(root, belongs_to(model, below), limit, asked.bits)
+            return Disk(root, belongs_to(model, below), limit, asked.bits, pinned)
         root = default_root() if asked.where == "disk" else Path(asked.where).expanduser()
-        return Disk(root, belongs_to(model, below), asked.limit, asked.bits)
+        return Disk(root, belongs_to(model, below), asked.limit, asked.bits, pinned)
 
 
 def _shared(limit: int) -> Path | None:

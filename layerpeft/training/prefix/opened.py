@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,14 @@ class Opened:
         self._own: Own | None = None
         self._index, self._journals = Index(), Journals(self.folder)
         self._beat: bytes | None = None  # as of what was read
+
+    def leave(self) -> None:
+        """Was used until now, and is not any more."""
+        with self._lock:
+            if self._used is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self._used.fd)
+            self._begin()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -101,6 +111,10 @@ class Opened:
                 self._own = self._own or Own(self.folder)
                 try:
                     self._own.append(fit)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # what nobody uses makes room for what comes next
+                        folders.room(self.root, self.folder, 0, need, sum(folders.sizes(self.root).values()))
+                    raise
                 finally:
                     folders.beat(self._used)
                     self.refresh()

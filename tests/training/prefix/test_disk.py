@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import json
 import os
@@ -288,7 +289,8 @@ def test_the_root_stays_within_its_limit_and_unused_folders_go_first(tmp_path, s
     assert len(found(new, range(200))) == new.rows
     for name in "ac":
         stores[name].close()
-    os.utime(stores["a"].folder / USED, (9, 9))
+    for name, last in (("a", 9), ("c", 3)):
+        os.utime(stores[name].folder / USED, (last, last))
     fill(new, range(200, 204))
     assert not stores["c"].folder.exists() and stores["a"].folder.exists()  # one was enough, the longest unused
     nothing = fill(Disk(tmp_path, {"weights": "e"}, 100), range(3))
@@ -354,6 +356,35 @@ def test_a_full_disk_costs_speed_alone(tmp_path, said):
 
     assert ended(child(act)) == 0
     assert found(Disk(tmp_path, BASE), range(60)) == list(range(60))
+
+
+def test_where_a_disk_is_full_what_nobody_uses_makes_room(tmp_path, said, monkeypatch):
+    for name in "ab":
+        fill(Disk(tmp_path, {"weights": name}), range(20)).close()
+    whole, most = Handle.write, total(tmp_path) + 500
+
+    def write(self: Handle, data: memoryview, offset: int) -> None:
+        if total(tmp_path) + len(data) > most:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(self, data, offset)
+
+    monkeypatch.setattr(Handle, "write", write)
+    store = fill(Disk(tmp_path, BASE), range(12))
+    assert store.rows < 12
+    assert found(fill(store, range(12)), range(12)) == list(range(12))
+    assert len(said) == 1 and "No space left" in said[0]
+    assert len(list(tmp_path.glob(f"*/{USED}"))) == 2  # one of the two was enough
+
+
+def test_a_folder_is_as_old_as_its_last_use(tmp_path):
+    store = fill(Disk(tmp_path, BASE), range(2))
+    os.utime(store.folder / USED, (5, 5))
+    reader = Disk(tmp_path, BASE, pinned=True)  # pinned where it can be
+    assert found(reader, range(2)) == [0, 1]
+    assert (store.folder / USED).stat().st_mtime > 5
+    os.utime(store.folder / USED, (5, 5))
+    reader.close()
+    assert (store.folder / USED).stat().st_mtime > 5
 
 
 def test_what_cannot_be_written_or_was_removed_costs_speed_alone(tmp_path, said):
