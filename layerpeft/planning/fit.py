@@ -21,6 +21,15 @@ _SIZES: dict[tuple[Any, ...], int] = {}
 MOST = 1000
 
 
+def _size(model: nn.Module, shape: tuple[Any, ...], config: LayerLoraConfig, how: Mapping[str, Any]) -> int:
+    key = (*shape, type(config), str(config.to_dict()), str(how))
+    if key not in _SIZES:
+        if len(_SIZES) >= MOST:
+            _SIZES.pop(next(iter(_SIZES)))
+        _SIZES[key] = peak_bytes(model, config, **how)
+    return _SIZES[key]
+
+
 def _shape(model: nn.Module) -> tuple[Any, ...]:
     """All of a model without numbers that a trace hangs on."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -83,14 +92,8 @@ def fit(
     shape = _shape(model)
 
     def size(trial: _Trial) -> int:
-        fewer = _config(config, trial, chosen, packing)
-        key = (*shape, type(fewer), str(fewer.to_dict()), trial.rows, trial.checkpointing, str(step), str(given))
-        if key not in _SIZES:
-            if len(_SIZES) >= MOST:
-                _SIZES.pop(next(iter(_SIZES)))
-            how = {"batch_size": trial.rows, "checkpointing": trial.checkpointing, "step": step}
-            _SIZES[key] = peak_bytes(model, fewer, **how, **given)
-        return _SIZES[key]
+        how = given | {"batch_size": trial.rows, "checkpointing": trial.checkpointing, "step": step}
+        return _size(model, shape, _config(config, trial, chosen, packing), how)
 
     if size(asked) <= room:
         whole = plan(model, config, batch_size=batch_size, checkpointing=checkpointing, step=step, **given)
