@@ -132,7 +132,7 @@ def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan 
     read = {
         what: amount(part, setup.counts[what], setup.counts[what].read) for what, part in parts if what in setup.counts
     }
-    train, held_out = ((setup.amounts | read).get(what) for what in WHAT.values())
+    train, held_out = ({**setup.amounts, **read}.get(what) for what in WHAT.values())
     if train is None or not train.rows:
         return None
     batch, passes = options["batch_size"], options["step"].accumulation

@@ -19,7 +19,7 @@ class Index:
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, np.uint64), np.empty(0, np.int64)
-        self._view = memoryview(self._sorted[0])  # whose numbers are Python's
+        self._view = self._sorted[0].data  # whose numbers are Python's
         self._newest: dict[int, int] = {}
         self._count = 0
 
@@ -62,7 +62,7 @@ class Index:
         last = np.append(shorts[1:] != shorts[:-1], True) if len(shorts) else np.empty(0, bool)
         last &= places != GONE
         self._sorted = shorts[last], places[last]
-        self._view = memoryview(self._sorted[0])
+        self._view = self._sorted[0].data
         self._newest, self._count = {}, int(last.sum())
 
 

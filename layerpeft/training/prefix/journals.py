@@ -73,7 +73,7 @@ class Journals:
             return None
         data = _memory(entry.length, pinned)
         try:
-            count = self._handle(name + DATA).read_into(memoryview(data.numpy()), entry.offset)
+            count = self._handle(name + DATA).read_into(data.numpy().data, entry.offset)
         except FileNotFoundError as error:
             raise Damaged from error
         if count < entry.length or not entry.fits(data):
@@ -127,7 +127,7 @@ class Own:
         ends, records, failed = [self._end], [], None
         try:
             for key, data, form in rows:
-                self._data.write(memoryview(data.numpy()), ends[-1])
+                self._data.write(data.numpy().data, ends[-1])
                 records.append(record_of(key, ends[-1], data, form))
                 ends.append(ends[-1] + len(data))
         except OSError as error:

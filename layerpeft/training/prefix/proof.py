@@ -55,7 +55,7 @@ def fault(
     """What is not as it must be, of a pass that gave out `output`, and began with these random states; None: all is."""
     with torch.no_grad(), _drawing_as(random, entered.device):
         again = _from_cut(model, below, inputs, assembled(entered, rows), forms)
-        upwards = again is None or not _same(output, again, rows, tuple(entered.shape[:2]))
+        upwards = again is None or not _same(output, again, rows, (entered.shape[0], entered.shape[1]))
         longest = max(rows, key=lambda row: (row.row, length(row)))
         together = not _alone(model, below, inputs, longest, entered, forms, decoder)  # by all processes, or by none
     return (UPWARDS if upwards else TOGETHER).format(below.cut) if upwards or together else None
@@ -112,7 +112,7 @@ def _alone(
     decoder: bool,
 ) -> bool:
     """Whether this row enters the cut by itself as it did in its batch; a model that cannot be called so says nothing."""
-    shape = tuple(entered.shape[:2])
+    shape = entered.shape[0], entered.shape[1]
     own = {k: _own(k, v, row, shape, decoder) for k, v in inputs.items()}
     running = Running(below.blocks(model), dict(forms), lambda *_: None)
     with suppress(Exception):  # such as that of a model that wants as many pictures as there were
