@@ -6,10 +6,11 @@ What a plug-in of a group has to hold stands in the group's own `__init__`: `HOL
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,9 +119,14 @@ def _check_traits(module: Any, group: Any, problems: Problems) -> None:
             problems.add(f"{name} = {value!r} is not read; its name has to be TRAITS")
 
 
-def _outside(package: str):
+def _outside(package: str) -> list[EntryPoint]:
+    return _entries(package, entry_points)
+
+
+@cache  # all installed packages are looked through; whoever asks in another way is answered anew
+def _entries(package: str, ask: Callable[..., Iterable[EntryPoint]]) -> list[EntryPoint]:
     own = {m.name for m in pkgutil.iter_modules(importlib.import_module(_folder(package)).__path__)}
-    found = [e for e in entry_points(group=package)]
+    found = list(ask(group=package))
     clash = sorted(e.name for e in found if e.name in own)
     if clash:
         raise ConfigError(f"entry points of {package} may not replace built-in names: {', '.join(clash)}")
