@@ -38,10 +38,12 @@ class Settings(QuantizationConfigMixin):
     """The quantizer's config: what is to be done while a checkpoint loads; it never outlives that."""
 
     def __init__(
-        self, store: Any = None, stored: Any = (), size: Any = None, why_not: Any = None, packed: Any = None, **_: Any
-    ) -> None:
+        self, store: Any = None, stored: Any = (), size: Any = None, why_not: Any = None, packed: Any = None,
+        before: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         self.quant_method: Any = METHOD
         self.store, self.stored, self.size, self.why_not, self.packed = store, stored, size, why_not, packed or {}
+        self.before = before
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
@@ -106,6 +108,8 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         asked = self.quantization_config
+        if asked.before is not None:
+            asked.before(model)
         _check(model, (*asked.stored, *asked.packed), asked.why_not)
         for name, packed in asked.packed.items():
             _hollow(model.get_submodule(name), packed.tensors)
@@ -144,14 +148,16 @@ def settings(
     names: Iterable[str],
     size: Callable[[str, torch.Tensor], float],
     why_not: Callable[[str, nn.Linear], str | None] | None = None,
+    before: Callable[[nn.Module], None] | None = None,
 ) -> Any:
     """What `from_pretrained(quantization_config=…)` takes so that the linears of these names go through `store`.
 
     Their biases are there by then (transformers reads tensors in the order of names). `size`: bytes of a weight, once stored, for
-    each number in it; `why_not`: what keeps a linear, without numbers yet, from being stored.
+    each number in it; `why_not`: what keeps a linear, without numbers yet, from being stored; `before`: changes the
+    model, without numbers, before anything is read; tensors of modules that it takes out are left in their files.
     """
     _registered()
-    return Settings(store, frozenset(names), size, why_not)
+    return Settings(store, frozenset(names), size, why_not, before=before)
 
 
 def stored_settings(packed: Mapping[str, Packed]) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""A model of which the part from block k on alone is loaded: blocks below have no weights, keep their numbers, and hand on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from layerpeft.errors import ConfigError, told
+from layerpeft.integrations import filling
+from layerpeft.integrations.empty import hollow
+from layerpeft.integrations.tracing import as_traced, unpacked_rows
+from layerpeft.model.layers import layer_map
+from layerpeft.selection.states import entering_states
+from layerpeft.training.prefix.running import MORE, Form
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+class StandIn(GradientCheckpointingLayer):  # transformers' mark of a block: layers keep their numbers
+    """Gives out the hidden states that it gets, in the form of the block whose place it has; it has no weights.
+
+    What loops of models read of a block (`layer_idx`, `attention_type`, …) is as the block's.
+    """
+
+    def __init__(self, block: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.form = form
+        kept = {k: v for k, v in vars(block).items() if isinstance(v, PLAIN) and not k.startswith("_")}
+        for key, value in kept.items():
+            if key != "gradient_checkpointing":
+                setattr(self, key, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = entering_states(args, kwargs)
+        return hidden if self.form is None else (hidden, *self.form)
+
+
+def load_upper(kind: Any, place: str, cut: int, **options: Any) -> nn.Module:
+    """The model of a checkpoint's folder, with a `StandIn` for every block below `cut`, whose weights are never read.
+
+    `kind`: a class of transformers with `from_pretrained`, which gets `options`. Embeddings, whatever is tied to them, the blocks
+    from `cut` on and the head are there. What comes out is right only where what enters block `cut` is put there.
+    Raises: ConfigError where there are not so many blocks, where blocks below hand on more than hidden states, or where it is
+    quantized or to be quantized.
+    """
+    if options.get("quantization_config") is not None:
+        raise ConfigError("the upper part alone is not quantized while it loads; take quantization_config out")
+    given, _ = PreTrainedConfig.get_config_dict(place)
+    if given.get("quantization_config"):
+        raise ConfigError(f"{place} is quantized already; the upper part alone is loaded of plain checkpoints")
+    asked = filling.settings(_stored, (), _size, before=lambda model: stand_in(model, cut))
+    return kind.from_pretrained(place, quantization_config=asked, **options)
+
+
+def stand_in(model: nn.Module, cut: int) -> None:
+    """Puts stand-ins in the places of all blocks below `cut` of a model on the meta device. Raises: ConfigError."""
+    names = layer_map(model).names
+    if not 0 < cut < len(names):
+        raise ConfigError(
+            f"cut: {cut} is not between 1 and {len(names) - 1}; {type(model).__name__} has {len(names)} blocks"
+        )
+    forms = _forms(model, names[:cut])
+    for name in names[:cut]:
+        model.set_submodule(name, StandIn(model.get_submodule(name), forms[name]))
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    below = {rf"(^|\.){re.escape(_without_prefix(model, name))}\." for name in names[:cut]}
+    model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *below}  # type: ignore[assignment]
+
+
+def _without_prefix(model: nn.Module, name: str) -> str:
+    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def _forms(model: nn.Module, names: Sequence[str]) -> Mapping[str, Form]:
+    """What each of these blocks gives out, by a traced pass of two tokens. Raises: ConfigError."""
+    found: dict[str, Form] = {}
+
+    def learn(name: str, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            found[name] = None
+        elif type(output) is tuple and isinstance(output[0], torch.Tensor) and all(o is None for o in output[1:]):
+            found[name] = (None,) * len(output[1:])
+
+    traced = hollow(model).eval()
+    for name in names:
+        block = traced.get_submodule(name)
+        block.register_forward_hook(lambda _m, _i, output, name=name: learn(name, output))
+    try:
+        with torch.device("cpu"), as_traced(traced), unpacked_rows(), torch.no_grad():
+            traced(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
+    except Exception as error:  # models raise what they like; what comes after the blocks does not matter
+        if len(found) < len(names):
+            raise ConfigError(f"{type(model).__name__} cannot be traced: {told(error, 300)}") from error
+    if lost := [name for name in names if name not in found]:
+        raise ConfigError(f"{type(model).__name__} cannot do without its lower part: {MORE} ({lost[0]})")
+    return found
+
+
+def _stored(_name: str, linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _size(_name: str, weight: torch.Tensor) -> float:
+    return weight.element_size()
