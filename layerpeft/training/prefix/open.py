@@ -31,7 +31,7 @@ class Opener:
     setting: Setting
 
     def __call__(self, model: nn.Module, below: Below) -> Store:
-        """The store for states that enter `below.block` of the model. Every process must ask."""
+        """The store for states that enter `below.block`. No process waits for another, unless each holds a part of the model."""
         asked = self.setting
         pinned = next(model.parameters()).device.type not in ("cpu", "meta")
         if asked.where == "memory":
@@ -46,12 +46,20 @@ class Opener:
 
 
 def _shared(limit: int) -> Path | None:
-    """A folder of this run in the memory of the machine, which goes with its processes; None where there is not as much room."""
-    name = distributed.from_first(f"layerpeft-{os.getpid()}-{os.urandom(4).hex()}")
+    """A folder of this run in the memory of the machine, which goes with its processes; None where there is not as much room.
+
+    Its name is what those that one launcher has started know alike: one of them may come here alone.
+    """
     room = shutil.disk_usage(SHARED).free if os.access(SHARED, os.W_OK) else 0
-    if not distributed.everywhere(room >= min(limit, 1 << 30)):
+    if room < min(limit, 1 << 30):
         note("prefix_cache: processes keep states of their own, and find a row where it comes to the same one again")
         return None
-    root = SHARED / name
+    own = f"layerpeft-{os.getuid()}-"
+    for left in SHARED.glob(f"{own}*"):  # by processes that were killed
+        number = left.name.removeprefix(own).partition("-")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    root = SHARED / f"{own}{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+    root.mkdir(mode=0o700, exist_ok=True)
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root

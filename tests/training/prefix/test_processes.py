@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft.training.prefix import open as open_
 from tests.helpers.loops import llama
 from tests.helpers.processes import in_two_ranks
 
@@ -70,6 +74,18 @@ def test_all_later_rows_are_found_whichever_process_saw_them_first(ranks: list[A
         assert ours["losses"] == plain["losses"]
         assert all(torch.equal(ours["weights"][n], p) for n, p in plain["weights"].items())
         assert ours["cache"] == (None, 8, 4)
+
+
+def test_what_killed_processes_left_in_memory_goes_with_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(open_, "SHARED", tmp_path)
+    own = f"layerpeft-{os.getuid()}-"
+    for name in (f"{own}{2**22 + 1}-29500", f"{own}{os.getpid()}-29500", f"{own}notes"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    root = open_._shared(1)
+    assert root is not None and root.is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([root.name, f"{own}{os.getpid()}-29500", f"{own}notes"])
+    assert open_._shared(1) == root
+    atexit.unregister(shutil.rmtree)
 
 
 if __name__ == "__main__":
