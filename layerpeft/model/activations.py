@@ -153,8 +153,9 @@ def _norms(layer: Layer, module: nn.Module) -> tuple[dict[str, tuple[str, nn.Mod
     return {place: (name, found[name]) for place, name in placed.items()}, False
 
 
-def kept(block: Block, targets: Set[str], work: Work, below: bool, load: Load, late: bool) -> int:
+def kept(block: Block, targets: Set[str], work: Work, below: bool, load: Load, late: bool) -> tuple[int, int]:
     """Bytes that are there after the block's forward pass and were not before it: what its backward pass needs, and its output.
+    And those of its input, where its backward pass does not need that: they go when the next block begins.
 
     `targets`: names of what trains in it, or of what that lies in; `below`: something below it trains; `late`: as in `kept_of`.
     """
@@ -162,9 +163,10 @@ def kept(block: Block, targets: Set[str], work: Work, below: bool, load: Load, l
     given = walk.new(block.linears["o"].shape[0], block.item, below)
     out = walk.sums(given) if block.sums else walk.layer(given)
     if load.again:
-        return out.storage.size
+        return out.storage.size, 0
     held = {id(v): v.size for v in (*(v.storage for v in walk.held), out.storage) if v is not given}
-    return sum(held.values()) + walk.besides
+    reads = any(v.storage is given for v in walk.held)
+    return sum(held.values()) + walk.besides, 0 if reads else given.size
 
 
 @dataclass

@@ -39,11 +39,15 @@ class LayerCost:
 @dataclass(frozen=True)
 class LayerKept:
     """Bytes of one layer after its forward pass, its output among them: frozen above one that trains, trained above another one,
-    trained with nothing below that trains. With checkpointing they are those of its output."""
+    trained with nothing below that trains. With checkpointing they are those of its output.
+
+    `let_go`: in these three states, those of what it reads, where nothing in it needs that on the way back.
+    """
 
     frozen: int
     trained: int
     lowest: int
+    let_go: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,9 @@ def kept_of(
     wanted, beside = frozenset(t.name for t in targets), _side_by_side(text_config(base))
     for layer in layers.layers:
         block = block_of(base, layer, beside)
-        frozen, trained = kept(block, frozenset(), work, True, load, late), kept(block, wanted, work, True, load, late)
-        found.append(LayerKept(frozen, trained, kept(block, wanted, work, False, load, late)))
+        states = ((frozenset(), True), (wanted, True), (wanted, False))
+        sizes, let_go = zip(*(kept(block, trains, work, below, load, late) for trains, below in states), strict=True)
+        found.append(LayerKept(*sizes, let_go))
     return tuple(found)
 
 

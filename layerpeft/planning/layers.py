@@ -127,11 +127,11 @@ def _from_shapes(run: _Run, kinds: Sequence[Any], forms: Sequence[tuple[LayerKep
             continue
         plain = _by_form(form, shown, last, kinds)
         besides = [p.bytes - int(plain.of(p.chosen)) for p in (some, last)]
-        # the model holds on to what the first layer reads, until the way back
-        entering = plain.below[1].start - plain.below[0].start
+        entering = _entering(last)
         if any(abs(n) > APART * p.bytes + entering for n, p in zip(besides, (some, last), strict=True)):
             return None
-        besides[0] = max(besides[0], entering)
+        # the model lets go of what the first layer reads above all layers, unless that layer needs it on the way back
+        besides[0] = max(besides[0], 0 if form[0].let_go[2] else entering)
         below = tuple(b._replace(besides=besides[i > 0]) for i, b in enumerate(plain.below))
         found = replace(plain, below=below)
         others = {kind: (i,) for i, kind in enumerate(kinds) if kind != kinds[-1]} if len({*kinds}) > 1 else {}
@@ -140,12 +140,22 @@ def _from_shapes(run: _Run, kinds: Sequence[Any], forms: Sequence[tuple[LayerKep
     return None
 
 
+def _entering(last: _Pass) -> int:
+    """Bytes of what the first layer reads, where the model holds on to them until all layers are through."""
+    return last.parts["forward", 1].start - last.parts["forward", 0].start
+
+
 def _agrees(form: Sequence[LayerKept], passed: _Pass) -> bool:
-    """Whether every layer of a pass kept what the form says."""
+    """Whether every layer of a pass kept what the form says, and no more of what it read."""
     lowest = min(passed.chosen)
     for i, layer in enumerate(form[lowest:], lowest):
-        said = layer.lowest if i == lowest else layer.trained if i in passed.chosen else layer.frozen
-        if abs(said - passed.span(i).kept) > APART * passed.span(i).kept:
+        said, gone = layer.lowest, layer.let_go[2]
+        if i > lowest:
+            said, gone = (layer.trained, layer.let_go[1]) if i in passed.chosen else (layer.frozen, layer.let_go[0])
+        there, after = passed.span(i).kept, passed.parts["after", i]
+        # what the model holds besides, and what goes above the last layer, is not the layers' own
+        still = after.end - after.start + gone if 0 < i < len(form) - 1 else 0
+        if abs(said - there) > APART * there or still > APART * there:
             return False
     return True
 
@@ -162,11 +172,13 @@ def _by_form(form: Sequence[LayerKept], shown: Sequence[_Pass], last: _Pass, kin
         # of a kind of attention that was not seen as the lowest one, another stands for what is highest on the way
         states = (frozen, trained, lowest if i else {kind: some.span(0)})
         spans = [seen.get(kind, next(iter(seen.values()))) for seen in states]
-        of_form = map(_keeping, (kept.frozen, kept.trained, kept.lowest), spans)
+        gone = kept.let_go if i or not _entering(last) else (0, 0, 0)
+        of_form = map(_keeping, (kept.frozen, kept.trained, kept.lowest), gone, spans)
         found.append(LayerBytes(next(of_form), next(of_form), next(of_form), own))
-    head = last.parts["after", count - 1]
+    head, gone = last.parts["after", count - 1], form[-1].let_go[2]
+    top = head.peak + gone if head.peak > head.start else head.end + gone  # above what is left of the last layer
     below = tuple(last.below(i) for i in range(count))
-    return Memory(last.lasting - own, below, (head.peak - head.start, head.end - head.start), tuple(found))
+    return Memory(last.lasting - own, below, (top - head.start, head.end + gone - head.start), tuple(found))
 
 
 def _highest(spans: Iterable[tuple[Any, Span]]) -> dict[Any, Span]:
@@ -178,9 +190,10 @@ def _highest(spans: Iterable[tuple[Any, Span]]) -> dict[Any, Span]:
     return found
 
 
-def _keeping(kept: int, span: Span) -> Span:
+def _keeping(kept: int, gone: int, span: Span) -> Span:
+    """`gone`: what is let go when the next layer begins."""
     more = kept - span.kept
-    return Span(kept, span.peak + max(0, more), span.back, span.left - more)
+    return Span(kept - gone, span.peak + max(0, more), span.back, span.left - more)
 
 
 def _summed(run: _Run, kinds: Sequence[Any], memory: bool, whole: bool) -> Costs | Memory:

@@ -52,8 +52,10 @@ def test_layers_keep_what_a_pass_is_counted_to_keep(name):
         blocks = [wrapped.get_base_model().get_submodule(n) for n in layers.names]
         parts = {p.place: p for p in parted(wrapped, load.rows, load.length, step, None, blocks)[0].parts}
         counted = [parts["forward", i].end - parts["forward", i].start for i in range(3)]
-        said = [[form[0].lowest, form[1].trained, form[2].frozen] for form in forms]
-        assert any(own == pytest.approx(counted, rel=0.02) for own in said), (case, counted, said)
+        gone = parts["after", 1].start - parts["after", 1].end  # of what the second one read
+        said = [([form[0].lowest, form[1].trained, form[2].frozen], form[1].let_go[1]) for form in forms]
+        agree = [own == pytest.approx(counted, rel=0.02) and let_go == gone for own, let_go in said]
+        assert any(agree), (case, counted, gone, said)
 
 
 def test_layers_keep_less_where_nothing_below_trains():

@@ -249,6 +249,8 @@ def test_bytes_come_in_closed_form_where_two_passes_agree(kind, options, passes,
     for held in ([1], [0, 2, 3]):
         size = peak_bytes(built(), kind(select=held, **options), **given)
         assert size <= found.of(held) + 1 <= 1.02 * size + 1, held
+        if passes == 2:  # what the model lets go of above the layers, and what each of them does, is not taken twice
+            assert found.of(held) == pytest.approx(size, rel=1e-3), held
 
 
 @pytest.mark.parametrize("kind", [LayerGaloreConfig, LayerHeadConfig, LayerLoraConfig])
