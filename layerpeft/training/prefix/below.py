@@ -16,7 +16,9 @@ from layerpeft.model.architectures import text_config
 from layerpeft.text import some
 
 RANDOM = ("dropout", "drop_prob", "drop_path", "layerdrop", "jitter", "noise")  # in names of rates
-LIBRARIES = ("layerpeft", "transformers", "torch", "accelerate", "peft", "trl")
+# Whose hooks are no matter. Of ours only those of the backward cut: others look at what blocks give out (teachers, exits).
+LIBRARIES = ("transformers", "torch", "accelerate", "peft", "trl")
+OURS = "layerpeft.training.backward"
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,12 @@ def _hooked(modules: Iterable[tuple[str, nn.Module]], base: nn.Module, below: Be
     inside = [(n, m) for n, m in around if n and not below.names[0].startswith(f"{n}.")]
     hooks = ((n, h) for n, m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     found = [name for name, hook in hooks if not _is_known(hook)]
-    return f"a hook of your own waits below layer {below.cut}, on {some(found)}" if found else None
+    return f"a hook waits for what comes up to layer {below.cut}, on {some(found)}" if found else None
 
 
 def _is_known(hook: Any) -> bool:
     module = getattr(hook, "__module__", None) or type(hook).__module__
-    return isinstance(hook, Silent) or str(module).split(".")[0] in LIBRARIES
+    return isinstance(hook, Silent) or module == OURS or str(module).split(".")[0] in LIBRARIES
 
 
 def _found(modules: Iterable[tuple[str, nn.Module]], kinds: tuple[type, ...], why: str) -> str | None:

@@ -40,7 +40,8 @@ class Pass:
         self.below, self.inputs, self.store, self.lower_dropout = found, inputs, store, lower_dropout
         self.rows: list[Row] = []
         self.kept = False
-        self.device = next((v.device for v in inputs.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
+        weights = model.get_submodule(found.names[0]).parameters()
+        self.device = next((p.device for p in weights), torch.device("cpu"))
         kind = self.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.mode: Mode = (model.training, cast)
@@ -52,7 +53,7 @@ class Pass:
         self.flash = "flash" in str(getattr(config, "_attn_implementation", ""))
         self.quiet = self.quieted(model)
         self.random = random_states(self.device)
-        self.running = Running(found.blocks(model), forms, self.decide)
+        self.running = Running(found.blocks(model), forms, self.decide, self.device)
 
     def close(self) -> None:
         """All is as before."""
@@ -68,7 +69,7 @@ class Pass:
         """What enters the cut, where it is kept of every row; None: all is computed."""
         if hidden is None or hidden.dim() < 3:
             return None
-        if drew(self.random, random_states(hidden.device)):
+        if drew(self.random, random_states(self.device)):
             self.running.why = RANDOM.format(self.below.cut)
             return None
         shape = (hidden.shape[0], hidden.shape[1])

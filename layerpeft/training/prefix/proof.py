@@ -53,7 +53,7 @@ def fault(
     decoder: bool = False,
 ) -> str | None:
     """What is not as it must be, of a pass that gave out `output`, and began with these random states; None: all is."""
-    with torch.no_grad(), _drawing_as(random, entered.device):
+    with torch.no_grad(), _drawing_as(random, next(below.blocks(model)[0].parameters()).device):
         again = _from_cut(model, below, inputs, assembled(entered, rows), forms)
         upwards = again is None or not _same(output, again, rows, (entered.shape[0], entered.shape[1]))
         longest = max(rows, key=lambda row: (row.row, length(row)))

@@ -20,8 +20,10 @@ class Running:
     """State is real here, until `close`: `kept` is what enters the block at the cut in the place of what was computed (None: all is
     computed), `entered` what came there, `why` what makes this pass unfit."""
 
-    def __init__(self, blocks: list[nn.Module], forms: dict[int, Form], decide: Decide) -> None:
-        self.blocks, self.forms, self.decide = blocks, forms, decide
+    def __init__(
+        self, blocks: list[nn.Module], forms: dict[int, Form], decide: Decide, device: torch.device | None = None
+    ) -> None:
+        self.blocks, self.forms, self.decide, self.device = blocks, forms, decide, device
         self.kept: torch.Tensor | None = None
         self.entered: torch.Tensor | None = None
         self.why: str | None = None
@@ -70,7 +72,7 @@ class Running:
             if self.entered is not None:
                 self.why = TWICE
             self.entered = None if hidden is None else hidden.detach()
-            self.random = random_states(hidden.device) if hidden is not None else []
+            self.random = random_states(self.device) if self.device is not None else []
         elif hidden is not None and hidden.data_ptr() != self.kept.data_ptr():
             # Something came in between. In place, and unseen by autograd: checkpointing holds this very tensor, and computes
             # from it again in the backward pass.

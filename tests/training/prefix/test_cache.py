@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.errors import ConfigError
+from layerpeft.training.exits import with_exits
 from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.loops import llama, make_batches
 from tests.helpers.repeating import some
@@ -63,7 +64,6 @@ def test_every_method_begins_at_the_cut_and_a_block_below_runs_once_for_each_row
     ran = []
     below = model.get_base_model().model.layers[0].mlp.down_proj
     below.register_forward_hook(lambda *_: ran.append(1))
-    assert "hook of your own" not in str(cache_of(model).why)
     below._forward_hooks.clear()
     own = type(below).forward
     below.forward = lambda x: (ran.append(1), own(below, x))[1]
@@ -199,6 +199,18 @@ def test_what_makes_the_lower_part_no_function_of_a_row_switches_it_off_at_any_t
         losses.append(first + epochs(model, 2))
     assert losses[0] == losses[1]
     assert cache_of(model).why is not None
+
+
+@pytest.mark.parametrize("what", ["distill", "exits"])
+def test_what_looks_at_layers_below_switches_it_off(what: str):
+    losses, model = [], None
+    for options in ({}, {"prefix_cache": "memory"}):
+        model = wrapped(**options, **({"distill": {"layers": [0, 3], "weight": 0.5}} if what == "distill" else {}))
+        if what == "exits":
+            with_exits(model, [1, 4])
+        losses.append(epochs(model, 2))
+    assert losses[0] == losses[1]
+    assert "a hook waits" in cache_of(model).why
 
 
 def test_a_copy_of_the_model_keeps_states_of_its_own():
