@@ -37,8 +37,10 @@ def seeing(args: Any, state: Any, loader: Any) -> Seeing:
     if any(hasattr(args, name) for name in ONLINE):
         fresh = 4 * max(int(getattr(args, "generation_batch_size", 0) or 0), int(args.train_batch_size))
     reference = any(getattr(args, name, None) is False for name in REFERENCE)
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    return Seeing(None if streamed else int(state.num_train_epochs), reference or evaluates, fresh)
+    asked: Any = getattr(args, "eval_strategy", "no")
+    evaluates = str(getattr(asked, "value", asked)) != "no"
+    epochs = getattr(state, "num_train_epochs", 0) or 0  # 0: it does not say
+    return Seeing(None if streamed else int(epochs), reference or evaluates, fresh)
 
 
 def install(

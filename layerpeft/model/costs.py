@@ -185,8 +185,8 @@ def kept_of(
     for layer in layers.layers:
         block = block_of(base, layer, beside)
         states = ((frozenset(), True), (wanted, True), (wanted, False))
-        sizes, let_go = zip(*(kept(block, trains, work, below, load, late) for trains, below in states), strict=True)
-        found.append(LayerKept(*sizes, let_go))
+        frozen, trained, lowest = (kept(block, trains, work, below, load, late) for trains, below in states)
+        found.append(LayerKept(frozen[0], trained[0], lowest[0], (frozen[1], trained[1], lowest[1])))
     return tuple(found)
 
 
