@@ -58,23 +58,23 @@ def install(
 
     `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
     `begin(model, restored, merges, engine, optimizer, rows)` runs when training begins: `restored` is what `state(model)` gave at
-    the checkpoint that is resumed (None otherwise), `merges` says that TRL folds the adapter into the base and out again at every
-    step. `end(model, output_dir, stepped)` runs when it ends, `stepped`: after at least one optimizer step. `news(model)`: what
-    trackers are told. `packed` models go without DataParallel, which transformers spares what it has quantized itself.
-    `resume`, `made` and `sharded`: as below.
+    the checkpoint that is resumed (None otherwise), `merges`: TRL folds the adapter into the base and out again at every step.
+    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after an optimizer step. `news(model)`: what trackers are told.
+    `packed` models go without DataParallel, which transformers spares what it has quantized. `resume`, `made`, `sharded`: as below.
     """
     from transformers import trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
-    _watch(trainer.Trainer, resume, sharded, made)
+    _watch_checkpoints(trainer.Trainer, resume, sharded)
+    _watch_optimizers(trainer.Trainer, made)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
 
         model: Any = None
-        began = 0  # its first step
+        began = 0  # the step that training began at
 
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"records": state(self.model)}}
@@ -103,11 +103,6 @@ def install(
             end(self.model, args.output_dir, state.global_step > self.began)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
-
-
-def _watch(kind: Any, resume: Any, sharded: Any, made: Any) -> None:
-    _watch_checkpoints(kind, resume, sharded)
-    _watch_optimizers(kind, made)
 
 
 def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool], sharded: Callable[[Any, str], None]) -> None:

@@ -19,11 +19,11 @@ from layerpeft.planning.trace import Step, parted
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.states import entering_states
 from layerpeft.training.prefix.below import Below, why_off
+from layerpeft.training.prefix.cache import CHANGES
 from layerpeft.training.prefix.setting import Setting
 from layerpeft.tuners.config import LayerLoraConfig
 
 SCALE = 4  # bytes, of the states of one token in 8 bits
-CHANGES = "the layers that train change while training"
 WAITS = "it goes by the layers that will be chosen, and the lowest are assumed here"
 
 

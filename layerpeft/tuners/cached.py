@@ -11,7 +11,7 @@ from layerpeft.errors import LayerpeftError, Problems
 from layerpeft.model.layers import LayerMap
 from layerpeft.selection.typecheck import checked
 from layerpeft.training.prefix.below import Below, why_unfixed
-from layerpeft.training.prefix.cache import PrefixCache
+from layerpeft.training.prefix.cache import CHANGES, PrefixCache
 from layerpeft.training.prefix.open import Opener
 from layerpeft.training.prefix.setting import Setting, parse_lower
 from layerpeft.training.record import Record
@@ -74,5 +74,5 @@ def keep_states(config: Cached, record: Record, model: nn.Module, stack: str) ->
         return
     record.prefix = PrefixCache(Opener(setting), stack, config.drops_below, setting.where != "memory")
     if record.schedule is not None:
-        record.prefix.off("the layers that train change while training")
+        record.prefix.off(CHANGES)
     record.prefix.install(model)

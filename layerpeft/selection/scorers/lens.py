@@ -125,7 +125,8 @@ class Lens(WatchingCalls):
                     continue
                 with ExitStack() as stack:
                     for number, block in enumerate(self._blocks):
-                        stack.enter_context(standing_in(block, with_states(self._left[number], state)))
+                        output = with_states(self._left[number], state)
+                        stack.enter_context(standing_in(block, lambda *_, output=output, **__: output))
                     logits = logits_of(self._model(*args, **kwargs), "lens")
                 if not known:
                     counted = counted_tokens(self.request.model, inputs, logits)

@@ -69,12 +69,17 @@ def why_off(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | 
     trains = (f"{n}.{k}" for n, m in modules for k, p in m._parameters.items() if p is not None and p.requires_grad)
     if (name := next(trains, None)) is not None:
         return f"{name}, below layer {below.cut}, trains"
-    return why_unfixed(base, below, lower_dropout)
+    return _why_unfixed(modules, base, below, lower_dropout)
 
 
 def why_unfixed(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | None:
     """As `why_off`, whatever of it trains."""
-    modules = modules_below(base, below)
+    return _why_unfixed(modules_below(base, below), base, below, lower_dropout)
+
+
+def _why_unfixed(
+    modules: Sequence[tuple[str, nn.Module]], base: nn.Module, below: Below, lower_dropout: bool
+) -> str | None:
     if lower_dropout and (rates := random_in(modules)):
         return f"below layer {below.cut} there is dropout or noise ({some(rates)}); lower_dropout: off leaves it out"
     if rope := _moving(base):

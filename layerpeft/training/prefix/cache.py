@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpeft.integrations import checkpointing
 from layerpeft.integrations.torch import eager
 from layerpeft.integrations.trainer import Seeing
 from layerpeft.model.home import known_of
@@ -24,9 +23,10 @@ from layerpeft.training.prefix import below, proof
 from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.memory import Memory
 from layerpeft.training.prefix.passing import Mode, Pass, keeps, unfit, wake
-from layerpeft.training.prefix.running import Form
+from layerpeft.training.prefix.running import RANDOM, Form, drew
 from layerpeft.training.prefix.store import Store
 
+CHANGES = "the layers that train change while training"
 Open = Callable[[nn.Module, Below], Store]
 
 
@@ -158,14 +158,12 @@ class PrefixCache:
         assert self.store is not None
         self._busy, quiet = True, now.quieted(model)
         try:
-            found = proof.fault(
-                model, now.below, now.inputs, now.rows, entered, output, self._forms, now.random, now.decoder
-            )
+            found = proof.fault(model, now, output)
         finally:
             self._busy = False
             wake(quiet)
-        if proof.drew(now.random, now.running.random):
-            return proof.RANDOM.format(now.below.cut)
+        if drew(now.random, now.running.random):
+            return RANDOM.format(now.below.cut)
         known = ((row, self.store.get([row.key])) for row in now.rows)
         low = getattr(self.store, "bits", None) is not None
         if any(s and not proof.alike(s[0], entered[r.row, r.places].cpu(), low) for r, s in known):
@@ -208,9 +206,8 @@ class PrefixCache:
 
 def _versions(model: nn.Module, found: Below) -> tuple[Any, ...]:
     """Changes when a weight below the cut, or one in front of the blocks, is written to or another one takes its place."""
-    modules = [module for _, module in below.in_front(model, found.names[0])]
-    modules += [m for block in found.blocks(model)[:-1] for m in checkpointing.modules_of(block)]
-    held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+    modules = below.modules_below(model, found)
+    held = (t for _, m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in held)
 
 

@@ -59,8 +59,5 @@ class Memory:
         self._kept.clear()
         self.size = 0
 
-    def __deepcopy__(self, memo: Any) -> Memory:
-        return Memory(self.limit, self.newest, self.bits)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, (self.limit, self.newest, self.bits)

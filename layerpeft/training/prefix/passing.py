@@ -13,9 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from layerpeft.model.architectures import text_config
 from layerpeft.training.prefix import below
 from layerpeft.training.prefix.below import Below
-from layerpeft.training.prefix.proof import RANDOM, drew
-from layerpeft.training.prefix.rows import IMAGES, Row, length, rows_of
-from layerpeft.training.prefix.running import Form, Running, random_states
+from layerpeft.training.prefix.rows import IMAGES, Row, assembled, length, rows_of
+from layerpeft.training.prefix.running import RANDOM, Form, Running, drew, random_states
 from layerpeft.training.prefix.store import Store
 
 SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -37,7 +36,7 @@ class Pass:
         forms: dict[int, Form],
         lower_dropout: bool,
     ) -> None:
-        self.below, self.inputs, self.store, self.lower_dropout = found, inputs, store, lower_dropout
+        self.below, self.inputs, self.store, self.forms, self.lower_dropout = found, inputs, store, forms, lower_dropout
         self.rows: list[Row] = []
         self.kept = False
         weights = model.get_submodule(found.names[0]).parameters()
@@ -92,12 +91,8 @@ class Pass:
         states = self.store.get([row.key for row in self.rows])
         if states is None:
             return None
-        first = states[0]
-        kept = torch.zeros((*shape, *first.shape[1:]), dtype=first.dtype, device=hidden.device)
-        for row, state in zip(self.rows, states, strict=True):
-            kept[row.row, row.places] = state.to(hidden.device, non_blocking=True)
         self.kept = True
-        return kept
+        return assembled(self.rows, states, shape, hidden.device)
 
 
 def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:

@@ -6,30 +6,25 @@ they gave out (nothing else goes upwards). And a row by itself enters the cut as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from layerpeft.integrations.distributed import random_devices
 from layerpeft.integrations.torch import tensors_of
-from layerpeft.training.prefix.below import Below
-from layerpeft.training.prefix.rows import Row, length
-from layerpeft.training.prefix.running import Form, Running, random_states
+from layerpeft.training.prefix.passing import Pass
+from layerpeft.training.prefix.rows import Row, assembled, by_token, length
+from layerpeft.training.prefix.running import Running
 
-RANDOM = "what runs below layer {} draws random numbers"
 UPWARDS = "from what enters layer {} alone the model gives out something else: more than hidden states goes upwards"
 TOGETHER = "a row by itself enters layer {} otherwise than among others: rows of a batch are not computed apart"
 CHANGED = "what is kept of a row is not what enters layer {}"
 # How far rows may differ in other batches, as a share of the largest number, by what another order of sums does.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 LOW = 5e-2
-
-
-def drew(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    """Whether anything was drawn between these random states."""
-    return len(before) != len(after) or not all(map(torch.equal, before, after))
 
 
 def alike(a: torch.Tensor, b: torch.Tensor, low: bool = False) -> bool:
@@ -41,42 +36,25 @@ def alike(a: torch.Tensor, b: torch.Tensor, low: bool = False) -> bool:
     return bool((a - b).abs().max() <= limit * b.abs().max().clamp(min=1e-12)) if a.numel() else True
 
 
-def fault(
-    model: nn.Module,
-    below: Below,
-    inputs: Mapping[str, Any],
-    rows: list[Row],
-    entered: torch.Tensor,
-    output: Any,
-    forms: dict[int, Form],
-    random: list[torch.Tensor],
-    decoder: bool = False,
-) -> str | None:
-    """What is not as it must be, of a pass that gave out `output`, and began with these random states; None: all is."""
-    with torch.no_grad(), _drawing_as(random, next(below.blocks(model)[0].parameters()).device):
-        again = _from_cut(model, below, inputs, assembled(entered, rows), forms)
-        upwards = again is None or not _same(output, again, rows, (entered.shape[0], entered.shape[1]))
-        longest = max(rows, key=lambda row: (row.row, length(row)))
-        together = not _alone(model, below, inputs, longest, entered, forms, decoder)  # by all processes, or by none
-    return (UPWARDS if upwards else TOGETHER).format(below.cut) if upwards or together else None
+def fault(model: nn.Module, now: Pass, output: Any) -> str | None:
+    """What is not as it must be, of a pass that was computed whole and gave out `output`; None: all is."""
+    entered, cut = now.running.entered, now.below.cut
+    assert entered is not None
+    with torch.no_grad(), _drawing_as(now.random, now.device):
+        upwards = not _from_cut(model, now, entered, output)
+        together = not _alone(model, now, entered)  # by all processes, or by none
+    return (UPWARDS if upwards else TOGETHER).format(cut) if upwards or together else None
 
 
-def assembled(entered: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """The states of real tokens, with zeros at the places of padding."""
-    found = torch.zeros_like(entered)
-    for row in rows:
-        found[row.row, row.places] = entered[row.row, row.places]
-    return found
-
-
-def _from_cut(
-    model: nn.Module, below: Below, inputs: Mapping[str, Any], kept: torch.Tensor, forms: dict[int, Form]
-) -> Any:
-    running = Running(below.blocks(model), forms, lambda *_: kept)
+def _from_cut(model: nn.Module, now: Pass, entered: torch.Tensor, output: Any) -> bool:
+    """Whether the model gives out the same from the states of real tokens that entered the cut."""
+    shape = entered.shape[0], entered.shape[1]
+    kept = assembled(now.rows, [entered[row.row, row.places] for row in now.rows], shape, entered.device)
+    running = Running(now.below.blocks(model), now.forms, lambda *_: kept)
     try:
-        return model.forward(**inputs)
+        return _same(output, model.forward(**now.inputs), now.rows, shape)
     except Exception:  # whatever blocks above miss, they may say it in any way
-        return None
+        return False
     finally:
         running.close()
 
@@ -102,19 +80,13 @@ def _equal(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor) -> bool:
     return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5)  # kernels there may add up in any order
 
 
-def _alone(
-    model: nn.Module,
-    below: Below,
-    inputs: Mapping[str, Any],
-    row: Row,
-    entered: torch.Tensor,
-    forms: dict[int, Form],
-    decoder: bool,
-) -> bool:
-    """Whether this row enters the cut by itself as it did in its batch; a model that cannot be called so says nothing."""
+def _alone(model: nn.Module, now: Pass, entered: torch.Tensor) -> bool:
+    """Whether the last row enters the cut by itself as it did in its batch, or the longest text of it; a model that cannot be
+    called so says nothing."""
+    row = max(now.rows, key=lambda row: (row.row, length(row)))
     shape = entered.shape[0], entered.shape[1]
-    own = {k: _own(k, v, row, shape, decoder) for k, v in inputs.items()}
-    running = Running(below.blocks(model), dict(forms), lambda *_: None)
+    own = {k: _own(k, v, row, shape, now.decoder) for k, v in now.inputs.items()}
+    running = Running(now.below.blocks(model), dict(now.forms), lambda *_: None)
     with suppress(Exception):  # such as that of a model that wants as many pictures as there were
         model.forward(**own)
     running.close()
@@ -127,8 +99,8 @@ def _own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool)
         return value
     if name == "position_ids" and value.dim() > 2:
         return value[:, row.row : row.row + 1, row.places]
-    by_token = not decoder or name == "labels" or name.startswith("decoder_")
-    if by_token and value.dim() > 1 and value.shape[1] == shape[1] and value.shape[0] in (1, shape[0]):
+    ours = not decoder or name == "labels" or name.startswith("decoder_")
+    if ours and by_token(value, shape):
         at = min(row.row, len(value) - 1)
         return value[at : at + 1, row.places]
     return value[row.row : row.row + 1] if value.dim() and value.shape[0] == shape[0] else value
@@ -137,15 +109,9 @@ def _own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool)
 @contextmanager
 def _drawing_as(random: list[torch.Tensor], device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those of the pass before; afterwards they go on as if nothing had been drawn."""
-    then = random_states(device)
-    _draw(random, device)
-    try:
+    devices, kind = random_devices({device})
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.set_rng_state(random[0])
+        for state in random[1:]:
+            torch.get_device_module(device).set_rng_state(state, device)
         yield
-    finally:
-        _draw(then, device)
-
-
-def _draw(states: list[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)

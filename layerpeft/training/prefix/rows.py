@@ -8,7 +8,7 @@ no positions are given: some models number places from the left edge.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,13 @@ import torch
 
 # Of what a model is called with, this changes nothing that enters a block.
 APART = frozenset(
-    (
-        "labels",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "reduction",
+    name
+    for line in (
+        "labels class_labels start_positions end_positions next_sentence_label shift_labels num_items_in_batch reduction",
+        "use_cache past_key_values return_dict output_attentions output_hidden_states output_router_logits logits_to_keep",
+        "fused_lm_head",
     )
-    + ("logits_to_keep", "num_items_in_batch", "past_key_values", "class_labels", "start_positions", "end_positions")
-    + ("next_sentence_label", "shift_labels", "fused_lm_head")
+    for name in line.split()
 )
 _CUTS = ("cu_seq_lens", "max_length_", "seq_idx")  # say where texts begin, as positions do
 IMAGES = ("pixel_values", "image_", "video_", "pixel_")
@@ -45,6 +41,21 @@ class Row:
 def length(row: Row) -> int:
     """How many tokens it has."""
     return row.places.stop - row.places.start if isinstance(row.places, slice) else len(row.places)
+
+
+def by_token(value: torch.Tensor, shape: tuple[int, int]) -> bool:
+    """Whether it says something of every token of a batch of that shape (rows, tokens), or of one row that stands for all."""
+    return value.dim() > 1 and value.shape[1] == shape[1] and value.shape[0] in (1, shape[0])
+
+
+def assembled(
+    rows: Sequence[Row], states: Sequence[torch.Tensor], shape: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """The states (tokens, …) of rows as a batch (rows, tokens, …), with zeros at the places of padding."""
+    found = torch.zeros((*shape, *states[0].shape[1:]), dtype=states[0].dtype, device=device)
+    for row, state in zip(rows, states, strict=True):
+        found[row.row, row.places] = state.to(device, non_blocking=True)
+    return found
 
 
 def rows_of(
@@ -130,7 +141,7 @@ def _sorted(
         title = f"{name}:{value.dtype};".encode()
         if name == "position_ids" and value.dim() > 2:  # several numbers for each place
             value = value.movedim((-2, -1), (0, 1))
-        if value.dim() > 1 and value.shape[1] == shape[1] and value.shape[0] in (1, shape[0]):
+        if by_token(value, shape):
             tokens.append((title, _bytes(value, 2)))
         elif "input_ids" in inputs and (value.is_floating_point() or value.dim() == 1) and not decoder:
             shared.append((name, value))  # of pictures or sounds beside a text it is not said whose they are

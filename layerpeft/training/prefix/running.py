@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from layerpeft.model.evaluating import standing_in
 from layerpeft.selection.states import entering_states
 
 Decide = Callable[[torch.Tensor | None, Mapping[str, Any]], torch.Tensor | None]
 Form = tuple[None, ...] | None  # what a block gives out besides hidden states, which come first; None: these alone
 TWICE = "blocks run several times in one pass"
 MORE = "blocks hand more than hidden states upwards"
+RANDOM = "what runs below layer {} draws random numbers"
 
 
 class Running:
@@ -29,21 +33,15 @@ class Running:
         self.why: str | None = None
         self.random: list[torch.Tensor] = []  # random states where the cut was reached
         self.begun = False
-        self._own = [vars(block).get("forward") for block in blocks]
+        self._stack = ExitStack()
         for number, block in enumerate(blocks):
-            block.forward = _Through(self, number, block.forward)  # type: ignore[method-assign]
+            self._stack.enter_context(standing_in(block, partial(self._run, number, block.forward)))
 
     def close(self) -> None:
         """Gives the blocks back what they did."""
-        for block, own in zip(self.blocks, self._own, strict=True):
-            if own is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = own  # type: ignore[method-assign]
-        self.blocks, self._own = [], []
+        self._stack.close()
 
-    def run(self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a block does now."""
+    def _run(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden, last = entering_states(args, kwargs), len(self.blocks) - 1
         if number == last:
             self._arrive(hidden)
@@ -54,18 +52,13 @@ class Running:
             else:
                 self.begun, self.kept = True, self.decide(hidden, kwargs)
         if self.kept is not None and hidden is not None:
-            return _shaped(self.forms[number], self.kept if number == last - 1 else hidden)
+            return shaped(self.forms[number], self.kept if number == last - 1 else hidden)
         output = forward(*args, **kwargs)
-        self._learn(number, output)
-        return output
-
-    def _learn(self, number: int, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            self.forms[number] = None
-        elif type(output) is tuple and isinstance(output[0], torch.Tensor) and all(part is None for part in output[1:]):
-            self.forms[number] = (None,) * len(output[1:])
+        if hands_on(output):
+            self.forms[number] = form_of(output)
         else:
             self.why = MORE
+        return output
 
     def _arrive(self, hidden: torch.Tensor | None) -> None:
         if self.kept is None:
@@ -79,16 +72,6 @@ class Running:
             hidden.data.copy_(self.kept)
 
 
-class _Through:
-    """Lies in the place of a block's `forward` during one pass."""
-
-    def __init__(self, running: Running, number: int, forward: Callable[..., Any]) -> None:
-        self.running, self.number, self.forward = running, number, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.running.run(self.number, self.forward, args, kwargs)
-
-
 def random_states(device: torch.device) -> list[torch.Tensor]:
     """The random states that a forward pass there may draw from."""
     found = [torch.get_rng_state()]
@@ -97,5 +80,22 @@ def random_states(device: torch.device) -> list[torch.Tensor]:
     return found
 
 
-def _shaped(form: Form, hidden: torch.Tensor) -> Any:
+def drew(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    """Whether anything was drawn between these random states."""
+    return len(before) != len(after) or not all(map(torch.equal, before, after))
+
+
+def hands_on(output: Any) -> bool:
+    """Whether a block gives out hidden states and nothing else."""
+    parts = output if type(output) is tuple else (output,)
+    return isinstance(parts[0], torch.Tensor) and all(part is None for part in parts[1:])
+
+
+def form_of(output: Any) -> Form:
+    """What such a block gives out besides."""
+    return (None,) * (len(output) - 1) if type(output) is tuple else None
+
+
+def shaped(form: Form, hidden: Any) -> Any:
+    """Hidden states as a block of this form gives them out."""
     return hidden if form is None else (hidden, *form)

@@ -17,7 +17,7 @@ from layerpeft.integrations.empty import hollow
 from layerpeft.integrations.tracing import as_traced, unpacked_rows
 from layerpeft.model.layers import layer_map
 from layerpeft.selection.states import entering_states
-from layerpeft.training.prefix.running import MORE, Form
+from layerpeft.training.prefix.running import MORE, Form, form_of, hands_on, shaped
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -37,8 +37,7 @@ class StandIn(GradientCheckpointingLayer):  # transformers' mark of a block: lay
                 setattr(self, key, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = entering_states(args, kwargs)
-        return hidden if self.form is None else (hidden, *self.form)
+        return shaped(self.form, entering_states(args, kwargs))
 
 
 def load_upper(kind: Any, place: str, cut: int, **options: Any) -> nn.Module:
@@ -82,10 +81,8 @@ def _forms(model: nn.Module, names: Sequence[str]) -> Mapping[str, Form]:
     found: dict[str, Form] = {}
 
     def learn(name: str, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            found[name] = None
-        elif type(output) is tuple and isinstance(output[0], torch.Tensor) and all(o is None for o in output[1:]):
-            found[name] = (None,) * len(output[1:])
+        if hands_on(output):
+            found[name] = form_of(output)
 
     traced = hollow(model).eval()
     for name in names:

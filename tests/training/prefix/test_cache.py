@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_p
 from layerpeft.errors import ConfigError
 from layerpeft.training.exits import with_exits
 from layerpeft.training.prefix.setting import Setting, placed
-from tests.helpers.loops import llama, make_batches
+from tests.helpers.kept import cache_of, equal
+from tests.helpers.loops import adamw, llama, make_batches
 from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
-from tests.helpers.training import gsm8k_rows, record, sft
+from tests.helpers.training import gsm8k_rows, sft
 
 BATCHES = make_batches()[:2]
 METHODS: dict[str, Any] = {
@@ -36,13 +38,8 @@ def wrapped(method: str = "lora", base: nn.Module | None = None, **options: Any)
     return get_peft_model(llama() if base is None else base, config)
 
 
-def cache_of(model: Any) -> Any:
-    return model.peft_config["default"]._layerpeft.prefix
-
-
-def epochs(model: Any, number: int = 3, each: Any = lambda _model: None) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
+def epochs(model: Any, number: int = 3) -> list[float]:
+    optimizer, losses = adamw(model), []
     for _ in range(number):
         for batch in BATCHES:
             loss = model.train()(**batch).loss
@@ -50,12 +47,7 @@ def epochs(model: Any, number: int = 3, each: Any = lambda _model: None) -> list
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            each(model)
     return losses
-
-
-def equal(a: Any, b: Any) -> bool:
-    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,8 +79,7 @@ def test_checkpointing_computes_again_from_what_is_kept(reentrant: bool):
 
 
 def two_then_backward(model: Any) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
+    optimizer, losses = adamw(model), []
     for _ in range(3):
         found = [model.train()(**batch).loss for batch in BATCHES]  # both passes before the first goes back
         sum(found).backward()
@@ -317,24 +308,33 @@ TRAINED = {
 }
 
 
+RATE = {"learning_rate": 1e-2, "save_strategy": "no"}
+PLAIN = {**RATE, "bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+
+
 def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", some(TRAINED, ["accumulated", "packed"]))
-def test_sft_is_equal_to_the_bit_where_batches_have_one_shape(name: str, tmp_path: Any):
-    rows, found = gsm8k_rows().select(range(6)), []
+def trained_twice(build: Callable[[LayerLoraConfig], Any]) -> Any:
+    """The cache of a trainer's run that keeps states, which ends as the same run without does, to the bit."""
+    found = []
     for kept in (None, "memory"):
         torch.manual_seed(11)
-        config = LayerLoraConfig(select="last:2", r=4, prefix_cache=kept)
-        options = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "no", "learning_rate": 1e-2}
-        trainer = sft(rows, tmp_path, config, **options, **TRAINED[name])
+        trainer = build(LayerLoraConfig(select="last:2", r=4, prefix_cache=kept))
         trainer.train()
         found.append(trainer)
     assert losses_of(found[1]) == losses_of(found[0])
     assert equal(found[1].model, found[0].model)
-    cache = record(found[1]).prefix
+    cache = cache_of(found[1].model)
     assert cache.why is None
+    return cache
+
+
+@pytest.mark.parametrize("name", some(TRAINED, ["accumulated", "packed"]))
+def test_sft_is_equal_to_the_bit_where_batches_have_one_shape(name: str, tmp_path: Any):
+    rows, options = gsm8k_rows().select(range(6)), {"max_steps": -1, "num_train_epochs": 3, **RATE, **TRAINED[name]}
+    cache = trained_twice(lambda config: sft(rows, tmp_path, config, **options))
     assert cache.hits == 2 * cache.misses
 
 
@@ -347,25 +347,20 @@ def test_a_reference_shares_the_lower_part_of_the_same_step(kind: str, tmp_path:
     else:
         made = [{"prompt": p, "completion": c, "label": i % 2 == 0} for i, (p, c) in enumerate(rows)]
         config, trainer = KTOConfig, KTOTrainer
-    found = []
-    for kept in (None, "memory"):
-        torch.manual_seed(11)
-        given = {"max_steps": 6, "max_length": 64, "learning_rate": 1e-2, "save_strategy": "no", "logging_steps": 1}
-        given |= {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True, "pad_to_multiple_of": 64}
-        given |= {"per_device_train_batch_size": 2} if kind == "dpo" else {"per_device_train_batch_size": 6}
-        given = given if kind == "dpo" else {k: v for k, v in given.items() if k != "pad_to_multiple_of"}
-        run: Any = trainer(
+    given = {**PLAIN, "max_steps": 6, "max_length": 64}
+    given |= (
+        {"per_device_train_batch_size": 2, "pad_to_multiple_of": 64}
+        if kind == "dpo"
+        else {"per_device_train_batch_size": 6}
+    )
+    cache = trained_twice(
+        lambda chosen: trainer(
             str(short_llama()),
             args=config(str(tmp_path), **given),
             train_dataset=Dataset.from_list(made),
-            peft_config=LayerLoraConfig(select="last:2", r=4, prefix_cache=kept),
+            peft_config=chosen,
         )
-        run.train()
-        found.append(run)
-    assert losses_of(found[1]) == losses_of(found[0])
-    assert equal(found[1].model, found[0].model)
-    cache = record(found[1]).prefix
-    assert cache.why is None
+    )
     assert cache.hits >= 3 * cache.misses  # in the first epoch half of all passes, later all
 
 
@@ -376,7 +371,7 @@ def test_one_epoch_and_streams_leave_it_off(tmp_path: Any, capsys: pytest.Captur
         config = LayerLoraConfig(select="last:2", r=4, prefix_cache="memory")
         trainer = sft(given, tmp_path, config, max_steps=2, save_strategy="no")
         trainer.train()
-        cache = record(trainer).prefix
+        cache = cache_of(trainer.model)
         assert (cache.hits, cache.misses) == (0, 0)
         assert f"prefix_cache is off: {'one epoch without' if why == 'one epoch' else 'rows that are streamed'}" in (
             capsys.readouterr().err
@@ -386,24 +381,15 @@ def test_one_epoch_and_streams_leave_it_off(tmp_path: Any, capsys: pytest.Captur
 @pytest.mark.slow
 def test_rows_that_a_trainer_makes_itself_serve_a_step_and_go(tmp_path: Any):
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in gsm8k_rows().select(range(6))])
-    found = []
-    for kept in (None, "memory"):
-        torch.manual_seed(11)
-        given = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, "beta": 0.1}
-        given |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "no", "logging_steps": 1}
-        given |= {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True}
-        run: Any = GRPOTrainer(
+    given = {**PLAIN, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, "beta": 0.1}
+    cache = trained_twice(
+        lambda config: GRPOTrainer(
             str(short_llama()),
             reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
-            args=GRPOConfig(str(tmp_path), **given),
+            args=GRPOConfig(str(tmp_path), **given, num_iterations=2, max_steps=4),
             train_dataset=rows,
-            peft_config=LayerLoraConfig(select="last:2", r=4, prefix_cache=kept),
+            peft_config=config,
         )
-        run.train()
-        found.append(run)
-    assert losses_of(found[1]) == losses_of(found[0])
-    assert equal(found[1].model, found[0].model)
-    cache = record(found[1]).prefix
-    assert cache.why is None
+    )
     assert cache.hits
     assert cache.store.rows <= cache.newest

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +9,8 @@ import torch
 from torch import nn
 
 from layerpeft import LayerLoraConfig, get_peft_model, layer_map
-from layerpeft.training.record import record_of
+from tests.helpers.kept import cache_of, equal
+from tests.helpers.loops import adamw
 from tests.helpers.models import MODELS, batch
 
 # What keeps a model from it, where it is not dropout below the cut alone.
@@ -21,22 +20,14 @@ DROPPING = ("bart", "bert", "deberta_v2", "distilbert", "gpt2", "opt", "roberta"
 REFUSED = ("albert", "qwen3_next")  # elsewhere: layers that share weights, experts that PEFT cannot wrap
 
 
-def cache_of(model: Any) -> Any:
-    record = record_of(model.peft_config["default"])
-    assert record is not None
-    return record.prefix
-
-
-@contextmanager
-def quiet_below(base: nn.Module, on: bool) -> Iterator[None]:
+def quiet_below(base: nn.Module) -> None:
     """By hand, what `lower_dropout: off` means: all that comes before the last block of each row is in evaluation mode."""
     modules, last = list(base.named_modules()), layer_map(base).names[-1]
-    before = modules[: [n for n, _ in modules].index(last)] if on else []
+    before = modules[: [n for n, _ in modules].index(last)]
     below = [m for n, m in before if n and not last.startswith(f"{n}.")]
     around = [m for n, m in before if last.startswith(f"{n}.") and isinstance(getattr(m, "dropout", None), float)]
     for module in below + around:
         module.training = False
-    yield
 
 
 def trained(name: str, quiet: bool = False, **options: Any) -> tuple[Any, list[float]]:
@@ -49,24 +40,21 @@ def trained(name: str, quiet: bool = False, **options: Any) -> tuple[Any, list[f
     factors = [p for n, p in model.named_parameters() if "lora_B" in n]
     for factor in factors:
         nn.init.normal_(factor, std=0.1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = adamw(model)
     losses = []
     torch.manual_seed(5)
     for _ in range(3):
         for seed in range(2):
             model.train()
-            with quiet_below(made, quiet):
-                out = model(**batch(name, made, seed=seed))
+            if quiet:
+                quiet_below(made)
+            out = model(**batch(name, made, seed=seed))
             loss = out.last_hidden_state.float().pow(2).mean() if getattr(out, "loss", None) is None else out.loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
     return model, losses
-
-
-def equal(a: Any, b: Any) -> bool:
-    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.mark.spread(6)
