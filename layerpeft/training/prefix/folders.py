@@ -19,6 +19,7 @@ except ImportError:  # Windows
     fcntl: Any = None
 
 USED, BELONGS, LOCK = "used", "belongs.json", ".lock"
+AHEAD = "ahead.json"  # that all rows of a training were filled in
 DATA, JOURNAL = ".data", ".journal"
 BEAT = 8  # bytes of a number in `USED`, which changes with whatever is written beside it
 _NAME = re.compile(r"[0-9a-f]{32}")
@@ -200,7 +201,8 @@ def _remove(folder: Path) -> bool:
         fcntl.flock(handle.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         files = sorted(folder.iterdir(), key=lambda file: file.name == USED)  # which says that it is one of ours
         for file in files:
-            if file.suffix in (DATA, JOURNAL) or file.name in (USED, BELONGS):
+            own = file.name in (USED, BELONGS, AHEAD) or file.name.startswith(f".{AHEAD}.")
+            if own or file.suffix in (DATA, JOURNAL):
                 file.unlink()
         folder.rmdir()
     except OSError:
