@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,40 @@ SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
 # What a proof is for: whether the model trains, what autocast casts to; and whether rows hold several texts, batches several rows,
 # padding, pictures.
 Mode = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """What keys of rows hang on besides the rows, of one model: as `rows_of`; `cast`: the type that autocast casts to."""
+
+    decoder: bool
+    image: int | None
+    flash: bool
+    cast: torch.dtype | None
+
+    @classmethod
+    def of(cls, model: nn.Module, found: Below, kind: str) -> Keyed:
+        """As it is now, on a device of that kind."""
+        config: Any = getattr(model, "config", None)
+        return cls(
+            bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0],
+            getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
+            "flash" in str(getattr(config, "_attn_implementation", "")),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        )
+
+    def rows(
+        self, inputs: Mapping[str, Any], hidden: torch.Tensor, kwargs: Mapping[str, Any]
+    ) -> tuple[list[Row], Mode]:
+        """The rows of a call of the model, where `hidden` and `kwargs` enter its first block: none where they cannot be told apart;
+        and what about them a proof is for."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        several = stops(inputs.get("position_ids"), kwargs, self.flash)
+        salt = f"{self.cast}{hidden.dtype}".encode()
+        found = rows_of(inputs, shape, several=several, decoder=self.decoder, image=self.image, salt=salt) or []
+        padded = sum(map(length, found)) < shape[0] * shape[1]
+        pictures = self.image is not None and any(name.startswith(IMAGES) for name in inputs)
+        return found, (several, len(found) > 1, padded, pictures)
 
 
 class Pass:
@@ -41,15 +76,10 @@ class Pass:
         self.kept = False
         weights = model.get_submodule(found.names[0]).parameters()
         self.device = next((p.device for p in weights), torch.device("cpu"))
-        kind = self.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.mode: Mode = (model.training, cast)
+        self.keyed = Keyed.of(model, found, self.device.type)
+        self.mode: Mode = (model.training, self.keyed.cast)
         self.proved = proved
         self.divided = isinstance(model.get_submodule(found.block), FSDPModule)
-        config: Any = getattr(model, "config", None)
-        self.decoder = bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in found.names[0]
-        self.image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        self.flash = "flash" in str(getattr(config, "_attn_implementation", ""))
         self.quiet = self.quieted(model)
         self.random = random_states(self.device)
         self.running = Running(found.blocks(model), forms, self.decide, self.device)
@@ -72,20 +102,9 @@ class Pass:
             self.running.why = RANDOM.format(self.below.cut)
             return None
         shape = (hidden.shape[0], hidden.shape[1])
-        several, salt = stops(self.inputs.get("position_ids"), kwargs, self.flash), str(self.mode[1]).encode()
-        found = rows_of(
-            self.inputs,
-            shape,
-            several=several,
-            decoder=self.decoder,
-            image=self.image,
-            salt=salt + str(hidden.dtype).encode(),
-        )
-        self.rows = found or []
-        padded = sum(map(length, self.rows)) < shape[0] * shape[1]
-        pictures = self.image is not None and any(name.startswith(IMAGES) for name in self.inputs)
+        self.rows, kind = self.keyed.rows(self.inputs, hidden, kwargs)
         if not self.divided:  # or a process would prove alone what another has proved, and wait for its weights
-            self.mode = (*self.mode[:2], several, len(self.rows) > 1, padded, pictures)
+            self.mode = (*self.mode[:2], *kind)
         if not self.rows or self.mode not in self.proved:
             return None
         states = self.store.get([row.key for row in self.rows])

@@ -85,16 +85,17 @@ def _alone(model: nn.Module, now: Pass, entered: torch.Tensor) -> bool:
     called so says nothing."""
     row = max(now.rows, key=lambda row: (row.row, length(row)))
     shape = entered.shape[0], entered.shape[1]
-    own = {k: _own(k, v, row, shape, now.decoder) for k, v in now.inputs.items()}
+    alone = {k: own(k, v, row, shape, now.keyed.decoder) for k, v in now.inputs.items()}
     running = Running(now.below.blocks(model), dict(now.forms), lambda *_: None)
     with suppress(Exception):  # such as that of a model that wants as many pictures as there were
-        model.forward(**own)
+        model.forward(**alone)
     running.close()
     found = running.entered
     return found is None or alike(found[0], entered[row.row, row.places])
 
 
-def _own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool) -> Any:
+def own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool) -> Any:
+    """What a model is called with by this name, of one row alone."""
     if not isinstance(value, torch.Tensor):
         return value
     if name == "position_ids" and value.dim() > 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from layerpeft.errors import ConfigError, told
+from layerpeft.errors import ConfigError
 from layerpeft.integrations import filling
-from layerpeft.integrations.empty import hollow
-from layerpeft.integrations.tracing import as_traced, unpacked_rows
 from layerpeft.model.layers import layer_map
 from layerpeft.selection.states import entering_states
-from layerpeft.training.prefix.running import MORE, Form, form_of, hands_on, shaped
+from layerpeft.training.prefix.running import Form, shaped
+from layerpeft.training.prefix.upwards import forms_below
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -64,9 +62,8 @@ def stand_in(model: nn.Module, cut: int) -> None:
         raise ConfigError(
             f"cut: {cut} is not between 1 and {len(names) - 1}; {type(model).__name__} has {len(names)} blocks"
         )
-    forms = _forms(model, names[:cut])
-    for name in names[:cut]:
-        model.set_submodule(name, StandIn(model.get_submodule(name), forms[name]))
+    for name, form in zip(names[:cut], forms_below(model, names, cut), strict=True):
+        model.set_submodule(name, StandIn(model.get_submodule(name), form))
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     below = {rf"(^|\.){re.escape(_without_prefix(model, name))}\." for name in names[:cut]}
     model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *below}  # type: ignore[assignment]
@@ -74,29 +71,6 @@ def stand_in(model: nn.Module, cut: int) -> None:
 
 def _without_prefix(model: nn.Module, name: str) -> str:
     return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-
-
-def _forms(model: nn.Module, names: Sequence[str]) -> Mapping[str, Form]:
-    """What each of these blocks gives out, by a traced pass of two tokens. Raises: ConfigError."""
-    found: dict[str, Form] = {}
-
-    def learn(name: str, output: Any) -> None:
-        if hands_on(output):
-            found[name] = form_of(output)
-
-    traced = hollow(model).eval()
-    for name in names:
-        block = traced.get_submodule(name)
-        block.register_forward_hook(lambda _m, _i, output, name=name: learn(name, output))
-    try:
-        with torch.device("cpu"), as_traced(traced), unpacked_rows(), torch.no_grad():
-            traced(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
-    except Exception as error:  # models raise what they like; what comes after the blocks does not matter
-        if len(found) < len(names):
-            raise ConfigError(f"{type(model).__name__} cannot be traced: {told(error, 300)}") from error
-    if lost := [name for name in names if name not in found]:
-        raise ConfigError(f"{type(model).__name__} cannot do without its lower part: {MORE} ({lost[0]})")
-    return found
 
 
 def _stored(_name: str, linear: nn.Linear) -> nn.Module:
