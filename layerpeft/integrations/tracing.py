@@ -72,7 +72,7 @@ def _all_by_one(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -
 def unpacked_rows() -> Iterator[None]:
     """Attention as in a step in which no row holds several texts, whose places transformers finds by looking at positions: traced
     ones have none, and would be masked as if they did (with a mask, grouped keys are repeated for every head)."""
-    from transformers import masking_utils
+    import transformers.masking_utils as masking_utils
 
     kept = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = _in_one

@@ -62,7 +62,7 @@ def install(
     `end(model, output_dir, stepped)` runs when it ends, `stepped`: after an optimizer step. `news(model)`: what trackers are told.
     `packed` models go without DataParallel, which transformers spares what it has quantized. `resume`, `made`, `sharded`: as below.
     """
-    from transformers import trainer
+    import transformers.trainer as trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -198,30 +199,27 @@ def watch(heard: Heard, needed: bool = False) -> None:
         _watch(heard)
 
 
+_WATCHED = (  # the engine, the stages under which layers may rest, and the optimizers under which they may not
+    "engine:DeepSpeedEngine",
+    "zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+    "zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+    "bf16_optimizer:BF16_Optimizer",
+    "fp16.fused_optimizer:FP16_Optimizer",
+    "fp16.unfused_optimizer:FP16_UnfusedOptimizer",
+)
+
+
 @functools.cache
 def _watch(heard: Heard) -> None:
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    for kind in (
-        DeepSpeedZeroOptimizer,
-        DeepSpeedZeroOptimizer_Stage3,
-        BF16_Optimizer,
-        FP16_Optimizer,
-        FP16_UnfusedOptimizer,
-    ):
-        rests = kind is DeepSpeedZeroOptimizer
-        kind.__init__ = _making(kind.__init__, heard, rests)
-        kind.step = _stepping(kind.step, heard, rests)
-    DeepSpeedZeroOptimizer._optimizer_step = _by_group(DeepSpeedZeroOptimizer._optimizer_step)
-    DeepSpeedEngine.load_checkpoint = _loading(DeepSpeedEngine.load_checkpoint, heard)
-    DeepSpeedEngine.save_checkpoint = _around(DeepSpeedEngine.save_checkpoint, heard.saving)
+    engine, stages, *others = (resolve_name(f"deepspeed.runtime.{name}") for name in _WATCHED)
+    for kind in (stages, *others):
+        kind.__init__ = _making(kind.__init__, heard, rests=kind is stages)
+        kind.step = _stepping(kind.step, heard, kind is stages)
+    stages._optimizer_step = _by_group(stages._optimizer_step)
+    engine.load_checkpoint = _loading(engine.load_checkpoint, heard)
+    engine.save_checkpoint = _around(engine.save_checkpoint, heard.saving)
     name = "_zero3_consolidated_16bit_state_dict"
-    setattr(DeepSpeedEngine, name, _around(getattr(DeepSpeedEngine, name), heard.gathering))
+    setattr(engine, name, _around(getattr(engine, name), heard.gathering))
 
 
 def _making(init: Any, heard: Heard, rests: bool) -> Any:
