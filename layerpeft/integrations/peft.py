@@ -241,6 +241,25 @@ def watch_saving(is_part: Callable[[Any], bool]) -> None:
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
+@functools.cache
+def spare_tables() -> None:
+    """Lets `PeftModel.save_pretrained` save models that read no tokens: where their number of outputs is another than in the base's
+    config, PEFT would save embeddings, and asks for them. A second call changes nothing."""
+    original = PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self.get_base_model().get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            kwargs.setdefault("save_embedding_layers", False)
+        except AttributeError:
+            pass
+        return original(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
 def whole_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
     """What `PeftModel.save_pretrained` takes as `state_dict` of weights that are divided among processes: all but the base's frozen
     ones, whole, on the CPU. Every process must ask. None where nothing is divided."""

@@ -17,6 +17,7 @@ from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
+from layerpeft.recipe.trainers.table import row_of
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import counted
@@ -75,7 +76,9 @@ class Check:
         values = done.data
         self.required(values, done)
         good = surroundings.placed(self.typed(values, known, trainer), path.parent)
-        bf16_by_default = trainer == "sft" and "bf16" not in values and values.get("fp16") in (None, False)
+        bf16_by_default = (
+            bool(trainer) and row_of(trainer).trl and "bf16" not in values and values.get("fp16") in (None, False)
+        )
         bf16_by_default = bf16_by_default and not self.accelerator
         if bf16_by_default and not surroundings.has_bf16():
             good["bf16"] = False  # TRL's default is true, and refuses to start without a device for it
@@ -99,7 +102,7 @@ class Check:
         recipe = Recipe(source, path, trainer, good, method, select, fields, notices, lines=lines, config=config)
         if trainer:
             here = {k: v for k, v in good.items() if k not in ("bf16", "fp16")} | {"bf16": False}
-            trial = replace(recipe, values=here) if self.accelerator and trainer == "sft" else recipe
+            trial = replace(recipe, values=here) if self.accelerator and recipe.row.trl else recipe
             self.add_all(surroundings.argument_problems(trial, self.wrong))
             self.add_all(model.loading_problems(recipe))
             if (
@@ -282,7 +285,7 @@ def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -
     def value(name: str) -> Any:
         return good.get(name, known[name].default if name in known else None)
 
-    by_default = trainer == "sft" and "bf16" not in good
+    by_default = bool(trainer) and row_of(trainer).trl and "bf16" not in good
     optimizer = value("optim")
     return {
         "rows": value("per_device_train_batch_size"),
@@ -290,7 +293,7 @@ def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -
         "optimizer": None if optimizer is None else str(getattr(optimizer, "value", optimizer)),
         "checkpointing": bool(value("gradient_checkpointing")),
         "precision": "float16" if value("fp16") else "bfloat16" if by_default or value("bf16") else None,
-        "fused_head": trainer == "sft",
+        "fused_head": bool(trainer) and row_of(trainer).fused_head,
         "padded": True,
         "epochs": value("num_train_epochs") if (value("max_steps") or 0) < 1 else None,
     }

@@ -20,6 +20,7 @@ from layerpeft.model.patterns import check_patterns
 from layerpeft.model.targets import like
 from layerpeft.model.units import in_units
 from layerpeft.recipe.recipe import Recipe, layer_config
+from layerpeft.recipe.trainers.table import row_of
 from layerpeft.selection import plugins
 from layerpeft.selection.choose import candidates, lowest
 from layerpeft.selection.grammar import layer_numbers
@@ -57,7 +58,7 @@ def unfit(select: Select, trainer: str) -> str | None:
         return None
     traits = plugins.traits(SCORERS, select.by)
     wrong = "goes by the order of rows, which a recipe's trainer shuffles" if traits.ordered else None
-    if traits.classes and trainer != "classification":
+    if traits.classes and not row_of(trainer).one_class:
         wrong = f"needs a class for every row (`classes` in batches), which trainer: {trainer} does not read"
     return wrong and (
         f"by: {select.by} {wrong}; score them beforehand "
@@ -154,7 +155,7 @@ def _dry_run(recipe: Recipe, config: LayerLoraConfig, model: nn.Module, stacks: 
         trained = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
         if wrong := unmatched(config, model, trained):
             return _of_names(ConfigError(*wrong), BLOCK)
-    head = base_of(wrapped).get_output_embeddings() if recipe.trainer == "sft" else None  # type: ignore[operator]
+    head = base_of(wrapped).get_output_embeddings() if recipe.row.fused_head else None  # type: ignore[operator]
     if isinstance(head, BaseTunerLayer):
         sentence = (
             "the output embeddings (lm_head) are among the modules, and TRL's loss reads their weight past any adapter; leave "

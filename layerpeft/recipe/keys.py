@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from layerpeft.recipe.trainers.row import named
+from layerpeft.recipe.trainers.table import ROWS, row_of
 from layerpeft.selection.typecheck import Setting, settings_of
 
-TRAINERS = ("sft", "classification")
+TRAINERS = tuple(ROWS)
 
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
 _OWN: dict[str, Setting] = {
@@ -25,12 +27,6 @@ _OWN: dict[str, Setting] = {
     "exits": Setting(list[int | str] | None),
     "drop": Setting(int | str | list[Any] | dict[str, Any] | None),
     "layerpeft": Setting(dict),
-}
-# beside SFTConfig, which has these itself
-_CLASSIFICATION = {
-    "max_length": Setting(int | None, 512),
-    "trust_remote_code": Setting(bool, False),
-    "model_init_kwargs": Setting(dict[str, Any] | None),
 }
 _MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
 _SCRIPT = ("dataset_config", "dataset_train_split", "dataset_test_split")
@@ -56,20 +52,15 @@ FIXED = {
 AT_LEAST: dict[str, int | None] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 1,
     "num_train_epochs": None, "learning_rate": None, "max_train_samples": 1, "max_eval_samples": 1, "sample_tokens": 0,
+    "max_target_length": 1, "stride": 0, "mlm_probability": None, "max_seconds": None,
     "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0,
 }  # fmt: skip
 
 
 @cache
 def arguments_class(trainer: str) -> type:
-    """The class whose fields stand at the top level: trl.SFTConfig or transformers.TrainingArguments."""
-    if trainer == "sft":
-        from trl import SFTConfig
-
-        return SFTConfig
-    from transformers import TrainingArguments
-
-    return TrainingArguments
+    """The class whose fields stand at the top level, such as trl.SFTConfig or transformers.TrainingArguments."""
+    return named(row_of(trainer).arguments)
 
 
 @cache
@@ -84,12 +75,11 @@ def top_settings(trainer: str) -> Mapping[str, Setting]:
     from trl import ModelConfig, ScriptArguments
 
     model, script = settings_of(ModelConfig), settings_of(ScriptArguments)
-    extra = _CLASSIFICATION if trainer == "classification" else {}
     return {
         **argument_settings(trainer),
         **{k: model[k] for k in _MODEL},
         **{k: script[k] for k in _SCRIPT},
-        **extra,
+        **row_of(trainer).keys,
         **_OWN,
     }
 

@@ -17,10 +17,12 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from layerpeft.errors import ConfigError, Problem, RecipeError, hint, told, unknown
 from layerpeft.integrations import empty
-from layerpeft.integrations.code import admit, named
+from layerpeft.integrations.code import admit
+from layerpeft.integrations.code import named as file_named
 from layerpeft.integrations.files import as_written
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.trainers.row import named
 
 # what from_pretrained is told about reading weights; every other key of model_init_kwargs is one of the model's config
 LOADING = (
@@ -35,8 +37,8 @@ OTHER_WAY = {"load_in_4bit", "load_in_8bit"}  # of transformers before 5
 
 def auto_class(recipe: Recipe) -> Any:
     """The class of transformers that builds it."""
-    sft = recipe.trainer == "sft"
-    return transformers.AutoModelForCausalLM if sft else transformers.AutoModelForSequenceClassification
+    name = recipe.row.model
+    return getattr(transformers, named(name)(recipe) if "." in name else name)
 
 
 def model_path(recipe: Recipe) -> str:
@@ -82,7 +84,7 @@ def _code_of(place: str, revision: str | None) -> list[str]:
     if not folder.is_dir():
         return [f"{place} on the hub (revision {revision or 'main'})", *away] if asked else []
     own = folder.glob("*.py") if asked else ()
-    return [named(p) for p in sorted([*own, *folder.glob("custom_generate/*.py")])] + away
+    return [file_named(p) for p in sorted([*own, *folder.glob("custom_generate/*.py")])] + away
 
 
 def _mappings(parts: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
@@ -172,16 +174,18 @@ def loading_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
-def model_config(recipe: Recipe, labels: Sequence[str] = (), padding: int | None = None) -> Any:
-    """Its config, with a head for `labels`; `padding`: the tokenizer's, for such a head. Raises: RecipeError."""
-    extra: dict[str, Any] = {}
+def model_config(
+    recipe: Recipe, labels: Sequence[str] = (), padding: int | None = None, values: Mapping[str, Any] | None = None
+) -> Any:
+    """Its config, with a head for `labels`; `padding`: the tokenizer's, for such a head; `values`: what rows say of it besides,
+    whatever the checkpoint's own head was for. Raises: RecipeError."""
+    extra: dict[str, Any] = dict(values or {})
     if labels:
-        extra = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        extra["problem_type"] = "single_label_classification"  # whatever the checkpoint's own head was for
+        extra |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     load, given = transformers.AutoConfig.from_pretrained, recipe["model_init_kwargs"] or {}
     where = {k: v for k, v in loading(recipe).items() if k in ("revision", "subfolder")}
     described = {k: v for k, v in given.items() if k not in (*LOADING, "trust_remote_code")}
-    config = from_hub(recipe, load, model_path(recipe), **where, **code(recipe), **described, **extra)
+    config = from_hub(recipe, load, model_path(recipe), **where, **code(recipe), **(described | extra))
     known = [n for n in {**config.to_dict(), **dict.fromkeys(LOADING)} if not n.startswith("_")]
     if stray := [key for key in described if not hasattr(config, key)]:
         sentence = "neither the model's config nor its loading knows it; take it out."
@@ -194,24 +198,27 @@ def model_config(recipe: Recipe, labels: Sequence[str] = (), padding: int | None
     return config
 
 
-def empty_model(recipe: Recipe, labels: Sequence[str] = (), padding: int | None = None) -> nn.Module:
+def empty_model(
+    recipe: Recipe, labels: Sequence[str] = (), padding: int | None = None, values: Mapping[str, Any] | None = None
+) -> nn.Module:
     """It without weights, with its kind of attention; fast ones as torch's own, which keeps as much. Raises: RecipeError."""
-    config, asked = model_config(recipe, labels, padding), loading(recipe)
+    config, asked = model_config(recipe, labels, padding, values), loading(recipe)
     model: Any = from_hub(recipe, empty.empty_model, auto_class(recipe), config, asked["dtype"], **code(recipe))
     with contextlib.suppress(ValueError, AttributeError):
         model.set_attn_implementation("eager" if asked["attn_implementation"] == "eager" else "sdpa")
     return model
 
 
-def check_head(recipe: Recipe, labels: Sequence[str]) -> None:
-    """Raises: RecipeError where the checkpoint has a head of another size than the classes, and says so."""
+def check_head(recipe: Recipe, classes: int) -> None:
+    """Raises: RecipeError where the checkpoint has a head for another number of classes (0: of any), and says so."""
     config = model_config(recipe)
-    heads = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or ())
+    kind = auto_class(recipe).__name__.removeprefix("AutoModel")
+    heads = any(name.endswith(kind) for name in getattr(config, "architectures", None) or ())
     drawn = (recipe["model_init_kwargs"] or {}).get("ignore_mismatched_sizes")
-    if heads and not drawn and config.num_labels != len(labels):
-        classes = "1 class" if config.num_labels == 1 else f"{config.num_labels} classes"
+    there = config.vocab_size if kind == "ForCTC" else config.num_labels
+    if heads and classes and not drawn and there != classes:
         text = (
-            f"the checkpoint has a head for {classes}, the rows have {len(labels)}; "
+            f"the checkpoint has a head for {'1 class' if there == 1 else f'{there} classes'}, the rows have {classes}; "
             "model_init_kwargs: {ignore_mismatched_sizes: true} draws a new one"
         )
         raise RecipeError(Problem(("model_name_or_path",), f"model_name_or_path: {text}"))

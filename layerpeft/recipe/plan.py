@@ -130,7 +130,9 @@ def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan 
     """How a training goes over the rows of a recipe; None where they are prepared elsewhere."""
     parts = zip(WHAT.values(), (setup.train, setup.held_out), strict=True)
     read = {
-        what: amount(part, setup.counts[what], setup.counts[what].read) for what, part in parts if what in setup.counts
+        what: amount(part, setup.counts[what], setup.counts[what].read)
+        for what, part in parts
+        if what in setup.counts and "input_ids" in part.column_names
     }
     train, held_out = ({**setup.amounts, **read}.get(what) for what in WHAT.values())
     if train is None or not train.rows:
@@ -166,13 +168,12 @@ def arguments_of(recipe: Recipe, elsewhere: bool = False) -> Any:
 
 def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, Any]:
     """What `plan` and `fit` are told of a recipe."""
-    sft = recipe.trainer == "sft"
     packed = any(getattr(arguments, name, False) for name in ("packing", "padding_free"))
     here, quantization = accelerator and not arguments.use_cpu, loading(recipe).get("quantization_config")
     step = Step(
         autocast=_precision(recipe, arguments),
         checkpointing_kwargs=arguments.gradient_checkpointing_kwargs or {},
-        fused_head=sft,
+        fused_head=recipe.row.fused_head,
         padded=not packed,
         packed=packed,
         in_place=here,
@@ -182,7 +183,7 @@ def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, A
     )
     return {
         "batch_size": arguments.per_device_train_batch_size,
-        "length": recipe["max_length"] or DEFAULT_LENGTH,
+        "length": keys.top_settings(recipe.trainer).get("max_length") and recipe["max_length"] or DEFAULT_LENGTH,
         "optimizer": optimizer_of(arguments),
         "checkpointing": bool(arguments.gradient_checkpointing),
         "step": step,
@@ -229,5 +230,5 @@ def _packing() -> str | None:
 def _precision(recipe: Recipe, arguments: Any) -> torch.dtype | None:
     if arguments.fp16 or recipe.values.get("fp16"):
         return torch.float16
-    by_default = recipe.trainer == "sft" and "bf16" not in recipe.values
+    by_default = recipe.row.trl and "bf16" not in recipe.values
     return torch.bfloat16 if arguments.bf16 or recipe.values.get("bf16") or by_default else None

@@ -11,14 +11,14 @@ from typing import Any
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.shipped import SCHEME, expanded, resolve
+from layerpeft.recipe.trainers.row import Row
+from layerpeft.recipe.trainers.table import row_of
 from layerpeft.recipe.yaml import dump, flow
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.soft import choosing_by
-
-TASKS = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,17 @@ class Recipe:
         return self.values.get(key, keys.top_settings(self.trainer)[key].default)
 
     @property
+    def row(self) -> Row:
+        """What tells its trainer from others."""
+        return row_of(self.trainer)
+
+    @property
     def output_dir(self) -> Path:
         return expanded(self.values["output_dir"])
 
 
 def training_arguments(recipe: Recipe, **changes: Any) -> Any:
-    """The trl.SFTConfig or transformers.TrainingArguments of a recipe.
+    """The settings of a recipe's trainer, as trl.SFTConfig or transformers.TrainingArguments.
     The order of the rows hangs on `data_seed` alone, so that arms of a comparison see the same batches."""
     given = {k: v for k, v in recipe.values.items() if k in keys.argument_settings(recipe.trainer)}
     if isinstance(given.get("resume_from_checkpoint"), bool):
@@ -76,7 +81,7 @@ def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> La
     asked = fields.get("distill")
     if isinstance(asked, Mapping) and str(asked.get("teacher", "")).startswith(SCHEME):
         fields["distill"] = {**asked, "teacher": resolve(asked["teacher"])}
-    return kind(select=select, task_type=TASKS.get(trainer), **fields)
+    return kind(select=select, task_type=row_of(trainer).task_type if trainer else None, **fields)
 
 
 def to_yaml(recipe: Recipe) -> str:

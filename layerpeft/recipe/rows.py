@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
-from layerpeft.recipe.reading import Broken, Written, plain, read, text_of
+from layerpeft.recipe.reading import Broken, plain, read, text_of
 from layerpeft.recipe.shipped import expanded, looked_for, resolve
 from layerpeft.text import some
 
@@ -23,7 +23,6 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 # what `columns` may define, by trainer: each tuple is one complete set
 FORMS = {
     "sft": (("prompt", "completion"), ("user", "assistant"), ("system", "user", "assistant"), ("text",)),
-    "classification": (("text", "label"), ("text", "text_pair", "label")),
 }
 HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # what an address on the hub looks like
 READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
@@ -97,7 +96,8 @@ class Source:
             import pyarrow.parquet
 
             found = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(self.files[0]))
-        return tuple(getattr(found.get(column), "names", None) or ())
+        kind = found.get(column)
+        return tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())
 
     def place(self, index: int) -> Place:
         return next(islice(self, index, None))[0]
@@ -195,29 +195,32 @@ def column_problems(
     if not have:
         return []  # nothing could be read of them, and that is said elsewhere
     if columns:
-        found = []
-        for name, template in columns.items():
-            for missing in sorted(set(template_columns(template)) - set(have)):
-                sentence = f"no column {missing!r} in the data; it has {_names(have)}.{hint(missing, have)}"
-                found.append((name, sentence))
-        return found
-    if trainer == "classification":
-        forms, wanted = [{"text", "label"}], "`text` and `label`"
-        example = 'columns: {text: "{sentence}", label: "{class}"}'
-    else:
-        forms = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"}]
-        wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
-        example = 'columns: {prompt: "{question}", completion: "{answer}"}'
+        return template_problems(have, columns)
+    forms = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"}]
+    wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
+    example = 'columns: {prompt: "{question}", completion: "{answer}"}'
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
         said = f"images are not trained on ({pictures.pop()}); for the words alone say which they are"
         return [("", f"{said}, as in {example}")]
-    if any(form <= set(have) for form in forms):
-        return []
+    return [] if any(form <= set(have) for form in forms) else [("", lacking(wanted, have, example))]
+
+
+def template_problems(have: list[str], columns: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Templates that name columns which are not there, each with a sentence."""
+    return [
+        (name, f"no column {missing!r} in the data; it has {_names(have)}.{hint(missing, have)}")
+        for name, template in columns.items()
+        for missing in sorted(set(template_columns(template)) - set(have))
+    ]
+
+
+def lacking(wanted: str, have: list[str], example: str) -> str:
+    """What rows with these columns need; `example`: of templates."""
     other = next((mark for mark in ";\t|" if len(have) == 1 and mark in have[0]), None)
     more = (
         f" (one column, with {other!r} in its name: a .csv has commas between its cells, a .tsv tabs)" if other else ""
     )
-    return [("", f"the rows need {wanted}, and have {_names(have)}{more}; say what is what, as in {example}")]
+    return f"the rows need {wanted}, and have {_names(have)}{more}; say what is what, as in {example}"
 
 
 def _names(have: list[str]) -> str:
@@ -226,8 +229,12 @@ def _names(have: list[str]) -> str:
     return some([repr(name) if name != name.strip() else name for name in short], 40, " and {} more")
 
 
-def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What is wrong with the names or templates of `columns`: the template ("" for all of them) and a sentence, or None."""
+def form_problem(
+    trainer: str, columns: Mapping[str, Any], forms: tuple[tuple[str, ...], ...] = (), more: tuple[str, ...] = ()
+) -> tuple[str, str] | None:
+    """What is wrong with the names or templates of `columns`: the template ("" for all of them) and a sentence, or None. `forms`,
+    and what may stand beside them (`more`): of a trainer that is not in FORMS."""
+    forms = forms or FORMS[trainer]
     for name, template in columns.items():
         if not isinstance(template, str):
             return name, f"a template is text with columns in braces, not {template!r}"
@@ -236,8 +243,8 @@ def form_problem(trainer: str, columns: Mapping[str, Any]) -> tuple[str, str] | 
                 return name, f"{template!r} names no column; write it in braces, as in '{{{template or 'question'}}}'"
         except ValueError as error:
             return name, str(error)
-    if set(columns) not in [set(form) for form in FORMS[trainer]]:
-        allowed = "; ".join(" + ".join(form) for form in FORMS[trainer])
+    if not any(set(form) <= set(columns) <= {*form, *more} for form in forms):
+        allowed = "; ".join(" + ".join(form) for form in forms)
         given = " + ".join(columns) or "nothing"
         return "", f"{given} is not a complete set for trainer: {trainer}; allowed: {allowed}"
     return None
@@ -314,15 +321,13 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """What becomes of a row. `have`: all columns; `kept`: those that are read, where no templates are given; `classes`: names of
-    the numbers of labels, where the data declares them."""
+    """What becomes of a row. `have`: all columns; `kept`: those that are read, where no templates are given."""
 
     trainer: str
     columns: tuple[tuple[str, str], ...]
     have: tuple[str, ...]
     kept: tuple[str, ...]
     field: str
-    classes: tuple[str, ...] = ()
 
 
 IDS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
@@ -332,8 +337,6 @@ BESIDE = ("tools", "chat_template_kwargs")
 
 def _forms(trainer: str, text_field: str) -> list[tuple[str, ...]]:
     """Columns that are enough by themselves, in the order in which a trainer looks for them."""
-    if trainer == "classification":
-        return [("text", "label")]
     return [("input_ids",), ("prompt", "completion"), *((name,) for name in TURNS), (text_field,)]
 
 
@@ -351,10 +354,9 @@ def shape(
         problems.add(f"columns.{name}: {sentence}" if name else sentence)
     problems.raise_if_any(RecipeError)
     form = next((form for form in _forms(trainer, text_field) if set(form) <= set(have)), ())
-    more = ("text_pair",) if trainer == "classification" else IDS if form == ("input_ids",) else BESIDE
+    more = IDS if form == ("input_ids",) else BESIDE
     kept = tuple(dict.fromkeys((*form, *(name for name in more if name in have))))
-    named = source.classes("label") if trainer == "classification" and not columns else ()
-    how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field, named)
+    how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field)
     first = next(iter(_shaped(source, how, 1)), None)
     if first is None:
         return datasets.Dataset.from_dict({name: [] for name in dict(how.columns) or kept})
@@ -434,24 +436,19 @@ def _filled(name: str, template: str, row: Mapping[str, Any]) -> str:
     pieces = _pieces(template)
     named = [column for _, column, _, _ in pieces if column is not None]
     literal = "".join(text for text, _, _, _ in pieces).strip()
-    if name == "label" and len(pieces) == 1 and not literal:
-        return _label(row[named[0]], (), f'label: "class {template}"')
-    if named and not literal and name not in ("system", "text_pair") and all(row[column] is None for column in named):
+    if named and not literal and name != "system" and all(row[column] is None for column in named):
         raise Unfit(f"has no {name} ({' and '.join(named)} {'is' if len(named) == 1 else 'are'} empty)")
     try:
-        text = fill(template, row)
+        return fill(template, row)
     except ValueError as error:
         raise Unfit(f"has no text for {name}: {error}") from None
-    return _label(text, (), f'label: "class {template}"') if name == "label" else text
 
 
 def _direct(name: str, value: Any, how: Shape) -> Any:
     """A column that is read as it is. Raises: Unfit."""
-    if name == "label":
-        return _label(value, how.classes, 'columns: {text: "{text}", label: "class {label}"}')
     if name in BESIDE:
         return plain(value) if value is not None else {} if name == "chat_template_kwargs" else None
-    if value is None and name != "text_pair":
+    if value is None:
         raise Unfit(f"has no {name}")
     if name in IDS:
         found = plain(value)
@@ -463,7 +460,7 @@ def _direct(name: str, value: Any, how: Shape) -> Any:
     if isinstance(value, dict | list | tuple):
         same = ", ".join(f'{n}: "{{{n}}}"' for n in how.kept if n not in BESIDE)
         raise Unfit(f"has a {name} that is {_kind(value)}, not text; to train on it as JSON: columns: {{{same}}}")
-    return "" if value is None else _text(name, value)
+    return _text(name, value)
 
 
 def _text(name: str, value: Any) -> str:
@@ -493,27 +490,3 @@ def _kind(value: Any) -> str:
     return {dict: "an object", list: "a list", tuple: "a list"}.get(
         type(value), "text" if isinstance(value, str) else repr(value)
     )
-
-
-# a number that is measured, not counted: with a point or an exponent
-_MEASURED = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
-
-
-def _label(value: Any, classes: tuple[str, ...], cure: str) -> str:
-    """The name of a class: the text of the cell, so that 1 and "1" are one class. Raises: Unfit, with the cure for a number."""
-    if isinstance(value, dict | list | tuple):
-        raise Unfit(f"has {_kind(value)} as label: a label is one class, not a list")
-    if value is None or value == "" or (classes and str(value) == "-1"):
-        raise Unfit("has no label")
-    text = _text("label", value)
-    if classes and text not in classes:
-        if not text.isdecimal() or int(text) >= len(classes):
-            raise Unfit(f"has the label {text}, which is not among those that the data declares: {_names([*classes])}")
-        text = classes[int(text)]
-    number = isinstance(value, float | Written) and not text.lstrip("+-").isdecimal()
-    if number or (not classes and _MEASURED.fullmatch(text)):
-        raise Unfit(
-            f"has the label {text}, a number that is measured, and regression is not in this version (a class is text or a whole "
-            f"number; with a word it is text: {cure})"
-        )
-    return text

@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from layerpeft.errors import RecipeError, unknown
+from layerpeft.recipe.toys import place
 
 SCHEME = "layerpeft://"
 _HERE = Path(__file__).resolve().parent
@@ -16,8 +17,10 @@ def resolve(address: str) -> str:
     if not address.startswith(SCHEME):
         return address
     name = address.removeprefix(SCHEME).strip("/")
+    if name in place.names():
+        return str(place.made(name))
     if name not in data_names():
-        raise RecipeError(unknown("file of the package", name, data_names()))
+        raise RecipeError(unknown("file of the package", name, [*data_names(), *place.names()]))
     return str(_HERE / "data" / name)
 
 

@@ -8,6 +8,8 @@ from layerpeft.recipe import cures, foreign, keys
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.methods import METHODS
 
+_FIRST = ("sft",)  # whose settings are looked through first, whatever else has them
+
 
 def unknown_key(key: str, value: Any, known: Mapping[str, Setting], trainer: str) -> str:
     """What to say of a top-level key that does not exist."""
@@ -17,8 +19,9 @@ def unknown_key(key: str, value: Any, known: Mapping[str, Setting], trainer: str
         return f"unknown key {key!r}: {cures.EMPTY}"
     if key == "select" or any(key in keys.block_settings(kind) for kind in METHODS.values()):
         return f"{key}: this belongs in the block, as in `layerpeft: {{{key}: {cures.written(value)}}}`"
-    if trainer == "classification" and key in keys.top_settings("sft"):
-        return f"{key}: this is a setting of trainer: sft; take it out"
+    theirs = (name for name in (*_FIRST, *keys.TRAINERS) if name != trainer and key in keys.top_settings(name))
+    if trainer and (other := next(theirs, None)):
+        return f"{key}: this is a setting of trainer: {other}; take it out"
     kind = keys.arguments_class(trainer or "sft").__name__
     allowed = "trainer, model_name_or_path, dataset_name, columns, output_dir, layerpeft, …"
     fitting = [name for name, setting in known.items() if complaint(setting, value) is None]

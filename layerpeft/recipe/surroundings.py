@@ -22,6 +22,8 @@ from layerpeft.quantization.config import LayerQuantConfig, used
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.recipe import Recipe, training_arguments
 from layerpeft.recipe.shipped import beside, expanded, looked_for, resolve
+from layerpeft.recipe.tasks.shape import problems_of
+from layerpeft.recipe.trainers.table import task_of
 from layerpeft.saving.checkpoints import checkpoint_troubles, last_checkpoint
 from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST
 from layerpeft.saving.owned import RECORD, completed, files_below, strangers
@@ -100,7 +102,10 @@ def data_problems(
     """What is wrong with the rows and with the templates that read them; `judged`: the templates are known to be good or bad."""
     found: list[Problem] = []
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
-    if columns is not None and (wrong := rows.form_problem(trainer, columns)):
+    task = task_of(trainer)
+    if columns is not None and (
+        wrong := rows.form_problem(trainer, columns, *((task.forms, task.more) if task else ()))
+    ):
         name, sentence = wrong
         found.append(Problem(("columns", name), f"columns{'.' if name else ''}{name}: {sentence}"))
         judged = False
@@ -117,7 +122,12 @@ def data_problems(
         found += [_of(key, sentence) for sentence in broken]
         for file, names in have.items() if judged else ():
             place = f"{file}: " if len(have) > 1 else ""
-            for name, sentence in rows.column_problems(trainer, names, columns, field):
+            found_here = (
+                rows.column_problems(trainer, names, columns, field)
+                if task is None
+                else problems_of(task, names, columns)
+            )
+            for name, sentence in found_here:
                 own = Problem(("columns", name), f"columns.{name}: {place}{sentence} ({key})")
                 found.append(own if name else _of(key, place + sentence))
         if files and key == "dataset_name":

@@ -29,6 +29,7 @@ from layerpeft.recipe.recipe import Recipe, checkpoint_of, command_of, layer_con
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.shorter import shorten
 from layerpeft.recipe.surroundings import SHORTER_RECORD, TRAINED, checkpoints_in
+from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
@@ -66,7 +67,6 @@ WRITTEN = (
     "recipe.yaml",
     SHORTER_RECORD,
 )
-NAMES = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def _run(recipe: Recipe, say: Say) -> Result:
     if (record := record_of(model.peft_config["default"])) is not None:
         record.rows = {what: asdict(found) for what, found in setup.counts.items()}
         record.dropped = setup.dropped.to_dict() if setup.dropped is not None else None
+        record.task = {"trainer": recipe.trainer, **setup.learned.about}
     chosen = record.selection if record is not None else None
     layers = (
         "all layers" if chosen is None else f"{chosen.unit}s {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
@@ -277,7 +278,7 @@ class _Files(TrainerCallback):
     def __init__(self, recipe: Recipe) -> None:
         self.folder = recipe.output_dir
         self.old = checkpoints_in(self.folder) if recipe["overwrite_output_dir"] else []
-        self.card = ["README.md"] * (recipe.trainer == "sft")  # TRL writes one with every checkpoint
+        self.card = ["README.md"] * recipe.row.trl  # TRL writes one with every checkpoint
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if not self.old or not is_first():
@@ -301,7 +302,7 @@ class _Files(TrainerCallback):
 def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:
     """What the model says to the first held-out prompts; `earlier` answers become the "before"."""
     tokens = setup.recipe["sample_tokens"]
-    if setup.recipe.trainer != "sft" or not tokens or setup.examples is None:
+    if not setup.recipe.row.answers or not tokens or setup.examples is None:
         return ()
     found = []
     field = setup.recipe["dataset_text_field"]

@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
 from layerpeft.integrations.distributed import world_size
+from layerpeft.integrations.peft import spare_tables
+from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -32,28 +34,36 @@ from layerpeft.recipe.model import (
     model_path,
 )
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
+from layerpeft.recipe.tasks.metrics import NAMES
+from layerpeft.recipe.tasks.shape import shape
+from layerpeft.recipe.tasks.task import Follows, Head, Part
+from layerpeft.recipe.tasks.tokenizing import tokenizer as tokenizer_of
+from layerpeft.recipe.trainers.row import named
+from layerpeft.recipe.trainers.table import task_of
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.text import note, some
 from layerpeft.training.exits import with_exits
+from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with its tokenizer and rows. `examples`: held-out rows as text; `labels`: class names by number.
-    `sources`: where training and held-out rows were read; `counts`: what became of them, by `training` and `held-out`; `ready` says
-    that the rows went through a trainer's preparation once (truncated, packed) and must not again. `dropped`: what was taken out of
-    the recipe's model. `amounts`: rows and tokens that are left, by `training` and `held-out`, where some rows were tried."""
+    """A recipe with its tokenizer (or processor) and rows. `examples`: held-out rows as they were read; `learned`: what the
+    training rows say of the model's head. `sources`: where training and held-out rows were read; `counts`: what became of them, by
+    `training` and `held-out`; `ready` says that the rows went through a trainer's preparation once (truncated, packed) and must not
+    again. `dropped`: what was taken out of the recipe's model. `amounts`: rows and tokens that are left, by `training` and
+    `held-out`, where some rows were tried."""
 
     recipe: Recipe
     tokenizer: Any
     train: Any
     held_out: Any | None
     examples: Any | None
-    labels: tuple[str, ...] = ()
+    learned: Head = Head()
     ready: bool = False
     sources: tuple[rows.Source, rows.Source | None] | None = None
     counts: Mapping[str, tokens.Tally] = field(default_factory=dict)
@@ -61,28 +71,35 @@ class Setup:
     amounts: Mapping[str, tokens.Amount] = field(default_factory=dict)
 
     @property
-    def head(self) -> tuple[tuple[str, ...], int | None]:
-        """What rows and tokenizer say of a classification head: its classes, and the token that pads."""
-        return self.labels, self.tokenizer.pad_token_id
+    def labels(self) -> tuple[str, ...]:
+        """Class names by number."""
+        return self.learned.labels
+
+    @property
+    def head(self) -> tuple[tuple[str, ...], int | None, Mapping[str, Any]]:
+        """What rows and tokenizer say of a head: its classes, the token that pads, and what else its config has to say."""
+        return self.labels, getattr(self.tokenizer, "pad_token_id", None), self.learned.values
 
     @property
     def measure(self) -> str:
-        """The number that runs are compared by: `eval_loss` (lower is better) or `eval_macro_f1` (higher is better)."""
-        return "eval_macro_f1" if self.recipe.trainer == "classification" else "eval_loss"
+        """The number that runs are compared by: `eval_loss` (lower is better) or that of the task (higher is better)."""
+        task = task_of(self.recipe.trainer)
+        return "eval_loss" if task is None else task.measure(self.learned)
 
 
 def prepare(recipe: Recipe) -> Setup:
-    """Tokenizer and rows of a recipe, those of a classifier as token ids. No weight is loaded. Raises: RecipeError."""
+    """Tokenizer and rows of a recipe, those of a task as the model reads them. No weight is loaded. Raises: RecipeError."""
     named = recipe["dataset_name"]
     note(f"reading the rows of {some([named] if isinstance(named, str) else named)}")
-    tokenizer = _tokenizer(recipe)
     (train, held_out), sources = _rows(recipe)
-    if recipe.trainer != "classification":
-        return Setup(recipe, tokenizer, train, held_out, held_out, sources=sources)
-    labels = _labels(recipe, train, sources[0])
-    check_head(recipe, labels)
-    setup = Setup(recipe, tokenizer, train, held_out, held_out, labels, sources=sources)
-    made = [_classified(setup, key, part, source) for key, part, source in _parts(setup)]
+    task = task_of(recipe.trainer)
+    if task is None:
+        return Setup(recipe, tokenizer_of(recipe), train, held_out, held_out, sources=sources)
+    processing = task.processing(recipe, train)
+    head = task.head(recipe, train, sources[0], processing)
+    check_head(recipe, len(head.labels) or head.values.get("vocab_size", 0))
+    setup = Setup(recipe, processing, train, held_out, held_out, head, sources=sources)
+    made = [task.features(part, Part(recipe, key, source, processing, head)) for key, part, source in _parts(setup)]
     return _counted(setup, made)
 
 
@@ -93,7 +110,7 @@ def tokenized(setup: Setup, most: int | None = None) -> Setup:
     naming the first row that a chat template or the tokenizer cannot take, or where none is left.
     """
     recipe = setup.recipe
-    if recipe.trainer != "sft" or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
+    if task_of(recipe.trainer) is not None or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
         return setup
     arguments = training_arguments(recipe, bf16=False, fp16=False)
     made = [
@@ -142,7 +159,8 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
     if wanted is None:
         load, options["output_loading_info"] = auto_class(recipe).from_pretrained, True
         model, found = from_hub(recipe, load, model_path(recipe), **options)
-        inner = "" if recipe.trainer == "sft" else f"{model.base_model_prefix}."  # a head for classes is new
+        task = task_of(recipe.trainer)
+        inner = f"{model.base_model_prefix}." if task is not None and task.new_head else ""
         lost = sorted(key for key in found["missing_keys"] if key.startswith(inner))
         if lost:
             note(f"{model_path(recipe)} lacks {len(lost)} weights, which start at random: {some(lost)}")
@@ -186,34 +204,41 @@ def wrap(
     from transformers import set_seed
 
     set_seed(training_arguments(setup.recipe).seed)
-    config = layer_config(setup.recipe, select, batches).with_stored(stored)
+    config = _with_head(setup, model, layer_config(setup.recipe, select, batches).with_stored(stored))
+    spare_tables()
     wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
     if setup.recipe["exits"] is not None:
         with_exits(wrapped, setup.recipe["exits"], config.choosing.stack)
     return wrapped
 
 
+def _with_head(setup: Setup, model: nn.Module, config: LayerLoraConfig) -> LayerLoraConfig:
+    """Plain LoRA with a new head, where PEFT has no type of task that trains it."""
+    task = task_of(setup.recipe.trainer)
+    plain = config.choosing.is_all and not config.works_by.in_place
+    if task is None or not task.new_head or setup.recipe.row.task_type is not None or not plain or not config.train_new:
+        return config
+    born = [name for name in new_modules(model) if name not in (config.modules_to_save or ())]
+    return config.changed(modules_to_save=[*(config.modules_to_save or ()), *born]) if born else config
+
+
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
-    """TRL's SFTTrainer or transformers' Trainer, as the recipe sets it up."""
-    recipe = setup.recipe
+    """The trainer of TRL or transformers, as the recipe sets it up."""
+    recipe, task = setup.recipe, task_of(setup.recipe.trainer)
     arguments = training_arguments(recipe, **changes)
     given = {"model": model, "args": arguments, "train_dataset": setup.train, "eval_dataset": setup.held_out}
-    if recipe.trainer == "sft":
-        from trl import SFTTrainer
-
-        if "input_ids" in setup.train.column_names:
-            arguments.assistant_only_loss = False  # the labels say it by now
-        if setup.ready:
-            arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        return SFTTrainer(processing_class=setup.tokenizer, **given)
-    from transformers import DataCollatorWithPadding, Trainer
-
-    return Trainer(
-        processing_class=setup.tokenizer,
-        data_collator=DataCollatorWithPadding(setup.tokenizer),
-        compute_metrics=_class_metrics,
-        **given,
-    )
+    if task is not None:
+        given |= task.trainer(setup, model)
+        if task.in_batches:
+            arguments.remove_unused_columns = False
+    elif "input_ids" in setup.train.column_names:
+        arguments.assistant_only_loss = False  # the labels say it by now
+    if setup.ready and task is None:
+        arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    made = named(recipe.row.trainer)(processing_class=setup.tokenizer, **given)
+    if isinstance(made.data_collator, Follows):
+        made.data_collator.follow(made)
+    return made
 
 
 class _Begun(TrainerCallback):
@@ -257,32 +282,22 @@ def divides(trainer: Any) -> bool:
 
 
 def held_out_numbers(trainer: Any) -> dict[str, float]:
-    """Loss on the held-out rows, and accuracy and macro-F1 where there are classes; empty without held-out rows."""
+    """Loss on the held-out rows, and the numbers of the task; empty without held-out rows."""
     if trainer.eval_dataset is None:
         return {}
     note(f"measuring held-out rows {'after' if trainer.state.global_step else 'before'} training")
     found = trainer.evaluate()
-    return {k: float(found[k]) for k in ("eval_loss", "eval_accuracy", "eval_macro_f1") if k in found}
+    return {k: float(found[k]) for k in NAMES if k in found}
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def _tokenizer(recipe: Recipe) -> Any:
-    from transformers import AutoTokenizer
-
-    options = {k: v for k, v in loading(recipe).items() if k in ("revision", "subfolder")} | code(recipe)
-    tokenizer = from_hub(recipe, AutoTokenizer.from_pretrained, model_path(recipe), **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | None]]:
     """Training and held-out rows as the trainer reads them, and where they were read. Raises: RecipeError, at their keys."""
     config, split, test = recipe["dataset_config"], recipe["dataset_train_split"], recipe["dataset_test_split"]
     name, held_out = recipe["dataset_name"], recipe["eval_dataset"]
-    text = recipe["dataset_text_field"] if recipe.trainer == "sft" else "text"
+    task = task_of(recipe.trainer)
     sources: list[Any] = []
     shaped: list[Any] = []
     for key, most in (("dataset_name", "max_train_samples"), ("eval_dataset", "max_eval_samples")):
@@ -294,7 +309,10 @@ def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | N
                 source = rows.load(held_out, config=config, split=test)
             elif rows.local_files(name) is None:
                 source = rows.load(name, config=config, split=test, optional="dataset_test_split" not in recipe.values)
-            part = source and rows.shape(source, recipe.trainer, recipe["columns"], text, recipe[most])
+            if source is None or task is not None:
+                part = source and shape(source, task, recipe["columns"], recipe[most])
+            else:
+                part = rows.shape(source, recipe.trainer, recipe["columns"], recipe["dataset_text_field"], recipe[most])
         except LayerpeftError as error:
             found = (Problem((key,), f"{key}: {problem.text}") for problem in error.listed())
             raise RecipeError(*found) from error
@@ -303,66 +321,3 @@ def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | N
         sources.append(source)
         shaped.append(part)
     return shaped, (sources[0], sources[1])
-
-
-def _labels(recipe: Recipe, train: Any, source: rows.Source) -> tuple[str, ...]:
-    """Class names in order: that of the data's own declaration, of the checkpoint's head where it has the same names, else whole
-    numbers by size, then the rest by the alphabet."""
-    declared = source.classes("label") if not recipe["columns"] else ()
-    if declared:
-        return declared
-    names = set(train["label"])
-    if len(names) < 2:
-        raise RecipeError(f"label: the training rows hold one class only ({next(iter(names))!r})")
-    given = (getattr(model_config(recipe), "id2label", None) or {}).values()
-    if set(given) == names:
-        return tuple(given)
-    return tuple(sorted(names, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v)))
-
-
-def _classified(setup: Setup, key: str, part: Any, source: rows.Source) -> tuple[Any, tokens.Tally]:
-    """Rows as a classifier reads them, token ids and the number of the class; and what became of them."""
-    numbers = {name: i for i, name in enumerate(setup.labels)}
-    strange = {name: i for i, name in reversed(list(enumerate(part["label"]))) if name not in numbers}
-    if strange:
-        shown, first = ", ".join(sorted(strange)[:5]), source.place(min(strange.values())).where
-        raise RecipeError(
-            Problem((key,), f"{key}: label: held-out rows have classes that no training row has: {shown} ({first})")
-        )
-    limit = setup.recipe["max_length"]
-
-    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        pair = (row["text_pair"],) if "text_pair" in row else ()
-        encoded = setup.tokenizer(row["text"], *pair, verbose=False)
-        fate = tokens.NO_TEXT if not encoded["input_ids"] else "" if row["text"].strip() or any(pair) else "blank"
-        if limit is not None and len(encoded["input_ids"]) > limit:
-            encoded, fate = setup.tokenizer(row["text"], *pair, truncation=True, max_length=limit), "cut"
-        return {**encoded, "labels": numbers[row["label"]], "fate": fate}
-
-    made = part.map(encode, remove_columns=part.column_names, desc="Tokenizing")
-    fates = list(made["fate"])
-    found = tokens.tally(fates, limit, lambda i: source.place(i).where)
-    kept = [i for i, fate in enumerate(fates) if fate != tokens.NO_TEXT]
-    if not kept or found.blank == found.read:
-        text = (
-            f"0 of {found.read} {tokens.WHAT[key]} rows left: all {tokens.NO_TEXT} (the first: {source.place(0).where})"
-        )
-        raise RecipeError(Problem((key,), f"{key}: {text}"))
-    made = made.remove_columns("fate")
-    return made if len(kept) == len(made) else made.select(kept), found
-
-
-def _class_metrics(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return class_metrics(logits.argmax(-1).tolist(), prediction.label_ids.tolist())
-
-
-def class_metrics(found: Sequence[int], wanted: Sequence[int]) -> dict[str, float]:
-    """Accuracy, and macro-F1: the plain mean of F1 over every class that occurs in either list."""
-    scores = []
-    for label in sorted({*found, *wanted}):
-        hits = sum(f == w == label for f, w in zip(found, wanted, strict=True))
-        named = sum(f == label for f in found) + sum(w == label for w in wanted)
-        scores.append(2 * hits / named)
-    right = sum(f == w for f, w in zip(found, wanted, strict=True))
-    return {"accuracy": right / len(wanted), "macro_f1": sum(scores) / len(scores)}

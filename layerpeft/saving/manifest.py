@@ -123,6 +123,7 @@ class Written:
     rows: dict[str, Any] | None = None
     head: dict[str, Any] | None = None
     dropped: dict[str, Any] | None = None
+    task: dict[str, Any] | None = None
 
 
 # ---- verifying ------------------------------------------------------------------------------------------------------

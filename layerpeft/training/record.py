@@ -59,6 +59,7 @@ class Record:
     needs: frozenset[Need] = frozenset()  # what an engine must be able to do
     rows: Mapping[str, Any] | None = None  # what became of a recipe's rows
     dropped: Mapping[str, Any] | None = None  # what a recipe has taken out of the base before
+    task: Mapping[str, Any] | None = None  # what a recipe has trained it for
     quantized: Any = None  # what is stored in which precision
     distilling: Any = field(default=None, compare=False, repr=False)  # what a teacher says beside training
     prefix: Any = field(
@@ -125,6 +126,7 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
             "checks": record.checks,
             "rows": record.rows,
             "dropped": record.dropped,
+            "task": record.task,
             "head": head_of(model),
         },
         theirs,
@@ -154,4 +156,5 @@ def read_record(manifest: Mapping[str, Any]) -> Record:
             idle_experts=tuple(manifest.get("idle_experts") or ()),
             rows=manifest.get("rows"),
             dropped=manifest.get("dropped"),
+            task=manifest.get("task"),
         )

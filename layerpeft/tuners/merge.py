@@ -31,7 +31,7 @@ from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, without_bias,
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 BESIDE = (*TOKENIZER, "labels.json")
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a base on the hub

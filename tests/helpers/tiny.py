@@ -29,6 +29,12 @@ class Tiny:
         return [*SIZES, *self.data, *(f"layerpeft.{setting}" for setting in self.block)]
 
 
+# recipes of a trainer, not of a method: tried with every method where trainers are
+TASKS = (
+    "causal_lm", "image_classification", "masked_lm", "multi_label", "question_answering", "regression", "seq2seq", "speech",
+    "token_classification", "whisper",
+)  # fmt: skip
+
 R = "r=2"
 EVERY = ("select.reselect_steps=1",)
 BATCHES = ("select.num_batches=2",)

@@ -16,6 +16,7 @@ from layerpeft.errors import RecipeError
 from layerpeft.recipe import cures, foreign, keys, rows, shipped
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config, to_yaml, training_arguments
+from layerpeft.recipe.trainers import table
 from layerpeft.recipe.yaml import dump, flow, override, parse, spelled
 from layerpeft.selection.typecheck import Setting, complaint, fits, settings_of
 from layerpeft.selection.typecheck import build as build_value
@@ -196,7 +197,8 @@ def test_every_mapped_key_is_gone_and_every_new_one_exists() -> None:
     for trainer in keys.TRAINERS:
         known = keys.top_settings(trainer)
         assert set(foreign.RENAMED) & set(known) == set()
-        only_sft = {"packing", "eval_packing"} if trainer == "classification" else set()
+        only_sft = set() if table.row_of(trainer).trl else {"packing", "eval_packing"}
+        only_sft |= {"max_length"} if (task := table.task_of(trainer)) and task.in_batches else set()
         assert set(foreign.RENAMED.values()) - set(known) == only_sft
 
 

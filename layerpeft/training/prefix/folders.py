@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.caches import caches
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -66,8 +68,7 @@ class Handle:
 
 def default_root() -> Path:
     """Where states are kept if nobody says where: `prefix` in LAYERPEFT_CACHE, or in `layerpeft` in the user's folder of caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LAYERPEFT_CACHE") or Path(caches, "layerpeft"), "prefix")
+    return caches("prefix")
 
 
 def folder_of(root: Path, belongs: Mapping[str, Any]) -> Path:

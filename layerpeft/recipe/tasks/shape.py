@@ -1,0 +1,142 @@
+"""Rows of a task as a `datasets.Dataset`: one look at each, in which everything that does not fit is found."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from layerpeft.errors import Problems, RecipeError, told
+from layerpeft.integrations.files import version_of
+from layerpeft.recipe.rows import SHOWN, Source, Unfit, fill, lacking, template_columns, template_problems
+from layerpeft.recipe.tasks.task import Known, Task
+
+WAYS = {str: "text", list: "a list", float: "a number"}
+
+
+@dataclass(frozen=True)
+class How:
+    """What becomes of a row: `columns`, templates by name; without them columns are read by the names of `kept`."""
+
+    task: Task
+    columns: tuple[tuple[str, str], ...]
+    kept: tuple[str, ...]
+    known: Known = Known()
+
+
+def form_of(task: Task, have: list[str]) -> tuple[str, ...]:
+    """The first form of which all columns are there; empty without one."""
+    return next((form for form in task.forms if set(form) <= set(have)), ())
+
+
+def problems_of(task: Task, have: list[str], columns: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence."""
+    if not have:
+        return []  # nothing could be read of them, and that is said elsewhere
+    if columns:
+        return template_problems(have, columns)
+    if form_of(task, have):
+        return []
+    smallest = [form for form in task.forms if not any(set(other) < set(form) for other in task.forms)]
+    wanted = "; or ".join(" and ".join(f"`{name}`" for name in form) for form in smallest)
+    return [("", lacking(wanted, have, task.example))]
+
+
+def shape(source: Source, task: Task, columns: Mapping[str, str] | None, most: int | None = None) -> Any:
+    """A `datasets.Dataset` of the rows (the first `most`), as the task has them.
+
+    Raises: RecipeError when a column is missing, or naming the first rows that cannot be trained on.
+    """
+    import datasets
+
+    have = source.columns
+    problems = Problems("data")
+    for name, sentence in problems_of(task, have, columns):
+        problems.add(f"columns.{name}: {sentence}" if name else sentence)
+    problems.raise_if_any(RecipeError)
+    kept = (*form_of(task, have), *(name for name in task.more if name in have))
+    named = {name: source.classes(name) for name in kept} if not columns else {}
+    homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
+    how = How(task, tuple((columns or {}).items()), kept, Known(tuple((k, v) for k, v in named.items() if v), homes))
+    source = undecoded(source)
+    first = next(_shaped(source, how, 1), None)
+    names = first or dict.fromkeys(dict(how.columns) or kept, "")
+    features = datasets.Features({name: _feature(task.types.get(name, "text"), value) for name, value in names.items()})
+    if first is None:
+        return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
+    if source.small:
+        return datasets.Dataset.from_list(list(_shaped(source, how, most)), features=features)
+    stamp = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source.files]
+    given = {"source": source, "how": how, "most": most, "stamp": (str(stamp), version_of("layerpeft"))}
+    try:
+        return datasets.Dataset.from_generator(_shaped, gen_kwargs=given, features=features)
+    except Exception as error:
+        if isinstance(error.__cause__, RecipeError):
+            raise error.__cause__ from None
+        raise RecipeError(f"the rows cannot be kept on the disk: {told(error.__cause__ or error, 300)}") from error
+
+
+def undecoded(source: Source) -> Source:
+    """With pictures and sounds as the files that they are."""
+    import datasets
+
+    data = source.data
+    for name, feature in (data.features if data is not None else {}).items():
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            data = data.cast_column(name, type(feature)(decode=False))
+    return replace(source, data=data)
+
+
+def _feature(kind: str, value: Any) -> Any:
+    import datasets
+
+    if kind == "file":
+        return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    plain = {"text": "string", "number": "float64", "count": "int64"}
+    inside = datasets.Value(plain.get(kind.removesuffix("s"), "string"))
+    return datasets.List(inside) if kind.endswith("s") or isinstance(value, list) else inside
+
+
+def _shaped(source: Source, how: How, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
+    """Raises: RecipeError naming the first rows that do not fit."""
+    problems = Problems("")
+    kinds: dict[str, tuple[type, int]] = {}
+    for place, row in islice(source, most):
+        try:
+            made = how.task.row(cells(row, how), how.known)
+            for name, value in made.items():
+                kind, number = kinds.setdefault(name, (type(value), place.number))
+                if type(value) is not kind and {type(value), kind} <= set(WAYS):
+                    here, there = WAYS[type(value)], WAYS[kind]
+                    raise Unfit(f"has its {name} as {here}, and row {number} as {there}; write all rows one way")
+            if not problems.items:
+                yield made
+        except Unfit as error:
+            problems.add(f"{place.where}: row {place.number} {error}")
+            if len(problems.items) == SHOWN:
+                break
+    problems.raise_if_any(RecipeError)
+
+
+def cells(row: Mapping[str, Any], how: How) -> dict[str, Any]:
+    """The cells of a row by the task's names: of a template that is one column the cell itself, of any other its text.
+
+    Raises: Unfit where there is nothing to fill a template with."""
+    if not how.columns:
+        return {name: row.get(name) for name in how.kept}
+    return {name: _filled(name, template, row) for name, template in how.columns}
+
+
+def _filled(name: str, template: str, row: Mapping[str, Any]) -> Any:
+    named = template_columns(template)
+    literal = "".join(text for text, *_ in string.Formatter().parse(template))
+    if len(named) == 1 and not literal:
+        return row.get(named[0])
+    if named and not literal.strip() and all(row.get(column) is None for column in named):
+        return None
+    try:
+        return fill(template, {column: row.get(column) for column in named})
+    except ValueError as error:
+        raise Unfit(f"has no text for {name}: {error}") from None

@@ -1,0 +1,1 @@
+"""The trainers that a recipe may name: a row for each, which is all that tells one from another."""

@@ -1,0 +1,39 @@
+"""What a row says of a trainer. Classes are named by their paths and loaded where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerpeft.selection.typecheck import Setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trainer as recipes know it.
+
+    `name`: as it stands in a recipe; `trainer` and `arguments`: its class, and that of its settings; `model`: transformers' class
+    for the model, or a function of the recipe that names it; `task_type`: PEFT's, None where it has none; `data`: the `Task` that
+    its rows are for, None of rows that TRL reads itself; `keys`: what a recipe may say beside the settings.
+    """
+
+    name: str
+    trainer: str
+    arguments: str
+    model: str
+    task_type: str | None = None
+    data: str | None = None
+    keys: Mapping[str, Setting] = field(default_factory=dict)
+    trl: bool = False  # bf16 unless it is said otherwise, and a README.md with every checkpoint
+    fused_head: bool = False  # the loss reads the output embeddings' weight, past any adapter
+    answers: bool = False  # prompts are answered before and after
+    one_class: bool = False  # a batch has one class a row as `labels`
+    package: str | None = None  # that is not there unless the extra of the same name is
+
+
+def named(path: str) -> Any:
+    """What stands at a dotted path, as `transformers.Trainer`."""
+    place, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(place), name)
