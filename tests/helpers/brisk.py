@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import imports, memory
 from datasets import arrow_dataset, fingerprint
 from jinja2.environment import Environment
@@ -20,12 +21,16 @@ COMPILE: Any = Environment.compile
 def make_brisk(patch: pytest.MonkeyPatch) -> None:
     """Accelerate has the collector look at all there is whenever a trainer begins and ends, and asks for versions ever again;
     each model card compiles its template anew; torch's compiler logs all it does for pytest to keep; no test pulls a plug, so
-    nothing has to reach the disk; rows that are mapped are known by a hash of the code that maps them."""
+    nothing has to reach the disk; rows that are mapped are known by a hash of the code that maps them; a seed for accelerators
+    that are not there is kept for later, each with the stack it came from."""
     patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
     patch.setattr(Environment, "compile", _compile)
     patch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
     patch.setattr(os, "fsync", lambda _: None)
     patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
+    if not torch.accelerator.is_available():
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            patch.setattr(kind, "manual_seed_all", lambda seed: None)
     for module in (fingerprint, arrow_dataset):
         patch.setattr(module, "update_fingerprint", lambda *_: fingerprint.generate_random_fingerprint())
     patch.setattr(metadata, "distribution", functools.cache(metadata.distribution))

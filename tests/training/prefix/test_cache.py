@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
@@ -308,6 +317,11 @@ TRAINED = {
 }
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 64}
+CLASSES: dict[str, Callable[[], Any]] = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)),
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=3, pad_token_id=0)),
+}
 RATE = {"learning_rate": 1e-2, "save_strategy": "no"}
 PLAIN = {**RATE, "bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
 
@@ -362,6 +376,51 @@ def test_a_reference_shares_the_lower_part_of_the_same_step(kind: str, tmp_path:
         )
     )
     assert cache.hits >= 3 * cache.misses  # in the first epoch half of all passes, later all
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_classes_are_learnt_and_evaluated_from_the_cut(kind: str, tmp_path: Any):
+    """A trainer of transformers, with dropout above the cut, rows of one length, an evaluation after each epoch."""
+    draw = torch.Generator().manual_seed(2)
+    ids = [torch.randint(5, 60, (9,), generator=draw).tolist() for _ in range(8)]
+    rows = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 9, "labels": sum(i) % 3} for i in ids])
+    given = {"num_train_epochs": 3, "eval_strategy": "epoch", "per_device_train_batch_size": 2, "seed": 5, **RATE}
+
+    def build(config: LayerLoraConfig) -> Trainer:
+        base = CLASSES[kind]()
+        if kind == "bert" and config.prefix_cache is None:  # what `lower_dropout: off` is, by hand
+            for module in (*base.bert.embeddings.modules(), *base.bert.encoder.layer[0].modules()):
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        off = "off" if config.prefix_cache else None
+        model = get_peft_model(base, replace(config, task_type="SEQ_CLS", lower_dropout=off))
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, **given)
+        return Trainer(model, args, train_dataset=rows, eval_dataset=rows.select(range(4)))
+
+    cache = trained_twice(build)
+    assert (cache.misses, cache.hits) == (8 + 4, 2 * (8 + 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_padding_that_differs_changes_no_more_than_another_shape_of_batches(bf16: bool, tmp_path: Any):
+    """Rows come in other company in every epoch, so that batches that are kept and batches that are not differ in their padding."""
+    rows = gsm8k_rows().select(range(12))
+
+    def losses(kept: str | None = None, **shape: int) -> torch.Tensor:
+        torch.manual_seed(11)
+        options = {"max_steps": -1, "num_train_epochs": 3, "bf16": bf16, **RATE, **shape}
+        trainer = sft(rows, tmp_path, LayerLoraConfig(select="last:2", r=4, prefix_cache=kept), **options)
+        trainer.train()
+        assert kept is None or cache_of(trainer.model).hits == 24
+        return torch.tensor(losses_of(trainer), dtype=torch.float64)
+
+    plain = losses()
+    found = (losses("memory") - plain).abs()
+    assert not found[:6].any()  # computed whole
+    assert bf16 or found.max() < 1e-5
+    shapes = ({"pad_to_multiple_of": 32}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+    assert found[6:].mean() <= max((losses(**shape) - plain)[6:].abs().mean() for shape in shapes)
 
 
 def test_one_epoch_and_streams_leave_it_off(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
