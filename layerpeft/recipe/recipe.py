@@ -15,10 +15,11 @@ from layerpeft.recipe.trainers.row import Row
 from layerpeft.recipe.trainers.table import row_of
 from layerpeft.recipe.yaml import dump, flow
 from layerpeft.saving.checkpoints import last_checkpoint
+from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
-from layerpeft.tuners.soft import choosing_by
+from layerpeft.tuners.soft import BY_SCORE, choosing_by
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> Lay
     other = select is not None and select is not recipe.select
     config: LayerLoraConfig = choosing_by(recipe.config, select) if other else recipe.config
     return config.with_batches(batches)
+
+
+def as_chosen(recipe: Recipe, kept: Selection) -> dict[str, Any]:
+    """What says a recorded choice again: its places, and its scores where ranks or learning rates go by them."""
+    scored = kept.scores is not None and any(getattr(recipe.config, name) is not None for name in BY_SCORE)
+    return kept.placed | ({"by": kept.scores, "keep": "all"} if scored else {})
 
 
 def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> LayerLoraConfig:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from layerpeft.integrations.distributed import everywhere, from_first
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import disk_is_full, replace_file
 from layerpeft.integrations.peft import whole_state
+from layerpeft.model.layers import base_of
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe.exits import exit_numbers, write_exits
-from layerpeft.recipe.recipe import Recipe, checkpoint_of, command_of, layer_config, to_yaml
+from layerpeft.recipe.recipe import Recipe, as_chosen, checkpoint_of, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.shorter import shorten
 from layerpeft.recipe.surroundings import SHORTER_RECORD, TRAINED, checkpoints_in
@@ -42,6 +43,7 @@ from layerpeft.recipe.trainer import (
     train,
     wrap,
 )
+from layerpeft.recipe.upper import naming_rows, upper_part
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
 from layerpeft.saving.owned import files_below, put_on_record, recording, room, strangers
@@ -49,11 +51,11 @@ from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Selection
 from layerpeft.text import is_first, note, size_text, some
 from layerpeft.training.exits import depths_of
+from layerpeft.training.prefix.source import source_of
 from layerpeft.training.record import record_of
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.exits import exit_folder
 from layerpeft.tuners.precision import wish
-from layerpeft.tuners.soft import BY_SCORE
 
 Say = Callable[[str], None]
 SAMPLES = 1
@@ -73,7 +75,7 @@ WRITTEN = (
 class Result:
     """What a run found: held-out numbers before and after, samples of text, the layer table, seconds of training.
     `weight_bytes`: measured bytes of all weights, adapter and scales included; `depths`: of exits; `exits`: numbers
-    after, of each but the last."""
+    after, of each but the last; `above`: nothing below this layer was loaded."""
 
     output_dir: Path
     before: Mapping[str, float]
@@ -84,6 +86,7 @@ class Result:
     weight_bytes: int = 0
     exits: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     depths: tuple[int, ...] = ()
+    above: int | None = None
 
 
 def run(recipe: Recipe, say: Say = print) -> Result:
@@ -106,10 +109,13 @@ def _run(recipe: Recipe, say: Say) -> Result:
         recorded = checkpoint if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file() else None
         kept = _kept(recipe, recorded) if recorded else None
         stored = _stored(recipe, recorded) if recorded else None
-        choice = recipe.select if kept is None else _as_chosen(recipe, kept)
+        choice = recipe.select if kept is None else as_chosen(recipe, kept)
+        upper = upper_part(setup, kept, stored)
         note(f"loading the model {setup.recipe['model_name_or_path']}")
-        model = load_model(setup, choice, stored)
-        model, setup = _wrapped(recipe, setup, model, kept, stored)
+        if upper is not None:
+            model = upper.wrap(setup, upper.load(setup))
+        else:
+            model, setup = _wrapped(recipe, setup, load_model(setup, choice, stored), kept, stored)
     if (record := record_of(model.peft_config["default"])) is not None:
         record.rows = {what: asdict(found) for what, found in setup.counts.items()}
         record.dropped = setup.dropped.to_dict() if setup.dropped is not None else None
@@ -122,18 +128,20 @@ def _run(recipe: Recipe, say: Say) -> Result:
     if is_first():
         model.print_trainable_parameters()
     trainer = make_trainer(setup, model)
-    begin = _Begin(setup, trainer)
-    trainer.add_callback(begin)
-    trainer.add_callback(_Files(recipe))
-    with _room(recipe):
-        seconds = train(trainer, checkpoint)
-    after, exits = held_out_numbers(trainer), exit_numbers(setup.recipe, trainer)
+    with naming_rows(setup):
+        begin = _Begin(setup, trainer)
+        trainer.add_callback(begin)
+        trainer.add_callback(_Files(recipe))
+        with _room(recipe):
+            seconds = train(trainer, checkpoint)
+        after, exits = held_out_numbers(trainer), exit_numbers(setup.recipe, trainer)
     samples = _answers(setup, model, begin.samples)
     report = layer_report(model)
     folder = from_first(room(recipe.output_dir, TRAINED) if is_first() else None)
     result = Result(
         folder, begin.numbers, after, samples, report, seconds, tensor_bytes(model), exits, depths_of(model)
     )
+    result = result if upper is None else replace(result, above=upper.below.cut)
     state = whole_state(model)
     if is_first():
         with _room(recipe):
@@ -234,12 +242,6 @@ def _kept(recipe: Recipe, checkpoint: str) -> Selection:
     return chosen
 
 
-def _as_chosen(recipe: Recipe, kept: Selection) -> dict[str, Any]:
-    """What says the recorded choice again: its places, and its scores where ranks or learning rates go by them."""
-    scored = kept.scores is not None and any(getattr(recipe.config, name) is not None for name in BY_SCORE)
-    return kept.placed | ({"by": kept.scores, "keep": "all"} if scored else {})
-
-
 def _stored(recipe: Recipe, checkpoint: str) -> Quantized | None:
     """The precisions of the run that is resumed, None where its base was not quantized by layer.
     Raises: RecipeError when the recipe asks for others."""
@@ -262,7 +264,7 @@ def _wrapped(
     if kept is None:
         batches, setup = batches_for(setup, model, recipe.select)
         return wrap(setup, model, recipe.select, batches), setup
-    wrapped = wrap(setup, model, _as_chosen(recipe, kept), None, stored)
+    wrapped = wrap(setup, model, as_chosen(recipe, kept), None, stored)
     record = wrapped.peft_config["default"]._layerpeft  # type: ignore[attr-defined]
     record.selection = kept
     record.config["select"] = recipe.config.choosing.to_dict()
@@ -300,8 +302,8 @@ class _Files(TrainerCallback):
 
 
 def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple[Sample, ...]:
-    """What the model says to the first held-out prompts; `earlier` answers become the "before"."""
-    tokens = setup.recipe["sample_tokens"]
+    """What the model says to the first held-out prompts; `earlier` answers become the "before". Nothing of an upper part."""
+    tokens = setup.recipe["sample_tokens"] if source_of(base_of(model)) is None else 0
     if not setup.recipe.row.answers or not tokens or setup.examples is None:
         return ()
     found = []
@@ -398,6 +400,10 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
         for title, text in vars(sample).items():
             say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[:12]))
     say(f"\n{result.report}")
+    if result.above is not None:
+        say(
+            f"\nsamples are left out: nothing below layer {result.above} was loaded, and generating needs the whole model"
+        )
     folder = result.output_dir
     written = [name for name in WRITTEN if (folder / name).is_file()]
     written += [exit_folder(folder, depth).name for depth in result.depths]
@@ -410,6 +416,8 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
 def _next(recipe: Recipe, result: Result) -> list[str]:
     """Commands that make sense after this run."""
     folder = result.output_dir
+    if result.above is not None:
+        return _whole(folder)
     compare = shlex.join(["layerpeft", "compare", str(folder / "recipe.yaml")])
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
@@ -421,3 +429,14 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({json.dumps(str(folder))})))"
     into = shlex.join(["layerpeft", "merge", str(folder), f"{folder}-merged"])
     return [*lines, shlex.join(["python", "-c", call]), f"{into}    # a full model, for where adapters cannot go"]
+
+
+def _whole(folder: Path) -> list[str]:
+    """How text is generated by an adapter whose base did not fit: merged a file at a time, and served where there is room."""
+    merged = f"{folder}-merged"
+    into = shlex.join(["layerpeft", "merge", str(folder), merged])
+    served = shlex.join(["vllm", "serve", merged])
+    return [
+        f"{into}    # a full model, with one file of it in memory at a time",
+        f"{served}    # generates text with it",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -45,6 +46,8 @@ from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.text import note, some
 from layerpeft.training.exits import with_exits
+from layerpeft.training.prefix.source import Source
+from layerpeft.training.prefix.upper import load_upper
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
@@ -138,11 +141,14 @@ def _counted(setup: Setup, made: Sequence[tuple[Any, tokens.Tally]]) -> Setup:
     return replace(setup, train=parts[0], held_out=(*parts[1:], None)[0], counts=counts)
 
 
-def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None) -> nn.Module:
+def load_model(
+    setup: Setup, select: Any = None, stored: Quantized | None = None, source: Source | None = None
+) -> nn.Module:
     """The base model with its weights; a new classification head is drawn from the recipe's seed.
 
     With the choice of layers that it is loaded for (`select`, or precisions that were `stored`), linears are quantized as they
-    are read, where the architecture alone says which. Raises: RecipeError in one sentence when it cannot be had.
+    are read, where the architecture alone says which. With a `source` nothing below its cut is loaded.
+    Raises: RecipeError in one sentence when it cannot be had.
     """
     from transformers import set_seed
 
@@ -157,7 +163,10 @@ def load_model(setup: Setup, select: Any = None, stored: Quantized | None = None
     config = layer_config(recipe, select).with_stored(stored)
     wanted = early(config, lambda: recipe.model) if select is not None else None
     if wanted is None:
-        load, options["output_loading_info"] = auto_class(recipe).from_pretrained, True
+        kind, options["output_loading_info"] = auto_class(recipe), True
+        load = (
+            kind.from_pretrained if source is None else partial(load_upper, kind, cut=source.ahead.cut, source=source)
+        )
         model, found = from_hub(recipe, load, model_path(recipe), **options)
         task = task_of(recipe.trainer)
         inner = f"{model.base_model_prefix}." if task is not None and task.new_head else ""

@@ -14,6 +14,7 @@ from layerpeft.training.prefix.below import Below, why_unfixed
 from layerpeft.training.prefix.cache import CHANGES, PrefixCache
 from layerpeft.training.prefix.open import Opener
 from layerpeft.training.prefix.setting import Setting, parse_lower
+from layerpeft.training.prefix.source import source_of
 from layerpeft.training.record import Record
 
 CACHED = ("prefix_cache", "lower_dropout")
@@ -72,7 +73,9 @@ def keep_states(config: Cached, record: Record, model: nn.Module, stack: str) ->
     setting = config.caching
     if setting is None:
         return
-    record.prefix = PrefixCache(Opener(setting), stack, config.drops_below, setting.where != "memory")
+    source = source_of(model)
+    opener, lasting = Opener(setting, source), setting.where != "memory"
+    record.prefix = PrefixCache(opener, stack, config.drops_below, lasting, source)
     if record.schedule is not None:
         record.prefix.off(CHANGES)
     record.prefix.install(model)

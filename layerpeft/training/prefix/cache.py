@@ -24,6 +24,7 @@ from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.memory import Memory
 from layerpeft.training.prefix.passing import Mode, Pass, keeps, unfit, wake
 from layerpeft.training.prefix.running import RANDOM, Form, drew
+from layerpeft.training.prefix.source import Source, source_of
 from layerpeft.training.prefix.store import Store
 
 CHANGES = "the layers that train change while training"
@@ -34,10 +35,20 @@ class PrefixCache:
     """State is real here: what is kept, what was proved, and what became of the passes so far.
 
     `open_store(model, below)`: where states are kept, asked for once the cut is known; `lasting`: for other runs as well.
+    `source`: nothing below the cut is there, but all was filled ahead, which has proved what a first batch would; what cannot begin
+    at the cut is an error then.
     """
 
-    def __init__(self, open_store: Open, stack: str | None, lower_dropout: bool = True, lasting: bool = False) -> None:
+    def __init__(
+        self,
+        open_store: Open,
+        stack: str | None,
+        lower_dropout: bool = True,
+        lasting: bool = False,
+        source: Source | None = None,
+    ) -> None:
         self.open_store, self.stack, self.lower_dropout, self.lasting = open_store, stack, lower_dropout, lasting
+        self.source = source
         self.why: str | None = None  # it is off
         self.hits, self.misses = 0, 0  # rows of the passes so far
         self.rests = False  # in this training
@@ -53,7 +64,7 @@ class PrefixCache:
 
     def twin(self) -> PrefixCache:
         """That of a copy of the model."""
-        found = PrefixCache(self.open_store, self.stack, self.lower_dropout, self.lasting)
+        found = PrefixCache(self.open_store, self.stack, self.lower_dropout, self.lasting, self.source)
         found.why = self.why
         return found
 
@@ -63,7 +74,8 @@ class PrefixCache:
         model.register_forward_hook(_after, always_call=True)
 
     def off(self, why: str) -> None:
-        """No more, for this reason, which is said once."""
+        """No more, for this reason, which is said once. Raises: ConfigError where nothing else can be done."""
+        self._must_not(why)
         self.why = why
         self.say(f"prefix_cache is off: {why}")
         if self.store is not None:
@@ -80,6 +92,7 @@ class PrefixCache:
         """A trainer begins, which sees its rows so often."""
         why = None
         if rows.fresh is not None:
+            self._must_not("this trainer makes its rows anew")
             self.say(
                 "prefix_cache: this trainer makes its rows anew, so that states serve the passes of a step, and go"
             )
@@ -110,14 +123,23 @@ class PrefixCache:
             return kwargs
         inputs = dict(given(model, args, kwargs))
         training = model.training and torch.is_grad_enabled()
-        free = training and inputs.get("use_cache") is None and inputs.get("past_key_values") is None
+        free = (training or self.source is not None) and inputs.get("use_cache") is None
+        free = free and inputs.get("past_key_values") is None
         more = {"use_cache": False} if free and keeps(model, inputs) else {}  # nobody reads the keys of a training pass
         if (why := unfit(model, inputs | more)) is not None:
+            self._must_not(why)
             self.say(f"prefix_cache: {why}, so that such passes are computed whole")
         elif self._ready(model):
             assert self._below is not None and self.store is not None
             self._now = Pass(
-                model, self._below, inputs | more, self.store, self._proved, self._forms, self.lower_dropout
+                model,
+                self._below,
+                inputs | more,
+                self.store,
+                self._proved,
+                self._forms,
+                self.lower_dropout,
+                self.source,
             )
             return kwargs | more
         return kwargs
@@ -175,6 +197,8 @@ class PrefixCache:
         names = known_of(model).blocks
         own = next((n for n in names if self.stack is None or n[0].rpartition(".")[0] == self.stack), None)
         lowest = below.lowest_of(model, own) if own else 0
+        if self.source is not None:
+            lowest = self.source.ahead.cut
         if lowest is None and self._below is None:  # an adapter that is switched off, before anything trained
             return False
         if lowest == 0:
@@ -187,7 +211,7 @@ class PrefixCache:
             self.off(why)
             return False
         if found != self._below:
-            self._below, self._forms = found, {}
+            self._below, self._forms = found, _forms_of(model, found)
             self.forget()
         versions = _versions(model, found)
         if versions != self._versions:
@@ -197,11 +221,22 @@ class PrefixCache:
             self.store = Memory(newest=self.newest) if self.newest else self.open_store(model, found)
         return True
 
+    def _must_not(self, why: str) -> None:
+        """Raises: ConfigError where what lies below the cut is not there."""
+        if self.source is not None:
+            raise self.source.lacks(why)
+
     def _end(self) -> Pass | None:
         now, self._now = self._now, None
         if now is not None:
             now.close()
         return now
+
+
+def _forms_of(model: nn.Module, found: Below) -> dict[int, Form]:
+    """What stand-ins for the blocks below give out, by number; nothing of blocks that are there."""
+    lower = enumerate(map(model.get_submodule, found.names[: found.cut]))
+    return {i: block.form for i, block in lower if source_of(block) is not None}  # type: ignore[misc]
 
 
 def _versions(model: nn.Module, found: Below) -> tuple[Any, ...]:

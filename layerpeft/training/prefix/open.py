@@ -16,9 +16,9 @@ from layerpeft.text import note
 from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.disk import Disk
 from layerpeft.training.prefix.fingerprint import belongs_to
-from layerpeft.training.prefix.folders import default_root
 from layerpeft.training.prefix.memory import Memory
 from layerpeft.training.prefix.setting import Setting
+from layerpeft.training.prefix.source import Source
 from layerpeft.training.prefix.store import Store
 
 SHARED = Path("/dev/shm")  # files in memory that processes share, where the system has them
@@ -26,14 +26,20 @@ SHARED = Path("/dev/shm")  # files in memory that processes share, where the sys
 
 @dataclass(frozen=True)
 class Opener:
-    """What opens the store. Processes of one machine share its memory, since samplers deal rows anew in every epoch."""
+    """What opens the store. Processes of one machine share its memory, since samplers deal rows anew in every epoch.
+
+    `source`: what was filled ahead is taken, in the place of what belongs to the weights below, which are not there.
+    """
 
     setting: Setting
+    source: Source | None = None
 
     def __call__(self, model: nn.Module, below: Below) -> Store:
         """The store for states that enter `below.block`. No process waits for another, unless each holds a part of the model."""
         asked = self.setting
         pinned = next(model.parameters()).device.type not in ("cpu", "meta")
+        if (source := self.source) is not None:
+            return Disk(source.root, source.ahead.belongs, asked.limit, source.ahead.bits, pinned)
         if asked.where == "memory":
             several = distributed.world_size() > 1
             limit = psutil.virtual_memory().available // 2 if asked.limit is None else asked.limit
@@ -41,8 +47,7 @@ class Opener:
             if root is None:
                 return Memory(limit, bits=asked.bits)
             return Disk(root, belongs_to(model, below), limit, asked.bits, pinned)
-        root = default_root() if asked.where == "disk" else Path(asked.where).expanduser()
-        return Disk(root, belongs_to(model, below), asked.limit, asked.bits, pinned)
+        return Disk(asked.root, belongs_to(model, below), asked.limit, asked.bits, pinned)
 
 
 def _shared(limit: int) -> Path | None:

@@ -16,6 +16,7 @@ from layerpeft.training.prefix import below
 from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.rows import IMAGES, Row, assembled, length, rows_of
 from layerpeft.training.prefix.running import RANDOM, Form, Running, drew, random_states
+from layerpeft.training.prefix.source import MissingRow, Source
 from layerpeft.training.prefix.store import Store
 
 SEEN = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -70,11 +71,13 @@ class Pass:
         proved: Collection[Mode],
         forms: dict[int, Form],
         lower_dropout: bool,
+        source: Source | None = None,
     ) -> None:
+        self.source = source
         self.below, self.inputs, self.store, self.forms, self.lower_dropout = found, inputs, store, forms, lower_dropout
         self.rows: list[Row] = []
         self.kept = False
-        weights = model.get_submodule(found.names[0]).parameters()
+        weights = (p for name in (found.names[0], found.block) for p in model.get_submodule(name).parameters())
         self.device = next((p.device for p in weights), torch.device("cpu"))
         self.keyed = Keyed.of(model, found, self.device.type)
         self.mode: Mode = (model.training, self.keyed.cast)
@@ -105,13 +108,22 @@ class Pass:
         self.rows, kind = self.keyed.rows(self.inputs, hidden, kwargs)
         if not self.divided:  # or a process would prove alone what another has proved, and wait for its weights
             self.mode = (*self.mode[:2], *kind)
-        if not self.rows or self.mode not in self.proved:
+        if not self.rows or (self.mode not in self.proved and self.source is None):
             return None
         states = self.store.get([row.key for row in self.rows])
         if states is None:
+            if self.source is not None:
+                raise self._missing(self.source)
             return None
         self.kept = True
         return assembled(self.rows, states, shape, hidden.device)
+
+    def _missing(self, source: Source) -> MissingRow:
+        """A row of which nothing is kept, by its tokens."""
+        row = next((row for row in self.rows if not self.store.has(row.key)), self.rows[0])
+        ids = self.inputs.get("input_ids")
+        there = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not self.keyed.decoder
+        return source.missing(length(row), ids[row.row, row.places].tolist() if there else ())  # type: ignore[index]
 
 
 def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerpeft.errors import ConfigError, Problem, Problems, hint, unknown
 from layerpeft.text import size_of
+from layerpeft.training.prefix.folders import default_root
 
 WAYS = 'null, memory, disk, a size on disk ("20GB"), a folder, or {where: …, limit: 20GB, bits: 8}'
 KEYS, PLACES = ("where", "limit", "bits"), ("memory", "disk")
@@ -47,6 +48,11 @@ class Setting:
             problems.add(f"bits={bits!r} is not 8, or null for states as they are", "prefix_cache")
         problems.raise_if_any(ConfigError)
         return cls(str(where), limit, bits)
+
+    @property
+    def root(self) -> Path:
+        """The folder of those that lie on disk."""
+        return default_root() if self.where == "disk" else Path(self.where).expanduser()
 
     def plain(self) -> str | dict[str, Any]:
         """As a recipe writes it."""

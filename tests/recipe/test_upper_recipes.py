@@ -1,0 +1,149 @@
+"""A recipe whose lower layers are never loaded: what comes of it is what comes of the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, core_model_loading
+
+from layerpeft.cli import main
+from layerpeft.recipe import train
+from layerpeft.training.prefix.upper import StandIn
+from tests.helpers.filled import recorded
+from tests.helpers.repeating import repeated
+from tests.helpers.short import short_llama, shorten
+
+WORDS = [
+    "max_train_samples=3", "max_eval_samples=1", "max_length=32", "max_steps=-1", "num_train_epochs=2", "logging_steps=1",
+    "per_device_train_batch_size=2", "warmup_steps=0", "layerpeft.select=last:2", "layerpeft.lora_dropout=0",
+    "eval_strategy=epoch", "save_strategy=epoch", "load_best_model_at_end=true", "gradient_checkpointing=true",
+    "sample_tokens=3",
+]  # fmt: skip
+LAYERS, CUT = 4, 2
+
+
+def rows(folder: Path) -> list[str]:
+    """Four short rows, and the words that name them."""
+    lines = [json.dumps({"question": f"What is {n} and {n}?", "answer": str(n + n)}) for n in range(4)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    place = folder / "rows.jsonl"
+    return [f"dataset_name={place}", f"eval_dataset={place}", f"model_name_or_path={short_llama(LAYERS)}"]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run with the whole model, in `whole`, whose states are recorded as a filling; and its words."""
+    home = tmp_path_factory.mktemp("filled")
+    words = [*rows(home), *WORDS, f"layerpeft.prefix_cache={home}/states"]
+    assert main(["train", "quickstart", *words, f"output_dir={home}/whole"]) == 0
+    recorded(home / "states", "quickstart", [*words, f"output_dir={home}/none"])
+    return home, words
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    ours, theirs = tensors(a), tensors(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def losses(folder: Path) -> list[Any]:
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
+
+
+def plain(path: Path, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {k: v for k, v in json.loads(path.read_text()).items() if k not in but}
+
+
+def test_what_was_filled_ahead_is_trained_on_without_the_layers_below(filled, monkeypatch, capsys):
+    home, words = filled
+    read, real, models = [], core_model_loading._materialize_copy, []
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", lambda t, *a, **k: read.append(1) or real(t, *a, **k))
+    made = train.make_trainer
+    monkeypatch.setattr(train, "make_trainer", lambda setup, model: models.append(model) or made(setup, model))
+    monkeypatch.setenv("LAYERPEFT_QUIET", "")
+    assert main(["train", "quickstart", *words, f"output_dir={home}/upper"]) == 0
+    said = capsys.readouterr()
+    base = models[0].get_base_model()
+    assert [type(block) is StandIn for block in base.model.layers] == [True] * CUT + [False] * (LAYERS - CUT)
+    assert len(read) == len({p.data_ptr() for n, p in base.named_parameters() if ".lora_" not in n})
+    assert "nothing below layer 2 is loaded: what enters it was filled ahead" in said.err
+    assert "samples are left out" in said.out and f"layerpeft merge {home}/upper {home}/upper-merged" in said.out
+    assert same(home / "upper", home / "whole") and losses(home / "upper") == losses(home / "whole")
+    assert plain(home / "upper/adapter_config.json") == plain(home / "whole/adapter_config.json")
+    but = ("files", "sha256", "checks")
+    assert plain(home / "upper/layerpeft.json", but) == plain(home / "whole/layerpeft.json", but)
+
+    ids = AutoTokenizer.from_pretrained(short_llama(LAYERS))("What is 1 and 1?", return_tensors="pt").input_ids
+    logits = []
+    for name in ("upper", "whole"):
+        whole = AutoModelForCausalLM.from_pretrained(short_llama(LAYERS)).eval()
+        with torch.no_grad():
+            before = whole(input_ids=ids).logits
+            logits.append(PeftModel.from_pretrained(whole, home / name).eval()(input_ids=ids).logits)
+    assert torch.equal(*logits) and not torch.allclose(logits[0], before)
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_from_its_checkpoint(filled):
+    home, words = filled
+    again = [*words, f"output_dir={home}/again", f"resume_from_checkpoint={home}/whole/checkpoint-2"]
+    assert main(["train", "quickstart", *again]) == 0
+    assert same(home / "again", home / "whole")
+
+
+def test_a_row_that_was_not_filled_is_named_with_the_command_that_fills_it(filled, capsys):
+    home, words = filled
+    more = [word.replace("max_train_samples=3", "max_train_samples=4") for word in words]
+    assert main(["train", "quickstart", *more, f"output_dir={home}/more"]) == 2
+    said = capsys.readouterr().err
+    assert "What is 3 and 3?" in said and f"layerpeft prefill quickstart dataset_name={home}/rows.jsonl" in said
+    assert not (home / "more").exists() or not list((home / "more").iterdir())
+
+
+def others(place: Path) -> Path:
+    """The same model with another number in a layer below."""
+    folder = shorten(place / "others", LAYERS)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ("layerpeft.select=last:1", "what enters layer 2 was filled"),
+        ("model_name_or_path={}", "it was filled of other weights"),
+        *map(
+            repeated,
+            [
+                ("layerpeft.select={by: snr, keep: 2}", "snr measures all layers"),
+                ("exits=[3]", "exits is for all layers"),
+                ("dtype=bfloat16", "dtype: 'float32' then, 'bfloat16' now"),
+                ("layerpeft.prefix_cache={where: FOLDER, bits: 8}", "bits: None then, 8 now"),
+            ],
+        ),
+    ],
+)
+def test_what_does_not_fit_has_the_whole_model_loaded_and_is_said(filled, changed, why, tmp_path, capsys, monkeypatch):
+    home, words = filled
+    monkeypatch.setenv("LAYERPEFT_QUIET", "")
+    changed = changed.replace("FOLDER", f"{home}/states")
+    changed = changed.format(others(tmp_path)) if "{}" in changed else changed
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_model", stop)
+    main(["train", "quickstart", *words, changed, f"output_dir={home}/other"])
+    assert why in capsys.readouterr().err
