@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class Check:
             inner, also = self.placed(given["quant"]["select"], home, BLOCK, "quant")
             given["quant"], there = given["quant"] | {"select": inner}, there and also
         if "prefix_cache" in given:
-            given["prefix_cache"] = setting.placed(given["prefix_cache"], home)
+            given["prefix_cache"] = setting.placed(given["prefix_cache"], partial(beside, home=home))
         if select is None:
             example = "`select: {by: gradient_norm, keep: 25%}`, `select: last:4`, or `select: all` for plain LoRA"
             self.add(f"select: missing; say which layers, as in {example}", "layerpeft")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ class Setting:
         return self.where if len(found) == 1 else found
 
 
-def placed(value: Any, home: Path) -> Any:
-    """The same, with a folder that is named from the place of a recipe as one that is there."""
+def placed(value: Any, found: Callable[[str], str]) -> Any:
+    """The same, with the whole path of a folder that is named from some place; `found`: from which."""
     if isinstance(value, Mapping):
-        return {k: placed(v, home) if k == "where" else v for k, v in value.items()}
+        return {k: placed(v, found) if k == "where" else v for k, v in value.items()}
     if not isinstance(value, str) or not _is_path(value) or size_of(value) is not None:
         return value
-    return str(home / Path(value).expanduser())
+    return str(Path(found(value)).expanduser().absolute())
 
 
 def parse_lower(value: Any) -> bool:

@@ -25,6 +25,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, get_peft_model
 from layerpeft.errors import ConfigError
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.recipe import layer_config
+from layerpeft.recipe.shipped import beside
 from layerpeft.training.exits import with_exits
 from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.kept import cache_of, equal
@@ -299,11 +302,20 @@ def test_wrong_settings_are_named_together():
         LayerLoraConfig(select="last:1", prefix_cache="memroy")
 
 
-def test_a_folder_in_a_recipe_lies_beside_it():
-    home = Path("/somewhere")
-    assert placed("./kept", home) == "/somewhere/kept"
-    assert placed({"where": "kept/a", "limit": "1GB"}, home) == {"where": "/somewhere/kept/a", "limit": "1GB"}
-    assert [placed(v, home) for v in ("memory", "20GB", "/kept", None)] == ["memory", "20GB", "/kept", None]
+def test_a_folder_in_a_recipe_is_found_as_all_its_paths_and_made_where_one_works(tmp_path: Path, monkeypatch: Any):
+    """And never among the recipes of the package."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "recipes" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+
+    def found(value: Any) -> Any:
+        return placed(value, lambda name: beside(name, tmp_path / "recipes"))
+
+    assert found("./kept") == str(tmp_path / "work" / "kept")
+    assert found({"where": "./there", "limit": "1GB"}) == {"where": str(tmp_path / "recipes/there"), "limit": "1GB"}
+    assert [found(v) for v in ("memory", "20GB", "/kept", None)] == ["memory", "20GB", "/kept", None]
+    ours = load_recipe("quickstart", ["layerpeft.prefix_cache=./kept", "layerpeft.select=last:2"])
+    assert layer_config(ours).prefix_cache == str(tmp_path / "work" / "kept")
 
 
 # ---- trainers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft.cli import main
+from layerpeft.recipe import compare
 from layerpeft.training.prefix.folders import DATA, Handle
 from tests.helpers.killing import child, differing
 from tests.helpers.loops import adamw, llama, make_batches, record
+from tests.helpers.short import short_llama
 
 BATCHES, EPOCHS, EVERY = make_batches()[:4], 3, 2
 ROWS = sum(len(batch["input_ids"]) for batch in BATCHES)
@@ -147,3 +152,34 @@ def test_eight_bits_take_a_quarter_of_float32_and_hardly_move_the_loss(tmp_path,
     assert kept == ROWS * 12 * (32 + 4) and of(model) == (None, (EPOCHS - 1) * ROWS, ROWS)
     assert losses != plain[1]
     assert max(abs(losses[step] - plain[1][step]) for step in losses) < 5e-3
+
+
+@pytest.mark.slow
+def test_arms_at_one_cut_fill_a_folder_once(tmp_path, monkeypatch, capsys):
+    """`compare`: whatever an arm trains of the last layer, what enters it is computed once; a batch proves in each."""
+    monkeypatch.chdir(tmp_path)
+    arms, load, forward = [], compare.load_model, LlamaDecoderLayer.forward
+
+    def counted(block: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if block.self_attn.layer_idx == 0:
+            arms[-1] += len(states)
+        return forward(block, states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    monkeypatch.setattr(compare, "load_model", lambda *a: (arms.append(0), load(*a))[1])
+    words = ["quickstart", f"model_name_or_path={short_llama(3)}", "output_dir=out", "max_length=48", "max_steps=-1"]
+    words += ["max_train_samples=8", "max_eval_samples=4", "num_train_epochs=2", "pad_to_multiple_of=48"]
+    words += [
+        'columns={text: "{answer}"}',
+        "per_device_train_batch_size=2",
+        "per_device_eval_batch_size=2",
+        "warmup_steps=0",
+    ]
+    chosen = 'layerpeft.select={by: weight_norm, unit: target, layers: "last:7", keep: 3}'
+    words += [chosen, "layerpeft.target_modules=all-linear", "layerpeft.prefix_cache=./kept"]
+    assert main(["compare", *words, "--arms", "random:4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["runs"]) == 5
+    first, *later = [n for n in arms if n]
+    proof = 2 * (2 + 1)  # a batch of training and one of evaluation, and a row of each by itself
+    assert first == 8 + 4 + 2 and later == [proof] * 4
