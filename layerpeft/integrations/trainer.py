@@ -23,11 +23,12 @@ REFERENCE = ("precompute_ref_log_probs",)
 @dataclass(frozen=True)
 class Seeing:
     """How often a training sees a row: in so many `epochs` (None: it is streamed), `again` for a reference or in evaluations; or
-    never again after the next `fresh` rows, which the trainer makes itself (None: it does not)."""
+    never again after the next `fresh` rows, which the trainer makes itself (None: it does not). `loader`: of its batches."""
 
     epochs: int | None = None
     again: bool = False
     fresh: int | None = None
+    loader: Any = None
 
 
 def seeing(args: Any, state: Any, loader: Any) -> Seeing:
@@ -40,7 +41,14 @@ def seeing(args: Any, state: Any, loader: Any) -> Seeing:
     asked: Any = getattr(args, "eval_strategy", "no")
     evaluates = str(getattr(asked, "value", asked)) != "no"
     epochs = getattr(state, "num_train_epochs", 0) or 0  # 0: it does not say
-    return Seeing(None if streamed else int(epochs), reference or evaluates, fresh)
+    return Seeing(None if streamed else int(epochs), reference or evaluates, fresh, loader)
+
+
+def announced(loader: Any, ready: Callable[[Any], None]) -> None:
+    """Has a loader whose batches are made in this process tell of each one as soon as it is there, steps before it is used."""
+    loader = getattr(loader, "base_dataloader", loader)  # Accelerate's stands around another, which makes the batches
+    if getattr(loader, "num_workers", None) == 0 and callable(getattr(loader, "collate_fn", None)):
+        loader.collate_fn = functools.partial(_told, loader.collate_fn, ready)
 
 
 def install(
@@ -103,6 +111,12 @@ def install(
             end(self.model, args.output_dir, state.global_step > self.began)
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
+
+
+def _told(collate: Callable[[Any], Any], ready: Callable[[Any], None], rows: Any) -> Any:
+    batch = collate(rows)
+    ready(batch)
+    return batch
 
 
 def _watch_checkpoints(kind: Any, resume: Callable[[Any, str], bool], sharded: Callable[[Any, str], None]) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,8 @@ from layerpeft.training.follower import FOLLOWERS, Carrier, Follower, Tether, al
 from layerpeft.training.inside import refuse_fused
 from layerpeft.training.measuring import Pending
 from layerpeft.training.method import Method
+from layerpeft.training.prefix.cache import PrefixCache
+from layerpeft.training.prefix.reading import read_ahead
 from layerpeft.training.resuming import resume
 from layerpeft.training.switching import Switcher
 
@@ -145,6 +148,11 @@ def _news(model: nn.Module | None) -> dict[str, float]:
     return found
 
 
+def _ready(caches: list[PrefixCache], batch: Any) -> None:
+    for cache in caches:
+        read_ahead(cache, batch)
+
+
 def _packed(model: nn.Module | None) -> bool:
     return model is not None and bool(known_of(base_of(model)).marks)
 
@@ -169,8 +177,11 @@ def _train_begin(
     for follower in followers_of(model):
         refuse_fused(getattr(optimizer, "optimizer", optimizer))
         follower.begin((restored or {}).get(follower.adapter), merges)
-        if follower.record.prefix is not None and rows is not None:
-            follower.record.prefix.begin(rows)
+    caches = [f.record.prefix for f in followers_of(model) if f.record.prefix is not None]
+    if rows is not None and caches:
+        for cache in caches:
+            cache.begin(rows)
+        trainer.announced(rows.loader, partial(_ready, caches))
     if model is not None:
         idle.refuse(model)
 

@@ -51,14 +51,14 @@ class PrefixCache:
         self.source = source
         self.why: str | None = None  # it is off
         self.hits, self.misses = 0, 0  # rows of the passes so far
-        self.rests = False  # in this training
         self.newest: int | None = None  # rows alone are kept
         self.store: Store | None = None
         self._below: Below | None = None
         self._versions: tuple[Any, ...] = ()
         self._proved: set[Mode] = set()
         self._forms: dict[int, Form] = {}
-        self._busy = False
+        self._busy, self.rests = False, False  # in a proof, in this training
+        self.kind: tuple[Any, ...] | None = None  # how keys of rows were made at the last pass
         self._now: Pass | None = None
         self._said: set[str] = set()
 
@@ -131,16 +131,8 @@ class PrefixCache:
             self.say(f"prefix_cache: {why}, so that such passes are computed whole")
         elif self._ready(model):
             assert self._below is not None and self.store is not None
-            self._now = Pass(
-                model,
-                self._below,
-                inputs | more,
-                self.store,
-                self._proved,
-                self._forms,
-                self.lower_dropout,
-                self.source,
-            )
+            parts = (self._below, inputs | more, self.store, self._proved, self._forms)
+            self._now = Pass(model, *parts, self.lower_dropout, self.source)
             return kwargs | more
         return kwargs
 
@@ -149,6 +141,7 @@ class PrefixCache:
         now = self._end()
         if now is None or output is None or self._busy:
             return
+        self.kind = now.kind
         if now.running.why is not None:
             self.off(f"{now.running.why} (layer {now.below.cut})")
         elif now.kept:

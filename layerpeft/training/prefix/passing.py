@@ -52,11 +52,15 @@ class Keyed:
         and what about them a proof is for."""
         shape = (hidden.shape[0], hidden.shape[1])
         several = stops(inputs.get("position_ids"), kwargs, self.flash)
-        salt = f"{self.cast}{hidden.dtype}".encode()
-        found = rows_of(inputs, shape, several=several, decoder=self.decoder, image=self.image, salt=salt) or []
+        found = self.alike(inputs, shape, hidden.dtype, several)
         padded = sum(map(length, found)) < shape[0] * shape[1]
         pictures = self.image is not None and any(name.startswith(IMAGES) for name in inputs)
         return found, (several, len(found) > 1, padded, pictures)
+
+    def alike(self, inputs: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, several: bool) -> list[Row]:
+        """The rows of a batch, of which those things are known: none where they cannot be told apart."""
+        salt = f"{self.cast}{dtype}".encode()
+        return rows_of(inputs, shape, several=several, decoder=self.decoder, image=self.image, salt=salt) or []
 
 
 class Pass:
@@ -76,6 +80,7 @@ class Pass:
         self.source = source
         self.below, self.inputs, self.store, self.forms, self.lower_dropout = found, inputs, store, forms, lower_dropout
         self.rows: list[Row] = []
+        self.kind: tuple[Any, ...] | None = None  # how keys of its rows were made
         self.kept = False
         weights = (p for name in (found.names[0], found.block) for p in model.get_submodule(name).parameters())
         self.device = next((p.device for p in weights), torch.device("cpu"))
@@ -106,6 +111,7 @@ class Pass:
             return None
         shape = (hidden.shape[0], hidden.shape[1])
         self.rows, kind = self.keyed.rows(self.inputs, hidden, kwargs)
+        self.kind = (self.keyed, hidden.dtype, kind[0], frozenset(self.inputs))
         if not self.divided:  # or a process would prove alone what another has proved, and wait for its weights
             self.mode = (*self.mode[:2], *kind)
         if not self.rows or (self.mode not in self.proved and self.source is None):

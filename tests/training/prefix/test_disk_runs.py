@@ -17,10 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
 from layerpeft.recipe import compare
+from layerpeft.training.prefix.disk import Disk
 from layerpeft.training.prefix.folders import DATA, Handle
 from tests.helpers.killing import child, differing
 from tests.helpers.loops import adamw, llama, make_batches, record
 from tests.helpers.short import short_llama
+from tests.helpers.training import gsm8k_rows, sft
 
 BATCHES, EPOCHS, EVERY = make_batches()[:4], 3, 2
 ROWS = sum(len(batch["input_ids"]) for batch in BATCHES)
@@ -152,6 +154,18 @@ def test_eight_bits_take_a_quarter_of_float32_and_hardly_move_the_loss(tmp_path,
     assert kept == ROWS * 12 * (32 + 4) and of(model) == (None, (EPOCHS - 1) * ROWS, ROWS)
     assert losses != plain[1]
     assert max(abs(losses[step] - plain[1][step]) for step in losses) < 5e-3
+
+
+def test_a_trainer_has_the_rows_of_its_next_batch_read_before_they_are_asked_for(tmp_path, monkeypatch):
+    told, asked, get = [], [], Disk.get
+    monkeypatch.setattr(Disk, "ahead", lambda self, keys: told.extend(keys))
+    monkeypatch.setattr(Disk, "get", lambda self, keys: (asked.append((list(keys), set(told))), get(self, keys))[1])
+    config = LayerLoraConfig(select="last:2", r=4, prefix_cache=f"{tmp_path}/kept")
+    trainer = sft(gsm8k_rows().select(range(6)), tmp_path, config, max_steps=-1, num_train_epochs=3, save_strategy="no")
+    trainer.train()
+    assert trainer.model is not None and record(trainer.model).prefix.hits == 12
+    later = asked[-5:]  # of three batches an epoch; one is ready before the model has run
+    assert all(known.issuperset(keys) for keys, known in later)
 
 
 @pytest.mark.slow
