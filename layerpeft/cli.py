@@ -213,6 +213,7 @@ def _recipes(args: argparse.Namespace) -> None:
     try:
         with dest.open("x", encoding="utf-8") as file:
             file.write(path.read_text(encoding="utf-8"))
+        _copy_code(path, dest.parent)
     except FileExistsError:
         raise RecipeError(f"{dest} exists already; name another place") from None
     except OSError as error:
@@ -221,6 +222,14 @@ def _recipes(args: argparse.Namespace) -> None:
     if args.name in launch_files():
         command = ["accelerate", "launch", "--config_file", str(dest), "-m", "layerpeft", "train", "RECIPE"]
     print(f"{dest}: run it with  {shlex.join(command)}")
+
+
+def _copy_code(recipe: Path, folder: Path) -> None:
+    """Puts the code that a shipped recipe names beside its copy; what lies there already stays."""
+    text = recipe.read_text(encoding="utf-8")
+    for path in recipe.parent.glob("*.py"):
+        if f"./{path.name}:" in text and not (folder / path.name).exists():
+            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _list(as_json: bool) -> None:

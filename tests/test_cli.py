@@ -20,8 +20,9 @@ from layerpeft.recipe import shipped
 from layerpeft.recipe.compare import Arm, Run, judge, parse_arms
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.samples import generate, prompt_of
+from layerpeft.recipe.tasks.metrics import class_metrics
 from layerpeft.recipe.train import run
-from layerpeft.recipe.trainer import class_metrics, first_batches, load_model, prepare, wrap
+from layerpeft.recipe.trainer import first_batches, load_model, prepare, wrap
 from tests.helpers.processes import without_the_package
 from tests.helpers.short import LAYERS, short_llama
 

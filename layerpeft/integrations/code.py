@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 
-from layerpeft.errors import ConfigError
+from layerpeft.errors import ConfigError, told
 from layerpeft.text import is_first, some
 
 MOST = 1 << 20  # bytes of a file of code
@@ -44,15 +45,35 @@ def code_beside(name: str | os.PathLike[str], folder: Path, asked: str) -> tuple
     Run these bytes: the file may be another one a moment later. Raises: ConfigError for a file that lies elsewhere, is none, or
     is kept out.
     """
+    path, data = file_beside(name, folder, asked)
+    admit(asked, [named(path, data)])
+    return path, data
+
+
+def file_beside(name: str | os.PathLike[str], folder: Path, asked: str) -> tuple[Path, bytes]:
+    """The same to look at, not to run."""
     home = folder.resolve()
     path = (home / name).resolve()
     if not path.is_relative_to(home):
         raise ConfigError(f"{asked}: code is taken from beside the recipe alone ({home}), and this is {path}")
     if not path.is_file() or path.stat().st_size > MOST:
         raise ConfigError(f"{asked}: {path} is no file of code")
-    data = path.read_bytes()
-    admit(asked, [named(path, data)])
-    return path, data
+    return path, path.read_bytes()
+
+
+def ran(name: str, path: Path, data: bytes) -> ModuleType:
+    """A module of a file's code, which runs here; `data`: what the file held, `name`: what asks for it.
+
+    Raises: ConfigError for code that fails.
+    """
+    module = ModuleType(f"layerpeft_recipe_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where type hints are looked up
+    try:
+        exec(compile(data, str(path), "exec"), vars(module))
+    except Exception as error:  # it is anybody's
+        raise ConfigError(f"{name}: {path}: {type(error).__name__}: {told(error, 300)}") from error
+    return module
 
 
 def named(path: Path, data: bytes | None = None) -> str:

@@ -2,8 +2,15 @@
 
 import copy
 import os
+import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+
+from torch import nn
+
+MAKES = "get_peft_model"  # as TRL's modules know it
 
 
 def tokenized(rows: Any, tokenizer: Any, arguments: Any) -> Any:
@@ -65,3 +72,22 @@ class _Sized:
 
     def resize_token_embeddings(self, **_: Any) -> None:
         """Nothing to resize."""
+
+
+def referenced(kind: Any, model: Any, **given: Any) -> Any:
+    """A trainer that holds a model against what it was: itself, with the adapter switched off.
+
+    Of a PeftModel that was made elsewhere TRL would keep a copy, of its adapter or of the whole. So its class is given the base and
+    a config, and the model that it makes of these is the one that is there; one that makes it in another way is given a stand-in
+    for the copy, which is taken away.
+    """
+    modules = {sys.modules[part.__module__] for part in kind.__mro__}
+    makes = [module for module in modules if hasattr(module, MAKES)]
+    if not makes:
+        made = kind(model=model, ref_model=nn.Identity(), **given)
+        made.ref_model = None
+        return made
+    with ExitStack() as inside:
+        for module in makes:
+            inside.enter_context(patch.object(module, MAKES, lambda *_, **__: model))
+        return kind(model=model.get_base_model(), peft_config=model.peft_config["default"], **given)

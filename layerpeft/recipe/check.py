@@ -18,7 +18,8 @@ from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
-from layerpeft.recipe.trainers.table import row_of
+from layerpeft.recipe.trainers.table import DEFAULT as USUAL
+from layerpeft.recipe.trainers.table import absent, row_of
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
 from layerpeft.selection import plugins
 from layerpeft.selection.budget import counted
@@ -29,7 +30,14 @@ from layerpeft.training.prefix import setting
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import DEFAULT, METHODS
 
-PLACES = ("model_name_or_path", "dataset_name", "eval_dataset", "output_dir", "resume_from_checkpoint")
+PLACES = (
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "eval_dataset",
+    "output_dir",
+    "resume_from_checkpoint",
+)
 MOST = 10**9  # of what is counted: tokens, rows, steps of a batch, ranks
 
 
@@ -61,9 +69,8 @@ class Check:
         """The recipe as far as it can be read; every problem is written down on the way."""
         self.found += self.document.faults
         data = self.document.data
-        trainer = data.get("trainer", data.get("stage"))
-        trainer = trainer if trainer in keys.TRAINERS else ""
-        known = keys.top_settings(trainer or "sft")
+        trainer = self.trainer(data)
+        known = keys.top_settings(trainer or USUAL.name)
         data = self.kept(data, known)
         if isinstance(data.get("columns"), Mapping):
             data["columns"] = self.kept(data["columns"], {}, "columns")
@@ -73,7 +80,7 @@ class Check:
         for key, sentence in done.complaints:
             self.add(sentence, key)
         if not data and self.found:
-            return Recipe(source, path, "sft", {}, DEFAULT, "all", {})
+            return Recipe(source, path, USUAL.name, {}, DEFAULT, "all", {})
         values = done.data
         self.required(values, done)
         good = surroundings.placed(self.typed(values, known, trainer), path.parent)
@@ -90,9 +97,11 @@ class Check:
         method, select, fields, config = self.block(block, trainer, path.parent)
         if good.get(shorter.KEY) is not None:
             good[shorter.KEY], there = self.placed(good[shorter.KEY], path.parent, shorter.KEY)
-            self.add_all(shorter.problems(good[shorter.KEY]) if there else ())
+            self.add_all(shorter.problems(good[shorter.KEY], row_of(trainer)) if there else ())
         self.add_all(surroundings.engine_problems(good, config))
+        self.add_all(surroundings.batch_problems(row_of(trainer), config))
         if trainer:
+            self.add_all(surroundings.beside_problems(good, row_of(trainer), self.purpose, path.parent, self.wrong))
             judged = "columns" not in self.wrong
             self.add_all(surroundings.data_problems(good, trainer, self.purpose, judged, path.parent))
         problems, notices = surroundings.folder_problems(good, self.purpose, path.parent)
@@ -106,6 +115,7 @@ class Check:
             trial = replace(recipe, values=here) if self.accelerator and recipe.row.trl else recipe
             self.add_all(surroundings.argument_problems(trial, self.wrong))
             self.add_all(model.loading_problems(recipe))
+            self.add_all(surroundings.teacher_problems(recipe, self.wrong))
             if (
                 config is not None
                 and "model_name_or_path" in good
@@ -114,6 +124,15 @@ class Check:
                 with hub.settled(surroundings.on_hub(good)):
                     return self.choice(recipe)
         return recipe
+
+    def trainer(self, data: Mapping[str, Any]) -> str:
+        """The trainer that is asked for; empty where there is none of that name, or not here."""
+        named = data.get("trainer", data.get("stage"))
+        if not isinstance(named, str) or named not in keys.TRAINERS:
+            return ""
+        if gone := absent(row_of(named)):
+            self.add(f"trainer: {gone}", "trainer")
+        return "" if gone else named
 
     def choice(self, recipe: Recipe) -> Recipe:
         """Tries the choice of layers on the architecture, which is kept."""
@@ -289,7 +308,7 @@ def _said(good: Mapping[str, Any], known: Mapping[str, Setting], trainer: str) -
     by_default = bool(trainer) and row_of(trainer).trl and "bf16" not in good
     optimizer = value("optim")
     return {
-        "rows": value("per_device_train_batch_size"),
+        "rows": (value("per_device_train_batch_size") or 1) * (row_of(trainer).each if trainer else 1),
         "length": value("max_length"),
         "optimizer": None if optimizer is None else str(getattr(optimizer, "value", optimizer)),
         "checkpointing": bool(value("gradient_checkpointing")),

@@ -121,8 +121,8 @@ def _flag(new: str, setting: Any) -> Converter:
 
 
 def _stage(out: Translation, data: Mapping[str, Any], key: str, value: Any) -> None:
-    if value == "sft":
-        _move(out, data, key, "trainer", value)
+    if (trainer := {"rm": "reward"}.get(value, value)) in TRAINERS:
+        _move(out, data, key, "trainer", trainer)
     else:
         roads = "` or `trainer: ".join(TRAINERS)
         out.refuse(key, f"{value!r} is not a trainer of this version; write `trainer: {roads}`")

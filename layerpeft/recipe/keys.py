@@ -7,14 +7,14 @@ from functools import cache
 from typing import Any
 
 from layerpeft.recipe.trainers.row import named
-from layerpeft.recipe.trainers.table import ROWS, row_of
+from layerpeft.recipe.trainers.table import ROWS, absent, row_of
 from layerpeft.selection.typecheck import Setting, settings_of
 
-TRAINERS = tuple(ROWS)
+TRAINERS = ROWS  # by name
 
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
 _OWN: dict[str, Setting] = {
-    "trainer": Setting(str, choices=TRAINERS),
+    "trainer": Setting(str),
     "dataset_name": Setting(str | list[str]),
     "eval_dataset": Setting(str | list[str] | None),
     "columns": Setting(dict[str, str] | None),
@@ -64,6 +64,12 @@ def arguments_class(trainer: str) -> type:
 
 
 @cache
+def present() -> tuple[str, ...]:
+    """The trainers whose libraries are here."""
+    return tuple(name for name, row in ROWS.items() if absent(row) is None)
+
+
+@cache
 def argument_settings(trainer: str) -> Mapping[str, Setting]:
     """The training arguments that a recipe may set."""
     return {k: v for k, v in settings_of(arguments_class(trainer)).items() if k not in FIXED}
@@ -81,6 +87,7 @@ def top_settings(trainer: str) -> Mapping[str, Setting]:
         **{k: script[k] for k in _SCRIPT},
         **row_of(trainer).keys,
         **_OWN,
+        "trainer": Setting(str, choices=tuple(TRAINERS)),
     }
 
 

@@ -51,7 +51,7 @@ def code(recipe: Recipe) -> dict[str, Any]:
     """Whether code that comes with a model may run; it is named first. Raises: RecipeError where it is kept out."""
     trusted = recipe["trust_remote_code"]
     if trusted:
-        allow("trust_remote_code", "trust_remote_code: true", _code_of(model_path(recipe), loading(recipe)["revision"]))
+        allow("trust_remote_code", "trust_remote_code: true", code_of(model_path(recipe), loading(recipe)["revision"]))
     return {"trust_remote_code": trusted}
 
 
@@ -70,7 +70,7 @@ def kernels(attention: Any) -> list[str]:
     return [f"{n.rpartition('|')[2]} on the hub" for n in names if isinstance(n, str) and "/" in n]
 
 
-def _code_of(place: str, revision: str | None) -> list[str]:
+def code_of(place: str, revision: str | None) -> list[str]:
     """The code that a model's files ask for: files of its folder, or names on the hub."""
     folder = Path(place)
     try:

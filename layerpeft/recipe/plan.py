@@ -182,7 +182,7 @@ def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, A
         accumulation=arguments.gradient_accumulation_steps,
     )
     return {
-        "batch_size": arguments.per_device_train_batch_size,
+        "batch_size": arguments.per_device_train_batch_size * recipe.row.each,
         "length": keys.top_settings(recipe.trainer).get("max_length") and recipe["max_length"] or DEFAULT_LENGTH,
         "optimizer": optimizer_of(arguments),
         "checkpointing": bool(arguments.gradient_checkpointing),

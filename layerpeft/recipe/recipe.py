@@ -45,6 +45,10 @@ class Recipe:
         """The value of a top-level key, or its default."""
         return self.values.get(key, keys.top_settings(self.trainer)[key].default)
 
+    def get(self, key: str) -> Any:
+        """The value of a top-level key, or its default; None where its trainer has no such key."""
+        return self[key] if key in keys.top_settings(self.trainer) else None
+
     @property
     def row(self) -> Row:
         """What tells its trainer from others."""

@@ -28,6 +28,7 @@ from layerpeft.recipe.model import INIT, LOADING, empty_model, model_path
 from layerpeft.recipe.recipe import Recipe, checkpoint_of
 from layerpeft.recipe.surroundings import SHORTER, SHORTER_RECORD
 from layerpeft.recipe.trainer import Setup, first_batches, load_model
+from layerpeft.recipe.trainers.row import Row
 from layerpeft.saving.manifest import CONFIG, MANIFEST
 from layerpeft.saving.owned import files_below, put_on_record, strangers, vouch
 from layerpeft.selection.drop import Droppable, droppable, dropped, measures, parse_drop
@@ -123,11 +124,14 @@ def silenced(found: Droppable, gone: tuple[int, ...]) -> list[str]:
     return [t.name for unit in gone for t in found.units.layers[unit].targets]
 
 
-def problems(value: Any) -> tuple[Problem, ...]:
-    """What is wrong with `drop` by itself."""
+def problems(value: Any, row: Row) -> tuple[Problem, ...]:
+    """What is wrong with `drop` by itself, or for a trainer of this row."""
     try:
         with at_drop():
-            parse_drop(value)
+            if measures(parse_drop(value)) and not row.alone:
+                raise ConfigError(
+                    f"is measured on batches, of which a model makes no loss without trainer: {row.name}; name layers"
+                )
     except RecipeError as error:
         return error.problems
     return ()

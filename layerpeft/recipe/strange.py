@@ -5,10 +5,9 @@ from typing import Any
 
 from layerpeft.errors import hint
 from layerpeft.recipe import cures, foreign, keys
+from layerpeft.recipe.trainers.table import DEFAULT
 from layerpeft.selection.typecheck import Setting, complaint
 from layerpeft.tuners.methods import METHODS
-
-_FIRST = ("sft",)  # whose settings are looked through first, whatever else has them
 
 
 def unknown_key(key: str, value: Any, known: Mapping[str, Setting], trainer: str) -> str:
@@ -19,13 +18,20 @@ def unknown_key(key: str, value: Any, known: Mapping[str, Setting], trainer: str
         return f"unknown key {key!r}: {cures.EMPTY}"
     if key == "select" or any(key in keys.block_settings(kind) for kind in METHODS.values()):
         return f"{key}: this belongs in the block, as in `layerpeft: {{{key}: {cures.written(value)}}}`"
-    theirs = (name for name in (*_FIRST, *keys.TRAINERS) if name != trainer and key in keys.top_settings(name))
-    if trainer and (other := next(theirs, None)):
-        return f"{key}: this is a setting of trainer: {other}; take it out"
-    kind = keys.arguments_class(trainer or "sft").__name__
+    if trainer and (theirs := [name for name in keys.present() if name != trainer and key in keys.top_settings(name)]):
+        return f"{key}: this is a setting of trainer: {' or '.join(theirs)}; take it out{_or_meant(key, value, known)}"
+    kind = keys.arguments_class(trainer or DEFAULT.name).__name__
     allowed = "trainer, model_name_or_path, dataset_name, columns, output_dir, layerpeft, …"
-    fitting = [name for name, setting in known.items() if complaint(setting, value) is None]
-    return f"unknown key {key!r}.{hint(key, fitting)} Allowed: {allowed} and every field of {kind}."
+    return f"unknown key {key!r}.{_near(key, value, known)} Allowed: {allowed} and every field of {kind}."
+
+
+def _near(key: str, value: Any, known: Mapping[str, Setting]) -> str:
+    return hint(key, [name for name, setting in known.items() if complaint(setting, value) is None])
+
+
+def _or_meant(key: str, value: Any, known: Mapping[str, Setting]) -> str:
+    meant = _near(key, value, known)
+    return f".{meant}" if meant else ""
 
 
 def unknown_field(key: str, value: Any, method: str, known: Mapping[str, Setting], block: Mapping[str, Any]) -> str:
@@ -38,7 +44,7 @@ def unknown_field(key: str, value: Any, method: str, known: Mapping[str, Setting
         return f"unknown key {key!r} in the layerpeft block. Did you mean {meant!r}? Write `{meant}: {cures.written(value)}`."
     if key in foreign.OF_SELECT:
         return f"{key}: layers are chosen with `select`: write `select: {cures.written(foreign.select_of(block))}`"
-    if key in keys.top_settings("sft"):
+    if key in keys.top_settings(DEFAULT.name):
         return f"{key}: this belongs at the top level, not in the layerpeft block"
     if road := cures.cure(key, value, block) or (cures.EMPTY if value is None else None):
         own = road.write.get("layerpeft")

@@ -20,9 +20,12 @@ from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
 from layerpeft.recipe import keys, rows
+from layerpeft.recipe.beside import rewards, teachers
+from layerpeft.recipe.beside.models import place_of
 from layerpeft.recipe.recipe import Recipe, training_arguments
 from layerpeft.recipe.shipped import beside, expanded, looked_for, resolve
 from layerpeft.recipe.tasks.shape import problems_of
+from layerpeft.recipe.trainers.row import Row
 from layerpeft.recipe.trainers.table import task_of
 from layerpeft.saving.checkpoints import checkpoint_troubles, last_checkpoint
 from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST
@@ -30,6 +33,7 @@ from layerpeft.saving.owned import RECORD, completed, files_below, strangers
 from layerpeft.text import some
 from layerpeft.tuners.config import QUANT_FIELDS, LayerLoraConfig
 from layerpeft.tuners.merge import TOKENIZER
+from layerpeft.tuners.precision import batches_wanted
 
 # what each command writes into output_dir
 SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model that lost layers, and the record of which
@@ -38,6 +42,12 @@ TRAINED = (
     *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
     "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
 )  # fmt: skip
+MODEL, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
+# how what a trainer needs is written
+NEEDED = {
+    "rewards": f", which say how good an answer is, as in `{rewards.EXAMPLE}`",
+    TEACHER: ", the model that it learns from",
+}
 BESIDE = (*SCORED, *COMPARED, RECORD)  # a run may start beside them
 
 # what from_pretrained would be told past the keys that say which code runs
@@ -68,7 +78,7 @@ def _of(key: str, sentence: str) -> Problem:
 
 def on_hub(good: Mapping[str, Any]) -> bool:
     """Whether model or rows have to come from the hub."""
-    named = [good.get("model_name_or_path"), good.get("dataset_name"), good.get("eval_dataset")]
+    named = [good.get(key) for key in (MODEL, TEACHER, "dataset_name", "eval_dataset")]
     return any(
         isinstance(n, str) and re.fullmatch(rows.HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
         for n in named
@@ -77,13 +87,17 @@ def on_hub(good: Mapping[str, Any]) -> bool:
 
 PATHS = (
     "model_name_or_path", "dataset_name", "eval_dataset", "resume_from_checkpoint", "chat_template_path", "deepspeed",
-    "fsdp_config", "accelerator_config",
+    "fsdp_config", "accelerator_config", TEACHER,
 )  # fmt: skip
 
 
 def placed(good: Mapping[str, Any], home: Path) -> dict[str, Any]:
     """The settings, with every path that lies beside the recipe alone as a path from the current folder."""
     found = dict(good)
+    if "rewards" in good:
+        found["rewards"] = [
+            beside(item, home) if rewards.is_place(item) else item for item in rewards.listed(good["rewards"])
+        ]
     for key in PATHS:
         value = good.get(key)
         if isinstance(value, str):
@@ -153,6 +167,49 @@ def _held_out(good: Mapping[str, Any], purpose: str) -> list[Problem]:
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
+def beside_problems(good: Mapping[str, Any], row: Row, purpose: str, home: Path, wrong: set[str]) -> list[Problem]:
+    """What a trainer needs besides a model and rows, or cannot have."""
+    found = [
+        Problem((), f"{key}: missing; trainer: {row.name} needs it{NEEDED[key]}")
+        for key in row.needs
+        if not good.get(key) and key not in wrong
+    ]
+    if "rewards" in row.keys:
+        found += rewards.problems(good.get("rewards"), home)
+    if TEACHER in row.needs:
+        lost, lacking = _model(good, home, TEACHER)
+        found += lost + ([_of(TEACHER, lacking)] if lacking else [])
+    if not row.evaluates:
+        asked = [key for key in ("eval_dataset", "eval_strategy") if good.get(key) not in (None, "no")]
+        found += [_of(key, f"trainer: {row.name} measures nothing on held-out rows; take it out") for key in asked]
+    if not row.evaluates and purpose == "compare":
+        found.append(_of("trainer", f"{row.name} measures nothing on held-out rows, by which arms are compared"))
+    if not row.alone and purpose == "score":
+        text = f"{row.name}: layers are scored by its loss in its own first step alone; trainer: sft scores them beforehand"
+        found.append(_of("trainer", text))
+    return found
+
+
+def batch_problems(row: Row, config: LayerLoraConfig | None) -> list[Problem]:
+    """What is measured before training on batches, of trainers whose batches a model makes no loss of by itself."""
+    if row.alone or config is None or not batches_wanted(config):
+        return []
+    text = f"precisions are measured on batches before training, of which a model makes no loss without trainer: {row.name}"
+    return [Problem(("layerpeft", "quant"), f"quant: {text}; choose them by weights or by place")]
+
+
+def teacher_problems(recipe: Recipe, wrong: set[str]) -> list[Problem]:
+    """What keeps a teacher from teaching this model; of one on the hub it is found when it is loaded."""
+    if TEACHER not in recipe.row.needs or wrong & {MODEL, TEACHER, "model_init_kwargs", "teacher_model_init_kwargs"}:
+        return []
+    try:
+        if recipe.values.get(TEACHER) and Path(place_of(recipe[TEACHER])).is_dir():
+            teachers.check(recipe)
+    except RecipeError as error:
+        return list(error.problems)
+    return []
+
+
 def folder_problems(good: Mapping[str, Any], purpose: str, home: Path | None = None) -> tuple[list[Problem], list[str]]:
     """What is wrong with the model's folder and the output folder, and what is only worth a word before training."""
     model, lacking = _model(good, home)
@@ -163,8 +220,7 @@ def folder_problems(good: Mapping[str, Any], purpose: str, home: Path | None = N
     return model + output + ([Problem(("output_dir",), full)] if full else []), []
 
 
-def _model(good: Mapping[str, Any], home: Path | None) -> tuple[list[Problem], str]:
-    key = "model_name_or_path"
+def _model(good: Mapping[str, Any], home: Path | None, key: str = MODEL) -> tuple[list[Problem], str]:
     name = good.get(key)
     if name is None:
         return [], ""
@@ -279,10 +335,9 @@ def device_problems(good: Mapping[str, Any]) -> list[Problem]:
     if package and importlib.util.find_spec(package) is None:
         sentence = f"{attention} needs a package that is not installed ({package}); write `attn_implementation: sdpa`"
         found.append(_of("attn_implementation", sentence))
-    nested = good.get("model_init_kwargs")
-    found += [
-        _of("model_init_kwargs", f"{key}: {CODE[key]}") for key in CODE if isinstance(nested, dict) and key in nested
-    ]
+    for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
+        nested = good.get(name)
+        found += [_of(name, f"{key}: {CODE[key]}") for key in CODE if isinstance(nested, dict) and key in nested]
     quantized = isinstance(nested, dict) and nested.get("quantization_config")
     if quantized and importlib.util.find_spec("bitsandbytes") is None:
         found.append(_of("model_init_kwargs", "quantization needs bitsandbytes (pip install bitsandbytes)"))

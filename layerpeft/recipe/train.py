@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences, told
+from layerpeft.integrations.code import file_beside
 from layerpeft.integrations.distributed import everywhere, from_first
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.integrations.files import disk_is_full, replace_file
@@ -25,6 +26,7 @@ from layerpeft.integrations.peft import whole_state
 from layerpeft.model.layers import base_of
 from layerpeft.model.precisions import tensor_bytes
 from layerpeft.quantization.apply import Quantized
+from layerpeft.recipe.beside import rewards
 from layerpeft.recipe.exits import exit_numbers, write_exits
 from layerpeft.recipe.recipe import Recipe, as_chosen, checkpoint_of, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
@@ -59,6 +61,7 @@ from layerpeft.tuners.precision import wish
 
 Say = Callable[[str], None]
 SAMPLES = 1
+LATER = "layers that are chosen in the first step"
 WRITTEN = (
     "layers.png",
     "bits.png",
@@ -122,7 +125,9 @@ def _run(recipe: Recipe, say: Say) -> Result:
         record.task = {"trainer": recipe.trainer, **setup.learned.about}
     chosen = record.selection if record is not None else None
     layers = (
-        "all layers" if chosen is None else f"{chosen.unit}s {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
+        (LATER if recipe.config.needs(batches=False) & {"wait"} else "all layers")
+        if chosen is None
+        else f"{chosen.unit}s {some([str(n) for n in chosen.layers], 16)} ({chosen.why})"
     )
     note(f"trains {layers}")
     if is_first():
@@ -337,6 +342,10 @@ def _write(
         if isinstance(by, str) and by.endswith(".py") and not Path(by).is_absolute() and not strangers(folder, [by]):
             (folder / by).parent.mkdir(parents=True, exist_ok=True)
             replace_file(folder / by, Path(str(plugins.get(SCORERS, by).__file__)).read_bytes())
+        for name in rewards.files(recipe):
+            if not strangers(folder, [name]):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                replace_file(folder / name, file_beside(name, recipe.path.parent, name)[1])
         if setup.labels:
             named = json.dumps(dict(enumerate(setup.labels)), indent=1)
             replace_file(folder / "labels.json", f"{named}\n".encode())

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
 from layerpeft.integrations.distributed import world_size
 from layerpeft.integrations.peft import spare_tables
+from layerpeft.integrations.trl import referenced
 from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
@@ -195,6 +196,8 @@ def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any]
 
 def batches_for(setup: Setup, model: nn.Module, select: Any) -> tuple[list[Any] | None, Setup]:
     """Batches for a choice that is measured on data, None for any other."""
+    if not setup.recipe.row.alone:
+        return None, setup  # it waits for the trainer's first step
     config = layer_config(setup.recipe, select)
     most, choice = batches_wanted(config), config.choosing
     if needs_batches(choice) and not live_only(choice) and not (choice.is_scheduled and scoreless(choice)):
@@ -236,6 +239,12 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     recipe, task = setup.recipe, task_of(setup.recipe.trainer)
     arguments = training_arguments(recipe, **changes)
     given = {"model": model, "args": arguments, "train_dataset": setup.train, "eval_dataset": setup.held_out}
+    for path in recipe.row.beside:
+        given |= named(path)(setup)
+    if recipe.row.trl and not recipe.row.alone:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):  # models are loaded by now
+            if hasattr(arguments, name):
+                setattr(arguments, name, None)
     if task is not None:
         given |= task.trainer(setup, model)
         if task.in_batches:
@@ -244,7 +253,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
         arguments.assistant_only_loss = False  # the labels say it by now
     if setup.ready and task is None:
         arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    made = named(recipe.row.trainer)(processing_class=setup.tokenizer, **given)
+    kind = partial(referenced, named(recipe.row.trainer)) if recipe.row.reference else named(recipe.row.trainer)
+    made = kind(processing_class=setup.tokenizer, **given)
     if isinstance(made.data_collator, Follows):
         made.data_collator.follow(made)
     return made
@@ -296,6 +306,7 @@ def held_out_numbers(trainer: Any) -> dict[str, float]:
         return {}
     note(f"measuring held-out rows {'after' if trainer.state.global_step else 'before'} training")
     found = trainer.evaluate()
+    found = {**trainer.state.log_history[-1], **found}  # TRL's own numbers are in what it logs alone
     return {k: float(found[k]) for k in NAMES if k in found}
 
 
@@ -316,7 +327,7 @@ def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | N
                 source = rows.load(name, config=config, split=split)
             elif held_out is not None:
                 source = rows.load(held_out, config=config, split=test)
-            elif rows.local_files(name) is None:
+            elif recipe.row.evaluates and rows.local_files(name) is None:
                 source = rows.load(name, config=config, split=test, optional="dataset_test_split" not in recipe.values)
             if source is None or task is not None:
                 part = source and shape(source, task, recipe["columns"], recipe[most])

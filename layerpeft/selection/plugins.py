@@ -5,7 +5,6 @@ What a plug-in of a group has to hold stands in the group's own `__init__`: `HOL
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -15,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from layerpeft.errors import ConfigError, Problems, told, unknown
+from layerpeft.errors import ConfigError, Problems, unknown
+from layerpeft.integrations.code import ran
 from layerpeft.selection.typecheck import check
 
 # groups of entry points whose own plug-ins lie in a folder of another name
@@ -42,13 +42,7 @@ def from_file(package: str, name: str, path: Path, data: bytes) -> None:
 
     Raises: ConfigError for code that fails, or lacks what its group asks for.
     """
-    module = ModuleType(f"layerpeft_recipe_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where type hints are looked up
-    try:
-        exec(compile(data, str(path), "exec"), vars(module))
-    except Exception as error:  # it is anybody's
-        raise ConfigError(f"{name}: {path}: {type(error).__name__}: {told(error, 300)}") from error
+    module = ran(name, path, data)
     problems = Problems(f"{name} ({path})")
     _check(module, package, problems)
     problems.raise_if_any(ConfigError)

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from layerpeft.errors import LayerpeftError, Problems, unknown
+from layerpeft.errors import hint as near_name
 
 _NONE = type(None)
 LARGEST = 2**63 - 1  # a whole number that every library takes
@@ -158,7 +159,8 @@ def complaint(setting: Setting, value: Any) -> str | None:
         return None
     wanted = f"one of {', '.join(map(str, setting.choices))}" if setting.choices else describe(setting.hint)
     advice = _advice(setting.hint, value)
-    return f"expected {wanted}, got {_show(value)}" + (f"; {advice}" if advice else "")
+    near = near_name(value, map(str, setting.choices)) if isinstance(value, str) else ""
+    return f"expected {wanted}, got {_show(value)}" + (f"; {advice}" if advice else near and f".{near}")
 
 
 def fits(hint: Any, value: Any) -> bool:

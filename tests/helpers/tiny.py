@@ -35,6 +35,9 @@ TASKS = (
     "token_classification", "whisper",
 )  # fmt: skip
 
+# recipes of TRL's trainers, tried with every method where those are
+TRL = ("cpo", "distillation", "dpo", "gkd", "grpo", "kto", "online_dpo", "orpo", "reward", "rloo")
+
 R = "r=2"
 EVERY = ("select.reselect_steps=1",)
 BATCHES = ("select.num_batches=2",)

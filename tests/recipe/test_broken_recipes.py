@@ -68,7 +68,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "typo": (GOOD + "learning_rte: 1e-4\n", ["line 8", "'learning_rte'", "Did you mean 'learning_rate'?", "Allowed:"]),
     "nonsense": (GOOD + "zzzz: 1\n", ["line 8", "unknown key 'zzzz'", "every field of SFTConfig"]),
     "no_trainer": (without("trainer"), ["trainer: missing", "sft, classification"]),
-    "other_trainer": (GOOD.replace("sft", "dpo", 1), ["line 1", "trainer", "sft, classification", "'dpo'"]),
+    "other_trainer": (GOOD.replace("sft", "ppo", 1), ["line 1", "trainer", "sft, classification", "'ppo'"]),
     "no_model": (without("model_name_or_path"), ["model_name_or_path: missing"]),
     "no_data": (without("dataset_name"), ["dataset_name: missing"]),
     "no_output": (without("output_dir"), ["output_dir: missing"]),

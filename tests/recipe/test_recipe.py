@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from trl import SFTConfig
 
 from layerpeft.errors import RecipeError
 from layerpeft.recipe import cures, foreign, keys, rows, shipped
+from layerpeft.recipe.beside import rewards
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config, to_yaml, training_arguments
 from layerpeft.recipe.trainers import table
@@ -197,8 +199,9 @@ def test_every_mapped_key_is_gone_and_every_new_one_exists() -> None:
     for trainer in keys.TRAINERS:
         known = keys.top_settings(trainer)
         assert set(foreign.RENAMED) & set(known) == set()
-        only_sft = set() if table.row_of(trainer).trl else {"packing", "eval_packing"}
-        only_sft |= {"max_length"} if (task := table.task_of(trainer)) and task.in_batches else set()
+        only_sft = set() if trainer in ("sft", "gkd") else {"packing", "eval_packing"}
+        written = trainer in ("grpo", "rloo", "distillation")  # what is as long as it is written
+        only_sft |= {"max_length"} if written or (task := table.task_of(trainer)) and task.in_batches else set()
         assert set(foreign.RENAMED.values()) - set(known) == only_sft
 
 
@@ -340,6 +343,8 @@ def test_shipped_recipes_are_good_and_survive_being_written(
     assert text.startswith(f"# layerpeft train {name}\n")
     recipe = load_recipe(name)
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    for code in rewards.files(recipe):  # goes with it
+        shutil.copy(recipe.path.parent / code, tmp_path)
     again = load_recipe("again.yaml")
     assert again.values == {**recipe.values, "layerpeft": again.values["layerpeft"]}
     assert again.block == recipe.block

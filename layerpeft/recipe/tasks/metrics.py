@@ -12,6 +12,8 @@ from typing import Any
 NAMES = {
     "eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1", "eval_entity_f1": "F1 of entities",
     "eval_exact_match": "exact match", "eval_f1": "F1 of words", "eval_rmse": "root mean squared error",
+    "eval_rewards/accuracies": "pairs in the right order", "eval_rewards/margins": "margin of rewards",
+    "eval_reward": "mean reward",
     "eval_mae": "mean absolute error", "eval_r2": "R²", "eval_wer": "errors in words", "eval_cer": "errors in characters",
 }  # fmt: skip
 

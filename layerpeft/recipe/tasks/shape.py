@@ -56,14 +56,17 @@ def shape(source: Source, task: Task, columns: Mapping[str, str] | None, most: i
     for name, sentence in problems_of(task, have, columns):
         problems.add(f"columns.{name}: {sentence}" if name else sentence)
     problems.raise_if_any(RecipeError)
-    kept = (*form_of(task, have), *(name for name in task.more if name in have))
+    kept = (*form_of(task, have) * (not columns), *(name for name in task.more if name in have))
+    if task.others:
+        kept = tuple(dict.fromkeys((*kept, *(name for name in have if name not in (columns or {})))))
     named = {name: source.classes(name) for name in kept} if not columns else {}
     homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
     how = How(task, tuple((columns or {}).items()), kept, Known(tuple((k, v) for k, v in named.items() if v), homes))
     source = undecoded(source)
     first = next(_shaped(source, how, 1), None)
     names = first or dict.fromkeys(dict(how.columns) or kept, "")
-    features = datasets.Features({name: _feature(task.types.get(name, "text"), value) for name, value in names.items()})
+    kinds = {name: task.types.get(name, task.others or "text") for name in names}
+    features = datasets.Features({name: _feature(kinds[name], value) for name, value in names.items()})
     if first is None:
         return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
     if source.small:
@@ -94,7 +97,9 @@ def _feature(kind: str, value: Any) -> Any:
 
     if kind == "file":
         return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    plain = {"text": "string", "number": "float64", "count": "int64"}
+    if kind in ("said", "any") and not isinstance(value, str):
+        return datasets.Json()  # each with the keys and types that it has
+    plain = {"text": "string", "number": "float64", "count": "int64", "flag": "bool"}
     inside = datasets.Value(plain.get(kind.removesuffix("s"), "string"))
     return datasets.List(inside) if kind.endswith("s") or isinstance(value, list) else inside
 
@@ -126,7 +131,8 @@ def cells(row: Mapping[str, Any], how: How) -> dict[str, Any]:
     Raises: Unfit where there is nothing to fill a template with."""
     if not how.columns:
         return {name: row.get(name) for name in how.kept}
-    return {name: _filled(name, template, row) for name, template in how.columns}
+    rest = {name: row.get(name) for name in how.kept} if how.task.others else {}
+    return rest | {name: _filled(name, template, row) for name, template in how.columns}
 
 
 def _filled(name: str, template: str, row: Mapping[str, Any]) -> Any:

@@ -73,4 +73,5 @@ class Task:
     measure: Callable[[Head], str] = lambda head: "eval_loss"
     more: tuple[str, ...] = ()
     new_head: bool = False  # a checkpoint without the task has none of its own
+    others: str = ""  # the kind of all other columns, where they are kept as they are
     in_batches: bool = False  # rows become numbers in batches: they keep what the model does not read

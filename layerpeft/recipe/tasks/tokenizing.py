@@ -53,7 +53,7 @@ def encoded(part: Any, given: Part, encode: Encode) -> tuple[Any, tokens.Tally]:
 
 def left(made: Any, fates: Sequence[str], given: Part, kept_of: Callable[[list[int]], Any]) -> tuple[Any, tokens.Tally]:
     """What teaches something of rows that have these fates, and what became of all."""
-    found = tokens.tally(list(fates), given.recipe["max_length"], lambda i: given.source.place(i).where)
+    found = tokens.tally(list(fates), given.recipe.get("max_length"), lambda i: given.source.place(i).where)
     kept = [i for i, fate in enumerate(fates) if fate in ("", "cut", "blank")]
     if not kept or found.blank == found.read:
         why = " or ".join(found.dropped) or tokens.NO_TEXT

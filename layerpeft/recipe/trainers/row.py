@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,33 @@ class Row:
     trl: bool = False  # bf16 unless it is said otherwise, and a README.md with every checkpoint
     fused_head: bool = False  # the loss reads the output embeddings' weight, past any adapter
     answers: bool = False  # prompts are answered before and after
+    one_number: bool = False  # the head gives one number, a reward
     one_class: bool = False  # a batch has one class a row as `labels`
+    alone: bool = (
+        True  # a model makes a loss of a batch by itself; else a choice by data waits for the trainer's own first step
+    )
+    each: int = 1  # sequences of a row in a batch
+    evaluates: bool = True  # on held-out rows
+    reference: bool = False  # held against the model as it was: the adapter switched off, and no copy of it
+    beside: tuple[str, ...] = ()  # functions of a recipe, which say what the trainer is given besides
+    needs: tuple[str, ...] = ()  # keys without which there is no run
     package: str | None = None  # that is not there unless the extra of the same name is
 
 
 def named(path: str) -> Any:
     """What stands at a dotted path, as `transformers.Trainer`."""
     place, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(place), name)
+    return getattr(_module(place), name)
+
+
+def has(path: str) -> bool:
+    """Whether something stands there; it is not loaded. Raises: ImportError where the module is not there."""
+    place, _, name = path.rpartition(".")
+    module = _module(place)
+    return name in vars(module) or name in getattr(module, "__all__", ())
+
+
+def _module(place: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")  # the table of trainers says so
+        return importlib.import_module(place)

@@ -1,0 +1,69 @@
+"""Text, or turns of a conversation: the two ways in which prompts and answers stand in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerpeft.recipe.rows import Unfit
+from layerpeft.recipe.tasks import cell
+
+Turns = list[dict[str, Any]]
+# what ShareGPT calls those who speak
+SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+KEPT = ("messages", "conversations")  # columns that hold a whole conversation
+
+
+def said(name: str, value: Any) -> str | Turns:
+    """A cell as its text, or as turns with `role` and `content`; one turn is a list of one. Raises: Unfit naming the turn."""
+    found = cell.parsed(value)
+    if isinstance(found, dict):
+        found = [found]
+    if not isinstance(found, list) or (isinstance(value, str) and not _is_turn(found)):
+        return cell.text(name, value)
+    if not found:
+        raise Unfit(f"has {name} that are empty")
+    return [_turn(name, number, turn) for number, turn in enumerate(found, 1)]
+
+
+def _is_turn(found: list[Any]) -> bool:
+    return bool(found) and isinstance(found[0], dict) and bool({"role", "from"} & set(found[0]))
+
+
+def _turn(name: str, number: int, turn: Any) -> dict[str, Any]:
+    what = f"has a turn ({name}, number {number})"
+    if not isinstance(turn, dict):
+        raise Unfit(f'{what} that is {turn!r}; a turn is {{"role": …, "content": …}}')
+    who, text = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    if not isinstance(turn.get(who), str):
+        raise Unfit(f"{what} without {who}")
+    if turn.get(text) is None and not turn.get("tool_calls"):
+        raise Unfit(f"{what} of {turn[who]!r} without {text}")
+    rest = {key: value for key, value in turn.items() if key not in (who, text) and value is not None}
+    return {"role": SPEAKERS.get(turn[who], turn[who]), "content": turn.get(text) or "", **rest}
+
+
+def prompt_of(cells: Mapping[str, Any]) -> str | Turns | None:
+    """What is asked: `prompt`, a conversation, or `user` with or without `system`; None where a row has none of them."""
+    if "user" in cells:
+        parts = [(role, cells.get(role)) for role in ("system", "user")]
+        return [{"role": role, "content": cell.text(role, text)} for role, text in parts if text is not None]
+    name = next((name for name in ("prompt", *KEPT) if name in cells), None)
+    return None if name is None else said(name, cells[name])
+
+
+def answer(given: str | Turns) -> Turns:
+    """An answer as turns."""
+    return [{"role": "assistant", "content": given}] if isinstance(given, str) else given
+
+
+def question(given: str | Turns) -> Turns:
+    """A prompt as turns."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def asked(name: str, turns: Turns) -> tuple[Turns, Turns]:
+    """A conversation as what was asked and its last answer. Raises: Unfit where the assistant does not have the last word."""
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise Unfit(f"has {name} that do not end with an answer of the assistant")
+    return turns[:-1], turns[-1:]
