@@ -10,11 +10,15 @@ from typing import Any
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerpeftError
-from layerpeft.planning.plan import Plan, bare, layers_that_train, peak_bytes, plan
+from layerpeft.model.layers import layer_map
+from layerpeft.planning.plan import Plan, apart_bytes, bare, layers_that_train, peak_bytes, plan
+from layerpeft.planning.prefix import Apart
 from layerpeft.planning.trace import Step
+from layerpeft.selection.scoring import needs
 from layerpeft.selection.select import PICKS, options_of
 from layerpeft.text import size_of, size_text
 from layerpeft.tuners.config import LayerLoraConfig
+from layerpeft.tuners.soft import BY_SCORE
 
 # What was traced before: other limits ask for the same again.
 _SIZES: dict[tuple[Any, ...], int] = {}
@@ -40,7 +44,9 @@ def _shape(model: nn.Module) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Fit:
-    """A config that fits, its plan, in words what was given up, and the recipe's settings that say the same."""
+    """A config that fits, its plan, in words what was given up, and the recipe's settings that say the same.
+
+    `apart`: it fits where nothing below the lowest trained layer is loaded; what enters that is filled before."""
 
     config: LayerLoraConfig
     plan: Plan
@@ -49,6 +55,7 @@ class Fit:
     checkpointing: bool
     gave_up: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    apart: Apart | None = None
 
     def __str__(self) -> str:
         lines = [f"gives up: {text}" for text in self.gave_up] or ["fits as it is"]
@@ -82,6 +89,8 @@ def fit(
     in their own precision instead of `packing` ("nf4"; None: they stay as they are), then the most rows at a time, and activations
     are recomputed only where they must be. Accumulation makes the same step of fewer rows.
 
+    Where nothing fits that needs the whole model, as many of its top layers as train with nothing below them loaded, and can be
+    filled ahead (`apart`).
     Raises: ConfigError when one layer at the lowest rank, one row at a time, is still too large; it says by how much.
     """
     step, room, model = step or Step(), _bytes(limit), bare(model)
@@ -111,20 +120,82 @@ def fit(
     most = replace(asked, checkpointing=recompute, packed=able)
     found = _largest(asked, most, chosen, frozen, ranks or (config.r,), lambda trial: size(trial) <= room)
     if found is None:
+        top = _top_part(model, config, room, replace(most, packed=False), asked, chosen, given, step)
+        if top is not None:
+            return top
         least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=1)
         rank = f"{config.choosing.unit} at rank {least.rank}" if ranks else config.choosing.unit
         how = [rank, ", one row at a time", ", with checkpointing" * recompute, f", the others in {packing}" * able]
-        raise ConfigError(
-            f"nothing fits into {size_text(room)}: one {''.join(how)}, takes {size_text(size(least))} (the weights as they "
-            f"are loaded: {size_text(weights)}). Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), "
-            "or in 4 bit (model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
-        )
+        raise _nothing(room, "".join(how), size(least), weights)
     final = _config(config, found, chosen, packing)
     passes = step.accumulation * batch_size // found.rows
     given |= {"batch_size": found.rows, "checkpointing": found.checkpointing}
     last = plan(model, final, step=replace(step, accumulation=passes), **given)
     gave_up, settings = _said(config, final, asked, found, passes, len(chosen))
     return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, settings)
+
+
+def _nothing(room: int, least: str, takes: int, weights: int) -> ConfigError:
+    return ConfigError(
+        f"nothing fits into {size_text(room)}: one {least}, takes {size_text(takes)} (the weights as they are loaded: "
+        f"{size_text(weights)}). Shorten the rows (max_length), load the base in a smaller type (dtype: bfloat16), or in 4 bit "
+        "(model_init_kwargs: {quantization_config: {load_in_4bit: true}})."
+    )
+
+
+def _top_part(
+    model: nn.Module,
+    config: LayerLoraConfig,
+    room: int,
+    most: _Trial,
+    asked: _Trial,
+    chosen: Sequence[int],
+    given: Mapping[str, Any],
+    step: Step,
+) -> Fit | None:
+    """The largest top part that fits with nothing below it loaded, of no more layers than were asked for; None where none does.
+
+    `most`: what is asked with all that saves bytes besides.
+    """
+    if config.is_scheduled or config.distill is not None or step.quantization is not None or config.quantizes:
+        return None
+    whole = layer_map(model, config.choosing.stack)
+    units, stays = config.choosing.unit == "layer", needs(config.choosing) == "nothing"
+    top = list(range(1, len(whole)))[-len(chosen) if units else 0 :]
+    lasts = config.caching is not None and config.caching.where != "memory"
+    disk = config if lasts else config.changed(prefix_cache="disk")
+    stays = stays and units and top == list(chosen)  # the choice itself is a top part
+    own = {"stack": config.choosing.stack} if config.choosing.stack else {}
+    start = disk if stays else disk.changed(select={"layers": f"last:{len(top)}"} | own, **dict.fromkeys(BY_SCORE))
+
+    def takes(trial: _Trial) -> int | None:
+        how = dict(given) | {"batch_size": trial.rows, "checkpointing": trial.checkpointing, "step": step}
+        found = apart_bytes(model, _config(start, trial, top, None), **how)
+        return None if found is None else found.most
+
+    def fits(trial: _Trial) -> bool:
+        found = takes(trial)
+        return found is not None and found <= room
+
+    ranks = config.works_by.ranks(config.r)
+    found = _largest(asked, most, top, True, ranks or (config.r,), fits) if top else None
+    if found is None:
+        return None
+    count = len(top) if found.layers is None else found.layers
+    final = _config(start, replace(found, layers=None), top, None)
+    select = {} if stays and found.layers is None else {"layerpeft.select": {"layers": f"last:{count}"} | own}
+    final = final.changed(select=select["layerpeft.select"]) if select else final
+    passes = step.accumulation * asked.rows // found.rows
+    how = dict(given) | {"batch_size": found.rows, "checkpointing": found.checkpointing}
+    last = plan(model, final, step=replace(step, accumulation=passes), **how)
+    words, settings = _said(start, final, asked, replace(found, layers=None), passes, len(top))
+    below = f"what lies below layer {len(whole) - count}: it is filled ahead, a layer at a time, and never loaded"
+    by = [f"the choice of layers: the last {count} train"] if select else []
+    places = {} if lasts else {"layerpeft.prefix_cache": "disk"}
+    said = select if own or not select else {"layerpeft.select": f"last:{count}"}
+    both = last.prefix.apart if last.prefix is not None else None
+    gave_up = (below, *by, *words)
+    return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, said | places | settings, both)
 
 
 def _largest(

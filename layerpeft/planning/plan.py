@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from layerpeft.model.precisions import Storage, stored_bytes
 from layerpeft.model.units import kind_of
 from layerpeft.planning import optimizer_bytes
 from layerpeft.planning.parts import Teacher, Wrapped, half, put_to_sleep, store, training
-from layerpeft.planning.prefix import Prefix, prefix
+from layerpeft.planning.prefix import Apart, Prefix, apart, prefix
 from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
@@ -158,6 +158,10 @@ def plan(
     cost = training(found, optimizer, step.optim_args)
     applies = recomputed if checkpointing and recomputed else kept
     spared = prefix(found, config, applies.flops, (batch_size, length), step, inputs)
+    if spared is not None and spared.lasts and step.cards is None:
+        assert spared.layer is not None
+        both = apart(found, bare, spared.layer, optimizer, step, (batch_size, length), checkpointing, inputs)
+        spared = replace(spared, apart=both)
     shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
@@ -221,6 +225,24 @@ def peak_bytes(
         activations = trace(found.model, batch_size, length, step).peak + found.taught(batch_size, length)[0]
     cost = training(found, optimizer, step.optim_args)
     return found.weights + cost.masters + cost.gradients + cost.states + activations
+
+
+def apart_bytes(
+    model: nn.Module | str | Path,
+    config: peft.PeftConfig,
+    *,
+    batch_size: int,
+    length: int,
+    optimizer: str,
+    checkpointing: bool,
+    step: Step,
+) -> Apart | None:
+    """`plan(...).prefix.apart` alone; None where the upper part cannot train alone. Raises: as `plan`."""
+    found, plain = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
+    lasting = prefix(found, config, 0, (batch_size, length), step)
+    if lasting is None or not lasting.lasts or lasting.layer is None:
+        return None
+    return apart(found, plain, lasting.layer, optimizer, step, (batch_size, length), checkpointing)
 
 
 def layers_that_train(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from layerpeft.errors import LayerMapError
-from layerpeft.integrations.tracing import as_traced
+from layerpeft.errors import LayerMapError, LayerpeftError
+from layerpeft.integrations.tracing import as_traced, weight_bytes
 from layerpeft.model.architectures import text_config
 from layerpeft.model.costs import costs_of
 from layerpeft.model.layers import base_of
 from layerpeft.model.load import Load
-from layerpeft.planning.parts import Wrapped
-from layerpeft.planning.trace import Step, parted
+from layerpeft.planning.parts import Wrapped, training
+from layerpeft.planning.trace import Step, parted, recompute
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.states import entering_states
-from layerpeft.training.prefix.below import Below, why_off
+from layerpeft.training.prefix.below import Below, in_front, why_off
 from layerpeft.training.prefix.cache import CHANGES
+from layerpeft.training.prefix.running import Form
 from layerpeft.training.prefix.setting import Setting
+from layerpeft.training.prefix.upper import StandIn
+from layerpeft.training.prefix.upwards import forms_below
 from layerpeft.tuners.config import LayerLoraConfig
 
 SCALE = 4  # bytes, of the states of one token in 8 bits
@@ -41,10 +46,25 @@ class Entering:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Peaks in bytes where nothing below the cut is ever loaded: of `training` what lies above, and of `filling` what enters it
+    before that, with one layer in memory at a time."""
+
+    training: int
+    filling: int
+
+    @property
+    def most(self) -> int:
+        """What both fit into."""
+        return max(self.training, self.filling)
+
+
+@dataclass(frozen=True)
 class Prefix:
     """`layer`: where later epochs begin; `why`: nothing is kept, for this reason; `token`: bytes of one that are kept; `whole` and
     `later`: operations of a step of a first epoch, which are those of a step without, and of a later one; `setting`: as asked, None
-    where nobody has, and this is what it would be; `known`: it does not hang on a choice that is not made yet."""
+    where nobody has, and this is what it would be; `known`: it does not hang on a choice that is not made yet; `apart`: of states
+    on disk, where the upper part can train alone."""
 
     layer: int | None
     why: str | None
@@ -53,10 +73,16 @@ class Prefix:
     later: int = 0
     setting: Setting | None = None
     known: bool = True
+    apart: Apart | None = None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it was asked for, can be had, and is there for other runs."""
+        return self.setting is not None and self.setting.where != "memory" and self.why is None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return vars(self) | {"setting": self.setting and self.setting.plain()}
+        return vars(self) | {"setting": self.setting and self.setting.plain(), "apart": self.apart and vars(self.apart)}
 
 
 @dataclass(frozen=True)
@@ -157,3 +183,76 @@ def _traced(
     states = next((s for s in seen if s is not None), None)
     below = sum(p.flops for p in live.parts if p.place[0] == "forward" and p.place[1] < cut)
     return None if states is None else Entering(states.shape[-1], states.element_size(), below)
+
+
+def apart(
+    found: Wrapped,
+    plain: nn.Module,
+    cut: int,
+    optimizer: str,
+    step: Step,
+    shape: tuple[int, int],
+    checkpointing: bool,
+    inputs: Mapping[str, Any] | None = None,
+) -> Apart | None:
+    """The peaks of filling ahead and of training the upper part alone; None where a model cannot do without its lower part.
+
+    `plain`: the model without the adapter and without storage.
+    """
+    assert found.layers is not None
+    base, names = base_of(found.model), found.layers.names
+    if found.teacher is not None:
+        return None
+    try:
+        forms = forms_below(plain, names, cut)
+    except LayerpeftError:
+        return None
+    _checkpointing(found.model, step, checkpointing)
+    with _standing(base, names[:cut], forms), as_traced(found.model):
+        live, gradients = parted(found.model, *shape, step, inputs)
+        cost = training(found, optimizer, step.optim_args)
+        trains = found.weights + cost.masters + cost.gradients + cost.states + max(0, live.peak - gradients)
+    return Apart(trains, _filling(found, cut, step, shape, inputs, forms))
+
+
+def _filling(
+    found: Wrapped,
+    cut: int,
+    step: Step,
+    shape: tuple[int, int],
+    inputs: Mapping[str, Any] | None,
+    forms: Sequence[Form],
+) -> int:
+    """What lies in front of the layers, the largest of those below the cut, and what it makes of a batch."""
+    assert found.layers is not None
+    base, names = base_of(found.model), found.layers.names[:cut]
+    sizes = [weight_bytes(base.get_submodule(name)) for name in names]
+    largest = sizes.index(max(sizes))
+    front = {id(p): p.nbytes for _, m in in_front(base, names[0]) for p in m.parameters(recurse=False)}
+    others = [i for i in range(cut) if i != largest]
+    with _standing(base, [names[i] for i in others], [forms[i] for i in others]), as_traced(found.model):
+        live, _ = parted(found.model, *shape, step, inputs, [base.get_submodule(names[largest])], backward=False)
+    made = max((part.peak for part in live.parts if part.place[0] == "forward"), default=0)
+    return sum(front.values()) + sizes[largest] + made
+
+
+def _checkpointing(model: nn.Module, step: Step, on: bool) -> None:
+    """As it is to be, whatever was traced before."""
+    if on:
+        recompute(model, step)
+    elif hasattr(base := base_of(model), "activation_checkpointing_disable"):
+        with suppress(ValueError):
+            base.activation_checkpointing_disable()  # type: ignore[operator]
+
+
+@contextmanager
+def _standing(base: nn.Module, names: Sequence[str], forms: Sequence[Form]) -> Iterator[None]:
+    """Inside, blocks of these names are stand-ins without weights."""
+    blocks = [base.get_submodule(name) for name in names]
+    for name, block, form in zip(names, blocks, forms, strict=True):
+        base.set_submodule(name, StandIn(block, form))
+    try:
+        yield
+    finally:
+        for name, block in zip(names, blocks, strict=True):
+            base.set_submodule(name, block)

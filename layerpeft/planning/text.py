@@ -33,6 +33,18 @@ def prefix_lines(found: Any) -> list[str]:
         f"prefix_cache: later epochs begin at layer {found.layer}, and {size_text(found.token)} are kept of a token",
         f"operations of a step: {found.whole:.3g} in the first epoch, as without it, {found.later:.3g} in later ones "
         f"({found.later / found.whole:.2f})",
+        *apart_lines(found),
+    ]
+
+
+def apart_lines(found: Any) -> list[str]:
+    """What a Prefix takes where nothing below the cut is loaded."""
+    if found.apart is None:
+        return []
+    training, filling = size_text(found.apart.training), size_text(found.apart.filling)
+    return [
+        f"nothing below layer {found.layer} need be loaded: training what lies above takes {training} together, and "
+        f"layerpeft prefill before it {filling}"
     ]
 
 

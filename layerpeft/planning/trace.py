@@ -237,8 +237,10 @@ def parted(
     step: Step,
     inputs: Mapping[str, Any] | None = None,
     blocks: Sequence[nn.Module] = (),
+    backward: bool = True,
 ) -> tuple[Live, int]:
-    """A pass with its parts, which begin at `blocks`, and the bytes of its gradients. Raises: as `trace`."""
+    """A pass with its parts, which begin at `blocks`, and the bytes of its gradients; not `backward`: without a way back.
+    Raises: as `trace`."""
     device = next(model.parameters()).device
     cast: AbstractContextManager[Any] = torch.autocast(device.type, step.autocast) if step.autocast else nullcontext()
     try:
@@ -250,7 +252,7 @@ def parted(
         folded = in_place() if step.fused_head and step.in_place else nullcontext()
         whole = nullcontext() if step.packed or "position_ids" in given else unpacked_rows()
         with _of_one_class(model), folded, whole:
-            live = _counted(partial(_run, model, given, cast), model, (), blocks)
+            live = _counted(partial(_run if backward else _only_forward, model, given, cast), model, (), blocks)
             return live, gradient_bytes(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(
@@ -280,6 +282,11 @@ def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractCont
     with cast:
         loss = model(**given).loss
     loss.backward()
+
+
+def _only_forward(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractContextManager[Any]) -> None:
+    with torch.no_grad(), cast:
+        model(**given)
 
 
 def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device, padded: bool) -> dict[str, Any]:

@@ -41,12 +41,14 @@ TRIED = 64  # rows that a plan turns into tokens
 
 @dataclass(frozen=True)
 class Forecast:
-    """A recipe with its plan, or with the largest choice that fits; `command` trains that. `rows`: how it goes over its rows."""
+    """A recipe with its plan, or with the largest choice that fits; `command` trains that, after `before` where that is said.
+    `rows`: how it goes over its rows."""
 
     recipe: Recipe
     found: Plan | Fit
     command: str
     rows: Rows | None = None
+    before: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -62,7 +64,7 @@ class Forecast:
         kept = self.plan.prefix
         lines = [str(self.found), *(rows_lines(kept, self.rows) if kept is not None and self.rows is not None else ())]
         if isinstance(self.found, Fit):
-            lines.append(f"\nto train this:\n  {self.command}")
+            lines += ["\nto train this:", *(f"  {command}" for command in (self.before, self.command) if command)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +83,7 @@ class Forecast:
             "gave_up": list(found.gave_up),
             "settings": dict(found.settings),
             "command": self.command,
+            "before": self.before,
             "per_device_train_batch_size": found.batch_size,
             "gradient_checkpointing": found.checkpointing,
             "r": found.config.r,
@@ -108,7 +111,8 @@ def forecast(
     options |= {} if limit is None else {"packing": _packing()}
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
-    return Forecast(recipe, found, command_of(recipe, changed), _rows(recipe, setup, options, found))
+    before = command_of(recipe, changed, "prefill") if isinstance(found, Fit) and found.apart is not None else None
+    return Forecast(recipe, found, command_of(recipe, changed), _rows(recipe, setup, options, found), before)
 
 
 def asked(
