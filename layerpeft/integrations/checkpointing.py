@@ -65,9 +65,10 @@ class After:
         return After, (self.model(), self.then)
 
 
-def modules_of(root: nn.Module) -> Iterator[nn.Module]:
-    """All modules inside, each once, in the order of `root.modules()` and in a fraction of its time."""
-    seen: set[int] = set()
+def modules_of(root: nn.Module, seen: set[int] | None = None) -> Iterator[nn.Module]:
+    """All modules inside, each once, in the order of `root.modules()` and in a fraction of its time; without those that are `seen`
+    and what only they hold."""
+    seen = set() if seen is None else seen
     waiting = [root]
     while waiting:
         module = waiting.pop()
@@ -75,6 +76,19 @@ def modules_of(root: nn.Module) -> Iterator[nn.Module]:
             seen.add(id(module))
             yield module
             waiting += [kid for kid in reversed(module._modules.values()) if kid is not None]
+
+
+def named_modules_of(root: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The same with their names, as `root.named_modules(prefix=name)`."""
+    seen: set[int] = set()
+    waiting = [(name, root)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+            inside = f"{name}." if name else ""
+            waiting += [(inside + key, kid) for key, kid in reversed(module._modules.items()) if kid is not None]
 
 
 def parameters_of(root: nn.Module) -> Iterator[nn.Parameter]:

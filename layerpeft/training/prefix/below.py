@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from layerpeft.integrations.checkpointing import Silent, is_replica, modules_of, parameters_of
+from layerpeft.integrations.checkpointing import Silent, is_replica, modules_of, named_modules_of, parameters_of
 from layerpeft.integrations.peft import AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.architectures import text_config
 from layerpeft.text import some
@@ -19,6 +21,7 @@ RANDOM = ("dropout", "drop_prob", "drop_path", "layerdrop", "jitter", "noise")  
 # Whose hooks are no matter. Of ours only those of the backward cut: others look at what blocks give out (teachers, exits).
 LIBRARIES = ("transformers", "torch", "accelerate", "peft", "trl")
 OURS = "layerpeft.training.backward"
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,27 @@ def lowest_of(base: nn.Module, names: Sequence[str]) -> int | None:
 
 def in_front(base: nn.Module, first: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that come before the first block in the order of the model; those that hold it are among them."""
-    for name, module in base.named_modules():
+    for name, module in named_modules_of(base):
         if name == first:
             return
         yield name, module
 
 
-def modules_below(base: nn.Module, below: Below) -> list[tuple[str, nn.Module]]:
+def modules_below(base: nn.Module, below: Below) -> Modules:
     """What runs below the cut, by name."""
     found = list(in_front(base, below.names[0]))
     for name in below.names[: below.cut]:
-        found += [(f"{name}.{n}" if n else name, m) for n, m in base.get_submodule(name).named_modules()]
+        found += named_modules_of(base.get_submodule(name), name)
     return found
 
 
-def why_off(base: nn.Module, below: Below, lower_dropout: bool = True) -> str | None:
+def why_off(base: nn.Module, below: Below, lower_dropout: bool = True, modules: Modules | None = None) -> str | None:
     """Why what enters block `below.cut` is no fixed function of a row, as far as it can be told without running it; None: it is.
 
-    `lower_dropout`: what is random below the cut stays so in training. Weights need not be there.
+    `lower_dropout`: what is random below the cut stays so in training. `modules`: those below, where they are known. Weights need
+    not be there. It is asked at every pass: 80 blocks take some milliseconds.
     """
-    modules = modules_below(base, below)
+    modules = modules_below(base, below) if modules is None else modules
     trains = (f"{n}.{k}" for n, m in modules for k, p in m._parameters.items() if p is not None and p.requires_grad)
     if (name := next(trains, None)) is not None:
         return f"{name}, below layer {below.cut}, trains"
@@ -77,9 +81,7 @@ def why_unfixed(base: nn.Module, below: Below, lower_dropout: bool = True) -> st
     return _why_unfixed(modules_below(base, below), base, below, lower_dropout)
 
 
-def _why_unfixed(
-    modules: Sequence[tuple[str, nn.Module]], base: nn.Module, below: Below, lower_dropout: bool
-) -> str | None:
+def _why_unfixed(modules: Modules, base: nn.Module, below: Below, lower_dropout: bool) -> str | None:
     if lower_dropout and (rates := random_in(modules)):
         return f"below layer {below.cut} there is dropout or noise ({some(rates)}); lower_dropout: off leaves it out"
     if rope := _moving(base):
@@ -89,7 +91,7 @@ def _why_unfixed(
         or _found(modules, (_BatchNorm,), "batch norms look at a batch as a whole")
         or _handing_on(modules)
         or _hooked(modules, base, below)
-        or _compiled(base)
+        or _compiled(base, modules, below)
         or ("DataParallel copies the model at every step" if is_replica(base) else None)
     )
 
@@ -101,15 +103,22 @@ def random_in(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
         if isinstance(module, _DropoutNd):
             found += [f"{name}: {module.p:g}"] if module.p else []
             continue
-        rates = {k: v for k, v in vars(module).items() if isinstance(v, float) and v and any(w in k for w in RANDOM)}
+        held = vars(module)
+        rates = {key: held[key] for key in _rates(tuple(held)) if isinstance(held[key], float) and held[key]}
         found += [f"{name}.{key}: {rate:g}" for key, rate in rates.items()]
     return found
+
+
+@lru_cache(4096)
+def _rates(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if any(word in name for word in RANDOM))
 
 
 def _hooked(modules: Iterable[tuple[str, nn.Module]], base: nn.Module, below: Below) -> str | None:
     """What is around the blocks, and ends with all, may have hooks."""
     around = [*modules, (below.block, base.get_submodule(below.block))]
-    inside = [(n, m) for n, m in around if n and not below.names[0].startswith(f"{n}.")]
+    hooked = [(n, m) for n, m in around if m._forward_hooks or m._forward_pre_hooks]
+    inside = [(n, m) for n, m in hooked if n and not below.names[0].startswith(f"{n}.")]
     hooks = ((n, h) for n, m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     found = [name for name, hook in hooks if not _is_known(hook)]
     return f"a hook waits for what comes up to layer {below.cut}, on {some(found)}" if found else None
@@ -121,13 +130,18 @@ def _is_known(hook: Any) -> bool:
 
 
 def _found(modules: Iterable[tuple[str, nn.Module]], kinds: tuple[type, ...], why: str) -> str | None:
-    names = [name for name, module in modules if isinstance(module, kinds)]
+    names = [name for name, module in modules if _is_one(type(module), kinds)]
     return f"{why} ({some(names)})" if names else None
+
+
+@lru_cache(4096)
+def _is_one(kind: type, of: tuple[type, ...]) -> bool:
+    return issubclass(kind, of)
 
 
 def _handing_on(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """T5 and those like it make their position bias in the first block and hand it upwards."""
-    names = [n for n, m in modules if getattr(m, "has_relative_attention_bias", False)]
+    names = [n for n, m in modules if vars(m).get("has_relative_attention_bias", False)]
     return f"blocks hand a position bias upwards besides hidden states ({some(names)})" if names else None
 
 
@@ -145,6 +159,10 @@ def _rope_types(value: Any) -> set[str]:
     return ({own} if isinstance(own, str) else set()).union(*map(_rope_types, value.values()))
 
 
-def _compiled(base: nn.Module) -> str | None:
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in modules_of(base))
+def _compiled(base: nn.Module, modules: Modules, below: Below) -> str | None:
+    *around, _ = below.names[0].split(".")
+    holding = {"", *(".".join(around[: i + 1]) for i in range(len(around)))}
+    rest = modules_of(base, {id(module) for name, module in modules if name not in holding})
+    known = chain((module for _, module in modules), rest)
+    compiled = any(vars(m).get("_compiled_call_impl") is not None for m in known)
     return "the model is compiled, and a graph runs as a whole" if compiled else None

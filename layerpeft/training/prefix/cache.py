@@ -200,13 +200,14 @@ class PrefixCache:
         found = Below(own or (), lowest or 0)
         if self._below is not None and (lowest is None or lowest >= self._below.cut):
             found = self._below  # what enters it is as fixed while less trains, or nothing at all
-        if (why := below.why_off(model, found, self.lower_dropout)) is not None:
+        modules = below.modules_below(model, found)
+        if (why := below.why_off(model, found, self.lower_dropout, modules)) is not None:
             self.off(why)
             return False
         if found != self._below:
             self._below, self._forms = found, _forms_of(model, found)
             self.forget()
-        versions = _versions(model, found)
+        versions = _versions(modules)
         if versions != self._versions:
             self.forget()
             self._versions = versions
@@ -232,9 +233,8 @@ def _forms_of(model: nn.Module, found: Below) -> dict[int, Form]:
     return {i: block.form for i, block in lower if source_of(block) is not None}  # type: ignore[misc]
 
 
-def _versions(model: nn.Module, found: Below) -> tuple[Any, ...]:
+def _versions(modules: below.Modules) -> tuple[Any, ...]:
     """Changes when a weight below the cut, or one in front of the blocks, is written to or another one takes its place."""
-    modules = below.modules_below(model, found)
     held = (t for _, m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in held)
 

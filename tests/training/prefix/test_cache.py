@@ -29,6 +29,7 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config
 from layerpeft.recipe.shipped import beside
 from layerpeft.training.exits import with_exits
+from layerpeft.training.prefix.below import Below, why_off
 from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.kept import cache_of, equal
 from tests.helpers.loops import adamw, llama, make_batches
@@ -202,6 +203,15 @@ def test_what_makes_the_lower_part_no_function_of_a_row_switches_it_off_at_any_t
         losses.append(first + epochs(model, 2))
     assert losses[0] == losses[1]
     assert cache_of(model).why is not None
+
+
+@pytest.mark.parametrize("place", ["", "model", "model.layers.0.mlp", "model.layers.3.self_attn", "model.norm"])
+def test_whatever_is_compiled_runs_as_a_whole(place: str):
+    base: Any = llama()
+    lower = Below(tuple(f"model.layers.{i}" for i in range(len(base.model.layers))), 2)
+    assert why_off(base.requires_grad_(False), lower) is None
+    base.get_submodule(place).compile()
+    assert "compiled" in str(why_off(base, lower))
 
 
 @pytest.mark.parametrize("what", ["distill", "exits"])
