@@ -1,4 +1,7 @@
-"""The command `layerpeft`: train, plan, score, compare, merge, recipes, env. Errors of ours end in one message and exit code 2."""
+"""The command `layerpeft`: train, plan, prefill, score, compare, merge, recipes, env.
+
+Errors of ours end in one message and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ from layerpeft.text import is_first, left_behind
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
-RUNS = {name: f"layerpeft.recipe.commands:{name}" for name in ("train", "plan", "score", "compare", "merge", "env")}
+RUNS = {
+    name: f"layerpeft.recipe.commands:{name}"
+    for name in ("train", "plan", "prefill", "score", "compare", "merge", "env")
+}
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -137,6 +143,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     add("train", "train a recipe", recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
     _planning(planning)
+    add("prefill", "fill what enters the lowest trained layer ahead, with one layer in memory at a time", recipe=True)
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
     comparing.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +31,14 @@ def load_quantized(
     device: torch.device | str | int | None = None,
     revision: str | None = None,
     progress: bool = True,
+    before: Callable[[nn.Module], None] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A model of a folder or of the hub, its linears in the precisions of `assignment` (full name -> precision), others as stored.
 
     Equal, bit for bit, to `from_pretrained` followed by quantization in place, but each linear is quantized before the next one
     is read: the peak is the result plus one linear. `kind`: class of transformers; `kwargs` go to its `from_pretrained`.
+    `before`: as `filling.settings` has it, for a part of a model, all of which must be in the checkpoint.
     Raises: ConfigError for names that are no linears, a checkpoint that is quantized already, or one that lacks their weights.
     """
     chosen = {n: p for n, p in assignment.items() if p != KEPT}
@@ -45,18 +47,18 @@ def load_quantized(
     options = {"dtype": "auto" if dtype is None else dtype, "revision": revision, **kwargs}
     if device is not None:
         options["device_map"] = {"": device}
-    if chosen:
+    if chosen or before is not None:
         _refuse_quantized(name, options)
-        options["quantization_config"] = _settings(chosen, storage)
+        options["quantization_config"] = _settings(chosen, storage, before)
     with quiet_bars(not progress):
         model, found = getattr(transformers, kind).from_pretrained(name, output_loading_info=True, **options)
-    _check_found(name, model, found, chosen)
+    _check_found(name, model, found, chosen, whole=before is not None)
     keep_cpu_layout(model)
     mark_kinds(model, chosen.values())
     return model
 
 
-def _settings(chosen: Mapping[str, str], storage: Storage) -> Any:
+def _settings(chosen: Mapping[str, str], storage: Storage, before: Callable[[nn.Module], None] | None) -> Any:
     def store(name: str, linear: nn.Linear) -> nn.Module:
         return frugally_quantized(linear, chosen[name], storage)
 
@@ -70,7 +72,7 @@ def _settings(chosen: Mapping[str, str], storage: Storage) -> Any:
             return None
         return f"{chosen[name]} packs groups of {storage.group_size} weights, which {out} x {inner} do not fill"
 
-    return settings(store, chosen, size, why_not)
+    return settings(store, chosen, size, why_not, before)
 
 
 def frugally_quantized(linear: nn.Linear, precision: str, storage: Storage) -> nn.Module:
@@ -121,11 +123,11 @@ def _refuse_quantized(name: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _check_found(name: str, model: nn.Module, found: Mapping[str, Any], chosen: Mapping[str, str]) -> None:
-    """What the checkpoint lacks must be a part of its own, such as a new head, of which transformers has told."""
-    inside = [
-        n for n in sorted(found["missing_keys"]) if n.startswith(_stacks(model)) or n.rpartition(".")[0] in chosen
-    ]
+def _check_found(name: str, model: nn.Module, found: Mapping[str, Any], chosen: Mapping[str, str], whole: bool) -> None:
+    """What the checkpoint lacks must be a part of its own, such as a new head, of which transformers has told; nothing where the
+    `whole` must be there."""
+    stacks = "" if whole else _stacks(model)
+    inside = [n for n in sorted(found["missing_keys"]) if n.startswith(stacks) or n.rpartition(".")[0] in chosen]
     if inside:
         raise ConfigError(
             f"{name} is not a whole checkpoint of {type(model).__name__}: it lacks {len(inside)} tensors of the layers "

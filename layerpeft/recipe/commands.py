@@ -23,6 +23,7 @@ from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.compare import parse_arms
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.plan import forecast
+from layerpeft.recipe.prefill import prefill as fill_ahead
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
@@ -42,6 +43,10 @@ def train(args: argparse.Namespace) -> None:
     recipe = _load(args, "train")
     advise(recipe)
     run(recipe, _say)
+
+
+def prefill(args: argparse.Namespace) -> None:
+    fill_ahead(_load(args, "prefill"), _say)
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -154,10 +154,8 @@ def load_model(
     from transformers import set_seed
 
     recipe = setup.recipe
-    for key in ("attn_implementation", "experts_implementation"):
-        allow(key, key, kernels(loading(recipe).get(key)))
+    options = loaded_with(setup)
     set_seed(training_arguments(recipe).seed)
-    options = loading(recipe) | {"config": model_config(recipe, *setup.head), **code(recipe)}
     if is_saved(model_path(recipe)):
         attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
         return from_hub(recipe, load_saved, model_path(recipe), **attention)
@@ -179,6 +177,14 @@ def load_model(
     options["device"] = device if device.type != "cpu" else None  # quantizing is faster there
     kind = auto_class(recipe).__name__
     return from_hub(recipe, load_quantized, model_path(recipe), wanted.assignment, wanted.storage, kind=kind, **options)
+
+
+def loaded_with(setup: Setup) -> dict[str, Any]:
+    """What `from_pretrained` is told of the recipe's model. Raises: RecipeError where code that it would run is kept out."""
+    recipe = setup.recipe
+    for key in ("attn_implementation", "experts_implementation"):
+        allow(key, key, kernels(loading(recipe).get(key)))
+    return loading(recipe) | {"config": model_config(recipe, *setup.head), **code(recipe)}
 
 
 def first_batches(setup: Setup, model: nn.Module, count: int) -> tuple[list[Any], Setup]:

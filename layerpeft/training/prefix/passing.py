@@ -99,7 +99,7 @@ class Pass:
 
     def quieted(self, model: nn.Module) -> list[nn.Module]:
         """Puts what is random below the cut in evaluation mode, where that is asked for; those modules."""
-        return _quieted(model, self.below) if model.training and not self.lower_dropout else []
+        return quieted(model, self.below) if model.training and not self.lower_dropout else []
 
     @torch.no_grad()
     def decide(self, hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -173,8 +173,9 @@ def wake(quiet: list[nn.Module]) -> None:
         module.training = True
 
 
-def _quieted(model: nn.Module, found: Below) -> list[nn.Module]:
-    """Of what holds the blocks, only what is random by itself: its flag says more than that."""
+def quieted(model: nn.Module, found: Below) -> list[nn.Module]:
+    """What was put in evaluation mode below the cut: of what holds the blocks, whose flag says more than that, only what is random
+    by itself."""
     around = {
         id(m) for name, m in below.in_front(model, found.names[0]) if found.names[0].startswith(f"{name}." * bool(name))
     }

@@ -6,7 +6,7 @@ they gave out (nothing else goes upwards). And a row by itself enters the cut as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -83,7 +83,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor) -> bool:
 def _alone(model: nn.Module, now: Pass, entered: torch.Tensor) -> bool:
     """Whether the last row enters the cut by itself as it did in its batch, or the longest text of it; a model that cannot be
     called so says nothing."""
-    row = max(now.rows, key=lambda row: (row.row, length(row)))
+    row = longest(now.rows)
     shape = entered.shape[0], entered.shape[1]
     alone = {k: own(k, v, row, shape, now.keyed.decoder) for k, v in now.inputs.items()}
     running = Running(now.below.blocks(model), dict(now.forms), lambda *_: None)
@@ -92,6 +92,11 @@ def _alone(model: nn.Module, now: Pass, entered: torch.Tensor) -> bool:
     running.close()
     found = running.entered
     return found is None or alike(found[0], entered[row.row, row.places])
+
+
+def longest(rows: Sequence[Row]) -> Row:
+    """The last row of a batch, or the longest text of it."""
+    return max(rows, key=lambda row: (row.row, length(row)))
 
 
 def own(name: str, value: Any, row: Row, shape: tuple[int, int], decoder: bool) -> Any:

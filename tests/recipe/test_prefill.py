@@ -1,0 +1,111 @@
+"""`layerpeft prefill`: what it fills is what a run would have kept, to the bit; what it cannot do is said before weights load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerpeft.cli import main
+from layerpeft.errors import RecipeError
+from layerpeft.recipe import prefill
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.trainer import batches_for, held_out_numbers, load_model, make_trainer, tokenized, train, wrap
+from layerpeft.recipe.trainer import prepare as prepared
+from layerpeft.training.prefix.ahead import all_ahead
+from layerpeft.training.prefix.folders import DATA
+from tests.helpers.kept import states_in
+from tests.helpers.repeating import some
+from tests.helpers.short import short_llama
+
+SMALL = [
+    "max_train_samples=5",
+    "max_eval_samples=3",
+    "sample_tokens=0",
+    "num_train_epochs=1",
+    "max_steps=-1",
+    "use_cpu=true",
+]
+SMALL += ["per_device_train_batch_size=2", "gradient_accumulation_steps=1", "warmup_steps=0", "save_strategy=no"]
+BRIEF = ['columns={text: "{answer}"}', "max_length=48"]
+# rows of many lengths, a batch for each way in which a run computes them
+CASES = {
+    "padded": ("quickstart", ["layerpeft.r=2", *BRIEF]),
+    "autocast": ("quickstart", ["layerpeft.r=2", *BRIEF, "bf16=true"]),
+    "low precision": ("quickstart", ["layerpeft.r=2", *BRIEF, "dtype=bfloat16"]),
+    "packed": (
+        "quickstart",
+        ["layerpeft.r=2", *BRIEF, "packing=true", "eval_packing=true", "attn_implementation=eager"],
+    ),
+    "nf4": ("frozen_nf4", ["layerpeft.r=2", *BRIEF]),
+    "eight bits": ("quickstart", ["layerpeft.r=2", *BRIEF]),
+    "classes": ("revision", ["layerpeft.r=2", 'columns={text: "{after}", label: "{coarse}"}', "max_length=48"]),
+}
+
+
+def settings(case: str, folder: Path, *more: str) -> tuple[str, list[str]]:
+    name, own = CASES[case]
+    where = f"{{where: {folder}, bits: 8}}" if case == "eight bits" else str(folder)
+    base = [f"model_name_or_path={short_llama()}", f"output_dir={folder}-out", "layerpeft.select=last:2"]
+    return name, [*base, *SMALL, *own, f"layerpeft.prefix_cache={where}", *more]
+
+
+def trained(name: str, given: list[str]) -> None:
+    """As `layerpeft train` does it, without what it writes."""
+    setup = tokenized(prepared(load_recipe(name, given)))
+    model = load_model(setup, setup.recipe.select)
+    batches, setup = batches_for(setup, model, setup.recipe.select)
+    trainer = make_trainer(setup, wrap(setup, model, setup.recipe.select, batches))
+    held_out_numbers(trainer)
+    train(trainer)
+
+
+@pytest.mark.parametrize("case", some(CASES, ["padded"]))
+def test_states_are_those_of_a_run_to_the_bit(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if case == "nf4":
+        pytest.importorskip("bitsandbytes")
+    trained(*settings(case, tmp_path / "run"))
+    name, given = settings(case, tmp_path / "ahead")
+    assert main(["prefill", name, *given]) == 0
+    kept = states_in(tmp_path / "run")
+    assert len(kept) > 6 and states_in(tmp_path / "ahead") == kept
+    ((folder, found),) = all_ahead(tmp_path / "ahead")
+    assert found.train.rows + found.held_out.rows == len(kept)
+    assert folder.name == next(iter(kept))[0] and found.holds_of(short_llama())
+    said = capsys.readouterr().out
+    assert f"layer 3 of 5, of {found.train.rows} rows of training and {found.held_out.rows} held out" in said
+    assert f"layerpeft train {name}" in said
+    assert f"{len(kept)} of them were computed now" in said
+    # once more: what was damaged is computed again, and nothing else
+    data = next(file for file in folder.glob(f"*{DATA}") if file.stat().st_size)
+    data.write_bytes(bytes(10) + data.read_bytes()[10:])
+    for computed in (1, 0) if case == "padded" else (1,):
+        assert main(["prefill", name, *given]) == 0
+        assert f"\n{computed} of them were computed now" in capsys.readouterr().out
+        assert states_in(tmp_path / "ahead") == kept
+
+
+REFUSED = {
+    "layerpeft.prefix_cache=null": "prefix_cache: it is not set; say where on disk states are to lie:\n  layerpeft prefill",
+    "layerpeft.prefix_cache=memory": "memory goes with its process; say where .*\n.*layerpeft.prefix_cache=disk",
+    "layerpeft.select={by: gradient_norm, keep: 2}": "gradient_norm chooses layers by what it measures; choose first, then "
+    "fill:\n  layerpeft score .*\n  layerpeft prefill .*scores.json",
+    "layerpeft.select={by: random, keep: 2, reselect_steps: 2}": "the layers that train change while training",
+    "layerpeft.select=first:2": "nothing lies below the lowest layer that trains",
+    "neftune_noise_alpha=5": "lower_dropout: off in the layerpeft block leaves it out",
+    "drop={keep: 4}": "a model is shortened whole",
+    "bf16_full_eval=true": "held-out rows are computed in another type",
+    "model_init_kwargs={quantization_config: {load_in_4bit: true}}": "quantize_frozen: nf4",
+    "layerpeft.distill={layers: 1, teacher: LLAMA}": "distill looks at layers below 3",
+}
+
+
+@pytest.mark.parametrize("asked", some(REFUSED, [next(iter(REFUSED))]))
+def test_what_cannot_be_filled_ahead_is_refused_before_weights_load(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prefill, "load_quantized", None)
+    name, given = settings("padded", tmp_path / "states", asked.replace("LLAMA", str(short_llama())))
+    with pytest.raises(RecipeError, match=f"(?s){REFUSED[asked]}"):
+        prefill.planned(load_recipe(name, given, "prefill"))
+    assert not (tmp_path / "states").exists()
