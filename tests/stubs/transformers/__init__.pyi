@@ -1,4 +1,7 @@
-"""What this package takes from the front page of transformers, so that the type checker need not read its 450 models."""
+"""What this package leans on from the front page of transformers, with its types; of all else there the type checker need not know:
+it would read 450 models for it."""
+
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig as PreTrainedConfig
 from transformers.configuration_utils import PretrainedConfig as PretrainedConfig
@@ -22,3 +25,5 @@ from transformers.training_args import TrainingArguments as TrainingArguments
 from transformers.utils.quantization_config import BitsAndBytesConfig as BitsAndBytesConfig
 
 __version__: str
+
+def __getattr__(name: str) -> Any: ...
