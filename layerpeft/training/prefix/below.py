@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from layerpeft.integrations.checkpointing import Silent, is_replica, modules_of, named_modules_of, parameters_of
+from layerpeft.integrations.engines.deepspeed import is_part
 from layerpeft.integrations.peft import AuxiliaryTrainingWrapper, BaseTunerLayer
 from layerpeft.model.architectures import text_config
 from layerpeft.text import some
@@ -73,6 +74,8 @@ def why_off(base: nn.Module, below: Below, lower_dropout: bool = True, modules: 
     trains = (f"{n}.{k}" for n, m in modules for k, p in m._parameters.items() if p is not None and p.requires_grad)
     if (name := next(trains, None)) is not None:
         return f"{name}, below layer {below.cut}, trains"
+    if any(is_part(p) for _, m in modules for p in m._parameters.values()):
+        return "DeepSpeed ZeRO-3 gathers the weights of every block in the order of whole passes"
     return _why_unfixed(modules, base, below, lower_dropout)
 
 

@@ -214,6 +214,13 @@ def test_whatever_is_compiled_runs_as_a_whole(place: str):
     assert "compiled" in str(why_off(base, lower))
 
 
+def test_weights_that_zero_3_divides_are_gathered_as_in_whole_passes():
+    base: Any = llama().requires_grad_(False)
+    weight = base.model.layers[0].mlp.down_proj.weight
+    weight.ds_tensor = weight.detach()  # a process's part of it, as DeepSpeed marks it
+    assert "ZeRO-3" in str(why_off(base, Below(tuple(f"model.layers.{i}" for i in range(4)), 2)))
+
+
 @pytest.mark.parametrize("what", ["distill", "exits"])
 def test_what_looks_at_layers_below_switches_it_off(what: str):
     losses, model = [], None
