@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.peft import HEADS
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.shipped import SCHEME, expanded, resolve
@@ -20,6 +21,8 @@ from layerpeft.selection.typecheck import build
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.soft import BY_SCORE, choosing_by
+
+BOTH_WAYS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT trains the head whole, and counts it among all linears besides
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,12 @@ def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> La
     asked = fields.get("distill")
     if isinstance(asked, Mapping) and str(asked.get("teacher", "")).startswith(SCHEME):
         fields["distill"] = {**asked, "teacher": resolve(asked["teacher"])}
-    return kind(select=select, task_type=row_of(trainer).task_type if trainer else None, **fields)
+    task = row_of(trainer).task_type if trainer else None
+    config: LayerLoraConfig = kind(select=select, task_type=task, **fields)
+    everywhere = config.choosing.is_all and config.target_modules == "all-linear" and not config.works_by.in_place
+    if everywhere and task in BOTH_WAYS and config.exclude_modules is None:
+        return config.changed(exclude_modules=list(HEADS))
+    return config
 
 
 def to_yaml(recipe: Recipe) -> str:

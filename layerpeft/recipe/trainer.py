@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
 from layerpeft.integrations.distributed import world_size
-from layerpeft.integrations.peft import spare_tables
+from layerpeft.integrations.peft import HEADS, spare_tables
 from layerpeft.integrations.trl import referenced
 from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.apply import Quantized
@@ -231,12 +231,13 @@ def wrap(
 
 
 def _with_head(setup: Setup, model: nn.Module, config: LayerLoraConfig) -> LayerLoraConfig:
-    """Plain LoRA with a new head, where PEFT has no type of task that trains it."""
+    """Plain LoRA with what is new in the model, as far as PEFT's type of task does not train it by itself."""
     task = task_of(setup.recipe.trainer)
     plain = config.choosing.is_all and not config.works_by.in_place
-    if task is None or not task.new_head or setup.recipe.row.task_type is not None or not plain or not config.train_new:
+    if task is None or not task.new_head or not plain or not config.train_new:
         return config
-    born = [name for name in new_modules(model) if name not in (config.modules_to_save or ())]
+    known = (*(config.modules_to_save or ()), *(HEADS if setup.recipe.row.task_type else ()))
+    born = [name for name in new_modules(model) if not f".{name}".endswith(tuple(f".{other}" for other in known))]
     return config.changed(modules_to_save=[*(config.modules_to_save or ()), *born]) if born else config
 
 

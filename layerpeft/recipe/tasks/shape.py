@@ -95,8 +95,9 @@ def undecoded(source: Source) -> Source:
 def _feature(kind: str, value: Any) -> Any:
     import datasets
 
-    if kind == "file":
-        return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    if kind in ("file", "files"):
+        one = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        return datasets.List(one) if kind == "files" else one
     if kind in ("said", "any") and not isinstance(value, str):
         return datasets.Json()  # each with the keys and types that it has
     plain = {"text": "string", "number": "float64", "count": "int64", "flag": "bool"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerpeft.recipe.toys import pictures, sounds, words
 
-WIDE, HEADS, RANGE = 48, 4, 0.1
+WIDE, HEADS, RANGE = 64, 4, 0.1  # as wide as a block of a quantized matrix
 TEXT = {"hidden_size": WIDE, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDE, "initializer_range": RANGE}
 IMAGE = {**TEXT, "image_size": pictures.SIDE, "patch_size": 8}
 CHAT = (
