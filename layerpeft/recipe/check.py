@@ -99,7 +99,7 @@ class Check:
             good[shorter.KEY], there = self.placed(good[shorter.KEY], path.parent, shorter.KEY)
             self.add_all(shorter.problems(good[shorter.KEY], row_of(trainer)) if there else ())
         self.add_all(surroundings.engine_problems(good, config))
-        self.add_all(surroundings.batch_problems(row_of(trainer), config))
+        self.add_all(surroundings.batch_problems(good, row_of(trainer), config))
         if trainer:
             self.add_all(surroundings.beside_problems(good, row_of(trainer), self.purpose, path.parent, self.wrong))
             judged = "columns" not in self.wrong

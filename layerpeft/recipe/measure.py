@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from layerpeft.errors import Problem, RecipeError
 from layerpeft.model.precisions import held_bytes, tensor_bytes
 from layerpeft.planning.plan import Plan, plan
 from layerpeft.planning.trace import Pass, count, gradient_bytes
@@ -102,6 +103,9 @@ def measure(recipe: Recipe | str, settings: Sequence[str] = ()) -> Measured:
         recipe = load_recipe(recipe, settings, "plan")
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         recipe = replace(recipe, values={**recipe.values, "output_dir": folder})  # trainers make theirs at once
+        if recipe.row.writes:
+            text = f"{recipe.trainer}: what a step takes is known once its answers are written, and no plan knows that"
+            raise RecipeError(Problem(("trainer",), f"trainer: {text}"))
         setup = shorten(tokenized(prepare(recipe)))
         recipe = setup.recipe
         bare = empty(setup)

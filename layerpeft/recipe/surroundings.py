@@ -42,6 +42,7 @@ TRAINED = (
     *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
     "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
 )  # fmt: skip
+ITS_LOSS = "is learned beside the loss that a model makes by itself, and trainer:"
 MODEL, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
 # how what a trainer needs is written
 NEEDED = {
@@ -79,6 +80,7 @@ def _of(key: str, sentence: str) -> Problem:
 def on_hub(good: Mapping[str, Any]) -> bool:
     """Whether model or rows have to come from the hub."""
     named = [good.get(key) for key in (MODEL, TEACHER, "dataset_name", "eval_dataset")]
+    named += [item for item in rewards.listed(good.get("rewards")) if isinstance(item, str) and "/" in item]
     return any(
         isinstance(n, str) and re.fullmatch(rows.HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
         for n in named
@@ -190,12 +192,19 @@ def beside_problems(good: Mapping[str, Any], row: Row, purpose: str, home: Path,
     return found
 
 
-def batch_problems(row: Row, config: LayerLoraConfig | None) -> list[Problem]:
-    """What is measured before training on batches, of trainers whose batches a model makes no loss of by itself."""
-    if row.alone or config is None or not batches_wanted(config):
+def batch_problems(good: Mapping[str, Any], row: Row, config: LayerLoraConfig | None) -> list[Problem]:
+    """What is measured or learned by the loss that a model makes of a batch by itself, of trainers that have another."""
+    if row.alone:
         return []
-    text = f"precisions are measured on batches before training, of which a model makes no loss without trainer: {row.name}"
-    return [Problem(("layerpeft", "quant"), f"quant: {text}; choose them by weights or by place")]
+    found = []
+    if good.get("exits") is not None:
+        found.append(_of("exits", f"{ITS_LOSS} {row.name} has its own; take it out"))
+    if config is not None and config.distill is not None:
+        found.append(Problem(("layerpeft", "distill"), f"distill: {ITS_LOSS} {row.name} has its own; take it out"))
+    if config is not None and batches_wanted(config):
+        text = f"precisions are measured on batches before training, of which a model makes no loss without trainer: {row.name}"
+        found.append(Problem(("layerpeft", "quant"), f"quant: {text}; choose them by weights or by place"))
+    return found
 
 
 def teacher_problems(recipe: Recipe, wrong: set[str]) -> list[Problem]:
@@ -382,9 +391,11 @@ def argument_problems(recipe: Recipe, complained: set[str]) -> list[Problem]:
     """What the trainer's own arguments class refuses, one after another: each time without the keys that it named."""
     found: list[Problem] = []
     known = keys.argument_settings(recipe.trainer)
+    # held-out rows are measured before and after, whatever it says
+    measured = {"eval_strategy": "epoch"} if recipe.row.writes and recipe.values.get("eval_dataset") else {}
     for _ in range(8):
         try:
-            made = training_arguments(recipe)
+            made = training_arguments(recipe, **measured)
             return found + ([] if "optim" in complained else _optimizer(made))
         except Exception as error:  # constructors of other libraries raise what they like
             text, named = told(error, 400), [k for k in known if mentions(error, k)]

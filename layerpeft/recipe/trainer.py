@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from layerpeft.errors import LayerpeftError, Problem, RecipeError, told
+from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told
 from layerpeft.integrations.distributed import world_size
 from layerpeft.integrations.peft import HEADS, spare_tables
 from layerpeft.integrations.trl import referenced
@@ -22,7 +22,7 @@ from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.recipe import rows, tokens
+from layerpeft.recipe import keys, rows, tokens
 from layerpeft.recipe.choice import unfit
 from layerpeft.recipe.model import (
     allow,
@@ -154,6 +154,8 @@ def load_model(
     from transformers import set_seed
 
     recipe = setup.recipe
+    for place in recipe.row.beside:
+        named(f"{place}.ready")(setup)
     options = loaded_with(setup)
     set_seed(training_arguments(recipe).seed)
     if is_saved(model_path(recipe)):
@@ -246,8 +248,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     recipe, task = setup.recipe, task_of(setup.recipe.trainer)
     arguments = training_arguments(recipe, **changes)
     given = {"model": model, "args": arguments, "train_dataset": setup.train, "eval_dataset": setup.held_out}
-    for path in recipe.row.beside:
-        given |= named(path)(setup)
+    for place in recipe.row.beside:
+        given |= named(f"{place}.given")(setup)
     if recipe.row.trl and not recipe.row.alone:
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):  # models are loaded by now
             if hasattr(arguments, name):
@@ -261,7 +263,17 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     if setup.ready and task is None:
         arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
     kind = partial(referenced, named(recipe.row.trainer)) if recipe.row.reference else named(recipe.row.trainer)
-    made = kind(processing_class=setup.tokenizer, **given)
+    try:
+        made = kind(processing_class=setup.tokenizer, **given)
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+    ) as error:  # what it finds wrong with its settings, when it is built
+        at = next(
+            (k for k in recipe.values if k in keys.argument_settings(recipe.trainer) and mentions(error, k)), "trainer"
+        )
+        raise RecipeError(Problem((at,), f"{at}: {recipe.trainer}: {told(error, 400)}")) from error
     if isinstance(made.data_collator, Follows):
         made.data_collator.follow(made)
     return made

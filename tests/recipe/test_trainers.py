@@ -155,9 +155,9 @@ def test_a_trainer_trains_what_was_chosen_against_the_base_loads_in_plain_peft_a
 # the table
 
 
-def refused(name: str, *settings: str) -> str:
+def refused(name: str, *settings: str, purpose: str = "train") -> str:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(name, settings)
+        load_recipe(name, settings, purpose)
     return str(caught.value)
 
 
@@ -269,15 +269,37 @@ def test_code_of_rewards_is_named_before_it_runs_and_goes_with_the_recipe(
     recipe = load_recipe("grpo.yaml", ["rewards=[./loud.py:length]", "output_dir=out", "max_train_samples=4"])
     setup = trainer.prepare(recipe)
     assert "loud" not in capsys.readouterr().err
+    rewards.ready(setup)
     found = rewards.given(setup)["reward_funcs"]
     said = capsys.readouterr().err
     assert said.index("rewards: ./loud.py:length: runs code that is not layerpeft's") < said.index("loud is here")
     assert found[0](["ab"]) == [float((97 + 98) % 97)] and rewards.files(recipe) == ["./loud.py"]
     assert set(setup.train.column_names) == {"prompt", "question", "answer"}  # which rewards are given
     with pytest.raises(RecipeError, match="reads conversations, and the prompts are text"):
-        rewards.given(trainer.prepare(load_recipe("grpo.yaml", ["rewards=think_format_reward", "max_train_samples=4"])))
+        rewards.ready(trainer.prepare(load_recipe("grpo.yaml", ["rewards=think_format_reward", "max_train_samples=4"])))
     with kept_out("a cure"), pytest.raises(RecipeError, match="would run code"):
         rewards.given(setup)
+    Path("loud.py").write_text(REWARD + "\nraise OSError('no')\n")
+    with pytest.raises(RecipeError, match="loud.py: OSError: no"):  # before any weight
+        trainer.load_model(setup)
+
+
+def test_what_a_trainer_cannot_do_is_said_at_its_key(place: Path) -> None:
+    assert "(8 * 1) must be divisible" in refused("grpo.yaml", "num_generations=3", "per_device_train_batch_size=6")
+    assert "exits: is learned beside the loss" in refused("dpo.yaml", "exits=[2, 5]")
+    assert "distill: is learned beside the loss" in refused(
+        "dpo.yaml", "layerpeft.distill={layers: [1], teacher: base}"
+    )
+    assert "drop: is measured on batches" in refused("gkd.yaml", "drop={keep: 80%}")
+    assert "quant: precisions are measured on batches" in refused(
+        "dpo.yaml", "layerpeft.quant={bits: 4, select: {by: output_kl, keep: 2}}"
+    )
+    assert "layers are scored by its loss in its own first step" in refused("dpo.yaml", purpose="score")
+    recipe = load_recipe("kto.yaml", [*PAIRS, "per_device_train_batch_size=1"])
+    setup = trainer.prepare(recipe)
+    model = trainer.wrap(setup, trainer.load_model(setup), recipe.select, None)
+    with pytest.raises(RecipeError, match="kto: Actual .not effective. batch size must be > 1"):
+        trainer.make_trainer(setup, model)
 
 
 def test_a_teacher_has_the_tokens_of_its_student_and_lies_where_it_is_said(place: Path) -> None:

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,33 +152,45 @@ def _made(reward: Reward) -> Callable[..., Any]:
     return function(**(reward.options or {}))
 
 
+def ready(setup: Any) -> None:
+    """Makes the functions. Code is named, and runs; models are left for later. Raises: RecipeError."""
+    for reward in _rewards(setup.recipe):
+        if not is_model(reward):
+            function = _function(setup.recipe, reward)
+            if isinstance(setup.train[0]["prompt"], str) and _reads_turns(function):
+                text = f"{reward.text} reads conversations, and the prompts are text; write them as turns, as in "
+                raise wrong(KEY, text + 'columns: {user: "{question}"}')
+
+
 def given(setup: Any) -> dict[str, Any]:
-    """The functions and models, with a tokenizer for each model. Code is named, and runs. Raises: RecipeError."""
-    recipe = setup.recipe
-    functions: list[Any] = []
-    readers: list[Any] = []
-    for item in listed(recipe[KEY]):
-        try:
-            reward = parsed(item)
-            model = is_model(reward)
-            functions.append(_model(recipe, reward) if model else _function(recipe, reward))
-        except ConfigError as error:
-            raise wrong(KEY, str(error)) from error
-        readers.append(tokenizer(recipe, KEY, reward.text) if model else None)
-        if not model and isinstance(setup.train[0]["prompt"], str) and _reads_turns(functions[-1]):
-            text = f"{reward.text} reads conversations, and the prompts are text; write them as turns, as in "
-            raise wrong(KEY, text + 'columns: {user: "{question}"}')
+    """The functions and models, with a tokenizer for each model. Raises: RecipeError."""
+    recipe, found = setup.recipe, _rewards(setup.recipe)
+    functions = [_model(recipe, reward) if is_model(reward) else _function(recipe, reward) for reward in found]
+    readers = [tokenizer(recipe, KEY, reward.text) if is_model(reward) else None for reward in found]
     return {"reward_funcs": functions, "reward_processing_classes": readers}
 
 
+def _rewards(recipe: Any) -> list[Reward]:
+    return [parsed(item) for item in listed(recipe[KEY])]
+
+
 def _function(recipe: Any, reward: Reward) -> Callable[..., Any]:
-    if not reward.file:
-        return _made(reward)
-    path, data = code_beside(reward.file, recipe.path.parent, f"{KEY}: {reward.text}")
-    found = getattr(ran(reward.text, path, data), reward.name, None)
-    if not callable(found):
-        raise ConfigError(f"{reward.text}: {reward.name} is no function")
-    return found
+    """Raises: RecipeError."""
+    try:
+        if not reward.file:
+            return _made(reward)
+        found = _ran(*code_beside(reward.file, recipe.path.parent, f"{KEY}: {reward.text}"))
+        if not callable(function := getattr(found, reward.name, None)):
+            raise ConfigError(f"{reward.text}: {reward.name} is no function")
+        return function
+    except ConfigError as error:
+        raise wrong(KEY, str(error)) from error
+
+
+@cache
+def _ran(path: Path, data: bytes) -> Any:
+    """What a file's code makes; it runs once."""
+    return ran(path.name, path, data)
 
 
 def _reads_turns(function: Any) -> bool:
@@ -197,11 +210,11 @@ def _model(recipe: Any, reward: Reward) -> Any:
     else:
         found = load(recipe, KEY, kind.from_pretrained, reward.text, **options)
     if found.config.num_labels != 1:
-        raise ConfigError(f"{reward.text}: gives {found.config.num_labels} numbers, and a reward is one")
+        raise wrong(KEY, f"{reward.text}: gives {found.config.num_labels} numbers, and a reward is one")
     return found.eval().requires_grad_(False)
 
 
 def files(recipe: Any) -> list[str]:
     """The files of code that a recipe's rewards lie in, as it names them."""
-    found = (parsed(item) for item in listed(recipe.get(KEY)))
+    found = _rewards(recipe) if recipe.get(KEY) else []
     return list(dict.fromkeys(reward.file for reward in found if reward.file))

@@ -13,6 +13,11 @@ from layerpeft.recipe.recipe import Recipe
 KEY = "teacher_model_name_or_path"
 
 
+def ready(setup: Any) -> None:
+    """Raises: RecipeError, as `check` does."""
+    check(setup.recipe)
+
+
 def check(recipe: Recipe) -> None:
     """Raises: RecipeError where teacher and student do not have as many tokens; no weight is loaded."""
     own, theirs = (
@@ -28,7 +33,6 @@ def check(recipe: Recipe) -> None:
 def given(setup: Any) -> dict[str, Any]:
     """The teacher with its weights, in the recipe's `dtype` unless `teacher_model_init_kwargs` has another. Raises: RecipeError."""
     recipe = setup.recipe
-    check(recipe)
     options = {"dtype": recipe["dtype"], **(recipe["teacher_model_init_kwargs"] or {}), **_where(recipe)}
     return {
         "teacher_model": load(recipe, KEY, transformers.AutoModelForCausalLM.from_pretrained, recipe[KEY], **options)

@@ -38,7 +38,10 @@ class Row:
     each: int = 1  # sequences of a row in a batch
     evaluates: bool = True  # on held-out rows
     reference: bool = False  # held against the model as it was: the adapter switched off, and no copy of it
-    beside: tuple[str, ...] = ()  # functions of a recipe, which say what the trainer is given besides
+    writes: bool = False  # the model writes answers in training, of which it then learns
+    beside: tuple[
+        str, ...
+    ] = ()  # modules that say what the trainer is given besides (`given`), and look at it before (`ready`)
     needs: tuple[str, ...] = ()  # keys without which there is no run
     package: str | None = None  # that is not there unless the extra of the same name is
 

@@ -10,8 +10,8 @@ from layerpeft.selection.typecheck import Setting
 CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM")
 TASKS, BESIDE = "layerpeft.recipe.tasks", "layerpeft.recipe.beside"
 REWARDS = {"rewards": Setting(str | list[Any] | dict[str, Any] | None)}
-REWARDED: dict[str, Any] = {"keys": REWARDS, "needs": ("rewards",), "beside": (f"{BESIDE}.rewards.given",)}
-TEACHER: dict[str, Any] = {"needs": ("teacher_model_name_or_path",), "beside": (f"{BESIDE}.teachers.given",)}
+REWARDED: dict[str, Any] = {"keys": REWARDS, "needs": ("rewards",), "beside": (f"{BESIDE}.rewards",), "writes": True}
+TEACHER: dict[str, Any] = {"needs": ("teacher_model_name_or_path",), "beside": (f"{BESIDE}.teachers",)}
 OWN: dict[str, Any] = {"trl": True, "alone": False}  # a loss of their own
 HEAD: dict[str, Any] = OWN | {"fused_head": True}  # with the head's weight in it
 PAIRS, PROMPTS = f"{TASKS}.preferences.PAIRS", f"{TASKS}.prompts.REWARDED"
@@ -33,7 +33,7 @@ ROWS = (
     ),
     Row("grpo", *_at("trl", "GRPO"), *CAUSAL, PROMPTS, **REWARDED, **HEAD, reference=True),
     Row("rloo", *_at("trl", "RLOO"), *CAUSAL, PROMPTS, **REWARDED, **HEAD, reference=True),
-    Row("distillation", *_at("trl", "Distillation"), *CAUSAL, f"{TASKS}.prompts.TAUGHT", **TEACHER, **HEAD),
+    Row("distillation", *_at("trl", "Distillation"), *CAUSAL, f"{TASKS}.prompts.TAUGHT", **TEACHER, **HEAD, writes=True),
     Row("orpo", *_at("trl.experimental.orpo", "ORPO"), *CAUSAL, PAIRS, **OWN, each=2),
     Row("cpo", *_at("trl.experimental.cpo", "CPO"), *CAUSAL, PAIRS, **OWN, each=2),
     Row(
