@@ -136,7 +136,7 @@ def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan 
     read = {
         what: amount(part, setup.counts[what], setup.counts[what].read)
         for what, part in parts
-        if what in setup.counts and "input_ids" in part.column_names
+        if what in setup.counts and part is not None and "input_ids" in part.column_names
     }
     train, held_out = ({**setup.amounts, **read}.get(what) for what in WHAT.values())
     if train is None or not train.rows:

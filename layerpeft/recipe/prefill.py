@@ -275,7 +275,7 @@ def _identity(plan: Prefill, lower: Lower) -> dict[str, Any]:
 def _filled(plan: Prefill, lower: Lower, store: Disk, calls: Calls) -> Filling:
     """Raises: SaveError where not all of it fits."""
     with tqdm(total=calls.steps * plan.below.cut, desc="prefill", unit="block") as bar:
-        filling = Filling(lower, store, plan.setting.root, lambda count: bool(bar.update(int(count))))
+        filling = Filling(lower, store, plan.setting.root, bar.update)
         try:
             with _off():
                 filling.fill(calls)

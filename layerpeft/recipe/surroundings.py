@@ -120,7 +120,7 @@ def data_problems(
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
     task = task_of(trainer)
     if columns is not None and (
-        wrong := rows.form_problem(trainer, columns, *((task.forms, task.more) if task else ()))
+        wrong := rows.form_problem(trainer, columns, task.forms if task else (), task.more if task else ())
     ):
         name, sentence = wrong
         found.append(Problem(("columns", name), f"columns{'.' if name else ''}{name}: {sentence}"))

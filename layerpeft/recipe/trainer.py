@@ -348,8 +348,10 @@ def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | N
                 source = rows.load(held_out, config=config, split=test)
             elif recipe.row.evaluates and rows.local_files(name) is None:
                 source = rows.load(name, config=config, split=test, optional="dataset_test_split" not in recipe.values)
-            if source is None or task is not None:
-                part = source and shape(source, task, recipe["columns"], recipe[most])
+            if source is None:
+                part = None
+            elif task is not None:
+                part = shape(source, task, recipe["columns"], recipe[most])
             else:
                 part = rows.shape(source, recipe.trainer, recipe["columns"], recipe["dataset_text_field"], recipe[most])
         except LayerpeftError as error:

@@ -60,7 +60,7 @@ def of_trl() -> dict[str, Callable[..., Any]]:
     """TRL's own, by name."""
     from trl import rewards
 
-    found = {name: getattr(rewards, name, None) for name in rewards.__all__}
+    found = {name: getattr(rewards, name, None) for name in dir(rewards)}  # loaded where they are used
     return {name: function for name, function in found.items() if inspect.isfunction(function)}
 
 

@@ -116,9 +116,9 @@ def windows(question: str, context: str, tokenizer: Any, limit: int | None, stri
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise ValueError(str(error)) from error
+    encodings = found.encodings
     if limit is None:
-        found = {k: [v] for k, v in found.items()} | {"encodings": found.encodings}
-    encodings = found["encodings"] if limit is None else found.encodings
+        found = {k: [v] for k, v in found.items()}
     made = []
     for i, encoding in enumerate(encodings):
         inputs = {k: list(found[k][i]) for k in found if k in tokenizer.model_input_names}

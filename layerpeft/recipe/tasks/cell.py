@@ -35,7 +35,7 @@ def parsed(value: Any) -> Any:
             return json.loads(value)
         except ValueError:
             return value
-    return value.tolist() if hasattr(value, "tolist") else plain(value)
+    return plain(value) if isinstance(value, str) or not hasattr(value, "tolist") else value.tolist()
 
 
 def listed(name: str, value: Any) -> list[Any]:

@@ -86,7 +86,9 @@ def undecoded(source: Source) -> Source:
     import datasets
 
     data = source.data
-    for name, feature in (data.features if data is not None else {}).items():
+    if data is None:
+        return source
+    for name, feature in data.features.items():
         if isinstance(feature, datasets.Image | datasets.Audio):
             data = data.cast_column(name, type(feature)(decode=False))
     return replace(source, data=data)

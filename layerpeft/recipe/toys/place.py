@@ -18,7 +18,10 @@ from layerpeft.recipe.toys import models, pictures, sounds, words
 
 COUNTS = {"train": 240, "eval": 48}
 FILES: dict[str, Callable[[Random], Iterator[tuple[dict[str, Any], bytes]]]] = {**pictures.MAKERS, **sounds.MAKERS}
-SUFFIXES = {**dict.fromkeys(pictures.MAKERS, ("image", "png")), **dict.fromkeys(sounds.MAKERS, ("audio", "wav"))}
+SUFFIXES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(pictures.MAKERS, ("image", "png")),
+    **dict.fromkeys(sounds.MAKERS, ("audio", "wav")),
+}
 
 
 def names() -> list[str]:

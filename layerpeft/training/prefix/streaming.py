@@ -73,7 +73,7 @@ class Lower:
                 tensor.data = tensor.new_empty(0)
             give_back()
 
-    def belongs(self, step: Callable[[], None]) -> dict[str, str]:
+    def belongs(self, step: Callable[[], object]) -> dict[str, str]:
         """As `fingerprint.belongs_to` of the whole model, block by block."""
         lines = fingerprint.told(fingerprint.held_below(self.model, self.below))
         for number in range(self.below.cut):
@@ -165,7 +165,7 @@ class Filling:
     lower: Lower
     store: Store
     room: Path
-    step: Callable[[int], None]
+    step: Callable[[int], object]
     portion: int = PORTION
     rows: dict[bool, dict[bytes, int]] = field(default_factory=lambda: {True: {}, False: {}})
     lost: set[bytes] = field(default_factory=set)
@@ -253,7 +253,9 @@ class Filling:
                 if not proof.alike(ours[0].cpu(), among[row.row, row.places].cpu()):
                     raise ConfigError(proof.TOGETHER.format(cut))
             states = self._read(file, going) if going.known else None
-            for row in going.rows if states is not None else ():
+            if states is None:
+                continue
+            for row in going.rows:
                 kept = self.store.get([row.key]) if row.key in going.known else None
                 if kept and not proof.alike(kept[0], states[row.row, row.places].cpu(), low):
                     raise ConfigError(proof.CHANGED.format(cut))
