@@ -17,6 +17,7 @@ def forms(kind, config, cut):
     return forms_below(model, layer_map(model).names, cut)
 
 
+@pytest.mark.slow
 def test_keys_and_values_that_upper_layers_take_from_lower_ones_are_seen():
     sharing = {
         "num_hidden_layers": 6,
