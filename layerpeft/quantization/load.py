@@ -32,13 +32,14 @@ def load_quantized(
     revision: str | None = None,
     progress: bool = True,
     before: Callable[[nn.Module], None] | None = None,
+    heads: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """A model of a folder or of the hub, its linears in the precisions of `assignment` (full name -> precision), others as stored.
 
     Equal, bit for bit, to `from_pretrained` followed by quantization in place, but each linear is quantized before the next one
     is read: the peak is the result plus one linear. `kind`: class of transformers; `kwargs` go to its `from_pretrained`.
-    `before`: as `filling.settings` has it, for a part of a model, all of which must be in the checkpoint.
+    `before`: as `filling.settings` has it, for a part of a model, all of which must be in the checkpoint, but for `heads`.
     Raises: ConfigError for names that are no linears, a checkpoint that is quantized already, or one that lacks their weights.
     """
     chosen = {n: p for n, p in assignment.items() if p != KEPT}
@@ -52,7 +53,7 @@ def load_quantized(
         options["quantization_config"] = _settings(chosen, storage, before)
     with quiet_bars(not progress):
         model, found = getattr(transformers, kind).from_pretrained(name, output_loading_info=True, **options)
-    _check_found(name, model, found, chosen, whole=before is not None)
+    _check_found(name, model, found, chosen, whole=before is not None and not heads)
     keep_cpu_layout(model)
     mark_kinds(model, chosen.values())
     return model

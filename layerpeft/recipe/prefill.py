@@ -117,7 +117,7 @@ def prefill(recipe: Recipe, say: Any = print) -> Ahead:
 
 def planned(recipe: Recipe) -> Prefill:
     """What there is to fill. Raises: RecipeError, before weights are loaded, where nothing can be filled ahead, and why."""
-    setting, place = _asked(recipe), _folder(recipe)
+    setting, place = _asked(recipe), checkpoint_folder(recipe)
     setup = tokenized(prepare(recipe))
     model = empty(setup)
     below = _lowest(recipe, model)
@@ -184,7 +184,7 @@ def _unchosen(recipe: Recipe) -> RecipeError:
     return _refusal("select", text)
 
 
-def _folder(recipe: Recipe) -> Path:
+def checkpoint_folder(recipe: Recipe) -> Path:
     """Where the files of the checkpoint lie. Raises: RecipeError."""
     place, options = model_path(recipe), loading(recipe)
     where = {k: options[k] for k in ("revision", "subfolder", "cache_dir", "token") if options.get(k) is not None}

@@ -48,7 +48,7 @@ from layerpeft.selection.select import DEFAULT_BATCHES, Selection
 from layerpeft.text import note, some
 from layerpeft.training.exits import with_exits
 from layerpeft.training.prefix.source import Source
-from layerpeft.training.prefix.upper import load_upper
+from layerpeft.training.prefix.upper import load_upper, stand_in
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.load import early
 from layerpeft.tuners.precision import batches_wanted
@@ -148,7 +148,7 @@ def load_model(
     """The base model with its weights; a new classification head is drawn from the recipe's seed.
 
     With the choice of layers that it is loaded for (`select`, or precisions that were `stored`), linears are quantized as they
-    are read, where the architecture alone says which. With a `source` nothing below its cut is loaded.
+    are read, where the architecture alone says which. With a `source` nothing below its cut is loaded, and `stored` is of the rest.
     Raises: RecipeError in one sentence when it cannot be had.
     """
     from transformers import set_seed
@@ -162,7 +162,7 @@ def load_model(
         attention = {k: v for k, v in options.items() if k == "attn_implementation" and v is not None}
         return from_hub(recipe, load_saved, model_path(recipe), **attention)
     config = layer_config(recipe, select).with_stored(stored)
-    wanted = early(config, lambda: recipe.model) if select is not None else None
+    wanted = early(config, lambda: recipe.model) if select is not None else stored
     if wanted is None:
         kind, options["output_loading_info"] = auto_class(recipe), True
         load = (
@@ -177,8 +177,10 @@ def load_model(
         return model
     device = training_arguments(recipe).device
     options["device"] = device if device.type != "cpu" else None  # quantizing is faster there
-    kind = auto_class(recipe).__name__
-    return from_hub(recipe, load_quantized, model_path(recipe), wanted.assignment, wanted.storage, kind=kind, **options)
+    options["kind"] = auto_class(recipe).__name__
+    if source is not None:
+        options |= {"before": partial(stand_in, cut=source.ahead.cut, source=source), "heads": True}
+    return from_hub(recipe, load_quantized, model_path(recipe), wanted.assignment, wanted.storage, **options)
 
 
 def loaded_with(setup: Setup) -> dict[str, Any]:

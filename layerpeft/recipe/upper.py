@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
 import transformers
 from torch import nn
-from transformers.utils import cached_file
 
 from layerpeft.errors import ConfigError, RecipeError, differences
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.model.layers import base_of
+from layerpeft.model.names import lying_in
 from layerpeft.planning.plan import wrapped
 from layerpeft.planning.trace import Step
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved
-from layerpeft.recipe.model import from_hub, loading, model_config, model_path
+from layerpeft.recipe.model import loading, model_config, model_path
 from layerpeft.recipe.plan import empty
+from layerpeft.recipe.prefill import CHANGING, checkpoint_folder
 from layerpeft.recipe.recipe import Recipe, as_chosen, command_of, layer_config, training_arguments
 from layerpeft.recipe.trainer import Setup, load_model, wrap
 from layerpeft.selection.scoring import needs
@@ -37,24 +37,30 @@ from layerpeft.training.record import record_of
 from layerpeft.tuners.load import early
 from layerpeft.tuners.soft import BY_SCORE
 
-# Arguments of trainers under which nothing begins at the cut, or what lies below it computes something else.
-CHANGING = ("torch_compile", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval")
+GENERATING = ("generate_during_eval", "predict_with_generate")
 SHOWN = 24  # tokens of a row in a message
 
 
 @dataclass(frozen=True)
 class Upper:
     """A run that loads nothing below `below.cut`. `selection`: its choice, of the whole model; `stored`: precisions of the whole
-    model, where it is quantized."""
+    model, where it is quantized, and `packed` those of what is there."""
 
     source: Source
     below: Below
     selection: Selection
     stored: Quantized | None = None
 
+    @property
+    def packed(self) -> Quantized | None:
+        lower = lying_in(self.below.names[: self.below.cut])
+        return self.stored and replace(
+            self.stored, modules={n: kind for n, kind in self.stored.modules.items() if not lower(n)}, rows=()
+        )
+
     def load(self, setup: Setup) -> nn.Module:
         """The part from the cut on. Raises: RecipeError; ConfigError where it is not run as the part below was."""
-        model = load_model(setup, source=self.source)
+        model = load_model(setup, stored=self.packed, source=self.source)
         ahead = self.source.ahead
         if differ := differences(dict(ahead.belongs), belongs(model, self.below, ahead.belongs["weights"])):
             raise ConfigError(f"what was filled ahead is of another model: {'; '.join(differ)}")
@@ -68,10 +74,12 @@ class Upper:
             every = layer_config(recipe, {"stack": chosen.stack, "unit": chosen.unit}).examine(model).layers.names
             numbers = {name: number for number, name in enumerate(every)}
             select |= {"layers": [numbers[name] for name in chosen.names]}
-        found = wrap(setup, model, select, None)
+        found = wrap(setup, model, select, None, self.packed)
         record = record_of(found.peft_config["default"])
         assert record is not None
         record.selection = chosen
+        if self.stored is not None and record.quantized is not None:
+            record.quantized = replace(record.quantized, modules=self.stored.modules)
         record.config["select"] = recipe.config.choosing.to_dict()
         return found
 
@@ -114,8 +122,10 @@ def _why_whole(recipe: Recipe, kept: Selection | None) -> str | None:
         return "distill looks at what layers give out"
     if loading(recipe).get("quantization_config") is not None or is_saved(model_path(recipe)):
         return "layers that are packed by quantization_config, or were saved so, are not loaded apart"
-    if config.quantizes:
-        return "its linears are packed"
+    if recipe.row.beside:
+        return f"trainer: {recipe.trainer} has it generate, or asks others beside it"
+    if generating := [key for key in GENERATING if getattr(arguments, key, False)]:
+        return f"{generating[0]} has it generate"
     if changing := [key for key in CHANGING if getattr(arguments, key, False)]:
         return f"{changing[0]} changes how layers run"
     if getattr(arguments, "neftune_noise_alpha", None) and config.drops_below:
@@ -139,14 +149,17 @@ def _matching(
     below = Below(names, lowest)
     if why := why_off(base, below, config.drops_below):
         return why
-    wanted = _wanted(recipe, model, below, setting, early(config, lambda: model))
+    packed = early(config, lambda: model)
+    if packed is None and config.quantizes:
+        return "which linears are packed hangs on their weights"
+    wanted = _wanted(recipe, model, below, setting, packed)
     told = [(filling.differs(**wanted), filling) for filling in fillings if filling.block == below.block]
     same = [filling for differ, filling in told if not differ]
-    folder = _folder(recipe)
+    folder = checkpoint_folder(recipe) if same else None
     for filling in same:
-        if filling.holds_of(folder):
+        if folder is not None and filling.holds_of(folder):
             source = Source(setting.root, filling, command_of(recipe, verb="prefill"))
-            return Upper(source, below, kept or record.selection, early(config, lambda: model))
+            return Upper(source, below, kept or record.selection, packed)
     if same:
         return "it was filled of other weights"
     nearest = min((differ for differ, _ in told), key=len, default=[])
@@ -157,7 +170,7 @@ def _matching(
 def _wanted(recipe: Recipe, model: Any, below: Below, setting: Setting, stored: Quantized | None) -> Mapping[str, Any]:
     """What a filling has to be of, in the words of `Ahead`."""
     arguments, attention = training_arguments(recipe), loading(recipe)["attn_implementation"]
-    lower = tuple(f"{name}." for name in below.names[: below.cut])
+    lower = lying_in(below.names[: below.cut])
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {
         "model": type(model).__name__,
@@ -166,16 +179,9 @@ def _wanted(recipe: Recipe, model: Any, below: Below, setting: Setting, stored: 
         "transformers": transformers.__version__,
         "bits": setting.bits,
         "dtype": str(dtype).removeprefix("torch."),
-        "packed": {n: p for n, p in (stored.assignment if stored else {}).items() if n.startswith(lower)},
+        "packed": {n: p for n, p in (stored.assignment if stored else {}).items() if lower(n)},
         "cast": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
     }
-
-
-def _folder(recipe: Recipe) -> Path:
-    """Where the files of the checkpoint lie. Raises: RecipeError."""
-    options = loading(recipe)
-    where = {k: options[k] for k in ("revision", "subfolder", "cache_dir", "token") if options.get(k) is not None}
-    return Path(from_hub(recipe, cached_file, model_path(recipe), "config.json", **where)).parent
 
 
 @contextmanager

@@ -12,12 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, core_model_loading
 
+import layerpeft
 from layerpeft.cli import main
-from layerpeft.recipe import train
+from layerpeft.recipe import train, upper
 from layerpeft.training.prefix.upper import StandIn
 from tests.helpers.filled import recorded
 from tests.helpers.repeating import repeated
 from tests.helpers.short import short_llama, shorten
+from tests.recipe.test_launched import in_two
+from tests.recipe.test_prefill import CASES, settings
 
 WORDS = [
     "max_train_samples=3", "max_eval_samples=1", "max_length=32", "max_steps=-1", "num_train_epochs=2", "logging_steps=1",
@@ -29,11 +32,15 @@ LAYERS, CUT = 4, 2
 
 
 def rows(folder: Path) -> list[str]:
-    """Four short rows, and the words that name them."""
-    lines = [json.dumps({"question": f"What is {n} and {n}?", "answer": str(n + n)}) for n in range(4)]
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    place = folder / "rows.jsonl"
-    return [f"dataset_name={place}", f"eval_dataset={place}", f"model_name_or_path={short_llama(LAYERS)}"]
+    """Four short rows and one held out, and the words that name them."""
+    lines = [json.dumps({"question": f"What is {n} and {n}?", "answer": str(n + n)}) for n in range(5)]
+    (folder / "rows.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (folder / "held.jsonl").write_text(lines[0] + "\n")
+    return [
+        f"dataset_name={folder}/rows.jsonl",
+        f"eval_dataset={folder}/held.jsonl",
+        f"model_name_or_path={short_llama(LAYERS)}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,80 @@ def test_what_was_filled_ahead_is_trained_on_without_the_layers_below(filled, mo
     assert torch.equal(*logits) and not torch.allclose(logits[0], before)
 
 
+WAYS: dict[str, list[str]] = {
+    "full": ["layerpeft={method: full, select: last:2}"],
+    "galore": ["layerpeft={method: galore, select: last:2, r: 4, update_proj_gap: 2}"],
+    "parts of layers": ["layerpeft.select={unit: sublayer, layers: [5, 6]}"],
+    "packed rows": ["packing=true", "max_length=24"],
+    "padding-free": ["padding_free=true", "max_length=null"],
+    "accumulation": ["per_device_train_batch_size=1", "gradient_accumulation_steps=2"],
+    "preferences": ["trainer=dpo", "columns={prompt: '{question}', chosen: '{answer}', rejected: 'no {answer}'}"],
+    "classes": [
+        "trainer=classification",
+        "columns={text: '{question}', label: '{answer}'}",
+        "eval_dataset=PLACE/rows.jsonl",
+    ],
+}
+
+
+MOVING = ("packed rows", "padding-free")  # texts stand among others in every epoch, which changes the order of sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_comes_to_what_it_does_with_the_whole_model(way, tmp_path, monkeypatch):
+    said = [word.replace("PLACE", str(tmp_path)) for word in WAYS[way]]
+    words = [*rows(tmp_path), *WORDS, f"layerpeft.prefix_cache={tmp_path}/states", *said]
+    if said[0].startswith("layerpeft={"):
+        words = [word for word in words if not word.startswith("layerpeft.")] + [
+            f"layerpeft.prefix_cache={tmp_path}/states"
+        ]
+    assert main(["train", "quickstart", *words, f"output_dir={tmp_path}/whole"]) == 0
+    recorded(tmp_path / "states", "quickstart", [*words, f"output_dir={tmp_path}/none"])
+    found, real = [], upper.upper_part
+    monkeypatch.setattr(train, "upper_part", lambda *a: found.append(real(*a)) or found[-1])
+    assert main(["train", "quickstart", *words, f"output_dir={tmp_path}/upper"]) == 0
+    assert found[0] is not None
+    if way in MOVING:
+        ours, theirs = tensors(tmp_path / "upper"), tensors(tmp_path / "whole")
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+        return
+    assert same(tmp_path / "upper", tmp_path / "whole") and losses(tmp_path / "upper") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "eight bits"])
+def test_what_prefill_has_filled_is_what_the_upper_part_trains_on(case, tmp_path, monkeypatch):
+    if case == "nf4":
+        pytest.importorskip("bitsandbytes")
+    name, words = settings(case, tmp_path / "ahead")
+    kept = [word.replace(str(tmp_path / "ahead"), str(tmp_path / "run")) for word in words if "output_dir" not in word]
+    assert main(["train", name, *kept, f"output_dir={tmp_path}/whole"]) == 0
+    assert main(["prefill", name, *words]) == 0
+    found, real = [], upper.upper_part
+    monkeypatch.setattr(train, "upper_part", lambda *a: found.append(real(*a)) or found[-1])
+    assert main(["train", name, *words, f"output_dir={tmp_path}/upper"]) == 0
+    assert found[0] is not None and same(tmp_path / "upper", tmp_path / "whole")
+    assert losses(tmp_path / "upper") == losses(tmp_path / "whole")
+    ours, theirs = (plain(tmp_path / side / "layerpeft.json") for side in ("upper", "whole"))
+    assert ours["selection"] == theirs["selection"] and ours["report"] == theirs["report"]
+    if case == "nf4":
+        assert ours["quant"]["modules"] == theirs["quant"]["modules"]
+        assert layerpeft.load(tmp_path / "upper") is not None
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_upper_part(filled, tmp_path, monkeypatch):
+    home, words = filled
+    place = tmp_path / "ranks"
+    for name, kept in (("whole", f"layerpeft.prefix_cache={place}/states"), ("upper", "sample_tokens=0")):
+        (place / name).mkdir(parents=True)
+        more = [kept, f"output_dir={place}/{name}/out", "per_device_train_batch_size=1"]
+        codes, said = in_two(place / name, monkeypatch, "ddp", "train", "quickstart", *words, *more)
+        assert codes == [0, 0], said[-4000:]
+    assert same(place / "upper/out", place / "whole/out") and losses(place / "upper/out") == losses(place / "whole/out")
+
+
 @pytest.mark.slow
 def test_a_run_is_gone_on_with_from_its_checkpoint(filled):
     home, words = filled
@@ -106,7 +187,7 @@ def test_a_row_that_was_not_filled_is_named_with_the_command_that_fills_it(fille
     more = [word.replace("max_train_samples=3", "max_train_samples=4") for word in words]
     assert main(["train", "quickstart", *more, f"output_dir={home}/more"]) == 2
     said = capsys.readouterr().err
-    assert "What is 3 and 3?" in said and f"layerpeft prefill quickstart dataset_name={home}/rows.jsonl" in said
+    assert "What is 4 and 4?" in said and f"layerpeft prefill quickstart dataset_name={home}/rows.jsonl" in said
     assert not (home / "more").exists() or not list((home / "more").iterdir())
 
 
