@@ -12,7 +12,7 @@ from layerpeft.errors import LayerpeftError, Problem, RecipeError, told, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import code_beside
 from layerpeft.planning import layers as layers  # choices of recipes know by it what layers cost
-from layerpeft.recipe import cures, foreign, keys, model, shorter, surroundings
+from layerpeft.recipe import cures, foreign, keys, model, shorter, sources, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
@@ -276,14 +276,13 @@ def _unquoted(columns: Any) -> str | None:
 
 def _no_place(key: str, value: Any) -> str | None:
     """What keeps a text from naming a file or a folder, whether there is one or not."""
-    for text in value if isinstance(value, list) else [value]:
-        if key in PLACES and isinstance(text, str):
-            try:
-                expanded(text).lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, ValueError) as error:
-                return f"{text[:80]!r} cannot be the name of a file or folder here: {getattr(error, 'strerror', error)}"
+    for text in sources.paths(value) if key in PLACES else ():
+        try:
+            expanded(text).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            return f"{text[:80]!r} cannot be the name of a file or folder here: {getattr(error, 'strerror', error)}"
     return None
 
 

@@ -15,8 +15,8 @@ TRAINERS = ROWS  # by name
 # keys that are neither TRL's nor transformers', or that one of them types too narrowly for a file
 _OWN: dict[str, Setting] = {
     "trainer": Setting(str),
-    "dataset_name": Setting(str | list[str]),
-    "eval_dataset": Setting(str | list[str] | None),
+    "dataset_name": Setting(str | list[str | dict[str, Any]]),
+    "eval_dataset": Setting(str | list[str | dict[str, Any]] | None),
     "columns": Setting(dict[str, str] | None),
     "max_train_samples": Setting(int | None),
     "max_eval_samples": Setting(int | None),

@@ -28,6 +28,7 @@ from layerpeft.recipe.model import loading
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_of, training_arguments
 from layerpeft.recipe.shorter import without_weights
+from layerpeft.recipe.sources import named
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.tokens import WHAT, amount
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
@@ -215,7 +216,9 @@ def _prepared(examined: Examined) -> tuple[Any, list[Fault]]:
     with hub.settled(on_hub(values)):
         try:
             if "model_name_or_path" in wrong or "model_name_or_path" not in values:
-                rows.load(values["dataset_name"], config=recipe["dataset_config"], split=recipe["dataset_train_split"])
+                for one in named(values["dataset_name"]):
+                    split = one.split or recipe["dataset_train_split"]
+                    rows.load(one.path, config=one.config or recipe["dataset_config"], split=split)
                 return None, problems
             setup = prepare(recipe)
             if not examined.problems:

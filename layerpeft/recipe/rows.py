@@ -7,7 +7,7 @@ import json
 import re
 import string
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,14 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 FORMS = {
     "sft": (("prompt", "completion"), ("user", "assistant"), ("system", "user", "assistant"), ("text",)),
 }
+ALPACA = ("instruction", "output")  # columns of Alpaca rows, and those that they may have
+MAY = ("input", "system", "history")
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}  # as ShareGPT calls them
 HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # what an address on the hub looks like
 READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
 SMALL = 16 * 2**20  # bytes of rows that are kept in memory; more than that goes to the cache of `datasets`
@@ -196,13 +204,13 @@ def column_problems(
         return []  # nothing could be read of them, and that is said elsewhere
     if columns:
         return template_problems(have, columns)
-    forms = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}, {"input_ids"}]
-    wanted = f"`messages`, `prompt` and `completion`, or `{text_field}`"
+    wanted = f"`messages`, `prompt` and `completion`, `instruction` and `output`, or `{text_field}`"
     example = 'columns: {prompt: "{question}", completion: "{answer}"}'
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
         said = f"images are not trained on ({pictures.pop()}); for the words alone say which they are"
         return [("", f"{said}, as in {example}")]
-    return [] if any(form <= set(have) for form in forms) else [("", lacking(wanted, have, example))]
+    there = any(set(form) <= set(have) for form in forms(text_field))
+    return [] if there else [("", lacking(wanted, have, example))]
 
 
 def template_problems(have: list[str], columns: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -259,7 +267,9 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
         source = Source(name, split, tuple(files))
     else:
         assert isinstance(name, str)
-        source = _of_folder(name, split, optional) if config is None else None
+        source = _saved(name, split, optional)
+        if source is None and config is None:
+            source = _of_folder(name, split, optional)
         try:
             source = _of_hub(name, config, split, optional) if source is None else source
         except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
@@ -270,6 +280,25 @@ def load(name: str | list[str], *, config: str | None, split: str, optional: boo
         columns_of(path, source.delimiter)  # an empty one is an error
     held = tuple(source) if source.files and source.small else None
     return replace(source, held=held)
+
+
+def _saved(name: str, split: str, optional: bool) -> Source | None:
+    """A folder that `save_to_disk` wrote: a Dataset, which is all of one split, or a DatasetDict; None of any other."""
+    folder = expanded(name)
+    several = (folder / "dataset_dict.json").is_file()
+    if not several and not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever Arrow and the loader raise
+        raise RecipeError(f"{name!r} was written by save_to_disk, and cannot be read: {told(error, 300)}") from error
+    if not several:
+        return Source(name, split) if optional else Source(name, split, data=found)
+    if split not in found and not optional:
+        raise RecipeError(f"{name!r} has no split {split!r}, but {', '.join(found)}.{hint(split, found)}")
+    return Source(name, split, data=found.get(split))
 
 
 def _of_folder(name: str, split: str, optional: bool) -> Source | None:
@@ -328,6 +357,7 @@ class Shape:
     have: tuple[str, ...]
     kept: tuple[str, ...]
     field: str
+    talks: bool = True  # Alpaca rows become turns; else text
 
 
 IDS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
@@ -335,15 +365,21 @@ TURNS = ("messages", "conversations")
 BESIDE = ("tools", "chat_template_kwargs")
 
 
-def _forms(trainer: str, text_field: str) -> list[tuple[str, ...]]:
+def forms(text_field: str) -> list[tuple[str, ...]]:
     """Columns that are enough by themselves, in the order in which a trainer looks for them."""
-    return [("input_ids",), ("prompt", "completion"), *((name,) for name in TURNS), (text_field,)]
+    return [("input_ids",), ("prompt", "completion"), *((name,) for name in TURNS), (text_field,), ALPACA]
 
 
 def shape(
-    rows: Any, trainer: str, columns: Mapping[str, str] | None, text_field: str = "text", most: int | None = None
+    rows: Any,
+    trainer: str,
+    columns: Mapping[str, str] | None,
+    text_field: str = "text",
+    most: int | None = None,
+    talks: Callable[[], bool] = lambda: True,
 ) -> Any:
     """A `datasets.Dataset` of the rows (the first `most`) with the columns that the trainer reads. `rows`: a Source, or a Dataset.
+    `talks`: whether there is a template that writes turns, which is asked for Alpaca rows alone.
     Raises: RecipeError when a column is missing, or rows hold what cannot be trained on, with their places."""
     import datasets
 
@@ -353,10 +389,11 @@ def shape(
     for name, sentence in column_problems(trainer, have, columns, text_field):
         problems.add(f"columns.{name}: {sentence}" if name else sentence)
     problems.raise_if_any(RecipeError)
-    form = next((form for form in _forms(trainer, text_field) if set(form) <= set(have)), ())
-    more = IDS if form == ("input_ids",) else BESIDE
+    form = next((form for form in forms(text_field) if set(form) <= set(have)), ())
+    more = IDS if form == ("input_ids",) else MAY if form == ALPACA else BESIDE
     kept = tuple(dict.fromkeys((*form, *(name for name in more if name in have))))
-    how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field)
+    turns = form == ALPACA and not columns and talks()
+    how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field, turns)
     first = next(iter(_shaped(source, how, 1)), None)
     if first is None:
         return datasets.Dataset.from_dict({name: [] for name in dict(how.columns) or kept})
@@ -409,8 +446,11 @@ def _shaped(source: Source, how: Shape, most: int | None, stamp: Any = None) -> 
 def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
     """One row as the trainer reads it. Raises: Unfit."""
     row = defaultdict(lambda: None, row)  # a key that this row lacks is an empty cell
-    if not how.columns:
+    if not how.columns and how.kept[:2] == ALPACA:
+        made = _alpaca(row, how)
+    elif not how.columns:
         made = {name: _direct(name, row[name], how) for name in how.kept}
+        made = {"messages" if name == "conversations" else name: value for name, value in made.items()}
     else:
         made = {name: _filled(name, template, row) for name, template in how.columns}
     for name, value in made.items():
@@ -429,6 +469,25 @@ def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
         return made
     before = [{"role": role, "content": made[role]} for role in ("system", "user") if role in made]
     return {"prompt": before, "completion": [{"role": "assistant", "content": made["assistant"]}]}
+
+
+def _alpaca(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
+    """An Alpaca row as prompt and completion: turns, or text with an empty line between its parts. Raises: Unfit."""
+    said = {name: _text(name, row[name]) for name in (*ALPACA, "input", "system") if row[name] is not None}
+    if "output" not in said:
+        raise Unfit("has no output")
+    asked = [text for name in ("instruction", "input") if (text := said.get(name, "")).strip()]
+    if not asked:
+        raise Unfit("has no instruction")
+    turns = [{"role": "system", "content": said["system"]}] if said.get("system", "").strip() else []
+    for pair in plain(row["history"]) or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Unfit(f"has a history that is no list of pairs, question and answer ({_kind(pair)} in it)")
+        turns += [{"role": role, "content": text_of(text)} for role, text in zip(("user", "assistant"), pair)]
+    turns.append({"role": "user", "content": "\n\n".join(asked)})
+    if how.talks:
+        return {"prompt": turns, "completion": [{"role": "assistant", "content": said["output"]}]}
+    return {"prompt": "".join(f"{turn['content']}\n\n" for turn in turns), "completion": said["output"]}
 
 
 def _filled(name: str, template: str, row: Mapping[str, Any]) -> str:
@@ -483,7 +542,13 @@ def _turns(name: str, turns: Any) -> list[dict[str, Any]]:
             raise Unfit(f"{what} without {who}")
         if turn.get(said) is None and not turn.get("tool_calls"):
             raise Unfit(f"{what} of {turn[who]!r} without {said}")
-    return turns
+    return [turn if "role" in turn else _renamed(turn) for turn in turns]
+
+
+def _renamed(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn of ShareGPT's as chat templates know it."""
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
 
 
 def _kind(value: Any) -> str:

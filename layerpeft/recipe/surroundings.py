@@ -13,15 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from layerpeft.errors import LayerpeftError, Problem, RecipeError, mentions, told, unknown
+from layerpeft.errors import LayerpeftError, Problem, Problems, RecipeError, mentions, told, unknown
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
-from layerpeft.recipe import keys, rows
+from layerpeft.recipe import keys, rows, sources
 from layerpeft.recipe.beside import rewards, teachers
 from layerpeft.recipe.beside.models import place_of
+from layerpeft.recipe.forms import other_trainer
 from layerpeft.recipe.recipe import Recipe, training_arguments
 from layerpeft.recipe.shipped import beside, expanded, looked_for, resolve
 from layerpeft.recipe.tasks.shape import problems_of
@@ -79,7 +80,9 @@ def _of(key: str, sentence: str) -> Problem:
 
 def on_hub(good: Mapping[str, Any]) -> bool:
     """Whether model or rows have to come from the hub."""
-    named = [good.get(key) for key in (MODEL, TEACHER, "dataset_name", "eval_dataset")]
+    named = [good.get(key) for key in (MODEL, TEACHER)]
+    for value in (good.get("dataset_name"), good.get("eval_dataset")):
+        named += sources.paths(value) if isinstance(value, str) or sources.several(value) else []
     named += [item for item in rewards.listed(good.get("rewards")) if isinstance(item, str) and "/" in item]
     return any(
         isinstance(n, str) and re.fullmatch(rows.HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
@@ -105,7 +108,7 @@ def placed(good: Mapping[str, Any], home: Path) -> dict[str, Any]:
         if isinstance(value, str):
             found[key] = beside(value, home)
         elif isinstance(value, list):
-            found[key] = [beside(item, home) for item in value]
+            found[key] = sources.renamed(value, lambda item: beside(item, home))
     return found
 
 
@@ -129,7 +132,7 @@ def data_problems(
         if good.get(key) is None:
             continue
         try:
-            files = rows.local_files(good[key], home)
+            files = _files(good[key], key, home)
             have = {file: rows.columns_of(file) for file in files or ()}
             broken = [s for file in files or () for s in rows.broken_lines(file)]
         except LayerpeftError as error:
@@ -143,6 +146,10 @@ def data_problems(
                 if task is None
                 else problems_of(task, names, columns)
             )
+            if any(not name for name, _ in found_here):
+                found_here = [
+                    (name, sentence + ("" if name else other_trainer(names))) for name, sentence in found_here
+                ]
             for name, sentence in found_here:
                 own = Problem(("columns", name), f"columns.{name}: {place}{sentence} ({key})")
                 found.append(own if name else _of(key, place + sentence))
@@ -151,6 +158,19 @@ def data_problems(
             found += [_of(k, "files have neither splits nor configurations; name the file itself") for k in unread]
         if files and key == "dataset_name" and good.get("eval_dataset") is None:
             found += _held_out(good, purpose)
+    return found
+
+
+def _files(value: Any, key: str, home: Path | None) -> list[Path]:
+    """The local files of all data sets that a value names. Raises: RecipeError with what is wrong with each."""
+    problems = Problems("data")
+    found: list[Path] = []
+    for one in sources.named(value, weighs=key == "dataset_name"):
+        try:
+            found += rows.local_files(one.path, home) or []
+        except LayerpeftError as error:
+            problems.absorb(error)
+    problems.raise_if_any(RecipeError)
     return found
 
 

@@ -24,6 +24,7 @@ from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe import keys, rows, tokens
 from layerpeft.recipe.choice import unfit
+from layerpeft.recipe.gathered import rows_of
 from layerpeft.recipe.model import (
     allow,
     auto_class,
@@ -36,8 +37,8 @@ from layerpeft.recipe.model import (
     model_path,
 )
 from layerpeft.recipe.recipe import Recipe, layer_config, training_arguments
+from layerpeft.recipe.sources import paths
 from layerpeft.recipe.tasks.metrics import NAMES
-from layerpeft.recipe.tasks.shape import shape
 from layerpeft.recipe.tasks.task import Follows, Head, Part
 from layerpeft.recipe.tasks.tokenizing import tokenizer as tokenizer_of
 from layerpeft.recipe.trainers.row import named
@@ -94,8 +95,8 @@ class Setup:
 def prepare(recipe: Recipe) -> Setup:
     """Tokenizer and rows of a recipe, those of a task as the model reads them. No weight is loaded. Raises: RecipeError."""
     named = recipe["dataset_name"]
-    note(f"reading the rows of {some([named] if isinstance(named, str) else named)}")
-    (train, held_out), sources = _rows(recipe)
+    note(f"reading the rows of {some(paths(named))}")
+    (train, held_out), sources = rows_of(recipe)
     task = task_of(recipe.trainer)
     if task is None:
         return Setup(recipe, tokenizer_of(recipe), train, held_out, held_out, sources=sources)
@@ -329,38 +330,3 @@ def held_out_numbers(trainer: Any) -> dict[str, float]:
     found = trainer.evaluate()
     found = {**trainer.state.log_history[-1], **found}  # TRL's own numbers are in what it logs alone
     return {k: float(found[k]) for k in NAMES if k in found}
-
-
-# ---- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def _rows(recipe: Recipe) -> tuple[list[Any], tuple[rows.Source, rows.Source | None]]:
-    """Training and held-out rows as the trainer reads them, and where they were read. Raises: RecipeError, at their keys."""
-    config, split, test = recipe["dataset_config"], recipe["dataset_train_split"], recipe["dataset_test_split"]
-    name, held_out = recipe["dataset_name"], recipe["eval_dataset"]
-    task = task_of(recipe.trainer)
-    sources: list[Any] = []
-    shaped: list[Any] = []
-    for key, most in (("dataset_name", "max_train_samples"), ("eval_dataset", "max_eval_samples")):
-        source = None
-        try:
-            if key == "dataset_name":
-                source = rows.load(name, config=config, split=split)
-            elif held_out is not None:
-                source = rows.load(held_out, config=config, split=test)
-            elif recipe.row.evaluates and rows.local_files(name) is None:
-                source = rows.load(name, config=config, split=test, optional="dataset_test_split" not in recipe.values)
-            if source is None:
-                part = None
-            elif task is not None:
-                part = shape(source, task, recipe["columns"], recipe[most])
-            else:
-                part = rows.shape(source, recipe.trainer, recipe["columns"], recipe["dataset_text_field"], recipe[most])
-        except LayerpeftError as error:
-            found = (Problem((key,), f"{key}: {problem.text}") for problem in error.listed())
-            raise RecipeError(*found) from error
-        if part is not None and not len(part):
-            raise RecipeError(Problem((key,), f"{key}: there are no rows"))
-        sources.append(source)
-        shaped.append(part)
-    return shaped, (sources[0], sources[1])

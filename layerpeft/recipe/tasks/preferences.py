@@ -13,7 +13,13 @@ from layerpeft.recipe.tasks.tokenizing import left, tokenizer
 from layerpeft.recipe.tasks.turns import KEPT, Turns, answer, asked, prompt_of, question, said
 from layerpeft.recipe.tasks.written import check_template, texts
 
-ASKED = (("prompt",), *((name,) for name in KEPT), ("system", "user"), ("user",))  # how a prompt may be given
+ASKED = (
+    ("prompt",),
+    *((name,) for name in KEPT),
+    ("system", "user"),
+    ("user",),
+    ("instruction",),
+)  # how a prompt may be given
 PAIRED = (*((*form, "chosen", "rejected") for form in ASKED), ("chosen", "rejected"))
 LIKED = (*((*form, "completion", "label") for form in ASKED), *((name, "label") for name in KEPT))
 ANSWERS = ("chosen", "rejected", "completion")
@@ -98,7 +104,8 @@ def _one_number(recipe: Any, rows: Any, source: Any, processing: Any) -> Head:
 
 def _task(forms: tuple[tuple[str, ...], ...], row: Any, example: str) -> Task:
     kinds = {**dict.fromkeys(("prompt", *ANSWERS), "said"), "label": "flag"}
-    return Task(forms, example, row, kinds, tokenizer, _no_head, features, lambda setup, model: {})
+    trainer: Any = lambda setup, model: {}  # noqa: E731
+    return Task(forms, example, row, kinds, tokenizer, _no_head, features, trainer, more=("input",))
 
 
 PAIRS = _task(PAIRED, pair, 'columns: {prompt: "{question}", chosen: "{better}", rejected: "{worse}"}')

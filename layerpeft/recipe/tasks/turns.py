@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerpeft.recipe.rows import Unfit
+from layerpeft.recipe.rows import SPEAKERS, Unfit
 from layerpeft.recipe.tasks import cell
 
 Turns = list[dict[str, Any]]
-# what ShareGPT calls those who speak
-SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 KEPT = ("messages", "conversations")  # columns that hold a whole conversation
 
 
@@ -44,11 +42,15 @@ def _turn(name: str, number: int, turn: Any) -> dict[str, Any]:
 
 
 def prompt_of(cells: Mapping[str, Any]) -> str | Turns | None:
-    """What is asked: `prompt`, a conversation, or `user` with or without `system`; None where a row has none of them."""
+    """What is asked: `prompt`, a conversation, `user` with or without `system`, or Alpaca's `instruction` with or without `input`;
+    None where a row has none of them."""
     if "user" in cells:
         parts = [(role, cells.get(role)) for role in ("system", "user")]
         return [{"role": role, "content": cell.text(role, text)} for role, text in parts if text is not None]
     name = next((name for name in ("prompt", *KEPT) if name in cells), None)
+    if name is None and "instruction" in cells:
+        parts = [cell.text(each, cells[each]) for each in ("instruction", "input") if cells.get(each) is not None]
+        return "".join(f"{part}\n\n" for part in parts if part.strip())
     return None if name is None else said(name, cells[name])
 
 
