@@ -24,6 +24,8 @@ from layerpeft.integrations.tracing import add_head, as_traced, in_place, operat
 from layerpeft.model.layers import base_of
 from layerpeft.planning.engines import Cards
 
+RATE, SECONDS = 16_000, 10  # of sounds where nobody says
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -280,7 +282,8 @@ def _of_one_class(model: nn.Module) -> Iterator[None]:
 
 def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractContextManager[Any]) -> None:
     with cast:
-        loss = model(**given).loss
+        letters = "input_values" in given and "labels" not in given
+        loss = model(**given).logits.float().mean() if letters else model(**given).loss
     loss.backward()
 
 
@@ -300,13 +303,23 @@ def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device,
     if reads == "input_features":  # of sounds, of which texts are made
         frames = torch.zeros(batch_size, about.num_mel_bins, 2 * about.max_source_positions, device=device)
         return {reads: frames, "labels": ids[:, : about.max_target_positions]}
-    # a language model has a label per token, a classifier one per row
-    classes = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None
+    if (
+        reads == "input_values"
+    ):  # of sounds, of which letters are made: CTC looks into its labels, which are not known here
+        return {reads: torch.zeros(batch_size, RATE * SECONDS, device=device)}
+    if _takes(base, "start_positions"):
+        return {"input_ids": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 0]}
+    # a language model has a label per token, a classifier one per row, or one per word
+    words = "ForTokenClassification" in type(base).__name__
+    classes = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None and not words
     besides = {"token_type_ids": ids} if hasattr(about, "vision_config") and _takes(base, "token_type_ids") else {}
     if padded and batch_size > 1 and _takes(base, "attention_mask"):
         besides["attention_mask"] = torch.ones_like(ids)
         besides["attention_mask"][0, -1] = 0
-    return {"input_ids": ids, "labels": ids[:, 0] if classes else ids, **besides}
+    labels = ids[:, 0] if classes else ids
+    if classes and getattr(about, "problem_type", None) in ("multi_label_classification", "regression"):
+        labels = torch.zeros(batch_size, about.num_labels, device=device).squeeze(1)
+    return {"input_ids": ids, "labels": labels, **besides}
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
 from layerpeft.recipe.shipped import beside, expanded, looked_for
 from layerpeft.recipe.strange import unknown_field, unknown_key
+from layerpeft.recipe.tasks import seeing
 from layerpeft.recipe.trainers.table import DEFAULT as USUAL
 from layerpeft.recipe.trainers.table import absent, row_of
 from layerpeft.recipe.yaml import COMMAND, Document, Fault
@@ -51,6 +52,7 @@ class Check:
     accelerator: bool = False
     found: list[Fault] = field(default_factory=list)
     wrong: set[str] = field(default_factory=set)
+    sees: bool = False
     moved: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, sentence: str, *path: str) -> None:
@@ -87,12 +89,12 @@ class Check:
         bf16_by_default = (
             bool(trainer) and row_of(trainer).trl and "bf16" not in values and values.get("fp16") in (None, False)
         )
-        bf16_by_default = bf16_by_default and not self.accelerator
-        if bf16_by_default and not surroundings.has_bf16():
+        if bf16_by_default and not self.accelerator and not surroundings.has_bf16():
             good["bf16"] = False  # TRL's default is true, and refuses to start without a device for it
             done.notices.append(
                 "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
             )
+        self.sees = seeing.sees(good, trainer)
         block = counted(good.get("layerpeft"), _said(good, known, trainer))
         method, select, fields, config = self.block(block, trainer, path.parent)
         if good.get(shorter.KEY) is not None:
@@ -103,13 +105,14 @@ class Check:
         if trainer:
             self.add_all(surroundings.beside_problems(good, row_of(trainer), self.purpose, path.parent, self.wrong))
             judged = "columns" not in self.wrong
-            self.add_all(surroundings.data_problems(good, trainer, self.purpose, judged, path.parent))
+            self.add_all(surroundings.data_problems(good, trainer, self.purpose, judged, path.parent, self.sees))
         problems, notices = surroundings.folder_problems(good, self.purpose, path.parent)
         self.add_all(problems)
         self.add_all(surroundings.device_problems(good))
-        lines = {key: self.document.line(self.moved.get(key, key)) for key in good}
-        notices = (*done.notices, *notices)
-        recipe = Recipe(source, path, trainer, good, method, select, fields, notices, lines=lines, config=config)
+        lines, notices = {key: self.document.line(self.moved.get(key, key)) for key in good}, (*done.notices, *notices)
+        recipe = Recipe(
+            source, path, trainer, good, method, select, fields, notices, sees=self.sees, lines=lines, config=config
+        )
         if trainer:
             here = {k: v for k, v in good.items() if k not in ("bf16", "fp16")} | {"bf16": False}
             trial = replace(recipe, values=here) if self.accelerator and recipe.row.trl else recipe
@@ -219,7 +222,7 @@ class Check:
     def config(self, trainer: str, method: str, select: Any, fields: Mapping[str, Any]) -> LayerLoraConfig | None:
         """What the block means. Adds what the constructor refuses, each at the line of its own key where there is one."""
         try:
-            return made(trainer, method, select, fields)
+            return made(trainer, method, select, fields, self.sees)
         except LayerpeftError as error:
             deeper = [item for item in error.items if isinstance(item, LayerpeftError)]
             chosen = [item for item in deeper if any(p.path[:1] == ("select",) for p in item.problems)]

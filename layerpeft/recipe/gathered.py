@@ -18,7 +18,6 @@ from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.sources import Named, named, several, share_of
 from layerpeft.recipe.tasks.shape import shape
 from layerpeft.recipe.tasks.tokenizing import tokenizer
-from layerpeft.recipe.trainers.table import task_of
 from layerpeft.text import note
 
 
@@ -118,15 +117,17 @@ def _read(recipe: Recipe, one: Named, key: str, most: int | None) -> tuple[Any, 
     split = one.split or recipe["dataset_train_split" if key == "dataset_name" else "dataset_test_split"]
     source = rows.load(one.path, config=one.config or recipe["dataset_config"], split=split)
     assert source is not None
-    if key == "dataset_name" and (
-        told := taken(recipe.trainer, source.columns, recipe["columns"], recipe.get("dataset_text_field"))
+    if (
+        key == "dataset_name"
+        and not recipe.sees
+        and (told := taken(recipe.trainer, source.columns, recipe["columns"], recipe.get("dataset_text_field")))
     ):
         note(f"{one.path if isinstance(one.path, str) else one.path[0]}: {told}")
     return _shaped(recipe, source, most), source
 
 
 def _shaped(recipe: Recipe, source: rows.Source, most: int | None) -> Any:
-    task = task_of(recipe.trainer)
+    task = recipe.task
     if task is not None:
         return shape(source, task, recipe["columns"], most)
     field = recipe["dataset_text_field"]

@@ -30,6 +30,7 @@ from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_o
 from layerpeft.recipe.shorter import without_weights
 from layerpeft.recipe.sources import named
 from layerpeft.recipe.surroundings import on_hub
+from layerpeft.recipe.tasks.tokenizing import longest
 from layerpeft.recipe.tokens import WHAT, amount
 from layerpeft.recipe.trainer import Setup, prepare, tokenized
 from layerpeft.recipe.yaml import Fault
@@ -128,6 +129,8 @@ def asked(
         model = empty(setup)
     arguments = arguments_of(recipe, bool(accelerator) and not there)
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
+    if recipe.task is not None:
+        options["length"] = min(options["length"], longest(recipe, setup.tokenizer) or options["length"])
     return recipe, model, options | {"step": replace(options["step"], cards=cards)}, setup
 
 
@@ -188,7 +191,7 @@ def options_of(recipe: Recipe, arguments: Any, accelerator: bool) -> dict[str, A
     )
     return {
         "batch_size": arguments.per_device_train_batch_size * recipe.row.each,
-        "length": keys.top_settings(recipe.trainer).get("max_length") and recipe["max_length"] or DEFAULT_LENGTH,
+        "length": recipe.get("max_length") or DEFAULT_LENGTH,
         "optimizer": optimizer_of(arguments),
         "checkpointing": bool(arguments.gradient_checkpointing),
         "step": step,

@@ -12,8 +12,9 @@ from layerpeft.integrations.peft import HEADS
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.shipped import SCHEME, expanded, resolve
+from layerpeft.recipe.tasks.task import Task
 from layerpeft.recipe.trainers.row import Row
-from layerpeft.recipe.trainers.table import row_of
+from layerpeft.recipe.trainers.table import row_of, task_of
 from layerpeft.recipe.yaml import dump, flow
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.selection.select import Selection
@@ -28,8 +29,8 @@ BOTH_WAYS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT trains the head whole, and cou
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe in this version's words. `values`: the top level; `block`: the config's; `notices`: mappings;
-    `lines`: where each top-level key was written; `config`: what method, `select` and block come to; `model`: its model without
-    weights, once it was built."""
+    `sees`: its rows have pictures, and its model reads them; `lines`: where each top-level key was written; `config`: what method,
+    `select` and block come to; `model`: its model without weights, once it was built."""
 
     source: str
     path: Path
@@ -40,6 +41,7 @@ class Recipe:
     block: Mapping[str, Any]
     notices: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    sees: bool = False
     lines: Mapping[str, int | None] = field(default_factory=dict)
     config: Any = field(default=None, compare=False, repr=False)
     model: Any = field(default=None, compare=False, repr=False)
@@ -55,7 +57,12 @@ class Recipe:
     @property
     def row(self) -> Row:
         """What tells its trainer from others."""
-        return row_of(self.trainer)
+        return row_of(self.trainer, self.sees)
+
+    @property
+    def task(self) -> Task | None:
+        """What its rows are for; None of rows that TRL reads itself."""
+        return task_of(self.trainer, self.sees)
 
     @property
     def output_dir(self) -> Path:
@@ -87,7 +94,7 @@ def as_chosen(recipe: Recipe, kept: Selection) -> dict[str, Any]:
     return kept.placed | ({"by": kept.scores, "keep": "all"} if scored else {})
 
 
-def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> LayerLoraConfig:
+def made(trainer: str, method: str, select: Any, block: Mapping[str, Any], sees: bool = False) -> LayerLoraConfig:
     """The config that a block means. Raises: LayerpeftError."""
     kind = METHODS[method]
     known = keys.block_settings(kind)
@@ -95,7 +102,7 @@ def made(trainer: str, method: str, select: Any, block: Mapping[str, Any]) -> La
     asked = fields.get("distill")
     if isinstance(asked, Mapping) and str(asked.get("teacher", "")).startswith(SCHEME):
         fields["distill"] = {**asked, "teacher": resolve(asked["teacher"])}
-    task = row_of(trainer).task_type if trainer else None
+    task = row_of(trainer, sees).task_type if trainer else None
     config: LayerLoraConfig = kind(select=select, task_type=task, **fields)
     everywhere = config.choosing.is_all and config.target_modules == "all-linear" and not config.works_by.in_place
     if everywhere and task in BOTH_WAYS and config.exclude_modules is None:

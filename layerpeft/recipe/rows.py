@@ -207,7 +207,7 @@ def column_problems(
     wanted = f"`messages`, `prompt` and `completion`, `instruction` and `output`, or `{text_field}`"
     example = 'columns: {prompt: "{question}", completion: "{answer}"}'
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
-        said = f"images are not trained on ({pictures.pop()}); for the words alone say which they are"
+        said = f"images are not trained on ({pictures.pop()}) by a model that reads none; for the words alone say which they are"
         return [("", f"{said}, as in {example}")]
     there = any(set(form) <= set(have) for form in forms(text_field))
     return [] if there else [("", lacking(wanted, have, example))]

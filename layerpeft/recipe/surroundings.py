@@ -116,12 +116,17 @@ def placed(good: Mapping[str, Any], home: Path) -> dict[str, Any]:
 
 
 def data_problems(
-    good: Mapping[str, Any], trainer: str, purpose: str, judged: bool = True, home: Path | None = None
+    good: Mapping[str, Any],
+    trainer: str,
+    purpose: str,
+    judged: bool = True,
+    home: Path | None = None,
+    sees: bool = False,
 ) -> list[Problem]:
     """What is wrong with the rows and with the templates that read them; `judged`: the templates are known to be good or bad."""
     found: list[Problem] = []
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
-    task = task_of(trainer)
+    task = task_of(trainer, sees)
     if columns is not None and (
         wrong := rows.form_problem(trainer, columns, task.forms if task else (), task.more if task else ())
     ):

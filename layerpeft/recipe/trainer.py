@@ -42,7 +42,6 @@ from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.recipe.tasks.task import Follows, Head, Part
 from layerpeft.recipe.tasks.tokenizing import tokenizer as tokenizer_of
 from layerpeft.recipe.trainers.row import named
-from layerpeft.recipe.trainers.table import task_of
 from layerpeft.selection.schedule import scoreless
 from layerpeft.selection.scoring import live_only, needs_batches
 from layerpeft.selection.select import DEFAULT_BATCHES, Selection
@@ -88,7 +87,7 @@ class Setup:
     @property
     def measure(self) -> str:
         """The number that runs are compared by: `eval_loss` (lower is better) or that of the task (higher is better)."""
-        task = task_of(self.recipe.trainer)
+        task = self.recipe.task
         return "eval_loss" if task is None else task.measure(self.learned)
 
 
@@ -97,7 +96,7 @@ def prepare(recipe: Recipe) -> Setup:
     named = recipe["dataset_name"]
     note(f"reading the rows of {some(paths(named))}")
     (train, held_out), sources = rows_of(recipe)
-    task = task_of(recipe.trainer)
+    task = recipe.task
     if task is None:
         return Setup(recipe, tokenizer_of(recipe), train, held_out, held_out, sources=sources)
     processing = task.processing(recipe, train)
@@ -115,7 +114,7 @@ def tokenized(setup: Setup, most: int | None = None) -> Setup:
     naming the first row that a chat template or the tokenizer cannot take, or where none is left.
     """
     recipe = setup.recipe
-    if task_of(recipe.trainer) is not None or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
+    if recipe.task is not None or (recipe["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
         return setup
     arguments = training_arguments(recipe, bf16=False, fp16=False)
     made = [
@@ -170,7 +169,7 @@ def load_model(
             kind.from_pretrained if source is None else partial(load_upper, kind, cut=source.ahead.cut, source=source)
         )
         model, found = from_hub(recipe, load, model_path(recipe), **options)
-        task = task_of(recipe.trainer)
+        task = recipe.task
         inner = f"{model.base_model_prefix}." if task is not None and task.new_head else ""
         lost = sorted(key for key in found["missing_keys"] if key.startswith(inner))
         if lost:
@@ -237,7 +236,7 @@ def wrap(
 
 def _with_head(setup: Setup, model: nn.Module, config: LayerLoraConfig) -> LayerLoraConfig:
     """Plain LoRA with what is new in the model, as far as PEFT's type of task does not train it by itself."""
-    task = task_of(setup.recipe.trainer)
+    task = setup.recipe.task
     plain = config.choosing.is_all and not config.works_by.in_place
     if task is None or not task.new_head or not plain or not config.train_new:
         return config
@@ -248,7 +247,7 @@ def _with_head(setup: Setup, model: nn.Module, config: LayerLoraConfig) -> Layer
 
 def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
     """The trainer of TRL or transformers, as the recipe sets it up."""
-    recipe, task = setup.recipe, task_of(setup.recipe.trainer)
+    recipe, task = setup.recipe, setup.recipe.task
     arguments = training_arguments(recipe, **changes)
     given = {"model": model, "args": arguments, "train_dataset": setup.train, "eval_dataset": setup.held_out}
     for place in recipe.row.beside:

@@ -32,7 +32,7 @@ class Tiny:
 # recipes of a trainer, not of a method: tried with every method where trainers are
 TASKS = (
     "causal_lm", "image_classification", "masked_lm", "multi_label", "question_answering", "regression", "seq2seq", "speech",
-    "token_classification", "whisper",
+    "token_classification", "vision_sft", "whisper",
 )  # fmt: skip
 
 # recipes of TRL's trainers, tried with every method where those are

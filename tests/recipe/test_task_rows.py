@@ -20,7 +20,7 @@ from layerpeft.recipe.tasks import answers, audio, metrics, raw_text, tagging
 from layerpeft.recipe.toys.sounds import wav
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import Setup, make_trainer, prepare
-from tests.helpers.tiny import SIZES
+from tests.helpers.tiny import SIZES, TASKS
 
 RECIPE = """
 trainer: {trainer}
@@ -194,6 +194,19 @@ def test_a_sound_keeps_its_pitch_at_another_rate() -> None:
     assert np.abs(audio.resampled(high.astype("float32"), 16_000, 8000)[200:-200]).max() < 2e-2
     with pytest.raises(Unfit, match="without samples"):
         audio.sound({"bytes": wav(np.zeros(0)), "path": None}, 16_000)
+
+
+def test_no_row_is_longer_than_the_model_has_places_for() -> None:
+    rows = [{"text": "Ana left Oslo . " * 200, "label": "x"}, {"text": "Ana", "label": "y"}]
+    setup = setup_of("classification", *rows)  # max_length is 512 by default, and this model has 256 places
+    assert [len(ids) for ids in setup.train["input_ids"]] == [256, 3] and setup.counts["training"].cut == 1
+
+
+@pytest.mark.slow
+def test_each_task_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in TASKS:
+        assert main(["plan", name]) == 0, name
+        assert "backward pass:" in capsys.readouterr().out
 
 
 def test_numbers_by_hand() -> None:

@@ -30,7 +30,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "lisa": (*FULL, "layerpeft.select={pick: uniform, keep: 1, reselect_steps: 1}"),
 }
 MORE = {name: ("generation_max_length=4",) for name in ("seq2seq", "whisper")}
-STACKS = ("seq2seq", "whisper")  # have two, one of which a choice has to name
+STACKS = {"seq2seq": "decoder", "whisper": "decoder", "vision_sft": "text"}  # of models that have two
 QUICK = {("token_classification", "fixed")}
 CELLS = [
     pytest.param(name, config, marks=() if (name, config) in QUICK else pytest.mark.slow, id=f"{name}-{config}")
@@ -55,8 +55,10 @@ def trained(name: str, config: str, *settings: str) -> tuple[Any, dict[str, torc
         held[:] = [model, before, make(setup, model, **changes)]
         return held[2]
 
-    given = [s.replace("last:1", "{layers: last:1, stack: decoder}") if name in STACKS else s for s in CONFIGS[config]]
-    given = [s.replace("keep: 1,", "keep: 1, stack: decoder,") if name in STACKS else s for s in given]
+    given, stack = list(CONFIGS[config]), STACKS.get(name)
+    if stack:
+        given = [s.replace("last:1", f"{{layers: last:1, stack: {stack}}}") for s in given]
+        given = [s.replace("keep: 1,", f"keep: 1, stack: {stack},") for s in given]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layerpeft.recipe.train.make_trainer", kept)
         more = (*SIZES, *MORE.get(name, ()), *given, *settings)
@@ -91,7 +93,7 @@ def test_a_task_trains_what_was_chosen_and_its_head_loads_in_plain_peft_and_resu
         assert record["task"]["trainer"] == load_recipe(name).trainer
     stock = json.loads((whole / "adapter_config.json").read_text())
     heads = {n for n in ("classifier", "qa_outputs", "lm_head", "score") if any(k.startswith(f"{n}.") for k in before)}
-    if name not in ("seq2seq", "whisper", "causal_lm", "masked_lm"):
+    if name not in ("seq2seq", "whisper", "causal_lm", "masked_lm", "vision_sft"):
         assert heads and heads <= found and heads <= set(stock["modules_to_save"])
     always = [*record["new_tensors"], *(stock["modules_to_save"] or [])]
     originals = {of_base(n): t for n, t in tensors(model) if ".original_module." in n}

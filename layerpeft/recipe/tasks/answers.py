@@ -12,7 +12,7 @@ from layerpeft.recipe.rows import Source, Unfit
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.metrics import answer_metrics
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
-from layerpeft.recipe.tasks.tokenizing import left, needs, tokenizer
+from layerpeft.recipe.tasks.tokenizing import left, longest, needs, tokenizer
 
 LONGEST, BEST = 30, 20  # tokens of an answer; places of its start and end that are tried
 NOWHERE = [-1, -1]
@@ -89,7 +89,7 @@ def processing(recipe: Recipe, rows: Any) -> Any:
     """A tokenizer that knows where each token stands in its text. Raises: RecipeError for any other."""
     found = tokenizer(recipe)
     needs(recipe, found.is_fast, "a fast tokenizer (tokenizer.json), which knows the place of each token")
-    length, stride = recipe["max_length"], recipe["stride"]
+    length, stride = longest(recipe, found), recipe["stride"]
     if length is not None and stride >= length:
         text = f"windows of max_length: {length} tokens cannot share {stride} of them with the next; give fewer"
         raise RecipeError(Problem(("stride",), f"stride: {text}"))
@@ -130,7 +130,7 @@ def windows(question: str, context: str, tokenizer: Any, limit: int | None, stri
 
 def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     """Windows, each with the tokens at which the first answer begins and ends; the first token twice where it is not in it."""
-    limit, stride = given.recipe["max_length"], given.recipe["stride"]
+    limit, stride = longest(given.recipe, given.processing), given.recipe["stride"]
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]

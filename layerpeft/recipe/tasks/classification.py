@@ -13,7 +13,7 @@ from layerpeft.recipe.rows import Source, Unfit
 from layerpeft.recipe.tasks import cell, labels
 from layerpeft.recipe.tasks.metrics import class_metrics, label_metrics, number_metrics
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
-from layerpeft.recipe.tasks.tokenizing import encoded, tokenizer
+from layerpeft.recipe.tasks.tokenizing import encoded, longest, tokenizer
 
 ONE, MANY, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 CURE = 'with a word it is a class: columns: {text: "{text}", label: "class {label}"}'
@@ -93,7 +93,7 @@ def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     else:
         several = ([label] if isinstance(label, str) else label for label in held)
         labels.refuse_strange(given.key, "label", several, names, given.source)
-    limit = given.recipe["max_length"]
+    limit = longest(given.recipe, given.processing)
 
     def target(label: Any) -> Any:
         if kind == NUMBER:

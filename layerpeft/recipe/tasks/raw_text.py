@@ -11,7 +11,7 @@ from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.rows import Source
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
-from layerpeft.recipe.tasks.tokenizing import encoded, left, needs, tokenizer
+from layerpeft.recipe.tasks.tokenizing import encoded, left, longest, needs, tokenizer
 
 
 def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def head(recipe: Recipe, train: Any, source: Source, processing: Any = None) -> 
 
 def blocks(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     """All texts one after the other, each with an end, in blocks of `max_length` tokens; the last one is shorter."""
-    limit, end = given.recipe["max_length"], given.processing.eos_token_id
+    limit, end = longest(given.recipe, given.processing), given.processing.eos_token_id
     ids = [given.processing(text, verbose=False)["input_ids"] if text.strip() else [] for text in part["text"]]
     fates = ["" if found else tokens.NO_TEXT for found in ids]
     ends = [end] if end is not None else []
@@ -73,7 +73,7 @@ def with_mask(recipe: Recipe, rows: Any) -> Any:
 
 def texts(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     """Token ids; of held-out rows some are masked here, so that they are the same before and after."""
-    limit = given.recipe["max_length"]
+    limit = longest(given.recipe, given.processing)
     special = set(given.processing.all_special_ids)
     mask = Masking(given.recipe, given.processing) if given.key != "dataset_name" else None
 

@@ -11,7 +11,7 @@ from layerpeft.recipe.rows import Source
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.metrics import text_metrics
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
-from layerpeft.recipe.tasks.tokenizing import encoded, tokenizer
+from layerpeft.recipe.tasks.tokenizing import encoded, longest, tokenizer
 
 
 def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def head(recipe: Recipe, train: Any, source: Source, processing: Any = None) -> 
 
 def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     """Token ids of the source, and as `labels` those of the target, each cut at a length of its own."""
-    limits = {"source": given.recipe["max_length"], "target": given.recipe["max_target_length"]}
+    limits = {"source": longest(given.recipe, given.processing), "target": given.recipe["max_target_length"]}
 
     def encode(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         made = {}

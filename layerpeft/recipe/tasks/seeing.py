@@ -8,23 +8,34 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from layerpeft.errors import LayerpeftError
 from layerpeft.recipe import tokens
 from layerpeft.recipe.model import from_hub, model_path
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.rows import Source, Unfit
+from layerpeft.recipe.rows import Source, Unfit, columns_of, local_files
+from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.sources import paths
 from layerpeft.recipe.tasks import cell, files, turns
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
 from layerpeft.recipe.tasks.tokenizing import where
+from layerpeft.recipe.trainers.tasks import SEEING
 
 SEEN = ("images", "image")
 TEXTS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",))
 
 
-def reads_pictures(place: str) -> bool:
-    """Whether the model in a folder is one of those that answer about pictures, by what its config says."""
+def sees(values: Mapping[str, Any], trainer: str) -> bool:
+    """Whether rows have pictures, by templates or else by the columns of their files, and the recipe's model answers about such."""
+    name, data, columns = (values.get(key) for key in ("model_name_or_path", "dataset_name", "columns"))
+    if trainer != SEEING.name or not isinstance(name, str):
+        return False
     try:
-        config, _ = PreTrainedConfig.get_config_dict(place)
-    except (OSError, ValueError):  # whatever is wrong with it, loading says it better
+        have = columns or [c for path in paths(data) for file in local_files(path) or () for c in columns_of(file)]
+        if not set(SEEN) & set(have):
+            return False
+        place = expanded(resolve(name))
+        config, _ = PreTrainedConfig.get_config_dict(str(place) if place.is_dir() else name)
+    except (LayerpeftError, OSError, ValueError):  # whatever is wrong with one of them is said elsewhere
         return False
     return config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

@@ -12,7 +12,7 @@ from layerpeft.recipe.rows import Source, Unfit
 from layerpeft.recipe.tasks import cell, labels
 from layerpeft.recipe.tasks.metrics import class_metrics, entity_f1, has_entities
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
-from layerpeft.recipe.tasks.tokenizing import encoded, needs, tokenizer
+from layerpeft.recipe.tasks.tokenizing import encoded, longest, needs, tokenizer
 
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 NOT_LEARNED = -100
@@ -71,7 +71,7 @@ def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     """Token ids; the first token of a word has the number of its tag, all others teach nothing."""
     names = {name: i for i, name in enumerate(given.head.labels)}
     labels.refuse_strange(given.key, "tags", part["tags"], names, given.source)
-    limit = given.recipe["max_length"]
+    limit = longest(given.recipe, given.processing)
 
     def encode(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         ids = words_as_tokens(row["tokens"], given.processing, limit)

@@ -37,6 +37,13 @@ def needs(recipe: Recipe, there: Any, what: str) -> None:
         )
 
 
+def longest(recipe: Recipe, tokenizer: Any) -> int | None:
+    """Tokens of a row: as many as the recipe says, and no more than the model has places for, where its tokenizer knows."""
+    most = getattr(tokenizer, "model_max_length", None)
+    known = most if isinstance(most, int) and most < 2**20 else None
+    return min((n for n in (recipe.get("max_length"), known) if n is not None), default=None)
+
+
 Encode = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str]]
 
 
@@ -53,7 +60,7 @@ def encoded(part: Any, given: Part, encode: Encode) -> tuple[Any, tokens.Tally]:
 
 def left(made: Any, fates: Sequence[str], given: Part, kept_of: Callable[[list[int]], Any]) -> tuple[Any, tokens.Tally]:
     """What teaches something of rows that have these fates, and what became of all."""
-    found = tokens.tally(list(fates), given.recipe.get("max_length"), lambda i: given.source.place(i).where)
+    found = tokens.tally(list(fates), longest(given.recipe, given.processing), lambda i: given.source.place(i).where)
     kept = [i for i, fate in enumerate(fates) if fate in ("", "cut", "blank")]
     if not kept or found.blank == found.read:
         why = " or ".join(found.dropped) or tokens.NO_TEXT

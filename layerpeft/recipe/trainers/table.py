@@ -15,15 +15,15 @@ ROWS: Mapping[str, Row] = {row.name: row for row in (trl.SFT, *tasks.ROWS, *trl.
 DEFAULT = trl.SFT  # by whose settings a recipe is judged that does not say its trainer
 
 
-def row_of(trainer: str) -> Row:
-    """The row of a trainer; the default's of any other name."""
-    return ROWS.get(trainer, DEFAULT)
+def row_of(trainer: str, sees: bool = False) -> Row:
+    """The row of a trainer, of its kind for pictures where rows have such and the model `sees`; the default's of any other name."""
+    return tasks.SEEING if sees and trainer == tasks.SEEING.name else ROWS.get(trainer, DEFAULT)
 
 
 @cache
-def task_of(trainer: str) -> Task | None:
+def task_of(trainer: str, sees: bool = False) -> Task | None:
     """What the trainer's rows are for; None of rows that TRL reads itself."""
-    path = row_of(trainer).data
+    path = row_of(trainer, sees).data
     return None if path is None else named(path)
 
 

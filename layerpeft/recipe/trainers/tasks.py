@@ -45,3 +45,7 @@ ROWS = (
         LOADING | {"max_target_length": Setting(int | None, 448), "max_seconds": Setting(float | None, 30.0)},
     ),
 )  # fmt: skip
+# `sft` on rows with pictures, for a model that sees
+SEEING = Row(
+    "sft", "trl.SFTTrainer", "trl.SFTConfig", "AutoModelForImageTextToText", None, f"{TASKS}.seeing.TASK", trl=True
+)
