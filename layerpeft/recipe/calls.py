@@ -94,6 +94,10 @@ class _Enough(Exception):
 
 def calls_of(setup: Setup) -> Calls:
     """Those of the recipe's trainer. Raises: RecipeError where rows are streamed."""
+    if setup.recipe.row.writes:
+        raise RecipeError(
+            "trainer: its answers are written in training, so that what enters a layer cannot be filled ahead"
+        )
     shell: Any = _shell(setup)
     changes = {"report_to": "none", "push_to_hub": False, "dataloader_drop_last": False}
     trainer = make_trainer(setup, shell, **changes)

@@ -24,6 +24,7 @@ from layerpeft.integrations.code import forget, kept_out
 from layerpeft.integrations.trl import MAKES
 from layerpeft.recipe import keys, trainer
 from layerpeft.recipe.beside import rewards
+from layerpeft.recipe.calls import calls_of
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.rows import Unfit
 from layerpeft.recipe.shipped import find_recipe
@@ -294,7 +295,14 @@ def test_what_a_trainer_cannot_do_is_said_at_its_key(place: Path) -> None:
     assert "quant: precisions are measured on batches" in refused(
         "dpo.yaml", "layerpeft.quant={bits: 4, select: {by: output_kl, keep: 2}}"
     )
+    setup = trainer.prepare(load_recipe("grpo.yaml", [*OWN, *SIZES, "per_device_train_batch_size=4"]))
+    with pytest.raises(RecipeError, match="its answers are written in training"):
+        calls_of(setup)
     assert "layers are scored by its loss in its own first step" in refused("dpo.yaml", purpose="score")
+
+
+@pytest.mark.slow
+def test_what_a_trainer_finds_wrong_when_it_is_built_is_said_at_its_key() -> None:
     recipe = load_recipe("kto.yaml", [*PAIRS, "per_device_train_batch_size=1"])
     setup = trainer.prepare(recipe)
     model = trainer.wrap(setup, trainer.load_model(setup), recipe.select, None)
@@ -386,6 +394,16 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(place: Path) -> None:
     }
     found = trainer.prepare(load_recipe("reward.yaml", given)).counts["training"]
     assert found.kept == 1 and found.dropped["are longer than max_length: 32"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gkd", "distillation"])
+def test_a_shorter_student_learns_from_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [s for s in SHORT[name] if s not in TAUGHT]
+    monkeypatch.setitem(SHORT, name, (*short, "drop=[2]"))
+    made, _, result, _ = trained(name, "lora", "output_dir=whole")
+    assert made.model.config.num_hidden_layers + 1 == made.teacher_model.config.num_hidden_layers
+    assert result.after["eval_loss"] > 0 and Path("whole/shorter/config.json").is_file()
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def _model(recipe: Any, reward: Reward) -> Any:
     kind, options = transformers.AutoModelForSequenceClassification, {"dtype": recipe["dtype"]}
     place = Path(place_of(reward.text))
     if (place / "adapter_config.json").is_file():
-        found = with_adapter(str(place)).merge_and_unload()
+        found = with_adapter(str(place), **options).merge_and_unload()
     else:
         found = load(recipe, KEY, kind.from_pretrained, reward.text, **options)
     if found.config.num_labels != 1:

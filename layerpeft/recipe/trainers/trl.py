@@ -40,5 +40,5 @@ ROWS = (
         "online_dpo", *_at("trl.experimental.online_dpo", "OnlineDPO"), *CAUSAL, PROMPTS, **REWARDED, **OWN, each=2,
         evaluates=False, reference=True,
     ),
-    Row("gkd", *_at("trl.experimental.gkd", "GKD"), *CAUSAL, f"{TASKS}.taught.TASK", **TEACHER, **OWN),
+    Row("gkd", *_at("trl.experimental.gkd", "GKD"), *CAUSAL, f"{TASKS}.taught.TASK", **TEACHER, **OWN, writes=True),
 )  # fmt: skip
