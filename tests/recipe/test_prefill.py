@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
@@ -15,6 +16,7 @@ from layerpeft.recipe.trainer import prepare as prepared
 from layerpeft.training.prefix.ahead import all_ahead
 from layerpeft.training.prefix.folders import DATA
 from tests.helpers.kept import states_in
+from tests.helpers.killing import differing
 from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
 
@@ -93,6 +95,24 @@ def test_states_are_those_of_a_run_to_the_bit(case: str, tmp_path: Path, capsys:
         assert main(["prefill", name, *given]) == 0
         assert f"\n{computed} of them were computed now" in capsys.readouterr().out
         assert states_in(tmp_path / "ahead") == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "nf4"])
+def test_a_training_on_what_was_filled_is_that_of_the_whole_model(case: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("LAYERPEFT_QUIET", "")
+    name, given = settings(case, tmp_path / "ahead", "num_train_epochs=2")
+    assert main(["prefill", name, *given]) == 0
+    capsys.readouterr()
+    assert main(["train", name, *given]) == 0
+    assert "nothing below layer 3 is loaded" in capsys.readouterr().err
+    whole = [f"layerpeft.prefix_cache={tmp_path}/none", f"output_dir={tmp_path}/whole"]
+    whole = whole if case != "eight bits" else [f"layerpeft.prefix_cache={{where: {tmp_path}/none, bits: 8}}", whole[1]]
+    assert main(["train", name, *given, *whole]) == 0
+    ours, theirs = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ahead-out", "whole"))
+    if case != "eight bits":  # whose first epoch is computed whole
+        assert not differing(ours, theirs)
+    assert ours.keys() == theirs.keys() and any(bool(t.any()) for n, t in ours.items() if "lora_B" in n)
 
 
 REFUSED = {

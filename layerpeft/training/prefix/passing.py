@@ -51,7 +51,7 @@ class Keyed:
         """The rows of a call of the model, where `hidden` and `kwargs` enter its first block: none where they cannot be told apart;
         and what about them a proof is for."""
         shape = (hidden.shape[0], hidden.shape[1])
-        several = stops(inputs.get("position_ids"), kwargs, self.flash)
+        several = stops(inputs.get("position_ids"), kwargs, self.flash) or is_one(inputs)
         found = self.alike(inputs, shape, hidden.dtype, several)
         padded = sum(map(length, found)) < shape[0] * shape[1]
         pictures = self.image is not None and any(name.startswith(IMAGES) for name in inputs)
@@ -144,6 +144,17 @@ def stops(positions: Any, kwargs: Mapping[str, Any], flash: bool) -> bool:
         return False
     closed = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
     return all(bool(closed[min(row, len(closed) - 1), :, at:, :at].all()) for row, at in cuts)
+
+
+def is_one(inputs: Mapping[str, Any]) -> bool:
+    """Whether each row is one text by its positions, and by all else that says where texts end: it has the key that it has among
+    others in a row."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or bool((positions.diff(dim=1) != 1).any()):
+        return False
+    ends = [v for k, v in inputs.items() if k.startswith("cu_seq_lens") and isinstance(v, torch.Tensor)]
+    marks = inputs.get("seq_idx")
+    return all(end.numel() == 2 for end in ends) and (marks is None or bool((marks == marks[..., :1]).all()))
 
 
 def unfit(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ from layerpeft.training.prefix.below import Below
 from layerpeft.training.prefix.disk import Disk
 from layerpeft.training.prefix.fingerprint import belongs_to
 from layerpeft.training.prefix.folders import Handle
+from layerpeft.training.prefix.passing import Keyed
 from layerpeft.training.prefix.streaming import Call, Filling, Lower
 from layerpeft.training.prefix.upwards import forms_below
 from tests.helpers.kept import states_in
@@ -136,6 +137,27 @@ def test_what_the_store_does_not_take_is_told(bases: Any, tmp_path: Path):
     found = filled(bases("gemma3"), tmp_path, 2**20, given=calls(2), limit=1600)
     kept = states_in(tmp_path)
     assert 0 < len(kept) < 4 and len(found.lost) == 4 - len(kept)
+
+
+def test_a_text_has_one_key_alone_and_among_others_in_a_row():
+    keyed, ids = Keyed(False, None, False, None), torch.arange(5, 12)[None]
+    places, hidden = torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), torch.zeros(1, 7, 4)
+    apart = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3)).bool()[None, None]
+
+    def keys(part: slice, ends: list[int], **other: torch.Tensor) -> list[bytes]:
+        given = {
+            "input_ids": ids[:, part],
+            "position_ids": places[:, part],
+            "cu_seq_lens_q": torch.tensor(ends),
+            **other,
+        }
+        return [row.key for row in keyed.rows(given, hidden[:, part], {"attention_mask": apart})[0]]
+
+    both = keys(slice(7), [0, 4, 7])
+    assert len(set(both)) == 2
+    assert both == keys(slice(4), [0, 4]) + keys(slice(4, 7), [0, 3])
+    assert keys(slice(4), [0, 2, 4])[0] not in both  # cut elsewhere than positions say
+    assert keys(slice(4), [0, 4], seq_idx=torch.tensor([[0, 0, 1, 1]]))[0] not in both
 
 
 def spoiled(base: Base, root: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
