@@ -21,6 +21,7 @@ from layerpeft.training.method import Method
 from layerpeft.training.report import LayerReport
 
 HEAD = ("pad_token_id", "problem_type")  # of a config, besides the names of the classes
+LETTERS = ("vocab_size", "pad_token_id", "ctc_loss_reduction")  # of the config of a model that spells
 
 
 class Part(Protocol):
@@ -134,8 +135,10 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
 
 
 def head_of(model: nn.Module) -> dict[str, Any] | None:
-    """What the config of a classifier says of its head; None of any other model."""
+    """What the config of a classifier, or of a model that spells, says of its head; None of any other model."""
     config: Any = getattr(model, "config", None)
+    if type(model).__name__.endswith("ForCTC"):
+        return {k: getattr(config, k, None) for k in LETTERS}
     names = getattr(config, "id2label", None)
     if not names or "Classification" not in type(model).__name__:
         return None

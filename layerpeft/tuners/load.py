@@ -33,7 +33,7 @@ from layerpeft.selection.scoring import needs
 from layerpeft.selection.typecheck import read_fields
 from layerpeft.text import note, some
 from layerpeft.training import backward, steps
-from layerpeft.training.record import HEAD, Record, read_record, record_of, write_record
+from layerpeft.training.record import HEAD, LETTERS, Record, read_record, record_of, write_record
 from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
@@ -196,6 +196,8 @@ def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict
     with as_written(f"{folder} does not name its classes"):
         names = {int(i): name for i, name in (head.pop("id2label", None) or {}).items()}
         by_name = {name: i for i, name in names.items()}
+    if LETTERS[0] in head:
+        return head | {"ignore_mismatched_sizes": True} | dict(given)
     if not names or given.get("num_labels", len(names)) != len(names) or {"id2label", "config"} & set(given):
         return dict(given)
     rest = {k: v for k, v in given.items() if k != "num_labels"}
@@ -222,7 +224,7 @@ def _other_head(folder: str | os.PathLike[str], classes: int) -> dict[str, Any]:
 def _name_classes(model: nn.Module, said: Mapping[str, Any]) -> None:
     """Gives a base that came from elsewhere what it lacks of these."""
     config: Any = getattr(model, "config", None)
-    if not said or len(getattr(config, "id2label", None) or ()) != len(said["id2label"]):
+    if "id2label" not in said or len(getattr(config, "id2label", None) or ()) != len(said["id2label"]):
         return
     if set(config.id2label.values()) == {f"LABEL_{i}" for i in config.id2label}:
         config.id2label, config.label2id = dict(said["id2label"]), dict(said["label2id"])
@@ -344,6 +346,15 @@ def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, A
     options = kwargs if config.get("auto_mapping") and not task else {"trust_remote_code": False} | kwargs
     try:
         with as_written(f"the base model {base!r} of {folder} cannot be loaded"):
+            if LETTERS[0] in kwargs:  # letters are no words: PEFT would look for their embeddings
+                kind, own = (
+                    getattr(transformers, config["auto_mapping"]["base_model_class"]),
+                    (*PEFT_OPTIONS, "is_trainable"),
+                )
+                model = kind.from_pretrained(base, **{k: v for k, v in options.items() if k not in own})
+                return peft.PeftModel.from_pretrained(
+                    model, str(folder), **{k: v for k, v in kwargs.items() if k in own}
+                )
             return auto.from_pretrained(str(folder.absolute()), **options)
     except SaveError as error:
         raise SaveError(f"{error}\nThen {cure}") from error

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.read import load_recipe
@@ -200,6 +201,22 @@ def test_no_row_is_longer_than_the_model_has_places_for() -> None:
     rows = [{"text": "Ana left Oslo . " * 200, "label": "x"}, {"text": "Ana", "label": "y"}]
     setup = setup_of("classification", *rows)  # max_length is 512 by default, and this model has 256 places
     assert [len(ids) for ids in setup.train["input_ids"]] == [256, 3] and setup.counts["training"].cut == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_spells_has_its_letters_where_it_is_loaded_and_merged() -> None:
+    run(load_recipe("speech", [*SIZES, "output_dir=out", "save_strategy=no"]), lambda said: None)
+    loaded = layerpeft.load("out").eval()
+    assert main(["merge", "out", "merged"]) == 0
+    merged = transformers.AutoModelForCTC.from_pretrained("merged").eval()
+    sound = torch.randn(1, 8000)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(sound).logits, loaded(sound).logits, atol=1e-4, rtol=1e-4)
+    assert merged.config.vocab_size == len(transformers.AutoProcessor.from_pretrained("merged").tokenizer)
+    heard = transformers.pipeline("automatic-speech-recognition", "merged")(
+        {"raw": sound[0].numpy(), "sampling_rate": 16_000}
+    )
+    assert set(heard["text"]) <= set("abcdefg ")
 
 
 @pytest.mark.slow
