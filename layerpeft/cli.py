@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, plan, prefill, score, compare, merge, recipes, env.
+"""The command `layerpeft`: train, plan, prefill, score, compare, generate, merge, recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -29,6 +29,7 @@ RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
     for name in ("train", "plan", "prefill", "score", "compare", "merge", "env")
 }
+RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate",)}
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -88,7 +89,7 @@ def _read(words: list[str]) -> argparse.Namespace:
         args.settings += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if "=" not in word or word.startswith("-")]
     if rest:
-        raise UsageError(_stray(rest, hasattr(args, "settings")))
+        raise UsageError(_stray(rest, args))
     if getattr(args, "recipe", "") is None:
         raise UsageError(f"name a recipe: a path, or one of those that ship ({', '.join(recipes())})")
     if hasattr(args, "recipe"):
@@ -108,14 +109,13 @@ def _loaded(place: str) -> Command:
         return getattr(importlib.import_module(module), name)
 
 
-def _stray(rest: list[str], takes_settings: bool) -> str:
+def _stray(rest: list[str], args: argparse.Namespace) -> str:
     word = rest[0]
-    if takes_settings and word.startswith("--"):
+    if hasattr(args, "settings") and word.startswith("--"):
         name, _, value = word.removeprefix("--").partition("=")
         value = value or (rest[1] if len(rest) > 1 else "VALUE")
-        return (
-            f"unknown option {word!r}. Settings of the recipe are written key=value: {shlex.quote(f'{name}={value}')}"
-        )
+        what = "Settings of the recipe" if hasattr(args, "recipe") else "Options of generation"
+        return f"unknown option {word!r}. {what} are written key=value: {shlex.quote(f'{name}={value}')}"
     return f"unknown argument {word!r} (see `layerpeft --help`)"
 
 
@@ -152,25 +152,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     comparing.add_argument(
         "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
     )
+    _using(add)
     merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk")
-    merging.add_argument("folder", metavar="FOLDER", help="folder of the adapter")
-    merging.add_argument("into", metavar="OUT", help="new folder for the full model")
-    merging.add_argument("--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)")
-    merging.add_argument("--dtype", metavar="TYPE", help="of the weights, as bfloat16 (default: the base's)")
-    merging.add_argument(
-        "--into-quantized", action="store_true", help="merge into a quantized base, whose weights are rounded once more"
-    )
-    merging.add_argument(
-        "--weights",
-        metavar="W",
-        help="how much what was trained counts, by layer: '0-7=0.5,8-11=1', or a YAML or JSON file",
-    )
-    merging.add_argument(
-        "--plus",
-        metavar="MODEL",
-        help="with --minus: FOLDER is a full model, to which the difference of two others is added",
-    )
-    merging.add_argument("--minus", metavar="MODEL", help="as --plus an instruction-tuned model, and its base here")
+    _merging(merging)
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
@@ -198,6 +182,44 @@ def _planning(planning: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let code that comes with the recipe or its model run, which it does not here",
     )
+
+
+def _merging(merging: argparse.ArgumentParser) -> None:
+    merging.add_argument("folder", metavar="FOLDER", help="folder of the adapter")
+    merging.add_argument("into", metavar="OUT", help="new folder for the full model")
+    merging.add_argument("--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)")
+    merging.add_argument("--dtype", metavar="TYPE", help="of the weights, as bfloat16 (default: the base's)")
+    merging.add_argument(
+        "--into-quantized", action="store_true", help="merge into a quantized base, whose weights are rounded once more"
+    )
+    merging.add_argument(
+        "--weights",
+        metavar="W",
+        help="how much what was trained counts, by layer: '0-7=0.5,8-11=1', or a YAML or JSON file",
+    )
+    merging.add_argument(
+        "--plus",
+        metavar="MODEL",
+        help="with --minus: FOLDER is a full model, to which the difference of two others is added",
+    )
+    merging.add_argument("--minus", metavar="MODEL", help="as --plus an instruction-tuned model, and its base here")
+
+
+def _using(add: Callable[..., Any]) -> None:
+    """The commands on what was trained."""
+    folder = "what `layerpeft train` wrote: an adapter, a checkpoint in it, a merged model; or any adapter or model"
+    writing = add("generate", "text from what was trained: answers to prompts, or a chat in the terminal")
+    writing.add_argument("folder", metavar="FOLDER", help=folder)
+    writing.add_argument(
+        "settings", metavar="key=value", nargs="*", help="generation: max_new_tokens=64 temperature=0.7 seed=1 …"
+    )
+    writing.add_argument("--prompt", metavar="TEXT", action="append", help="text to go on from (may be given again)")
+    writing.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or JSON lines; - is standard input")
+    writing.add_argument("--chat", action="store_true", help="talk in the terminal; with a prompt: it is a turn")
+    writing.add_argument("--system", metavar="TEXT", help="what stands before a conversation")
+    writing.add_argument("--json", action="store_true", help="a JSON line for each answer")
+    for sub in (writing,):
+        sub.add_argument("--model", metavar="MODEL", help="base of the adapter (default: what it was trained on)")
 
 
 def _recipes(args: argparse.Namespace) -> None:

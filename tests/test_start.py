@@ -39,6 +39,7 @@ AT_ONCE = [
     *(([name], 2, "name a recipe") for name in ("train", "plan", "score", "compare")),
     *(([name, "quickstrat"], 2, "Did you mean 'quickstart'?") for name in ("train", "plan", "score", "compare")),
     (["train", "."], 2, "is a folder"),
+    (["generate", "--help"], 0, "FOLDER"),
 ]
 COMMANDS = """
 import contextlib, io, json, sys

@@ -1,0 +1,74 @@
+"""How text is generated, as `key=value` of transformers' GenerationConfig and a seed: looked at before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from layerpeft.errors import Problems, UsageError, told, unknown
+from layerpeft.recipe.yaml import Document, override
+
+MOST = 256  # new tokens, where nobody says how many
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+# what changes the kind of what comes back, and not the text
+_OTHER = (
+    "return_dict_in_generate", "num_return_sequences", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `generate` is told over the model's own generation_config; `seed`: of draws."""
+
+    given: Mapping[str, Any]
+    seed: int | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether text comes word by word: of several beams it is known at the end."""
+        return self.given.get("num_beams") in (None, 1)
+
+    def for_model(self, model: Any) -> dict[str, Any]:
+        """Keywords for `model.generate`. Drawing is on where an option of drawing is given; a temperature of 0 is no drawing."""
+        found = dict(self.given)
+        if "do_sample" not in found and set(SAMPLING) & set(found):
+            found["do_sample"] = found.get("temperature") != 0
+        if found.get("temperature") == 0:
+            del found["temperature"]
+        own = getattr(model, "generation_config", None)
+        if not {"max_new_tokens", "max_length"} & set(found) and getattr(own, "max_new_tokens", None) is None:
+            found["max_new_tokens"] = MOST
+        return found
+
+
+def read_options(settings: Sequence[str]) -> Options:
+    """Options as they stand on a command line. Raises: UsageError naming every one that is unknown or cannot be."""
+    document = override(Document(), settings)
+    problems = Problems("generation")
+    for fault in document.faults:
+        problems.add(fault.text)
+    known = {k for k in vars(GenerationConfig()) if not k.startswith("_")} - {*_OTHER, "transformers_version"}
+    given = {k: v for k, v in document.data.items() if v is not None}
+    for name in [name for name in given if name not in known and name != "seed"]:
+        problems.add(unknown("option", name, {*known, "seed"}))
+    seed = given.pop("seed", None)
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
+        problems.add(f"seed: expected a whole number from 0, got {seed!r}")
+    try:
+        if not problems.items:
+            drawn = {k: v for k, v in given.items() if (k, v) != ("temperature", 0)}
+            GenerationConfig(**drawn).validate()
+    except (ValueError, TypeError) as error:
+        problems.add(told(error, 300))
+    for name in ("max_new_tokens", "min_new_tokens", "num_beams", "top_k"):
+        if name in given and (type(given[name]) is not int or given[name] < (name in ("max_new_tokens", "num_beams"))):
+            problems.add(f"{name}: expected a whole number above zero, got {given[name]!r}")
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        if name in given and (type(given[name]) not in (int, float) or given[name] < 0):
+            problems.add(f"{name}: expected a number that is not below zero, got {given[name]!r}")
+    problems.raise_if_any(UsageError)
+    return Options(given, seed)
