@@ -131,8 +131,7 @@ def _sorted(
     tokens, whole, shared = [], [], []
     for name, value in sorted(inputs.items()):
         away = name in APART and not (decoder and name == "labels")
-        cuts = name.startswith(_CUTS) and (several or _says_one(value, shape))
-        if away or value is None or cuts or (image and name.startswith(IMAGES)):
+        if away or value is None or (several and name.startswith(_CUTS)) or (image and name.startswith(IMAGES)):
             continue
         if not isinstance(value, torch.Tensor):
             shared.append((name, value))
@@ -158,14 +157,6 @@ def _sorted(
         else:
             shared.append((name, value))
     return tokens, whole, shared
-
-
-def _says_one(value: Any, shape: tuple[int, int]) -> bool:
-    """Whether what says where texts begin says that there is one, by its length, its ends, or zeros."""
-    if isinstance(value, torch.Tensor):
-        ends = [0, shape[1]]
-        return not bool(value.any()) or (value.dim() == 1 and shape[0] == 1 and value.tolist() == ends)
-    return shape[0] == 1 and value == shape[1]
 
 
 class _Trimmed:

@@ -30,7 +30,6 @@ from layerpeft.recipe.recipe import layer_config
 from layerpeft.recipe.shipped import beside
 from layerpeft.training.exits import with_exits
 from layerpeft.training.prefix.below import Below, why_off
-from layerpeft.training.prefix.rows import rows_of
 from layerpeft.training.prefix.setting import Setting, placed
 from tests.helpers.kept import cache_of, equal
 from tests.helpers.loops import adamw, llama, make_batches
@@ -126,20 +125,6 @@ def test_the_same_row_is_found_under_other_padding_and_in_other_company():
         assert cache.hits == found
     real = other[1].bool()
     torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
-
-
-def test_a_text_alone_is_the_one_that_stands_among_others_whatever_says_where_it_begins():
-    ids, places = torch.arange(5)[None], torch.arange(5)[None]
-    ends = {"cu_seq_lens_q": torch.tensor([0, 5]), "max_length_q": 5, "seq_idx": torch.zeros(1, 5, dtype=torch.int32)}
-    alone = rows_of({"input_ids": ids, "position_ids": places, **ends}, (1, 5))
-    both = {"input_ids": torch.cat([ids + 9, ids], 1), "position_ids": torch.cat([places, places], 1)}
-    ends = {
-        "cu_seq_lens_q": torch.tensor([0, 5, 10]),
-        "max_length_q": 5,
-        "seq_idx": torch.arange(2).repeat_interleave(5)[None],
-    }
-    among = rows_of(both | ends, (1, 10), several=True)
-    assert alone is not None and among is not None and alone[0].key == among[1].key != among[0].key
 
 
 def test_padding_on_the_left_is_another_row():
