@@ -59,14 +59,13 @@ def checkpoint(folder: Path, dtype: torch.dtype) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
-def test_a_checkpoint_of_2_gb_is_filled_with_one_layer_in_memory(loaded: str, tmp_path: Path):
+def test_a_checkpoint_of_2_gb_is_filled_with_one_layer_in_memory(tmp_path: Path):
     base = checkpoint(tmp_path / "base", torch.float32)
     assert (base / "model.safetensors").stat().st_size > 2e9
     settings = [
         f"model_name_or_path={base}",
         f"output_dir={tmp_path}/out",
-        f"dtype={loaded}",
+        "dtype=float32",
         "bf16=false",
         "use_cpu=true",
     ]
@@ -80,5 +79,5 @@ def test_a_checkpoint_of_2_gb_is_filled_with_one_layer_in_memory(loaded: str, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     peak = int(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("peak")))
-    print(json.dumps({"loaded": loaded, "layer": LAYER, "peak": peak}))
+    print(json.dumps({"layer": LAYER, "peak": peak}))
     assert peak < LAYER + 200e6
