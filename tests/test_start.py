@@ -40,6 +40,7 @@ AT_ONCE = [
     *(([name, "quickstrat"], 2, "Did you mean 'quickstart'?") for name in ("train", "plan", "score", "compare")),
     (["train", "."], 2, "is a folder"),
     (["generate", "--help"], 0, "FOLDER"),
+    (["predict", "folder", "rows.csv"], 2, "--out"),
 ]
 COMMANDS = """
 import contextlib, io, json, sys

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ class Written(str):
 
 @dataclass(frozen=True)
 class Broken:
-    """What keeps a row from being read."""
+    """What keeps a row from being read. `ends`: nothing behind it was read."""
 
     text: str
+    ends: bool = False
 
 
 Row = tuple[int, dict[str, Any] | Broken]  # the line that it begins on (of parquet: its number), and its cells
@@ -132,7 +133,10 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
                 header = cells
                 twice = sorted(name for name, times in Counter(header).items() if name and times > 1)
                 if twice:
-                    yield first, Broken(f"the header has the column {twice[0]!r} twice; give one of them another name")
+                    yield (
+                        first,
+                        Broken(f"the header has the column {twice[0]!r} twice; give one of them another name", True),
+                    )
                     return
             elif len(cells) != len(header):
                 wrong = f"number of cells: {len(cells)}, and of columns in the header: {len(header)}"
@@ -142,18 +146,18 @@ def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:
             rows += cells is not header
     except ValueError as error:
         rows += 1
-        yield line, Broken(str(error))
+        yield line, Broken(str(error), True)
     except csv.Error as error:
         rows += 1
         if most is None or path.stat().st_size <= most:  # else it was cut here
             advice = 'a quote in a quoted cell is written twice: "a ""b"" c"'
             if b"\r" in last.rstrip(b"\r\n"):
                 advice = f"lines end in \\n: tr '\\r' '\\n' < {shlex.quote(str(path))} > lines.csv"
-            yield begun + 1, Broken(f"not readable as a table ({error}; {advice})")
+            yield begun + 1, Broken(f"not readable as a table ({error}; {advice})", True)
     finally:
         csv.field_size_limit(before)
     if header and not rows:
-        yield 1, Broken("a header, and no row below it")
+        yield 1, Broken("a header, and no row below it", True)
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def _whole(path: Path, listed: bool) -> list[Row]:
         try:
             texts.append(_decoded(raw, path))
         except ValueError as error:
-            return [(number, _fault(error))] if listed else []
+            return [(number, replace(_fault(error), ends=True))] if listed else []
     found = list(_values("".join(texts)))
     return found if listed or (found and not isinstance(found[0][1], Broken)) else []
 
@@ -235,7 +239,7 @@ def _values(text: str) -> Iterator[Row]:
         try:
             value, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line + text.count("\n", at, getattr(error, "pos", at)), _fault(error)
+            yield line + text.count("\n", at, getattr(error, "pos", at)), replace(_fault(error), ends=True)
             return
         yield line, _checked(value)
         at = _past(text, end)
@@ -246,7 +250,7 @@ def _values(text: str) -> Iterator[Row]:
     if listed and text[at:].rstrip() != "]":
         yield (
             text.count("\n", 0, at) + 1,
-            Broken("not readable as JSON (the list of rows is not closed, or goes on after its end)"),
+            Broken("not readable as JSON (the list of rows is not closed, or goes on after its end)", True),
         )
 
 

@@ -1,0 +1,108 @@
+"""Rows on their way to a model: read one after the other, each with what it lacks, none of them kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layerpeft.errors import Problem, RecipeError, UsageError
+from layerpeft.recipe.reading import Broken, read
+from layerpeft.recipe.rows import Source, lacking, load, local_files, template_columns
+from layerpeft.recipe.tasks.shape import How, cells, undecoded
+from layerpeft.recipe.tasks.task import Known
+from layerpeft.recipe.trainers.table import task_of
+
+
+@dataclass(frozen=True)
+class Given:
+    """A row: its number from 1, where it stands, its cells, and why it cannot be read ("" where it can)."""
+
+    number: int
+    where: str
+    row: Mapping[str, Any]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Rows, and which of their columns are read: `how` makes a row's cells by the names of a form."""
+
+    source: Source
+    how: How
+
+    @property
+    def homes(self) -> tuple[str, ...]:
+        return self.how.known.homes
+
+    def cells(self, given: Given) -> dict[str, Any]:
+        """Raises: Unfit where there is nothing to fill a template with."""
+        return cells(given.row, self.how)
+
+    def __iter__(self) -> Iterator[Given]:
+        """Raises: RecipeError where a file goes on in a way that cannot be read."""
+        if not self.source.files:
+            for place, row in self.source:
+                yield Given(place.number, place.where, row)
+            return
+        total = 0
+        for path in self.source.files:
+            for line, row in read(path, self.source.delimiter):
+                total += 1
+                where = f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {line}"
+                if not isinstance(row, Broken):
+                    yield Given(total, where, row)
+                elif row.ends:
+                    raise RecipeError(f"{where}: {row.text}")
+                else:
+                    yield Given(total, where, {}, row.text)
+
+
+def incoming(
+    rows: Sequence[str], split: str, trainer: str, forms: Sequence[tuple[str, ...]], more: Sequence[str],
+    columns: Mapping[str, str] | None,
+) -> Incoming:  # fmt: skip
+    """Rows of files, or of a folder or data set of the hub, read by the first of the forms whose columns are there.
+
+    `columns`: templates of training, which count where the rows have what they name. Raises: RecipeError.
+    """
+    name: Any = rows[0] if len(rows) == 1 else list(rows)
+    files = local_files(name)
+    source = Source(name, split, tuple(files)) if files is not None else load(name, config=None, split=split)
+    assert source is not None
+    source = undecoded(replace(source, held=None))
+    have = source.columns
+    task: Any = task_of(trainer) or task_of("dpo")  # of which nothing but the way of reading cells is wanted
+    homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
+    usable = {k: t for k, t in (columns or {}).items() if set(template_columns(t)) <= set(have)}
+    for form in forms:
+        if set(form) <= set(usable):
+            kept = {k: usable[k] for k in (*form, *more) if k in usable}
+            return Incoming(source, How(task, tuple(kept.items()), (), Known((), homes)))
+    for form in forms:
+        if set(form) <= set(have):
+            names = (*form, *(n for n in more if n in have))
+            declared = tuple((n, found) for n in names if (found := source.classes(n)))
+            return Incoming(source, How(task, (), names, Known(declared, homes)))
+    wanted = "; or ".join(" and ".join(f"`{n}`" for n in form) for form in forms)
+    example = " ".join(f"--column {n}='{{…}}'" for n in forms[0])
+    raise RecipeError(Problem(("columns",), f"{some_name(name)}: {lacking(wanted, have, example)}"))
+
+
+def some_name(name: Any) -> str:
+    return name if isinstance(name, str) else ", ".join(name)
+
+
+def templates(words: Sequence[str]) -> dict[str, str]:
+    """`--column text='{sentence}'`, as templates by name. Raises: UsageError."""
+    found = {}
+    for word in words:
+        name, equals, template = word.partition("=")
+        try:
+            named = template_columns(template)
+        except ValueError as error:
+            raise UsageError(f"--column {word!r}: {error}") from error
+        if not equals or not named:
+            raise UsageError(f"--column {word!r}: expected NAME='{{column}}', as text='{{sentence}}'")
+        found[name.strip()] = template
+    return found

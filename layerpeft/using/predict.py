@@ -1,0 +1,76 @@
+"""Predictions for rows, however many: read, asked in batches of like length, and given back in their order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from layerpeft.recipe.reading import plain
+from layerpeft.recipe.rows import Unfit
+from layerpeft.text import some
+from layerpeft.using.incoming import Given, Incoming
+from layerpeft.using.table import short, writing
+from layerpeft.using.ways import Answer, Way
+
+WINDOW = 32  # batches whose rows are put in order of length
+
+
+@dataclass
+class Count:
+    """What became of rows."""
+
+    read: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def told(self, cut: int, limit: int | None) -> str:
+        """One line."""
+        without = sum(self.reasons.values())
+        found = f"{self.read} rows read, {self.read - without} predicted"
+        named = [f"{n} {reason}" for reason, n in self.reasons.most_common()]
+        found += f", {without} without a prediction ({some(named, 4, ' and {} other reasons')})" if without else ""
+        return found + (f"; {cut} cut at {limit} tokens" if cut else "")
+
+
+def answers(rows: Incoming, way: Way, batch: int) -> Iterator[tuple[Given, Answer | None, str]]:
+    """Each row with its answer, or why it has none, in their order; in memory are those of a window of batches."""
+    left = iter(rows)
+    while window := list(islice(left, batch * WINDOW)):
+        found: list[Answer | None] = [None] * len(window)
+        why = [given.reason for given in window]
+        items: dict[int, Any] = {}
+        for i, given in enumerate(window):
+            try:
+                if not given.reason:
+                    items[i] = way.item(rows.cells(given))
+            except Unfit as error:
+                why[i] = str(error)
+        order = sorted(items, key=lambda i: way.size(items[i]), reverse=True)
+        for begin in range(0, len(order), batch):
+            part = order[begin : begin + batch]
+            for i, answer in zip(part, way.run([items[i] for i in part]), strict=True):
+                found[i] = answer
+        yield from zip(window, found, why, strict=True)
+
+
+def predict(rows: Incoming, way: Way, out: Path, batch: int, keep: Sequence[str] = ()) -> Count:
+    """Writes a row for every row: its number, the columns that are kept, the answer, and the reason where there is none."""
+    kept = {name: "object" for name in keep}
+    columns = {"row": "count", **kept, **way.columns(), "reason": "text"}
+    count = Count()
+    with writing(out, columns) as write:
+        held: list[dict[str, Any]] = []
+        for given, answer, why in answers(rows, way, batch):
+            count.read += 1
+            if answer is None:
+                count.reasons[why] += 1
+            kept_of = {name: plain(given.row.get(name)) for name in keep}
+            held.append({"row": given.number, **kept_of, **short(answer or {}), "reason": why or None})
+            if len(held) == batch * WINDOW:
+                write(held)
+                held = []
+        write(held)
+    return count
