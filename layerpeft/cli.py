@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, plan, prefill, score, compare, generate, predict, merge, recipes, env.
+"""The command `layerpeft`: train, plan, preview, prefill, score, compare, generate, predict, merge, recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -27,7 +27,7 @@ from layerpeft.text import is_first, left_behind
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
 RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
-    for name in ("train", "plan", "prefill", "score", "compare", "merge", "env")
+    for name in ("train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict")}
 Command = Callable[[argparse.Namespace], None]
@@ -111,6 +111,9 @@ def _loaded(place: str) -> Command:
 
 def _stray(rest: list[str], args: argparse.Namespace) -> str:
     word = rest[0]
+    options = [f"--{name.replace('_', '-')}" for name in vars(args) if name not in ("recipe", "settings", "command")]
+    if word.startswith("--") and (close := nearest(word.partition("=")[0], options)):
+        return f"unknown option {word!r}. Did you mean {close!r}?"
     if hasattr(args, "settings") and word.startswith("--"):
         name, _, value = word.removeprefix("--").partition("=")
         value = value or (rest[1] if len(rest) > 1 else "VALUE")
@@ -143,6 +146,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     add("train", "train a recipe", recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
     _planning(planning)
+    looking = add("preview", "rows as the model sees them: text, tokens, what carries loss, what is cut", recipe=True)
+    _looking(looking)
     add("prefill", "fill what enters the lowest trained layer ahead, with one layer in memory at a time", recipe=True)
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
     comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
@@ -160,9 +165,15 @@ def _parser() -> tuple[_Parser, list[str]]:
     shipped.add_argument("name", nargs="?", help="name of a recipe")
     shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
     environment = add("env", "versions and devices, to paste into an issue")
-    for sub in (planning, scoring, comparing, shipped, environment):
+    for sub in (planning, looking, scoring, comparing, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
+
+
+def _looking(looking: argparse.ArgumentParser) -> None:
+    looking.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    looking.add_argument("--full", action="store_true", help="nothing is left out of long rows")
+    looking.add_argument("--run-code", action="store_true", help="let code that comes with the model run")
 
 
 def _planning(planning: argparse.ArgumentParser) -> None:

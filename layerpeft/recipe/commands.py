@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
+import shutil
 import sys
 from typing import Any
 
@@ -24,6 +26,8 @@ from layerpeft.recipe.compare import parse_arms
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.prefill import prefill as fill_ahead
+from layerpeft.recipe.preview import preview as look_at
+from layerpeft.recipe.preview_text import Screen, told
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
@@ -63,6 +67,25 @@ def plan(args: argparse.Namespace) -> None:
     _say(str(found))
     if measured:
         _say(f"\n{measured}")
+
+
+def preview(args: argparse.Namespace) -> None:
+    if args.rows < 1:
+        raise UsageError(f"--rows {args.rows}: expected at least 1")
+    with _aside(), contextlib.nullcontext() if args.run_code else kept_out(RUN_CODE):
+        found = look_at(_load(args, "plan"), args.rows)
+    _say(json.dumps(found.to_dict()) if args.json else told(found, _screen(args.full)))
+
+
+def _screen(full: bool) -> Screen:
+    """The terminal that is written to; without one 120 columns and no colour."""
+    tty = sys.stdout.isatty()
+    colour = tty and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    try:
+        "⟦⟧…".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return Screen(shutil.get_terminal_size((120, 24)).columns, colour, False, full)
+    return Screen(shutil.get_terminal_size((120, 24)).columns, colour, True, full)
 
 
 def _cards(args: argparse.Namespace) -> Cards | None:
@@ -150,7 +173,8 @@ def _settle(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def _say(text: str) -> None:
     if is_first():
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _aside(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
