@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, plan, preview, prefill, score, compare, generate, predict, merge, recipes, env.
+"""The command `layerpeft`: train, plan, preview, prefill, score, compare, generate, predict, eval, merge, recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -29,7 +29,7 @@ RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
     for name in ("train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
 }
-RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict")}
+RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval")}
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -229,22 +229,32 @@ def _using(add: Callable[..., Any]) -> None:
     writing.add_argument("--chat", action="store_true", help="talk in the terminal; with a prompt: it is a turn")
     writing.add_argument("--system", metavar="TEXT", help="what stands before a conversation")
     writing.add_argument("--json", action="store_true", help="a JSON line for each answer")
+    saying_what, judging = _asking(add, folder)
+    for sub in (writing, saying_what, judging):
+        sub.add_argument("--model", metavar="MODEL", help="base of the adapter (default: what it was trained on)")
+
+
+def _asking(add: Callable[..., Any], folder: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Those that read rows."""
     saying_what = add("predict", "what was trained says of rows: classes, spans, numbers, answers, text")
-    saying_what.add_argument("folder", metavar="FOLDER", help=folder)
-    saying_what.add_argument("rows", metavar="ROWS", help="a file (.csv, .tsv, .jsonl, .json, .parquet), or a data set")
-    saying_what.add_argument("settings", metavar="key=value", nargs="*", help="generation: max_new_tokens=64 …")
+    judging = add("eval", "loss, accuracy, F1, exact answers or margins of what was trained, on rows with answers")
+    for sub in (saying_what, judging):
+        sub.add_argument("folder", metavar="FOLDER", help=folder)
+        sub.add_argument("rows", metavar="ROWS", help="a file (.csv, .tsv, .jsonl, .json, .parquet), or a data set")
+        sub.add_argument("settings", metavar="key=value", nargs="*", help="generation: max_new_tokens=64 …")
+        sub.add_argument("--overwrite", action="store_true", help="replace what lies there")
+    judging.add_argument("--out", metavar="FILE", help="JSON, with a picture of the classes beside it")
+    judging.add_argument("--answers", action="store_true", help="generate answers, and count the exact ones")
     saying_what.add_argument("--out", metavar="FILE", required=True, help=".csv, .tsv, .jsonl or .parquet")
-    saying_what.add_argument("--overwrite", action="store_true", help="replace what lies there")
     saying_what.add_argument("--keep", metavar="COLUMN", action="append", help="a column to copy (may be given again)")
     saying_what.add_argument("--threshold", type=float, default=0.5, help="of several labels (default: %(default)s)")
-    for sub in (saying_what,):
+    for sub in (saying_what, judging):
         sub.add_argument("--split", default="test", help="of a data set (default: %(default)s)")
         sub.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: %(default)s)")
         sub.add_argument(
             "--column", metavar="NAME='{column}'", action="append", help="what is what, as text='{sentence}'"
         )
-    for sub in (writing, saying_what):
-        sub.add_argument("--model", metavar="MODEL", help="base of the adapter (default: what it was trained on)")
+    return saying_what, judging
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -41,6 +41,7 @@ AT_ONCE = [
     (["train", "."], 2, "is a folder"),
     (["generate", "--help"], 0, "FOLDER"),
     (["predict", "folder", "rows.csv"], 2, "--out"),
+    (["eval", "folder"], 2, "ROWS"),
 ]
 COMMANDS = """
 import contextlib, io, json, sys

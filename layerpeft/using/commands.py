@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
+from layerpeft.integrations.files import replace_file
+from layerpeft.recipe.rows import template_columns
+from layerpeft.using.evaluate import (
+    draw_confusion,
+    evaluate_answers,
+    evaluate_by_trainer,
+    evaluate_text,
+    harness_line,
+    is_pairs,
+    judged_forms,
+)
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
 from layerpeft.using.generate import chat, check_template, check_writes, prompts_of, say_all
-from layerpeft.using.incoming import Incoming, incoming, templates
+from layerpeft.using.incoming import Incoming, incoming, source_of, templates
 from layerpeft.using.options import read_options
 from layerpeft.using.predict import predict as write_predictions
-from layerpeft.using.table import check_out
+from layerpeft.using.table import check_new, check_out
 from layerpeft.using.ways import way_of
 
 
@@ -50,9 +63,49 @@ def predict(args: argparse.Namespace) -> None:
     print(f"{out}: {count.told(way.cut, way.limit)}")
 
 
+def eval(args: argparse.Namespace) -> None:
+    options = read_options(args.settings)
+    out = Path(args.out).expanduser() if args.out else None
+    if out is not None:
+        check_new(out, args.overwrite)
+    if args.batch_size < 1:
+        raise UsageError("--batch-size is a whole number above zero")
+    found = _found(args)
+    columns = _columns(args, found)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet
+        have = {*source_of(args.rows, args.split).columns, *(columns or {})}
+        by_trainer = is_pairs(found, have) or found.trainer == "masked_lm"
+        if by_trainer or found.kind.endswith("CausalLM") and not args.answers:
+            model, tokenizer = load_found(found), tokenizer_of(found)
+            measure = evaluate_by_trainer if by_trainer else evaluate_text
+            result = measure(found, args.rows, args.split, model, tokenizer, args.batch_size, columns)
+        else:
+            kind = way_of(found)
+            rows = _rows(args, found, judged_forms(kind), (*kind.more, "answer_start"))
+            way = kind(found, load_found(found), tokenizer_of(found, kind.needs), options, 0.5, rows.homes)
+            result = evaluate_answers(rows, way, args.batch_size)
+    print(result)
+    if out is not None:
+        replace_file(out, f"{json.dumps(result.to_dict(), indent=2, ensure_ascii=False)}\n".encode())
+        picture = out.with_suffix(".png")
+        drawn = bool(result.confusion) and draw_confusion(result, picture)
+        print(f"\nwritten to {out}{f' and {picture}' if drawn else ''}")
+    if line := harness_line(found):
+        print(f"\nbenchmarks of lm-evaluation-harness (pip install 'layerpeft[eval]'):\n  {line}")
+
+
+def _columns(args: argparse.Namespace, found: Trained) -> dict[str, str] | None:
+    """Templates of the command line, else those of training where the rows have what they name."""
+    if args.column:
+        return templates(args.column)
+    columns = found.recipe.values.get("columns") or {}
+    have = set(source_of(args.rows, args.split).columns)
+    return dict(columns) if columns and all(set(template_columns(t)) <= have for t in columns.values()) else None
+
+
 def _rows(args: argparse.Namespace, found: Trained, forms: Any, more: Any) -> Incoming:
     columns = dict(found.recipe.values.get("columns") or {}) | templates(args.column or ())
-    return incoming([args.rows], args.split, found.trainer, forms, more, columns)
+    return incoming(args.rows, args.split, found.trainer, forms, more, columns)
 
 
 def _found(args: argparse.Namespace) -> Trained:

@@ -58,19 +58,23 @@ class Incoming:
                     yield Given(total, where, {}, row.text)
 
 
+def source_of(name: str, split: str) -> Source:
+    """Rows of files, or of a folder or data set of the hub, none of which is held. Raises: RecipeError."""
+    files = local_files(name)
+    source = Source(name, split, tuple(files)) if files is not None else load(name, config=None, split=split)
+    assert source is not None
+    return undecoded(replace(source, held=None))
+
+
 def incoming(
-    rows: Sequence[str], split: str, trainer: str, forms: Sequence[tuple[str, ...]], more: Sequence[str],
+    rows: str, split: str, trainer: str, forms: Sequence[tuple[str, ...]], more: Sequence[str],
     columns: Mapping[str, str] | None,
 ) -> Incoming:  # fmt: skip
     """Rows of files, or of a folder or data set of the hub, read by the first of the forms whose columns are there.
 
     `columns`: templates of training, which count where the rows have what they name. Raises: RecipeError.
     """
-    name: Any = rows[0] if len(rows) == 1 else list(rows)
-    files = local_files(name)
-    source = Source(name, split, tuple(files)) if files is not None else load(name, config=None, split=split)
-    assert source is not None
-    source = undecoded(replace(source, held=None))
+    source = source_of(rows, split)
     have = source.columns
     task: Any = task_of(trainer) or task_of("dpo")  # of which nothing but the way of reading cells is wanted
     homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
@@ -86,11 +90,7 @@ def incoming(
             return Incoming(source, How(task, (), names, Known(declared, homes)))
     wanted = "; or ".join(" and ".join(f"`{n}`" for n in form) for form in forms)
     example = " ".join(f"--column {n}='{{…}}'" for n in forms[0])
-    raise RecipeError(Problem(("columns",), f"{some_name(name)}: {lacking(wanted, have, example)}"))
-
-
-def some_name(name: Any) -> str:
-    return name if isinstance(name, str) else ", ".join(name)
+    raise RecipeError(Problem(("columns",), f"{rows}: {lacking(wanted, have, example)}"))
 
 
 def templates(words: Sequence[str]) -> dict[str, str]:
