@@ -1,4 +1,4 @@
-"""The command `layerpeft`: train, plan, preview, prefill, score, compare, generate, predict, eval, merge, recipes, env.
+"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, generate, predict, eval, merge, recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -27,7 +27,7 @@ from layerpeft.text import is_first, left_behind
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
 RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
-    for name in ("train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
+    for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval")}
 Command = Callable[[argparse.Namespace], None]
@@ -117,7 +117,7 @@ def _stray(rest: list[str], args: argparse.Namespace) -> str:
     if hasattr(args, "settings") and word.startswith("--"):
         name, _, value = word.removeprefix("--").partition("=")
         value = value or (rest[1] if len(rest) > 1 else "VALUE")
-        what = "Settings of the recipe" if hasattr(args, "recipe") else "Options of generation"
+        what = "Settings of the recipe" if hasattr(args, "recipe") or hasattr(args, "fit") else "Options of generation"
         return f"unknown option {word!r}. {what} are written key=value: {shlex.quote(f'{name}={value}')}"
     return f"unknown argument {word!r} (see `layerpeft --help`)"
 
@@ -143,6 +143,7 @@ def _parser() -> tuple[_Parser, list[str]]:
             )
         return sub
 
+    _starting(add("init", "write a recipe for a model, rows and a task, with layers that fit into memory"))
     add("train", "train a recipe", recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
     _planning(planning)
@@ -168,6 +169,20 @@ def _parser() -> tuple[_Parser, list[str]]:
     for sub in (planning, looking, scoring, comparing, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
+
+
+def _starting(starting: argparse.ArgumentParser) -> None:
+    starting.add_argument("--model", metavar="MODEL", help="folder, or name on the hub")
+    starting.add_argument("--data", metavar="ROWS", help="file, folder, or name on the hub")
+    starting.add_argument(
+        "--task", metavar="NAME", help="a trainer, as sft, dpo, classification (default: told by the rows)"
+    )
+    starting.add_argument("--held-out", metavar="ROWS", help="held-out rows, or a share of them (default: 5%%)")
+    starting.add_argument("--fit", metavar="SIZE", help="memory, as 24GB (default: what is here)")
+    starting.add_argument("--out", metavar="FILE", help="where to write it (default: recipe.yaml)")
+    starting.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings of the recipe, as learning_rate=1e-4"
+    )
 
 
 def _looking(looking: argparse.ArgumentParser) -> None:

@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.advice import advise
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.compare import parse_arms
+from layerpeft.recipe.init import Wanted, guess, look
+from layerpeft.recipe.init import init as write_recipe
+from layerpeft.recipe.keys import present
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.prefill import prefill as fill_ahead
@@ -67,6 +72,35 @@ def plan(args: argparse.Namespace) -> None:
     _say(str(found))
     if measured:
         _say(f"\n{measured}")
+
+
+def init(args: argparse.Namespace) -> None:
+    out = args.out or "recipe.yaml"
+    given = Wanted(args.model, args.data, args.task, args.held_out, out, args.fit, tuple(args.settings))
+    if sys.stdin.isatty() and sys.stdout.isatty() and is_first():
+        given = _asked(given, args.out is None)
+    with _aside(), kept_out(RUN_CODE):
+        path, found = write_recipe(given)
+    place = shlex.quote(str(path))
+    _say(f"{found}\n\n{path}: look at it, then\n  layerpeft preview {place}\n  layerpeft train {place}")
+
+
+def _asked(given: Wanted, out: bool) -> Wanted:
+    """What was not said, from whoever sits at the terminal; an empty answer takes what stands in brackets."""
+
+    def ask(what: str, usual: str = "") -> str:
+        try:
+            return input(f"{what}{f' [{usual}]' if usual else ''}: ").strip() or usual
+        except EOFError:
+            raise UsageError(f"init: no answer to: {what}") from None
+
+    given = replace(given, model=given.model or ask("Model (a folder, or a name on the hub)"))
+    given = replace(given, data=given.data or ask("Rows (a file, a folder, or a name on the hub)"))
+    if given.task is None and given.data:
+        usual = guess(look(given.data).columns) or ""
+        given = replace(given, task=ask(f"Task ({', '.join(present())})", usual) or None)
+    given = replace(given, held_out=given.held_out or ask("Held-out rows, or a share of the rows", "5%"))
+    return replace(given, out=ask("Recipe", given.out)) if out else given
 
 
 def preview(args: argparse.Namespace) -> None:

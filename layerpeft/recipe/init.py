@@ -1,0 +1,231 @@
+"""`layerpeft init`: a commented recipe for a model, rows and a task, with a choice of layers that fits into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerpeft.errors import LayerpeftError, Problems, UsageError, unknown
+from layerpeft.planning.fit import Fit
+from layerpeft.recipe import keys, rows
+from layerpeft.recipe.forms import read_by, taken
+from layerpeft.recipe.plan import Forecast, forecast
+from layerpeft.recipe.preview_text import harmless
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.tasks.tokenizing import tokenizer
+from layerpeft.recipe.trainer import prepare
+from layerpeft.recipe.trainers.table import ROWS
+from layerpeft.recipe.yaml import flow, override, parse
+from layerpeft.text import size_of, size_text
+from layerpeft.tuners.methods import DEFAULT
+
+LOOKED_AT = 200  # rows whose length is measured
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+FEW = 20  # rows of which none are held out
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. `task`: a trainer (None: told by the rows); `held_out`: rows or a share; `room`: memory, as "24GB";
+    `settings`: `key=value` of the recipe."""
+
+    model: str | None = None
+    data: str | None = None
+    task: str | None = None
+    held_out: str | None = None
+    out: str = "recipe.yaml"
+    room: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the rows are: how many, their columns, and what is read as what."""
+
+    count: int
+    columns: tuple[str, ...]
+    read_as: str
+
+
+def look(data: str) -> rows.Source:
+    """Raises: RecipeError where rows cannot be read."""
+    found = rows.load(data, config=None, split="train")
+    assert found is not None
+    return found
+
+
+def guess(columns: Sequence[str]) -> str | None:
+    """The trainer that reads most of these columns and needs nothing besides; None where none reads them."""
+    reads = {name: len(read_by(name, columns)) for name in keys.present() if not ROWS[name].needs}
+    best = max(reads, key=lambda name: reads[name], default=None)
+    return best if best is not None and reads[best] else None
+
+
+def init(wanted: Wanted) -> tuple[Path, Forecast]:
+    """Writes the recipe, and plans it. Raises: UsageError with everything that is missing or wrong; RecipeError and ConfigError of
+    the recipe that would be written, which then is not there."""
+    wanted, source, extra = _checked(wanted)
+    assert wanted.task is not None
+    read_as = taken(wanted.task, source.columns, extra.get("columns"))
+    looked = Looked(len(source), tuple(source.columns), read_as)
+    path = expanded(wanted.out)
+    values = _values(wanted, looked, extra)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(_text(path, values, {}))
+    try:
+        comments = {"dataset_name": f"{looked.count} rows" + (f", {read_as}" if read_as else "")}
+        if "max_length" in values and "max_length" not in extra:
+            values["max_length"], comments["max_length"] = _length(str(path))
+            path.write_text(_text(path, values, comments), encoding="utf-8")
+        room = wanted.room or _room()
+        found = forecast(str(path), (), room)
+        if isinstance(found.found, Fit):
+            values, comments = _fitted(values, comments, found.found, str(room))
+        path.write_text(_text(path, values, comments), encoding="utf-8")
+        return path, forecast(str(path)) if found.changes else found
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
+    """With the task, and what the settings say. Raises: UsageError with every problem."""
+    problems = Problems("init")
+    for name, value in (("model", wanted.model), ("data", wanted.data)):
+        if not value:
+            problems.add(f"--{name}: missing; there is nobody to ask")
+    if wanted.task is not None and wanted.task not in ROWS:
+        problems.add(unknown("task", wanted.task, ROWS))
+    if expanded(wanted.out).exists():
+        problems.add(f"--out: {wanted.out} exists already; name another file")
+    elif not expanded(wanted.out).parent.is_dir():
+        problems.add(f"--out: no folder {str(expanded(wanted.out).parent)!r}")
+    if wanted.room is not None and size_of(wanted.room) is None:
+        problems.add(f"--fit: {wanted.room!r} is no size; write 24GB, 16GiB or a number of bytes")
+    document = override(parse("{}"), wanted.settings)
+    for fault in document.faults:
+        problems.add(str(fault))
+    extra, source = dict(document.data), None
+    try:
+        source = look(wanted.data) if wanted.data else None
+    except LayerpeftError as error:
+        problems.add(f"--data: {error}")
+    if source is not None and wanted.task is None:
+        wanted = replace(wanted, task=guess(source.columns))
+        if wanted.task is None:
+            problems.add(
+                f"--task: missing; nothing reads rows with {', '.join(source.columns)} as they are (say the task, and "
+                "columns='{prompt: \"{question}\", …}')"
+            )
+    for need in ROWS[wanted.task].needs if wanted.task in ROWS else ():
+        if need not in extra:
+            problems.add(f"{need}: missing; {wanted.task} needs it, as a setting: {need}=…")
+    problems.raise_if_any(UsageError)
+    assert source is not None
+    return wanted, source, extra
+
+
+def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it is asked for."""
+    assert wanted.task is not None
+    row = ROWS[wanted.task]
+    held_out = wanted.held_out or ("5%" if looked.count >= FEW else None)
+    values: dict[str, Any] = {
+        "trainer": wanted.task, "model_name_or_path": wanted.model, "dataset_name": wanted.data,
+        "eval_dataset": held_out if row.evaluates else None, "output_dir": f"outputs/{expanded(wanted.out).stem}",
+        "layerpeft": {
+            "method": DEFAULT, "select": {"by": "gradient_norm", "keep": "50%"}, "r": 16, "lora_alpha": 32,
+            "target_modules": "all-linear",
+        },
+        "num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-4 if row.alone else 5e-5, "lr_scheduler_type": "cosine", "logging_steps": 10, "seed": 0,
+    }  # fmt: skip
+    if "max_length" in keys.top_settings(wanted.task):
+        values["max_length"] = LENGTHS[-1]
+    return _merged({k: v for k, v in values.items() if v is not None}, extra)
+
+
+def _merged(values: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    block = {"layerpeft": {**values["layerpeft"], **extra["layerpeft"]}} if "layerpeft" in extra else {}
+    return {**values, **extra, **block}
+
+
+def _length(source: str) -> tuple[int, str]:
+    """A max_length for the rows, and how that was found."""
+    recipe = load_recipe(source, [f"max_train_samples={LOOKED_AT}", "eval_dataset=null"], "plan")
+    made, tokens = prepare(recipe).train, tokenizer(recipe)
+    longest = sorted(_size(row, tokens) for row in made)
+    most = longest[min(len(longest) - 1, round(0.95 * len(longest)))]
+    limit = next((n for n in LENGTHS if n >= most), LENGTHS[-1])
+    positions = getattr(recipe.model.config, "max_position_embeddings", None)
+    limit = min(limit, positions) if isinstance(positions, int) and positions > 0 else limit
+    return limit, f"19 of 20 rows have at most {most} tokens, the longest {longest[-1]}"
+
+
+def _size(row: Mapping[str, Any], tokens: Any) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    texts = [_words(value) for name, value in row.items() if name not in ("chosen", "rejected")]
+    answers = [_words(row[name]) for name in ("chosen", "rejected") if name in row]
+    return len(tokens("\n".join([*texts, max(answers, key=len, default="")]), verbose=False)["input_ids"]) + 8
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(map(_words, value))
+    return "\n".join(map(_words, value.values())) if isinstance(value, Mapping) else str(value)
+
+
+def _room() -> str | None:
+    """The memory of an accelerator, else half of what the machine has; None where nothing says."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _fitted(
+    values: Mapping[str, Any], comments: Mapping[str, str], found: Fit, room: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """With what fits into memory, and what that gives up."""
+    made = dict(values)
+    for key, value in found.settings.items():
+        *above, last = key.split(".")
+        inner = made
+        for name in above:
+            inner[name] = dict(inner[name]) if isinstance(inner.get(name), Mapping) else {}
+            inner = inner[name]
+        inner[last] = value
+    size = size_text(size_of(room) or 0)
+    gave = "; ".join(found.gave_up)
+    said = f"fits into {size}" + (f", and gives up: {gave}" if gave else " as it is")
+    return made, {**comments, "select": f"measured on the rows; {said}"}
+
+
+def _text(path: Path, values: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    """The file: what is trained on what, the layers, then the settings of the trainer."""
+
+    def line(key: str, value: Any, before: str = "") -> str:
+        note = comments.get(key)
+        return (f"{before}# {' '.join(harmless(note).split())}\n" if note else "") + f"{before}{key}: {flow(value)}\n"
+
+    own = [key for key in keys.own_keys() if key in values and key != "layerpeft"]
+    rest = [key for key in values if key not in own and key != "layerpeft"]
+    name = " ".join(harmless(str(path)).split())
+    return "".join([
+        f"# layerpeft train {name}\n",
+        f"# before that: layerpeft plan {name} (what it costs), layerpeft preview {name} (rows as the model sees them)\n",
+        *(line(key, values[key]) for key in own),
+        "\nlayerpeft:\n",
+        *(line(key, value, "  ") for key, value in values["layerpeft"].items()),
+        f"\n# from here on: settings of the trainer ({ROWS[values['trainer']].arguments})\n",
+        *(line(key, values[key]) for key in rest),
+    ])  # fmt: skip

@@ -1,0 +1,117 @@
+"""`layerpeft init`: what it writes plans and trains as it is; what is wrong is said at once, and nothing is left."""
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerpeft.cli import main
+from layerpeft.recipe import commands
+from layerpeft.recipe.init import Wanted, guess
+from layerpeft.recipe.read import load_recipe
+
+pytestmark = pytest.mark.usefixtures("shallow")
+
+ALPACA = [{"instruction": f"Say {n}.", "input": "", "output": f"number {n} ✓"} for n in range(30)]
+LLAMA = ["--model", "layerpeft://llama-6m"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    return tmp_path
+
+
+def test_the_recipe_plans_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "24GB", "learning_rate=1e-3", "--out", "r.yaml"]) == 0
+    assert "layerpeft train r.yaml" in capsys.readouterr().out
+    text = Path("r.yaml").read_text()
+    assert "# 30 rows, read as Alpaca rows" in text and "# measured on the rows; fits into 22.4 GiB as it is" in text
+    assert "# 19 of 20 rows have at most" in text and "\\u" not in text
+    recipe = load_recipe("r.yaml", purpose="plan")
+    assert (recipe.trainer, recipe["eval_dataset"], recipe["max_length"]) == ("sft", "5%", 64)
+    assert recipe["learning_rate"] == 1e-3 and recipe.select == {"by": "gradient_norm", "keep": "50%"}
+    assert main(["plan", "r.yaml"]) == 0
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--out", "r.yaml"]) == 2  # nothing is written over
+    assert "r.yaml exists already" in capsys.readouterr().err and Path("r.yaml").read_text() == text
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "45MB"]) == 0
+    text = Path("recipe.yaml").read_text()
+    assert "and gives up:" in text
+    assert main(["plan", "recipe.yaml", "--fit", "45MB"]) == 0
+    assert "fits as it is" in capsys.readouterr().out
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "1MB", "--out", "small.yaml"]) == 2
+    assert "nothing fits into" in capsys.readouterr().err and not Path("small.yaml").exists()
+
+
+def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "gone.jsonl", "--task", "dop", "--fit", "much", "--out", "no/r.yaml"]
+    assert main(["init", *words]) == 2
+    said = capsys.readouterr().err
+    for fragment in (
+        "--model: missing",
+        "no file 'gone.jsonl'",
+        "'dop'",
+        "Did you mean 'dpo'",
+        "'much' is no size",
+        "no folder 'no'",
+    ):
+        assert fragment in said
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--task", "grpo"]) == 2
+    assert "rewards: missing" in capsys.readouterr().err
+    assert main(["init", *LLAMA, "--data", "rows.jsonl", "--task", "dpo"]) == 2
+    assert "Alpaca rows, which trainer: sft" in capsys.readouterr().err and not Path("recipe.yaml").exists()
+    assert main(["init", "--modle", "x"]) == 2 and "'--model'" in capsys.readouterr().err
+
+
+def test_the_rows_tell_the_task() -> None:
+    told = {
+        ("messages",): "sft", ("instruction", "input", "output"): "sft", ("text",): "sft", ("text", "label"): "classification",
+        ("prompt", "chosen", "rejected"): "dpo", ("chosen", "rejected"): "dpo", ("prompt", "completion", "label"): "kto",
+        ("tokens", "tags"): "token_classification", ("image", "label"): "image_classification", ("a", "b"): None,
+        ("prompt", "completion"): "sft",
+    }  # fmt: skip
+    assert {columns: guess(columns) for columns in told} == told
+
+
+def test_in_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers, asked = iter(["layerpeft://llama-6m", "rows.jsonl", "", "10%", "mine.yaml"]), []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(builtins, "input", answer)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    given: list[Any] = []
+    monkeypatch.setattr(commands, "write_recipe", lambda wanted: (Path("mine.yaml"), given.append(wanted)))
+    assert main(["init", "--fit", "24GB"]) == 0
+    assert [q.partition(" ")[0] for q in asked] == ["Model", "Rows", "Task", "Held-out", "Recipe"]
+    assert "[sft]" in asked[2]
+    assert given == [Wanted("layerpeft://llama-6m", "rows.jsonl", "sft", "10%", "mine.yaml", "24GB")]
+    given.clear()
+    monkeypatch.setattr(builtins, "input", lambda question: "")
+    assert main(["init", "--data", "rows.jsonl", *LLAMA]) == 0 and given[0].task == "sft"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "dpo", "classification"])
+def test_the_recipe_trains(task: str) -> None:
+    made: dict[str, Any] = {
+        "sft": ALPACA,
+        "dpo": [{"prompt": f"q {n}", "chosen": " good", "rejected": " bad"} for n in range(24)],
+        "classification": [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(24)],
+    }
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made[task]))
+    assert main(["init", *LLAMA, "--data", "d.jsonl", "--fit", "24GB"]) == 0
+    assert load_recipe("recipe.yaml").trainer == task
+    assert main(["train", "recipe.yaml", "max_steps=2"]) == 0
+    assert (Path("outputs/recipe") / "adapter_model.safetensors").is_file()
