@@ -21,6 +21,7 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe.model import auto_class, loading
 from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
 from layerpeft.saving.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest
@@ -72,7 +73,8 @@ def find(folder: str, model: str | None = None) -> Trained:
 
     Raises: SaveError for what is neither, is damaged, or whose base is not to be had.
     """
-    path = Path(folder).expanduser()
+    folder, model = resolve(folder), model and resolve(model)
+    path = expanded(folder)
     if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
         return _adapter(path, model)
     if model is not None:

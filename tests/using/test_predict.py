@@ -17,6 +17,7 @@ from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
 from layerpeft.recipe.shipped import resolve
 from layerpeft.using import predict
+from layerpeft.using.folder import find
 
 NAMES = {0: "gut", 1: "schlecht", 2: "naja – ü"}
 
@@ -93,6 +94,11 @@ def test_classes_with_names_in_the_order_of_the_rows(bert, tmp_path, capsys):
         assert one["score"] == float(two["score"]) == three["score"] == pytest.approx(float(wanted.max()), rel=1e-5)
         assert list(one["scores"]) == list(NAMES.values()) == list(json.loads(two["scores"]))
     assert "has no text" in found[".csv"][4]["reason"] and "number of cells" in found[".csv"][5]["reason"]
+
+
+def test_a_folder_is_read_before_weights_are(bert):
+    found = find("layerpeft://toy-bert")
+    assert (str(found.folder), found.base, found.kind, found.trainer) == (bert, None, "AutoModelForMaskedLM", "masked_lm")
 
 
 def test_several_labels_numbers_tags_and_answers(bert, tmp_path, capsys):
