@@ -79,19 +79,21 @@ class Found:
 # ---- rows with an answer --------------------------------------------------------------------------------------------
 
 TURNS = ("messages", "conversations")  # whose last turn is the answer
-SAID = ("completion", "assistant", "target", *TURNS)
+SAID = {"prompt": "completion", "user": "assistant", "text": "completion", "source": "target"}  # what follows what
 
 
 def wanted_columns(kind: type[Way]) -> tuple[str, ...]:
     """What a row's answer may be called."""
-    named: Mapping[type[Way], tuple[str, ...]] = {Tags: TAGS, Answers: ("answers", "answer"), Writes: SAID}
-    return next((names for way, names in named.items() if issubclass(kind, way)), ("label",))
+    if issubclass(kind, Writes):
+        return *dict.fromkeys(SAID.values()), *TURNS
+    return TAGS if issubclass(kind, Tags) else ("answers", "answer") if issubclass(kind, Answers) else ("label",)
 
 
 def judged_forms(kind: type[Way]) -> list[tuple[str, ...]]:
     """Columns that are enough, with the answer among them."""
-    forms = [(*form, name) for form in kind.forms for name in wanted_columns(kind) if name not in TURNS]
-    return forms + [form for form in kind.forms if set(form) & set(TURNS) and issubclass(kind, Writes)]
+    if issubclass(kind, Writes):
+        return [(*form, SAID[form[0]]) if form[0] in SAID else form for form in kind.forms]
+    return [(*form, name) for form in kind.forms for name in wanted_columns(kind)]
 
 
 def evaluate_answers(rows: Incoming, way: Way, batch: int) -> Found:

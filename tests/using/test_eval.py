@@ -146,3 +146,13 @@ def test_the_ready_line_runs_on_a_local_task(writer, tmp_path, capsys, monkeypat
     monkeypatch.setattr("sys.argv", [*words, "--batch_size", "1"])
     cli_evaluate()
     assert "local_task" in capsys.readouterr().out
+
+
+def test_exact_answers_are_those_that_it_generates(writer, tmp_path, capsys):
+    prompts = [{"prompt": r["prompt"]} for r in ROWS]
+    words = [lines(tmp_path / "rows.jsonl", prompts), "--out", str(tmp_path / "p.jsonl"), "max_new_tokens=3"]
+    assert main(["predict", str(writer), *words]) == 0
+    said = [json.loads(line)["text"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    rows = [{**p, "completion": t} for p, t in zip(prompts, [*said[:2], f"{said[2]} no"], strict=True)]
+    assert main(["eval", str(writer), lines(tmp_path / "rows.jsonl", rows), "--answers", "max_new_tokens=3"]) == 0
+    assert "exact_match: 0.666667" in capsys.readouterr().out

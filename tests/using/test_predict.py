@@ -98,7 +98,12 @@ def test_classes_with_names_in_the_order_of_the_rows(bert, tmp_path, capsys):
 
 def test_a_folder_is_read_before_weights_are(bert):
     found = find("layerpeft://toy-bert")
-    assert (str(found.folder), found.base, found.kind, found.trainer) == (bert, None, "AutoModelForMaskedLM", "masked_lm")
+    assert (str(found.folder), found.base, found.kind, found.trainer) == (
+        bert,
+        None,
+        "AutoModelForMaskedLM",
+        "masked_lm",
+    )
 
 
 def test_several_labels_numbers_tags_and_answers(bert, tmp_path, capsys):
