@@ -148,6 +148,7 @@ def test_the_ready_line_runs_on_a_local_task(writer, tmp_path, capsys, monkeypat
     assert "local_task" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exact_answers_are_those_that_it_generates(writer, tmp_path, capsys):
     prompts = [{"prompt": r["prompt"]} for r in ROWS]
     words = [lines(tmp_path / "rows.jsonl", prompts), "--out", str(tmp_path / "p.jsonl"), "max_new_tokens=3"]

@@ -106,6 +106,7 @@ def test_a_folder_is_read_before_weights_are(bert):
     )
 
 
+@pytest.mark.slow
 def test_several_labels_numbers_tags_and_answers(bert, tmp_path, capsys):
     def said(name, rows, kind, task, **head):
         folder = adapter(bert, tmp_path / name, kind, task, **head)
