@@ -109,7 +109,7 @@ def _pack(part: Part, index: int) -> int:
 
 def _short(text: str, screen: Screen) -> str:
     most = LONG * screen.width
-    if screen.full or len(text) <= most:
+    if screen.full or len(text) <= most + 40:  # what stands in its place is not much shorter
         return text
     left = len(text) - most
     return f"{text[: most // 2]} […{left} characters…] {text[-(most - most // 2) :]}"
