@@ -7,9 +7,13 @@ def numbers(text):
     return [float(n.replace(",", "").rstrip(".")) for n in re.findall(r"-?\d[\d,]*\.?\d*", text)]
 
 
-def worked_out(completions, **kwargs):
-    """How much of an answer is arithmetic, from 0 to 0.5: what a model can earn that never gets one right."""
-    return [min(0.5, len(re.findall(r"[\d=+*/<>-]", text)) / max(1, len(text))) for text in completions]
+def on_topic(prompts, completions, **kwargs):
+    """The share of an answer's words that its question has, from 0 to 0.5: what a model can earn that never gets one right."""
+    found = []
+    for prompt, text in zip(prompts, completions, strict=True):
+        asked, said = (re.findall(r"[a-z]{3,}|\d+", part.lower()) for part in (prompt, text))
+        found.append(0.5 * sum(word in set(asked) for word in said) / max(8, len(said)))
+    return found
 
 
 def correct_answer(completions, answer, **kwargs):

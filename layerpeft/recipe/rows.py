@@ -209,7 +209,7 @@ def column_problems(
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
         said = f"images are not trained on ({pictures.pop()}) by a model that reads none; for the words alone say which they are"
         return [("", f"{said}, as in {example}")]
-    there = any(set(form) <= set(have) for form in forms(text_field))
+    there = any(set(form) <= set(have) for form in forms(text_field or "text"))
     return [] if there else [("", lacking(wanted, have, example))]
 
 
