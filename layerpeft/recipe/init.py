@@ -123,7 +123,8 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
                 f"--task: missing; nothing reads rows with {', '.join(source.columns)} as they are (say the task, and "
                 "columns='{prompt: \"{question}\", …}')"
             )
-    for need in ROWS[wanted.task].needs if wanted.task in ROWS else ():
+    row = ROWS.get(wanted.task or "")
+    for need in row.needs if row is not None else ():
         if need not in extra:
             problems.add(f"{need}: missing; {wanted.task} needs it, as a setting: {need}=…")
     problems.raise_if_any(UsageError)

@@ -212,7 +212,8 @@ def _base(found: Trained, options: dict[str, Any]) -> nn.Module:
         return load_saved(base)
     if found.quant is not None:
         wanted = Quantized.from_dict(found.quant)
-        return load_model(base, wanted, kind=found.kind, **(options | {"dtype": wanted.dtype or None}))
+        more: dict[str, Any] = options | {"dtype": wanted.dtype or None}
+        return load_model(base, wanted, kind=found.kind, **more)
     return _from(found.kind, base, options)
 
 
