@@ -127,8 +127,9 @@ def _refuse_quantized(name: str, options: Mapping[str, Any]) -> None:
 def _check_found(name: str, model: nn.Module, found: Mapping[str, Any], chosen: Mapping[str, str], whole: bool) -> None:
     """What the checkpoint lacks must be a part of its own, such as a new head, of which transformers has told; nothing where the
     `whole` must be there."""
-    stacks = "" if whole else _stacks(model)
-    inside = [n for n in sorted(found["missing_keys"]) if n.startswith(stacks) or n.rpartition(".")[0] in chosen]
+    lost = sorted(found["missing_keys"])
+    stacks = "" if whole or not lost else _stacks(model)
+    inside = [n for n in lost if n.startswith(stacks) or n.rpartition(".")[0] in chosen]
     if inside:
         raise ConfigError(
             f"{name} is not a whole checkpoint of {type(model).__name__}: it lacks {len(inside)} tensors of the layers "

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from layerpeft.errors import told
 from layerpeft.recipe.reading import plain
 from layerpeft.recipe.rows import Unfit
 from layerpeft.text import some
@@ -47,7 +48,7 @@ def answers(rows: Incoming, way: Way, batch: int) -> Iterator[tuple[Given, Answe
                 if not given.reason:
                     items[i] = way.item(rows.cells(given))
             except Unfit as error:
-                why[i] = str(error)
+                why[i] = told(error)
         order = sorted(items, key=lambda i: way.size(items[i]), reverse=True)
         for begin in range(0, len(order), batch):
             part = order[begin : begin + batch]

@@ -34,17 +34,15 @@ def test_layers_are_kept_first_then_rank_then_rows_then_time():
     whole = fitted("1GB")
     assert whole.gave_up == () and whole.config is config and whole.settings == {}
     seen, room = [], whole.plan.peak_bytes
-    while True:
-        try:
-            found = fitted(room - 1)
-        except ConfigError as error:
-            assert "nothing fits into" in str(error) and "one layer at rank 4, one row at a time" in str(error)
-            break
+    while (found := fitted(room - 1)).apart is None:
         assert found.plan.peak_bytes < room
         assert found.batch_size * found.accumulation == 4  # the same step
         assert found.config.lora_alpha == 2 * found.config.r  # the same scale
         seen.append((sum(r.trains for r in found.plan.rows), found.config.r, found.batch_size, not found.checkpointing))
         room = found.plan.peak_bytes
+    assert (
+        found.apart.most < room and "filled ahead" in found.gave_up[0]
+    )  # then the upper layer alone, without what lies below
     assert seen == sorted(seen, reverse=True) and len(seen) > 4
     assert {s[0] for s in seen} == {2, 1} and {s[1] for s in seen} == {8, 4} and {s[2] for s in seen} == {2, 1}
     with pytest.raises(ConfigError, match="is no size"):
@@ -140,4 +138,5 @@ def test_frozen_layers_are_packed_before_rows_and_time_are_given_up(capsys, tmp_
 
 def test_a_size_that_nothing_fits_is_refused(capsys):
     assert main(["plan", "quickstart", "--fit", "1MB", f"model_name_or_path={short_llama(3)}"]) == 2
-    assert "nothing fits into" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing fits into" in said and "one layer at rank 4, one row at a time" in said

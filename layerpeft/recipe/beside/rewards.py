@@ -28,7 +28,7 @@ EXAMPLE = "rewards: [./rewards.py:correct_answer]"
 class Reward:
     """One item of `rewards`: a function `name` of `file`, or of TRL (no file; `options` make it), or else a model."""
 
-    text: str
+    asked: str
     name: str = ""
     file: str = ""
     options: Mapping[str, Any] | None = None
@@ -87,14 +87,14 @@ def problems(given: Any, home: Path) -> list[Problem]:
 
 def _check(reward: Reward, home: Path) -> None:
     if reward.file:
-        path, data = file_beside(reward.file, home, reward.text)
+        path, data = file_beside(reward.file, home, reward.asked)
         _check_code(reward, path, data)
     elif not is_model(reward):
         _made(reward)
-    elif (place := expanded(place_of(reward.text))).is_dir():
+    elif (place := expanded(place_of(reward.asked))).is_dir():
         if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(f"{place} has no config.json, so it is no model")
-    elif not ("/" in reward.text and re.fullmatch(HUB, reward.text)):
+    elif not ("/" in reward.asked and re.fullmatch(HUB, reward.asked)):
         known = of_trl()
         raise ConfigError(
             f"{unknown('reward', reward.name, known)} Or a function of a file beside the recipe (./rewards.py:correct_answer), or "
@@ -107,18 +107,18 @@ def _check_code(reward: Reward, path: Path, data: bytes) -> None:
     try:
         body = ast.parse(data, str(path)).body
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{reward.text}: {path} is no Python ({error})") from error
+        raise ConfigError(f"{reward.asked}: {path} is no Python ({error})") from error
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     names = {name for node in body for name in _names(node)}
     if reward.name not in names:
         there = ", ".join(functions) or "none"
         raise ConfigError(
-            f"{reward.text}: {path.name} has no {reward.name!r}.{hint(reward.name, list(names))} Its functions: {there}"
+            f"{reward.asked}: {path.name} has no {reward.name!r}.{hint(reward.name, list(names))} Its functions: {there}"
         )
     node = functions.get(reward.name)
     if node is not None and node.args.kwarg is None:
         raise ConfigError(
-            f"{reward.text}: takes no other arguments, and TRL gives it prompts, completions, completion_ids, every column of the "
+            f"{reward.asked}: takes no other arguments, and TRL gives it prompts, completions, completion_ids, every column of the "
             f"rows and more; write `def {reward.name}(completions, …, **kwargs)`"
         )
 
@@ -158,7 +158,7 @@ def ready(setup: Any) -> None:
         if not is_model(reward):
             function = _function(setup.recipe, reward)
             if isinstance(setup.train[0]["prompt"], str) and _reads_turns(function):
-                text = f"{reward.text} reads conversations, and the prompts are text; write them as turns, as in "
+                text = f"{reward.asked} reads conversations, and the prompts are text; write them as turns, as in "
                 raise wrong(KEY, text + 'columns: {user: "{question}"}')
 
 
@@ -166,7 +166,7 @@ def given(setup: Any) -> dict[str, Any]:
     """The functions and models, with a tokenizer for each model. Raises: RecipeError."""
     recipe, found = setup.recipe, _rewards(setup.recipe)
     functions = [_model(recipe, reward) if is_model(reward) else _function(recipe, reward) for reward in found]
-    readers = [tokenizer(recipe, KEY, reward.text) if is_model(reward) else None for reward in found]
+    readers = [tokenizer(recipe, KEY, reward.asked) if is_model(reward) else None for reward in found]
     return {"reward_funcs": functions, "reward_processing_classes": readers}
 
 
@@ -179,9 +179,9 @@ def _function(recipe: Any, reward: Reward) -> Callable[..., Any]:
     try:
         if not reward.file:
             return _made(reward)
-        found = _ran(*code_beside(reward.file, recipe.path.parent, f"{KEY}: {reward.text}"))
+        found = _ran(*code_beside(reward.file, recipe.path.parent, f"{KEY}: {reward.asked}"))
         if not callable(function := getattr(found, reward.name, None)):
-            raise ConfigError(f"{reward.text}: {reward.name} is no function")
+            raise ConfigError(f"{reward.asked}: {reward.name} is no function")
         return function
     except ConfigError as error:
         raise wrong(KEY, str(error)) from error
@@ -204,13 +204,13 @@ def _reads_turns(function: Any) -> bool:
 def _model(recipe: Any, reward: Reward) -> Any:
     """A model with a head of one number; an adapter of such is put into its base."""
     kind, options = transformers.AutoModelForSequenceClassification, {"dtype": recipe["dtype"]}
-    place = Path(place_of(reward.text))
+    place = Path(place_of(reward.asked))
     if (place / "adapter_config.json").is_file():
         found = with_adapter(str(place), **options).merge_and_unload()
     else:
-        found = load(recipe, KEY, kind.from_pretrained, reward.text, **options)
+        found = load(recipe, KEY, kind.from_pretrained, reward.asked, **options)
     if found.config.num_labels != 1:
-        raise wrong(KEY, f"{reward.text}: gives {found.config.num_labels} numbers, and a reward is one")
+        raise wrong(KEY, f"{reward.asked}: gives {found.config.num_labels} numbers, and a reward is one")
     return found.eval().requires_grad_(False)
 
 

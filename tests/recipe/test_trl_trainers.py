@@ -1,5 +1,5 @@
 """Every trainer of TRL with every kind of config: it trains what was chosen and nothing else, against the base as its reference;
-plain PEFT loads it, it resumes. All cells: `pytest -m "" tests/recipe/test_trainers.py`."""
+plain PEFT loads it, it resumes. All cells: `pytest -m "" tests/recipe/test_trl_trainers.py`."""
 
 from __future__ import annotations
 
