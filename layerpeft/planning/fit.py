@@ -162,6 +162,9 @@ def _top_part(
     whole = layer_map(model, config.choosing.stack)
     units, stays = config.choosing.unit == "layer", needs(config.choosing) == "nothing"
     top = list(range(1, len(whole)))[-len(chosen) if units else 0 :]
+    inside = tuple(f"{name}." for name in whole.names)
+    if sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(inside)) > room:
+        return None  # embeddings and head alone
     lasts = config.caching is not None and config.caching.where != "memory"
     disk = config if lasts else config.changed(prefix_cache="disk")
     stays = stays and units and top == list(chosen)  # the choice itself is a top part
