@@ -209,7 +209,7 @@ def others(place: Path) -> Path:
             repeated,
             [
                 ("layerpeft.select={by: snr, keep: 2}", "snr measures all layers"),
-                ("exits=[3]", "exits is for all layers"),
+                ("exits=[3, 4]", "exits is for all layers"),
                 ("dtype=bfloat16", "dtype: 'float32' then, 'bfloat16' now"),
                 ("layerpeft.prefix_cache={where: FOLDER, bits: 8}", "bits: None then, 8 now"),
             ],
