@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from tqdm.auto import tqdm
@@ -58,6 +59,15 @@ def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), 
 def some(names: Sequence[str], most: int = 4, more: str = " …") -> str:
     """The first names, and a sign that there are more ("{}" in it: how many)."""
     return ", ".join(names[:most]) + (more.format(len(names) - most) if len(names) > most else "")
+
+
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if _written_over(c) else 1 for c in text)
+
+
+def _written_over(c: str) -> bool:
+    return bool(unicodedata.combining(c)) or unicodedata.category(c) in ("Mn", "Me")
 
 
 def size_of(text: str) -> int | None:

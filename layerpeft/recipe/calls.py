@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from layerpeft.errors import RecipeError
+from layerpeft.model.evaluating import standing_in
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.recipe.model import empty_model
 from layerpeft.recipe.trainer import Setup, make_trainer
@@ -67,24 +68,19 @@ class Calls:
         base, seen = base_of(self.trainer.model), []
         self.trainer.model.train(training)
 
-        own = base.forward
-
-        @wraps(own)
+        @wraps(base.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen.append(_call(base, args, kwargs, training))
             if not kwargs.get("fused_lm_head"):
                 raise _Enough
             return _nothing(kwargs["labels"][:, 1:])
 
-        base.forward = forward
         try:
-            with torch.no_grad():
+            with standing_in(base, forward), torch.no_grad():
                 self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
         except Exception:  # whatever a loss makes of such answers
             if not seen:
                 raise
-        finally:
-            base.forward = own
         return seen
 
 

@@ -7,7 +7,7 @@ import json
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -72,8 +72,8 @@ def _training(recipe: Recipe) -> list[tuple[Any, Any]]:
     if share is None and not several(recipe["dataset_name"]):
         return [_read(recipe, sets[0], "dataset_name", most)]
     made = [_read(recipe, one, "dataset_name", None) for one in sets]
-    whole, sources = _together([part for part, _ in made], sets), tuple(source for _, source in made)
-    starts = tuple(accumulate((len(part) for part, _ in made[:-1]), initial=0))
+    whole, source = _together(made, sets, recipe["dataset_name"], "train")
+    starts = source.starts
     held: list[int] = []
     if share is not None:
         held = held_out(whole, share, recipe["seed"])
@@ -83,9 +83,7 @@ def _training(recipe: Recipe) -> list[tuple[Any, Any]]:
     )
 
     def pick(chosen: Sequence[int], split: str, most: int | None) -> tuple[Any, Picked]:
-        chosen = chosen[:most]
-        name = recipe["dataset_name"]
-        return whole.select(chosen), Picked(name, split, parts=sources, starts=starts, picked=chosen)
+        return _picked(whole, replace(source, split=split), chosen[:most])
 
     found = [pick(order, "train", most)]
     return [*found, pick(held, "held out", recipe["max_eval_samples"])] if held else found
@@ -99,11 +97,8 @@ def _held_out(recipe: Recipe) -> list[tuple[Any, Any]]:
         made = [_read(recipe, one, "eval_dataset", most if len(sets) == 1 else None) for one in sets]
         if len(made) == 1:
             return made
-        whole = _together([part for part, _ in made], sets)
-        starts = tuple(accumulate((len(part) for part, _ in made[:-1]), initial=0))
-        chosen = range(len(whole))[:most]
-        source = Picked(name, test, parts=tuple(s for _, s in made), starts=starts, picked=chosen)
-        return [(whole.select(chosen), source)]
+        whole, source = _together(made, sets, name, test)
+        return [_picked(whole, source, range(len(whole))[:most])]
     train = recipe["dataset_name"]
     if several(train) or not recipe.row.evaluates or rows.local_files(train) is not None:
         return []
@@ -139,10 +134,13 @@ def _talks(recipe: Recipe) -> bool:
     return recipe.values.get("chat_template_path") is not None or tokenizer(recipe).chat_template is not None
 
 
-def _together(parts: Sequence[Any], sets: Sequence[Named]) -> Any:
-    """The rows of all data sets, one after another. Raises: RecipeError where they are not of one form."""
+def _together(
+    made: Sequence[tuple[Any, rows.Source]], sets: Sequence[Named], name: Any, split: str
+) -> tuple[Any, Picked]:
+    """The rows of all data sets, one after another, none of them picked yet. Raises: RecipeError where they are not of one form."""
     import datasets
 
+    parts = [part for part, _ in made]
     first = parts[0]
     for part, one in zip(parts[1:], sets[1:]):
         if part.features != first.features:
@@ -151,7 +149,13 @@ def _together(parts: Sequence[Any], sets: Sequence[Named]) -> Any:
                 f"{one.path!r} has rows of {here}, and {sets[0].path!r} of {there}; data sets that are trained on "
                 "together have rows of one form"
             )
-    return first if len(parts) == 1 else datasets.concatenate_datasets(list(parts))
+    whole = first if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    starts = tuple(accumulate(map(len, parts[:-1]), initial=0))
+    return whole, Picked(name, split, parts=tuple(source for _, source in made), starts=starts)
+
+
+def _picked(whole: Any, source: Picked, chosen: Sequence[int]) -> tuple[Any, Picked]:
+    return whole.select(chosen), replace(source, picked=chosen)
 
 
 def _columns(part: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +9,7 @@ from typing import Any
 
 from layerpeft.recipe.preview import Part, Preview
 from layerpeft.recipe.tokens import Tally
-from layerpeft.text import grid
+from layerpeft.text import cells, grid
 
 PLAIN, LEARNED, CUT = "plain", "learned", "cut"
 COLOURS = {LEARNED: ("\x1b[1;32m", "\x1b[0m"), CUT: ("\x1b[9;31m", "\x1b[0m"), PLAIN: ("", "")}
@@ -126,7 +125,7 @@ def _tokens(part: Part, tokenizer: Any, screen: Screen) -> list[str]:
         before = f"(+{i - last - 1}) " if i != last + 1 else ""
         piece = _clipped(harmless(tokenizer.decode([part.ids[i]])).replace("\n", "\\n"), screen.width // 2)
         start, end = screen.marks[LEARNED if part.learned and part.learned[i] else PLAIN]
-        size = sum(map(cells, f"{before}{piece} {part.ids[i]}  ")) + (0 if screen.colour else len(start + end))
+        size = cells(f"{before}{piece} {part.ids[i]}  ") + (0 if screen.colour else len(start + end))
         if used + size + 2 > screen.width and line:
             lines.append(f"  {line}".rstrip())
             line, used = "", 0
@@ -147,7 +146,7 @@ def _wrapped(runs: Runs, screen: Screen) -> list[str]:
     for state, text in runs:
         opened = False
         for piece in _pieces(text):
-            size = sum(map(cells, piece))
+            size = cells(piece)
             if piece == "\n" or used + size + 2 * edge + 2 > screen.width:
                 if opened or line:
                     lines.append(f"  {line}{screen.marks[state][1] if opened else ''}".rstrip())
@@ -175,13 +174,6 @@ def _pieces(text: str) -> Iterator[str]:
         piece += c
     if piece:
         yield piece
-
-
-def cells(c: str) -> int:
-    """Columns that a character takes on a screen."""
-    if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
 
 
 def _dim(text: str, screen: Screen) -> str:

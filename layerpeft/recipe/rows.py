@@ -7,7 +7,7 @@ import json
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -341,11 +341,74 @@ def _of_hub(name: str, config: str | None, split: str, optional: bool) -> Source
     return Source(name, split, data=datasets.load_dataset(source, config, split=split))
 
 
-# ---- rows as a trainer reads them -----------------------------------------------------------------------------------
+# ---- rows as a data set ---------------------------------------------------------------------------------------------
 
 
 class Unfit(Exception):
     """What keeps one row from being trained on, as a sentence without its place."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """`row(cells, how)` makes one row (raises: Unfit). `ways`: kinds of cells with a word for each, of which a column has one;
+    columns of `free` may mix them."""
+
+    row: Callable[[Mapping[str, Any], Any], dict[str, Any]]
+    how: Any
+    ways: Mapping[type, str]
+    free: tuple[str, ...] = ()
+
+
+def made_rows(source: Source, making: Making, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
+    """The first `most` rows. Raises: RecipeError naming the first that do not fit."""
+    problems = Problems("")
+    kinds: dict[str, tuple[type, int]] = {}
+    for place, row in islice(source, most):
+        try:
+            made = making.row(row, making.how)
+            for name, value in made.items():
+                kind, number = kinds.setdefault(name, (type(value), place.number))
+                mixes = type(value) is not kind and name not in making.free
+                if mixes and {type(value), kind} <= set(making.ways):
+                    here, there = making.ways[type(value)], making.ways[kind]
+                    raise Unfit(f"has its {name} as {here}, and row {number} as {there}; write all rows one way")
+            if not problems.items:
+                yield made
+        except Unfit as error:
+            problems.add(f"{place.where}: row {place.number} {error}")
+            if len(problems.items) == SHOWN:
+                break
+    problems.raise_if_any(RecipeError)
+
+
+def dataset(
+    source: Source, making: Making, names: Iterable[str], feature: Callable[[str, Any], Any], most: int | None
+) -> Any:
+    """A `datasets.Dataset` of the rows, in memory or, where they are many, on the disk. `names`: its columns where there are no
+    rows; `feature(name, value)`: the type of a column whose first cell is `value`.
+
+    Raises: RecipeError as `made_rows`, or for a full disk.
+    """
+    import datasets
+
+    first = next(made_rows(source, making, 1), None)
+    cells = dict.fromkeys(names, "") if first is None else first
+    features = datasets.Features({name: feature(name, value) for name, value in cells.items()})
+    if first is None:
+        return datasets.Dataset.from_dict({name: [] for name in cells}, features=features)
+    if source.small:
+        return datasets.Dataset.from_list(list(made_rows(source, making, most)), features=features)
+    stamp = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source.files]
+    given = {"source": source, "making": making, "most": most, "stamp": (str(stamp), version_of("layerpeft"))}
+    try:
+        return datasets.Dataset.from_generator(made_rows, gen_kwargs=given, features=features)
+    except Exception as error:
+        if isinstance(error.__cause__, RecipeError):
+            raise error.__cause__ from None
+        raise RecipeError(f"the rows cannot be kept on the disk: {told(error.__cause__ or error, 300)}") from error
+
+
+# ---- rows as a trainer reads them -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -361,7 +424,7 @@ class Shape:
 
 
 IDS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
-TURNS = ("messages", "conversations")
+TURNS = ("messages", "conversations")  # columns that hold a whole conversation
 BESIDE = ("tools", "chat_template_kwargs")
 
 
@@ -381,8 +444,6 @@ def shape(
     """A `datasets.Dataset` of the rows (the first `most`) with the columns that the trainer reads. `rows`: a Source, or a Dataset.
     `talks`: whether there is a template that writes turns, which is asked for Alpaca rows alone.
     Raises: RecipeError when a column is missing, or rows hold what cannot be trained on, with their places."""
-    import datasets
-
     source = rows if isinstance(rows, Source) else Source("rows", data=rows)
     have = source.columns
     problems = Problems("data")
@@ -394,20 +455,7 @@ def shape(
     kept = tuple(dict.fromkeys((*form, *(name for name in more if name in have))))
     turns = form == ALPACA and not columns and talks()
     how = Shape(trainer, tuple((columns or {}).items()), tuple(have), kept, text_field, turns)
-    first = next(iter(_shaped(source, how, 1)), None)
-    if first is None:
-        return datasets.Dataset.from_dict({name: [] for name in dict(how.columns) or kept})
-    features = datasets.Features({name: _feature(name, value) for name, value in first.items()})
-    if source.small:
-        return datasets.Dataset.from_list(list(_shaped(source, how, most)), features=features)
-    stamp = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source.files]
-    given = {"source": source, "how": how, "most": most, "stamp": (str(stamp), version_of("layerpeft"))}
-    try:
-        return datasets.Dataset.from_generator(_shaped, gen_kwargs=given, features=features)
-    except Exception as error:
-        if isinstance(error.__cause__, RecipeError):
-            raise error.__cause__ from None
-        raise RecipeError(f"the rows cannot be kept on the disk: {told(error.__cause__ or error, 300)}") from error
+    return dataset(source, Making(shaped, how, _WAYS, BESIDE), dict(how.columns) or kept, _feature, most)
 
 
 def _feature(name: str, value: Any) -> Any:
@@ -419,28 +467,7 @@ def _feature(name: str, value: Any) -> Any:
     return datasets.List(datasets.Value("int64")) if name in IDS else datasets.Json()
 
 
-_WAYS = ("a list of turns", "text")
-
-
-def _shaped(source: Source, how: Shape, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
-    """Raises: RecipeError naming the first rows that do not fit."""
-    problems = Problems("")
-    kinds: dict[str, tuple[type, int]] = {}
-    for place, row in islice(source, most):
-        try:
-            made = shaped(row, how)
-            for name in [name for name in made if name not in BESIDE]:
-                kind, number = kinds.setdefault(name, (type(made[name]), place.number))
-                if not isinstance(made[name], kind):
-                    here, there = (_WAYS[k is str] for k in (type(made[name]), kind))
-                    raise Unfit(f"has its {name} as {here}, and row {number} as {there}; write all rows one way")
-            if not problems.items:
-                yield made
-        except Unfit as error:
-            problems.add(f"{place.where}: row {place.number} {error}")
-            if len(problems.items) == SHOWN:
-                break
-    problems.raise_if_any(RecipeError)
+_WAYS = {str: "text", list: "a list of turns"}
 
 
 def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
@@ -463,7 +490,7 @@ def shaped(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
     if len(set(lengths.values())) > 1:
         raise Unfit(f"has lists of different lengths: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
     if not how.columns and isinstance(made.get("prompt"), str) != isinstance(made.get("completion"), str):
-        ways = [_WAYS[isinstance(made[name], str)] for name in ("prompt", "completion")]
+        ways = [_WAYS[type(made[name])] for name in ("prompt", "completion")]
         raise Unfit(f"has its prompt as {ways[0]} and its completion as {ways[1]}; write both one way")
     if "user" not in made:
         return made
@@ -534,15 +561,21 @@ def _turns(name: str, turns: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, list) or not turns:
         raise Unfit(f"has {name} that {'are empty' if turns == [] else f'are {_kind(turns)}, not a list of turns'}")
     for number, turn in enumerate(turns, 1):
-        what = f"has a turn ({name}, number {number})"
-        if not isinstance(turn, dict):
-            raise Unfit(f'{what} that is {_kind(turn)}; a turn is {{"role": …, "content": …}}')
-        who, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        if not isinstance(turn.get(who), str):
-            raise Unfit(f"{what} without {who}")
-        if turn.get(said) is None and not turn.get("tool_calls"):
-            raise Unfit(f"{what} of {turn[who]!r} without {said}")
+        keys_of_turn(name, number, turn)
     return [turn if "role" in turn else _renamed(turn) for turn in turns]
+
+
+def keys_of_turn(name: str, number: int, turn: Any) -> tuple[str, str]:
+    """Under which keys a turn says who speaks, and what. Raises: Unfit."""
+    what = f"has a turn ({name}, number {number})"
+    if not isinstance(turn, dict):
+        raise Unfit(f'{what} that is {_kind(turn)}; a turn is {{"role": …, "content": …}}')
+    who, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    if not isinstance(turn.get(who), str):
+        raise Unfit(f"{what} without {who}")
+    if turn.get(said) is None and not turn.get("tool_calls"):
+        raise Unfit(f"{what} of {turn[who]!r} without {said}")
+    return who, said
 
 
 def _renamed(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from layerpeft.quantization.save import is_saved
 from layerpeft.recipe import rows as text_rows
 from layerpeft.recipe import tokens
 from layerpeft.recipe.recipe import training_arguments
-from layerpeft.recipe.rows import Source, Unfit, load
+from layerpeft.recipe.rows import TURNS, Source, Unfit, load
 from layerpeft.recipe.tasks import answers as reading
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.classification import MANY, NUMBER, label_of
@@ -78,7 +78,6 @@ class Found:
 
 # ---- rows with an answer --------------------------------------------------------------------------------------------
 
-TURNS = ("messages", "conversations")  # whose last turn is the answer
 SAID = {"prompt": "completion", "user": "assistant", "text": "completion", "source": "target"}  # what follows what
 
 

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from layerpeft.errors import SaveError, UsageError, hint, told
 from layerpeft.integrations.files import header_of, read_json, read_text
+from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe.model import auto_class, loading
@@ -186,16 +187,11 @@ def load_found(found: Trained) -> Any:
     else:
         base = _base(found, options | _head(found))
         model = load(found.folder, base) if found.verified else _plain(found, base)
-    own = base_of_peft(model)
+    own = base_of(model)
     packed = found.quant is not None or getattr(own, "is_quantized", False)
     if getattr(own, "hf_device_map", None) is None and (device.type != "cpu" or not packed):
         model.to(device)
     return model.eval()
-
-
-def base_of_peft(model: Any) -> Any:
-    """The model of transformers under an adapter, or itself."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def _asked(found: Trained) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from transformers.generation.streamers import TextStreamer
 
 from layerpeft.errors import UsageError, hint, told
 from layerpeft.integrations.files import parse_json, read_text
-from layerpeft.using.folder import Trained, base_of_peft
+from layerpeft.model.layers import base_of
+from layerpeft.using.folder import Trained
 from layerpeft.using.options import Options
 from layerpeft.using.terminal import Screen, escaped
 
@@ -79,8 +80,9 @@ def answer(
     length, most = inputs["input_ids"].shape[1], longest(model)
     if most is not None and length >= most:
         raise UsageError(f"the prompt has {length} tokens, and the model reads {most}")
-    given = options.for_model(base_of_peft(model))
-    if most is not None and given.get("max_new_tokens", 0) > most - length and base_of_peft(model).can_generate():
+    base: Any = base_of(model)
+    given = options.for_model(base)
+    if most is not None and given.get("max_new_tokens", 0) > most - length and base.can_generate():
         given["max_new_tokens"] = most - length if not _apart(model) else given["max_new_tokens"]
     if options.seed is not None:
         set_seed(options.seed)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import unicodedata
 from typing import Any, TextIO
+
+from layerpeft.text import cells
 
 # what moves the cursor, hides or turns text around, or ends a line in another way than \n
 _HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -27,12 +28,6 @@ def _sign(found: re.Match[str]) -> str:
 def escaped(text: str) -> str:
     """JSON with what is harmful in it as \\uXXXX, which reads back as the same."""
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def cells(text: str) -> int:
-    """How many columns of a terminal it takes."""
-    wide = (2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
-    return sum(wide)
 
 
 class Screen:

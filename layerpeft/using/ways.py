@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from layerpeft.errors import UsageError
-from layerpeft.recipe.rows import Unfit
+from layerpeft.model.layers import base_of
+from layerpeft.recipe.rows import TURNS, Unfit
 from layerpeft.recipe.tasks import cell, files
 from layerpeft.recipe.tasks.answers import answer as best_answer
 from layerpeft.recipe.tasks.answers import best, windows
@@ -19,13 +20,12 @@ from layerpeft.recipe.tasks.metrics import entities, has_entities
 from layerpeft.recipe.tasks.tagging import words_as_tokens
 from layerpeft.recipe.tasks.turns import asked, prompt_of, question
 from layerpeft.recipe.tasks.written import texts
-from layerpeft.using.folder import Trained, base_of_peft
+from layerpeft.using.folder import Trained
 from layerpeft.using.generate import longest
 from layerpeft.using.options import SAMPLING, Options
 
 Cells = Mapping[str, Any]
 Answer = dict[str, Any]
-CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclass
@@ -46,8 +46,13 @@ class Way:
     needs = "AutoTokenizer"
 
     @property
+    def base(self) -> Any:
+        """The model of transformers, under an adapter or not."""
+        return base_of(self.model)
+
+    @property
     def config(self) -> Any:
-        return base_of_peft(self.model).config
+        return self.base.config
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +63,7 @@ class Way:
     def limit(self) -> int | None:
         """Tokens that the model reads."""
         own = getattr(self.processing, "model_max_length", None)
-        known = [self.found.recipe.values.get("max_length"), own, longest(base_of_peft(self.model))]
+        known = [self.found.recipe.values.get("max_length"), own, longest(self.base)]
         return min((n for n in known if isinstance(n, int) and n < 10**9), default=None)
 
     def columns(self) -> dict[str, str]:
@@ -255,7 +260,7 @@ class Answers(Way):
 class Writes(Way):
     """Text that goes on from a prompt, the likeliest token each unless an option says otherwise."""
 
-    forms = (("prompt",), *((name,) for name in CONVERSATIONS), ("user",), ("text",))
+    forms = (("prompt",), *((name,) for name in TURNS), ("user",), ("text",))
     more = ("system",)
 
     def __post_init__(self) -> None:
@@ -280,7 +285,7 @@ class Writes(Way):
                 raise Unfit(f"cannot be written with the chat template ({error})") from None
         else:
             ids = self.processing(prompt, verbose=False)
-        most = longest(base_of_peft(self.model))
+        most = longest(self.base)
         if not ids["input_ids"] or most is not None and len(ids["input_ids"]) >= most:
             raise Unfit(f"has a prompt of {len(ids['input_ids'])} tokens, and the model reads up to {most}")
         return {k: ids[k] for k in ("input_ids", "attention_mask")}
@@ -288,7 +293,7 @@ class Writes(Way):
     @torch.no_grad()
     def run(self, items: Sequence[Any]) -> list[Answer]:
         batch = self.processing.pad([dict(item) for item in items], return_tensors="pt").to(self.device)
-        given = self.options.for_model(base_of_peft(self.model))
+        given = self.options.for_model(self.base)
         try:
             made = self.model.generate(**batch, **given, pad_token_id=self.processing.pad_token_id)
         except ValueError as error:

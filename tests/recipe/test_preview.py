@@ -10,9 +10,10 @@ import transformers
 
 from layerpeft.cli import main
 from layerpeft.recipe.preview import Part, Preview, Shown, preview
-from layerpeft.recipe.preview_text import Screen, cells, harmless, told
+from layerpeft.recipe.preview_text import Screen, harmless, told
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.trainer import make_trainer, prepare, tokenized
+from layerpeft.text import cells
 
 pytestmark = pytest.mark.usefixtures("shallow")
 

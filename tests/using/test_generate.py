@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerpeft import LayerLoraConfig, get_peft_model
 from layerpeft.cli import main
+from layerpeft.text import cells
 from layerpeft.using import generate
-from layerpeft.using.terminal import Screen, cells, escaped, harmless
+from layerpeft.using.terminal import Screen, escaped, harmless
 from tests.helpers.short import short_llama
 
 CHAT = (

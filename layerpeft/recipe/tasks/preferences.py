@@ -7,21 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from layerpeft.recipe import tokens
-from layerpeft.recipe.rows import Unfit
+from layerpeft.recipe.rows import TURNS, Unfit
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
 from layerpeft.recipe.tasks.tokenizing import left, tokenizer
-from layerpeft.recipe.tasks.turns import KEPT, Turns, answer, asked, prompt_of, question, said
+from layerpeft.recipe.tasks.turns import Turns, answer, asked, prompt_of, question, said
 from layerpeft.recipe.tasks.written import check_template, texts
 
 ASKED = (
     ("prompt",),
-    *((name,) for name in KEPT),
+    *((name,) for name in TURNS),
     ("system", "user"),
     ("user",),
     ("instruction",),
 )  # how a prompt may be given
 PAIRED = (*((*form, "chosen", "rejected") for form in ASKED), ("chosen", "rejected"))
-LIKED = (*((*form, "completion", "label") for form in ASKED), *((name, "label") for name in KEPT))
+LIKED = (*((*form, "completion", "label") for form in ASKED), *((name, "label") for name in TURNS))
 ANSWERS = ("chosen", "rejected", "completion")
 SAME = "have one answer both chosen and rejected"
 FLAGS = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
@@ -59,7 +59,7 @@ def liked(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
     if "completion" in cells:
         completion = said("completion", cells["completion"])
     else:
-        name = next(name for name in KEPT if name in cells)
+        name = next(name for name in TURNS if name in cells)
         prompt, completion = asked(name, question(prompt))
     if isinstance(prompt, list) or isinstance(completion, list):
         prompt, completion = question(prompt), answer(completion)

@@ -12,7 +12,7 @@ from layerpeft.errors import LayerpeftError
 from layerpeft.recipe import tokens
 from layerpeft.recipe.model import from_hub, model_path
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.rows import Source, Unfit, columns_of, local_files
+from layerpeft.recipe.rows import TURNS, Source, Unfit, columns_of, local_files
 from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.sources import paths
 from layerpeft.recipe.tasks import cell, files, turns
@@ -54,7 +54,7 @@ def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
         asked = turns.prompt_of(texts)
         return {**found, "prompt": asked, "completion": turns.answer(cell.text("assistant", texts.get("assistant")))}
     for name in texts:
-        found["messages" if name in turns.KEPT else name] = turns.said(name, texts[name])
+        found["messages" if name in TURNS else name] = turns.said(name, texts[name])
     if len({isinstance(found[name], str) for name in ("prompt", "completion") if name in found}) > 1:
         raise Unfit("has turns for one of its prompt and completion, and text for the other; write both one way")
     return found

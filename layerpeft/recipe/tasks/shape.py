@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
-from layerpeft.errors import Problems, RecipeError, told
-from layerpeft.integrations.files import version_of
-from layerpeft.recipe.rows import SHOWN, Source, Unfit, fill, lacking, template_columns, template_problems
+from layerpeft.errors import Problems, RecipeError
+from layerpeft.recipe.rows import (
+    Making,
+    Source,
+    Unfit,
+    dataset,
+    fill,
+    lacking,
+    template_columns,
+    template_problems,
+)
 from layerpeft.recipe.tasks.task import Known, Task
 
 WAYS = {str: "text", list: "a list", float: "a number"}
@@ -49,8 +56,6 @@ def shape(source: Source, task: Task, columns: Mapping[str, str] | None, most: i
 
     Raises: RecipeError when a column is missing, or naming the first rows that cannot be trained on.
     """
-    import datasets
-
     have = source.columns
     problems = Problems("data")
     for name, sentence in problems_of(task, have, columns):
@@ -62,23 +67,11 @@ def shape(source: Source, task: Task, columns: Mapping[str, str] | None, most: i
     named = {name: source.classes(name) for name in kept} if not columns else {}
     homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
     how = How(task, tuple((columns or {}).items()), kept, Known(tuple((k, v) for k, v in named.items() if v), homes))
-    source = undecoded(source)
-    first = next(_shaped(source, how, 1), None)
-    names = first or dict.fromkeys(dict(how.columns) or kept, "")
-    kinds = {name: task.types.get(name, task.others or "text") for name in names}
-    features = datasets.Features({name: _feature(kinds[name], value) for name, value in names.items()})
-    if first is None:
-        return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
-    if source.small:
-        return datasets.Dataset.from_list(list(_shaped(source, how, most)), features=features)
-    stamp = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source.files]
-    given = {"source": source, "how": how, "most": most, "stamp": (str(stamp), version_of("layerpeft"))}
-    try:
-        return datasets.Dataset.from_generator(_shaped, gen_kwargs=given, features=features)
-    except Exception as error:
-        if isinstance(error.__cause__, RecipeError):
-            raise error.__cause__ from None
-        raise RecipeError(f"the rows cannot be kept on the disk: {told(error.__cause__ or error, 300)}") from error
+
+    def feature(name: str, value: Any) -> Any:
+        return _feature(task.types.get(name, task.others or "text"), value)
+
+    return dataset(undecoded(source), Making(_made, how, WAYS), dict(how.columns) or kept, feature, most)
 
 
 def undecoded(source: Source) -> Source:
@@ -107,25 +100,8 @@ def _feature(kind: str, value: Any) -> Any:
     return datasets.List(inside) if kind.endswith("s") or isinstance(value, list) else inside
 
 
-def _shaped(source: Source, how: How, most: int | None, stamp: Any = None) -> Iterator[dict[str, Any]]:
-    """Raises: RecipeError naming the first rows that do not fit."""
-    problems = Problems("")
-    kinds: dict[str, tuple[type, int]] = {}
-    for place, row in islice(source, most):
-        try:
-            made = how.task.row(cells(row, how), how.known)
-            for name, value in made.items():
-                kind, number = kinds.setdefault(name, (type(value), place.number))
-                if type(value) is not kind and {type(value), kind} <= set(WAYS):
-                    here, there = WAYS[type(value)], WAYS[kind]
-                    raise Unfit(f"has its {name} as {here}, and row {number} as {there}; write all rows one way")
-            if not problems.items:
-                yield made
-        except Unfit as error:
-            problems.add(f"{place.where}: row {place.number} {error}")
-            if len(problems.items) == SHOWN:
-                break
-    problems.raise_if_any(RecipeError)
+def _made(row: Mapping[str, Any], how: How) -> dict[str, Any]:
+    return how.task.row(cells(row, how), how.known)
 
 
 def cells(row: Mapping[str, Any], how: How) -> dict[str, Any]:

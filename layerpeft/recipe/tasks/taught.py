@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerpeft.recipe import tokens
+from layerpeft.recipe.rows import TURNS
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.preferences import ASKED
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
 from layerpeft.recipe.tasks.tokenizing import encoded, tokenizer
-from layerpeft.recipe.tasks.turns import KEPT, answer, asked, prompt_of, question, said
+from layerpeft.recipe.tasks.turns import answer, asked, prompt_of, question, said
 from layerpeft.recipe.tasks.written import check_template
 
 SPOKEN = (("system", "user", "assistant"), ("user", "assistant"))
-FORMS = (*((*form, "completion") for form in ASKED), *((name,) for name in KEPT), *SPOKEN)
+FORMS = (*((*form, "completion") for form in ASKED), *((name,) for name in TURNS), *SPOKEN)
 
 
 def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
     elif "completion" in cells:
         completion = said("completion", cells["completion"])
     else:
-        prompt, completion = asked(next(name for name in KEPT if name in cells), question(prompt))
+        prompt, completion = asked(next(name for name in TURNS if name in cells), question(prompt))
     if isinstance(prompt, list) or isinstance(completion, list):
         prompt, completion = question(prompt), answer(completion)
     return {"prompt": prompt, "completion": completion}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerpeft.recipe.rows import SPEAKERS, Unfit
+from layerpeft.recipe.rows import SPEAKERS, TURNS, Unfit, keys_of_turn
 from layerpeft.recipe.tasks import cell
 
 Turns = list[dict[str, Any]]
-KEPT = ("messages", "conversations")  # columns that hold a whole conversation
 
 
 def said(name: str, value: Any) -> str | Turns:
@@ -29,14 +28,7 @@ def _is_turn(found: list[Any]) -> bool:
 
 
 def _turn(name: str, number: int, turn: Any) -> dict[str, Any]:
-    what = f"has a turn ({name}, number {number})"
-    if not isinstance(turn, dict):
-        raise Unfit(f'{what} that is {turn!r}; a turn is {{"role": …, "content": …}}')
-    who, text = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    if not isinstance(turn.get(who), str):
-        raise Unfit(f"{what} without {who}")
-    if turn.get(text) is None and not turn.get("tool_calls"):
-        raise Unfit(f"{what} of {turn[who]!r} without {text}")
+    who, text = keys_of_turn(name, number, turn)
     rest = {key: value for key, value in turn.items() if key not in (who, text) and value is not None}
     return {"role": SPEAKERS.get(turn[who], turn[who]), "content": turn.get(text) or "", **rest}
 
@@ -47,7 +39,7 @@ def prompt_of(cells: Mapping[str, Any]) -> str | Turns | None:
     if "user" in cells:
         parts = [(role, cells.get(role)) for role in ("system", "user")]
         return [{"role": role, "content": cell.text(role, text)} for role, text in parts if text is not None]
-    name = next((name for name in ("prompt", *KEPT) if name in cells), None)
+    name = next((name for name in ("prompt", *TURNS) if name in cells), None)
     if name is None and "instruction" in cells:
         parts = [cell.text(each, cells[each]) for each in ("instruction", "input") if cells.get(each) is not None]
         return "".join(f"{part}\n\n" for part in parts if part.strip())
