@@ -25,10 +25,10 @@ from layerpeft.using.evaluate import (
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
 from layerpeft.using.generate import chat, check_template, check_writes, prompts_of, say_all
 from layerpeft.using.incoming import Incoming, incoming, source_of, templates
+from layerpeft.using.kinds import way_of
 from layerpeft.using.options import read_options
 from layerpeft.using.predict import predict as write_predictions
 from layerpeft.using.table import check_new, check_out
-from layerpeft.using.ways import way_of
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from layerpeft.recipe.tasks.metrics import (
     answer_metrics,
     class_metrics,
     entity_f1,
+    error_rates,
     has_entities,
     label_metrics,
     number_metrics,
@@ -40,6 +41,7 @@ from layerpeft.recipe.tasks.task import Head, Part
 from layerpeft.recipe.trainer import Setup, make_trainer
 from layerpeft.text import grid
 from layerpeft.using.folder import Trained
+from layerpeft.using.hearing import Hears
 from layerpeft.using.incoming import Incoming
 from layerpeft.using.predict import answers
 from layerpeft.using.ways import Answers, Classes, Tags, Way, Writes
@@ -83,6 +85,8 @@ SAID = {"prompt": "completion", "user": "assistant", "text": "completion", "sour
 
 def wanted_columns(kind: type[Way]) -> tuple[str, ...]:
     """What a row's answer may be called."""
+    if issubclass(kind, Hears):
+        return ("text",)
     if issubclass(kind, Writes):
         return *dict.fromkeys(SAID.values()), *TURNS
     return TAGS if issubclass(kind, Tags) else ("answers", "answer") if issubclass(kind, Answers) else ("label",)
@@ -128,6 +132,8 @@ def _pair(way: Way, answer: Mapping[str, Any], cells: Mapping[str, Any], rows: I
     if isinstance(way, Answers):
         texts = reading.row({**cells, "question": "?", "context": cells["context"]}, rows.how.known)["texts"]
         return answer["answer"], texts
+    if isinstance(way, Hears):
+        return answer["text"], " ".join(cell.text(column, value, empty=False).split())
     if isinstance(way, Writes):
         last = value[-1]["content"] if isinstance(value, list) and value else value
         return answer["text"], cell.text(column, last)
@@ -155,6 +161,8 @@ def _judge(way: Way, pairs: Sequence[tuple[Any, Any]], found: Found) -> None:
     said, wanted = [p[0] for p in pairs], [p[1] for p in pairs]
     if isinstance(way, Answers):
         found.numbers |= answer_metrics(said, wanted)
+    elif isinstance(way, Hears):
+        found.numbers |= error_rates(said, wanted)
     elif isinstance(way, Writes):
         found.numbers |= text_metrics(said, wanted)
     elif isinstance(way, Classes) and way.kind == NUMBER:

@@ -107,7 +107,8 @@ def _adapter(path: Path, model: str | None) -> Trained:
     config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
     task = dict(manifest.get("task") or {})
     trainer = task.get("trainer") or _values(path).get("trainer")
-    kind = MODELS.get(str(said.get("task_type"))) or (said.get("auto_mapping") or {}).get("base_model_class")
+    named = (said.get("auto_mapping") or {}).get("base_model_class")
+    kind = MODELS.get(str(said.get("task_type"))) or (named and (_kind_of(config, named) or named))
     recipe, _ = _recipe(path, kind, base, task)
     if kind is None and trainer in ROWS:
         kind = auto_class(recipe).__name__
@@ -123,9 +124,9 @@ def _config(place: str, wrong: str, revision: str | None = None) -> Any:
         raise SaveError(f"{wrong} ({told(error, 300)})") from error
 
 
-def _kind_of(config: Any) -> str | None:
-    """The auto class of the first class that a config names."""
-    named = next(iter(getattr(config, "architectures", None) or ()), None)
+def _kind_of(config: Any, named: str | None = None) -> str | None:
+    """The auto class of a class (the first that the config names), where there is one."""
+    named = named or next(iter(getattr(config, "architectures", None) or ()), None)
     for kind, table in KINDS.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(config.model_type, ())
         if named in ([names] if isinstance(names, str) else names):
@@ -232,6 +233,8 @@ def _plain(found: Trained, base: nn.Module) -> Any:
 
 def _head(found: Trained) -> dict[str, Any]:
     """What the base's config has to say, so that it has the head that the adapter was saved with."""
+    if found.kind.endswith("CTC"):
+        return _letters(found)
     if not any(name in found.kind for name in CLASSIFIES):
         return {}
     said = classes_of(found.folder, {}) if found.verified else _classes_beside(found.folder)
@@ -240,6 +243,14 @@ def _head(found: Trained) -> dict[str, Any]:
     if "pad_token_id" not in said and getattr(found.config, "pad_token_id", None) is None:
         said |= {"pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)} if "Seq" in found.kind else {}
     return said | ({"ignore_mismatched_sizes": True} if said.keys() & {"num_labels", "id2label"} else {})
+
+
+def _letters(found: Trained) -> dict[str, Any]:
+    """Of a model that spells: its outputs, one for each letter."""
+    said = classes_of(found.folder, {}) if found.verified else {}
+    if not said and (count := _rows_of_head(found.folder)):
+        said = {"vocab_size": count, "pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)}
+    return said | {"ignore_mismatched_sizes": True} if said else {}
 
 
 def _classes_beside(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,21 @@ class Options:
         return found
 
 
+def drawing_none(options: Options) -> Options:
+    """The likeliest token each, unless an option says otherwise."""
+    if "do_sample" in options.given or set(SAMPLING) & set(options.given):
+        return options
+    return Options({**options.given, "do_sample": False}, options.seed)
+
+
+def of_training(options: Options, values: Mapping[str, Any]) -> Options:
+    """With the length and the beams by which training generated (its `values`), where nothing else is said."""
+    told = {"max_length": values.get("generation_max_length"), "num_beams": values.get("generation_num_beams")}
+    if {"max_new_tokens", "max_length"} & set(options.given):
+        del told["max_length"]
+    return Options({**{k: v for k, v in told.items() if v is not None}, **options.given}, options.seed)
+
+
 def read_options(settings: Sequence[str]) -> Options:
     """Options as they stand on a command line. Raises: UsageError naming every one that is unknown or cannot be."""
     document = override(Document(), settings)

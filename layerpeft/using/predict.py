@@ -17,8 +17,6 @@ from layerpeft.using.incoming import Given, Incoming
 from layerpeft.using.table import short, writing
 from layerpeft.using.ways import Answer, Way
 
-WINDOW = 32  # batches whose rows are put in order of length
-
 
 @dataclass
 class Count:
@@ -39,7 +37,7 @@ class Count:
 def answers(rows: Incoming, way: Way, batch: int) -> Iterator[tuple[Given, Answer | None, str]]:
     """Each row with its answer, or why it has none, in their order; in memory are those of a window of batches."""
     left = iter(rows)
-    while window := list(islice(left, batch * WINDOW)):
+    while window := list(islice(left, batch * way.ahead)):
         found: list[Answer | None] = [None] * len(window)
         why = [given.reason for given in window]
         items: dict[int, Any] = {}
@@ -58,9 +56,12 @@ def answers(rows: Incoming, way: Way, batch: int) -> Iterator[tuple[Given, Answe
 
 
 def predict(rows: Incoming, way: Way, out: Path, batch: int, keep: Sequence[str] = ()) -> Count:
-    """Writes a row for every row: its number, the columns that are kept, the answer, and the reason where there is none."""
-    kept = {name: "object" for name in keep}
-    columns = {"row": "count", **kept, **way.columns(), "reason": "text"}
+    """Writes a row for every row: its number, the columns that are kept, the answer, and the reason where there is none.
+
+    A column that is kept and has the name of one of the answer's is written as `kept_…`."""
+    own = {"row": "count", **way.columns(), "reason": "text"}
+    names = {name: f"kept_{name}" if name in own else name for name in keep}
+    columns = {"row": "count", **dict.fromkeys(names.values(), "object"), **way.columns(), "reason": "text"}
     count = Count()
     with writing(out, columns) as write:
         held: list[dict[str, Any]] = []
@@ -68,9 +69,9 @@ def predict(rows: Incoming, way: Way, out: Path, batch: int, keep: Sequence[str]
             count.read += 1
             if answer is None:
                 count.reasons[why] += 1
-            kept_of = {name: plain(given.row.get(name)) for name in keep}
+            kept_of = {new: plain(given.row.get(name)) for name, new in names.items()}
             held.append({"row": given.number, **kept_of, **short(answer or {}), "reason": why or None})
-            if len(held) == batch * WINDOW:
+            if len(held) >= batch * way.ahead:
                 write(held)
                 held = []
         write(held)

@@ -22,7 +22,7 @@ from layerpeft.recipe.tasks.turns import asked, prompt_of, question
 from layerpeft.recipe.tasks.written import texts
 from layerpeft.using.folder import Trained
 from layerpeft.using.generate import longest
-from layerpeft.using.options import SAMPLING, Options
+from layerpeft.using.options import Options, drawing_none, of_training
 
 Cells = Mapping[str, Any]
 Answer = dict[str, Any]
@@ -44,6 +44,10 @@ class Way:
     forms = (("text",),)
     more: tuple[str, ...] = ("text_pair",)
     needs = "AutoTokenizer"
+    ahead = 32  # batches that are read ahead, and put in order of length
+
+    def __post_init__(self) -> None:
+        """What a kind sets up; without this line here the constructor would not call that of a kind."""
 
     @property
     def base(self) -> Any:
@@ -91,8 +95,12 @@ class Way:
     @torch.no_grad()
     def output(self, items: Sequence[Any]) -> Any:
         """What the model gives for items padded to one length."""
-        batch = self.processing.pad([dict(item) for item in items], return_tensors="pt")
-        return self.model(**batch.to(self.device))
+        return self.model(**self.placed(self.processing.pad([dict(item) for item in items], return_tensors="pt")))
+
+    def placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors where the model is, those of fractions in its precision."""
+        kind = self.base.dtype
+        return {k: v.to(self.device, kind if v.is_floating_point() else None) for k, v in batch.items()}
 
     @property
     def device(self) -> Any:
@@ -159,6 +167,7 @@ class Pictures(Classes):
     """The class of a picture."""
 
     forms, more, needs = (("image",),), (), "AutoImageProcessor"
+    ahead = 1  # pictures are large
 
     def __post_init__(self) -> None:
         pass
@@ -171,7 +180,7 @@ class Pictures(Classes):
 
     @torch.no_grad()
     def output(self, items: Sequence[Any]) -> Any:
-        return self.model(**self.processing(list(items), return_tensors="pt").to(self.device))
+        return self.model(**self.placed(self.processing(list(items), return_tensors="pt")))
 
 
 class Tags(Way):
@@ -265,8 +274,7 @@ class Writes(Way):
 
     def __post_init__(self) -> None:
         self.processing.padding_side = "left"
-        if "do_sample" not in self.options.given and not set(SAMPLING) & set(self.options.given):
-            self.options = Options({**self.options.given, "do_sample": False}, self.options.seed)
+        self.options = drawing_none(self.options)
 
     def columns(self) -> dict[str, str]:
         return {"text": "text"}
@@ -292,7 +300,7 @@ class Writes(Way):
 
     @torch.no_grad()
     def run(self, items: Sequence[Any]) -> list[Answer]:
-        batch = self.processing.pad([dict(item) for item in items], return_tensors="pt").to(self.device)
+        batch = self.placed(self.processing.pad([dict(item) for item in items], return_tensors="pt"))
         given = self.options.for_model(self.base)
         try:
             made = self.model.generate(**batch, **given, pad_token_id=self.processing.pad_token_id)
@@ -308,23 +316,9 @@ class Rewrites(Writes):
 
     forms, more = (("source",), ("text",), ("prompt",)), ()
 
+    def __post_init__(self) -> None:
+        self.options = of_training(self.options, self.found.recipe.values)
+        super().__post_init__()
+
     def item(self, cells: Cells) -> Any:
         return self.shortened(cell.text("source", next(iter(cells.values())), empty=False))
-
-
-WAYS: Mapping[str, type[Way]] = {
-    "SequenceClassification": Classes, "TokenClassification": Tags, "QuestionAnswering": Answers, "CausalLM": Writes,
-    "Seq2SeqLM": Rewrites, "ImageClassification": Pictures,
-}  # fmt: skip
-
-
-def way_of(found: Trained) -> type[Way]:
-    """Raises: UsageError for a model that is for something else."""
-    if found.recipe.row.one_number:
-        return Rewards
-    kind = next((way for name, way in WAYS.items() if found.kind.endswith(name)), None)
-    if kind is None and found.kind.endswith("ForConditionalGeneration"):
-        kind = Rewrites
-    if kind is None:
-        raise UsageError(f"{found.folder} is for {found.kind}; predictions are made of {', '.join(WAYS)}")
-    return kind

@@ -73,6 +73,16 @@ def test_the_tokens_are_those_of_plain_peft(folder, capsys, monkeypatch, tmp_pat
     assert second["answer"] == plain(folder, "user: hi\nassistant:")
 
 
+def test_predicted_text_is_the_likeliest_whatever_the_batch(folder, tmp_path):
+    """Of a model whose own settings draw."""
+    prompts = [PROMPT, "Weng", "How many clips did Natalia sell ?"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    words = ["predict", str(folder), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert main([*words, "max_new_tokens=6"]) == 0
+    found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [plain(folder, prompt, 6).strip() for prompt in prompts]
+
+
 def test_a_conversation(folder, capsys, monkeypatch):
     asked = []
     real = generate.encoded

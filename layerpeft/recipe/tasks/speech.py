@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,15 @@ def auto_name(recipe: Recipe) -> str:
 
 def row(cells: Mapping[str, Any], known: Known) -> dict[str, Any]:
     """`audio`, a file, `text`, and how long it is (`seconds`). Every sound is read once."""
-    value = cells["audio"]
+    file = file_of(cells["audio"], known.homes)
+    return {"audio": file, "text": cell.text("text", cells["text"], empty=False), "seconds": audio.seconds(file)}
+
+
+def file_of(value: Any, homes: Sequence[str]) -> dict[str, Any]:
+    """The sound of a cell, with numbers in it too, as bytes or a path. Raises: Unfit."""
     if isinstance(value, Mapping) and "array" in value:
         value = {"bytes": _written(value)}
-    file = files.held("audio", value, known.homes)
-    return {"audio": file, "text": cell.text("text", cells["text"], empty=False), "seconds": audio.seconds(file)}
+    return files.held("audio", value, homes)
 
 
 def _written(value: Mapping[str, Any]) -> bytes:
@@ -130,6 +134,12 @@ def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
     return made if len(keep) == len(made) else made.select(keep), found
 
 
+def numbers(heard: Sequence[Any], hears: Any) -> dict[str, Any]:
+    """Sounds of shape (samples,), at its rate, as a model reads them through the feature extractor `hears`."""
+    more = {"padding": True} if hears.model_input_names[0] == "input_values" else {}
+    return dict(hears(list(heard), sampling_rate=hears.sampling_rate, return_tensors="pt", **more))
+
+
 class Sounds:
     """Makes batches of sounds, as the model's processor hears them, and of `labels`; what pads these teaches nothing."""
 
@@ -139,10 +149,7 @@ class Sounds:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        rate = self.hears.sampling_rate
-        heard = [audio.sound(row["audio"], rate) for row in rows]
-        more = {"padding": True} if self.hears.model_input_names[0] == "input_values" else {}
-        made = dict(self.hears(heard, sampling_rate=rate, return_tensors="pt", **more))
+        made = numbers([audio.sound(row["audio"], self.hears.sampling_rate) for row in rows], self.hears)
         if "labels" not in rows[0]:
             return made
         ids = [row["labels"] for row in rows]
