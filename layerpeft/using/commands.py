@@ -19,7 +19,7 @@ from layerpeft.using.evaluate import (
     evaluate_by_trainer,
     evaluate_text,
     harness_line,
-    is_pairs,
+    is_preferred,
     judged_forms,
 )
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
@@ -74,7 +74,7 @@ def eval(args: argparse.Namespace) -> None:
     columns = _columns(args, found)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
         have = {*source_of(args.rows, args.split).columns, *(columns or {})}
-        by_trainer = is_pairs(found, have) or found.trainer == "masked_lm"
+        by_trainer = is_preferred(found, have) or found.trainer == "masked_lm"
         if by_trainer or found.kind.endswith("CausalLM") and not args.answers:
             model, tokenizer = load_found(found), tokenizer_of(found)
             measure = evaluate_by_trainer if by_trainer else evaluate_text

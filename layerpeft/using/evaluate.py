@@ -35,7 +35,7 @@ from layerpeft.recipe.tasks.metrics import (
     number_metrics,
     text_metrics,
 )
-from layerpeft.recipe.tasks.shape import shape
+from layerpeft.recipe.tasks.shape import form_of, shape
 from layerpeft.recipe.tasks.tagging import NOT_LEARNED, TAGS
 from layerpeft.recipe.tasks.task import Head, Part
 from layerpeft.recipe.trainer import Setup, make_trainer
@@ -304,6 +304,8 @@ def harness_line(found: Trained) -> str | None:
     return f"lm_eval --model hf --model_args {shlex.quote(said)} --tasks TASK"
 
 
-def is_pairs(found: Trained, columns: Collection[str]) -> bool:
-    """Whether rows are preferences, and the model can be asked about them."""
-    return {"chosen", "rejected"} <= set(columns) and found.recipe.row.each == 2 and found.recipe.row.evaluates
+def is_preferred(found: Trained, columns: Collection[str]) -> bool:
+    """Whether rows are preferences (pairs, or answers liked or not), which its trainer measures by a loss of its own."""
+    row, task = found.recipe.row, found.recipe.task
+    own = row.evaluates and not row.alone and not row.writes
+    return own and task is not None and bool(form_of(task, list(columns)))
