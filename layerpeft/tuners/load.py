@@ -13,7 +13,7 @@ from torch import nn
 
 from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unknown
 from layerpeft.integrations.empty import empty_model
-from layerpeft.integrations.files import as_written, header_of, read_json
+from layerpeft.integrations.files import as_written, header_of, read_json, tensors_trouble
 from layerpeft.integrations.peft import BASE_BIAS, leaving, watch_keys
 from layerpeft.model import precisions, stacked
 from layerpeft.model.heads import holder
@@ -28,7 +28,7 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.saving.manifest import CONFIG, MANIFEST, WEIGHTS, has_weights, keys_in, read_manifest
+from layerpeft.saving.manifest import CONFIG, MANIFEST, STATES, WEIGHTS, has_weights, keys_in, read_manifest
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.typecheck import read_fields
 from layerpeft.text import note, some
@@ -168,7 +168,7 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     """
     stored = read_manifest(folder).get("quant")
     config = adapter_config(Path(folder))
-    base, task = config.get("base_model_name_or_path"), config.get("task_type")
+    base = config.get("base_model_name_or_path")
     for_peft = {k: v for k, v in given.items() if k in PEFT_OPTIONS}
     for_base = {k: v for k, v in given.items() if k not in PEFT_OPTIONS}
     if base and is_saved(base):
@@ -176,7 +176,7 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
     if stored is None:
         return None, dict(given)
     wanted = Quantized.from_dict(stored)
-    kind = MODELS.get(str(task)) or (config.get("auto_mapping") or {}).get("base_model_class")
+    kind = class_named(config)
     if not base or not hasattr(transformers, str(kind)):
         raise SaveError(
             f"{folder} does not say which base it was trained on, or of which class; give it: load({os.fspath(folder)!r}, model)"
@@ -188,9 +188,14 @@ def stored_base(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
 
 def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given`, and what a config must say besides to have the head that was saved: its classes by name. What was given counts."""
-    labels = Path(folder) / "labels.json"  # a recipe's classes, of versions that wrote nothing else
-    head = dict(read_manifest(folder).get("head") or {})
-    if not head and labels.is_file():
+    folder = Path(folder)
+    recorded = (folder / MANIFEST).is_file()
+    head = dict(read_manifest(folder).get("head") or {}) if recorded else _counted_head(folder)
+    homes = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    labels = next(
+        (home / "labels.json" for home in homes if (home / "labels.json").is_file()), None
+    )  # a recipe's classes
+    if (not head or not recorded) and labels is not None:
         found = read_json(labels, kind=(dict, list))
         head = {"id2label": found if isinstance(found, dict) else dict(enumerate(found))}
     with as_written(f"{folder} does not name its classes"):
@@ -198,11 +203,28 @@ def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict
         by_name = {name: i for i, name in names.items()}
     if LETTERS[0] in head:
         return head | {"ignore_mismatched_sizes": True} | dict(given)
+    if "num_labels" in head:
+        return head | dict(given)
     if not names or given.get("num_labels", len(names)) != len(names) or {"id2label", "config"} & set(given):
         return dict(given)
     rest = {k: v for k, v in given.items() if k != "num_labels"}
     known = {k: v for k, v in head.items() if v is not None} | _other_head(folder, len(names))
     return known | {"id2label": names, "label2id": by_name} | rest
+
+
+def class_named(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that adapter_config.json names, by the task or as it is; None where it names none."""
+    return MODELS.get(str(config.get("task_type"))) or (config.get("auto_mapping") or {}).get("base_model_class")
+
+
+def _counted_head(folder: Path) -> dict[str, Any]:
+    """What the weights of an adapter without a record say of a head that was saved whole: its last matrix is the lowest of them."""
+    kind, path = str(class_named(adapter_config(folder))), folder / WEIGHTS[0]
+    spells = kind.endswith("CTC")
+    if not (spells or "Classification" in kind) or not path.is_file():
+        return {}
+    rows = [shape[0] for name, (shape, _) in header_of(path).items() if "lora_" not in name and len(shape) == 2]
+    return {LETTERS[0] if spells else "num_labels": min(rows), "ignore_mismatched_sizes": True} if rows else {}
 
 
 def _other_head(folder: str | os.PathLike[str], classes: int) -> dict[str, Any]:
@@ -248,22 +270,46 @@ def load_verified(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    kwargs["is_trainable"] = is_trainable
     record = read_record(manifest)
-    config = adapter_config(folder)
-    watch_keys(adapted)
     check_chosen(folder, record)
     left = BASE_BIAS if kind_of(record.method).works_by.restates else None
+    loaded = _placed(folder, model, manifest, left, {**kwargs, "is_trainable": is_trainable})
+    loaded.peft_config[kwargs.get("adapter_name", "default")]._layerpeft = record  # type: ignore[attr-defined]
+    return loaded
+
+
+def load_stock(folder: str | os.PathLike[str], model: nn.Module | None = None, **kwargs: Any) -> peft.PeftModel:
+    """An adapter that keeps no record on its base model: LoRA on every layer, or one of plain PEFT's. Each of its tensors has its
+    place in the model. Raises: SaveError."""
+    check_stock(Path(folder))
+    return _placed(Path(folder), model, {}, None, kwargs)
+
+
+def check_stock(folder: Path) -> None:
+    """Raises: SaveError where a folder without a record holds no whole adapter that PEFT can read by itself."""
+    there = [name for name in WEIGHTS if (folder / name).is_file()]
+    if any((folder / name).exists() for name in STATES) or not (folder / CONFIG).is_file():
+        read_manifest(folder)  # which says what is missing
+    if not there:
+        raise SaveError(f"{folder} holds no weights of an adapter ({' or '.join(WEIGHTS)})")
+    if trouble := tensors_trouble(folder / there[0]) if there[0] == WEIGHTS[0] else None:
+        raise SaveError(f"{folder}: {trouble}")
+
+
+def _placed(
+    folder: Path, model: nn.Module | None, manifest: Mapping[str, Any], left: str | None, kwargs: dict[str, Any]
+) -> peft.PeftModel:
+    """The adapter on its base; `left`: how names end that are not loaded. Raises: SaveError where the two do not fit."""
+    config = adapter_config(folder)
+    watch_keys(adapted)
     with leaving(left):
         if model is None:
             loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
         else:
             _check_base(folder, model, manifest)
             with as_written(f"{folder} cannot be put on this model"):
-                loaded = peft.PeftModel.from_pretrained(model, str(folder), **kwargs)
-    adapter = kwargs.get("adapter_name", "default")
-    _check_keys(folder, loaded, adapter, left)
-    loaded.peft_config[adapter]._layerpeft = record  # type: ignore[attr-defined]
+                loaded = peft.PeftModel.from_pretrained(model, str(folder.absolute()), **kwargs)
+    _check_keys(folder, loaded, kwargs.get("adapter_name", "default"), left)
     _name_classes(base_of(loaded), classes_of(folder, {}))
     return loaded
 

@@ -3,12 +3,13 @@
 import os
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import nn
@@ -20,13 +21,23 @@ from layerpeft.integrations.merging import merge_in_place, weigh
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
-from layerpeft.saving.manifest import keys_in, read_manifest
+from layerpeft.saving.manifest import MANIFEST, keys_in, read_manifest
 from layerpeft.text import note
 from layerpeft.training.method import Fold
 from layerpeft.training.record import read_record
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.layer_weights import Asked, LayerWeights, weighed
-from layerpeft.tuners.load import MODELS, adapter_config, check_chosen, classes_of, kind_of, load_verified
+from layerpeft.tuners.load import (
+    MODELS,
+    adapter_config,
+    check_chosen,
+    check_stock,
+    class_named,
+    classes_of,
+    kind_of,
+    load_stock,
+    load_verified,
+)
 from layerpeft.tuners.merge_files import NotPiecewise, plan_merge, without_bias, write_merged
 
 TOKENIZER = (
@@ -79,7 +90,7 @@ def merge(
         )
     with written_whole(target) as partial:
         if into_quantized:
-            _merge_quantized(source, where, model, config, kwargs, partial)
+            _merge_quantized(source, where, model, config, kwargs, partial, how)
         elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial, how):
             _merge_whole(source, model, base, config, kwargs, partial, how)
         for file in beside:
@@ -90,13 +101,18 @@ def merge(
 @dataclass(frozen=True)
 class _How:
     """What kind of adapter it is, chosen in which stack, over a base that was `rounded` or not; how it goes into one module, where
-    not as PEFT does it; and how much of it counts, by layer."""
+    not as PEFT does it; how much of it counts, by layer; and whether there is a record of it."""
 
     kind: type[LayerLoraConfig]
     stack: str | None
     rounded: bool
     fold: Fold | None
     weights: LayerWeights | None
+    recorded: bool = True
+
+    @property
+    def load(self) -> Callable[..., Any]:
+        return load_verified if self.recorded else load_stock
 
     def refuse_quantized(self, config: Mapping[str, Any]) -> None:
         """Raises: SaveError for what is not merged into a quantized base."""
@@ -111,12 +127,26 @@ class _How:
 
 def _how(source: Path, weights: Asked | None) -> _How:
     """Raises: SaveError for a damaged folder; ConfigError for weights that cannot be read."""
+    asked = LayerWeights.parse(weights) if weights is not None else None
+    if not (source / MANIFEST).is_file():
+        check_stock(source)
+        _check_mergeable(source)
+        return _How(LayerLoraConfig, None, False, None, asked, recorded=False)
     manifest = read_manifest(source)
     check_chosen(source, read_record(manifest))
     kind = kind_of(str(manifest.get("method")))
     stack, rounded = (manifest.get("selection") or {}).get("stack"), manifest.get("quant") is not None
-    asked = LayerWeights.parse(weights) if weights is not None else None
     return _How(kind, stack, rounded, kind.works_by.fold(source), asked)
+
+
+def _check_mergeable(source: Path) -> None:
+    """Raises: SaveError for an adapter of plain PEFT's that changes no weight."""
+    config = peft.PeftConfig.from_pretrained(str(source.absolute()))
+    if config.is_prompt_learning or config.peft_type == peft.PeftType.ADAPTION_PROMPT:
+        raise SaveError(
+            f"{source} is an adapter of the kind {config.peft_type.value}, which adds to what the model reads and changes no "
+            "weight: there is nothing to merge"
+        )
 
 
 def _merge_files(
@@ -155,7 +185,7 @@ def _merge_whole(
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
-    loaded: Any = load_verified(source, model, **kwargs)
+    loaded: Any = how.load(source, model, **kwargs)
     _refuse(_packed_names(loaded))
     if how.kind.works_by.restates:
         how.kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)
@@ -169,20 +199,26 @@ def _merge_whole(
         weight_of = how.weights.placed(layer_map(loaded, how.stack).names)
         with torch.no_grad():
             weigh(loaded, lambda name: None if weight_of(name) == 1 else partial_of(weighed, weight=weight_of(name)))
-    with torch.no_grad():
+    with torch.no_grad(), as_written(f"{source} cannot be merged into its base"):
         merged: Any = loaded.merge_and_unload(safe_merge=True)
     merged.save_pretrained(partial)
 
 
 def _merge_quantized(
-    source: Path, where: Path | None, model: Any, config: Mapping[str, Any], kwargs: dict[str, Any], partial: Path
+    source: Path,
+    where: Path | None,
+    model: Any,
+    config: Mapping[str, Any],
+    kwargs: dict[str, Any],
+    partial: Path,
+    how: _How,
 ) -> None:
     """Merges into quantized weights, and says what the rounding cost."""
     if model is None and where is not None:
         model = load_saved(where) if is_saved(where) else _base(source, where, config, kwargs)
     assert model is not None  # one of the two was found to be quantized
     keep_cpu_layout(model)
-    loaded: Any = load_verified(source, model)
+    loaded: Any = how.load(source, model)
     with torch.no_grad():
         errors = merge_in_place(loaded)
     if errors:
@@ -268,12 +304,8 @@ def _beside(source: Path, where: Path | None) -> list[Path]:
 
 
 def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    task = config.get("task_type")
-    if task not in MODELS:
-        raise SaveError(
-            f"{source} has task_type {task!r}, without a model class; give the model itself: merge(…, model)"
-        )
+    kind = class_named(config)
+    if kind is None or not hasattr(transformers, kind):
+        raise SaveError(f"{source} names no model class that transformers has; give the model itself: merge(…, model)")
     with as_written(f"the base model {os.fspath(base)!r} cannot be loaded"):
-        return getattr(transformers, MODELS[task]).from_pretrained(
-            os.fspath(base), **{"trust_remote_code": False} | kwargs
-        )
+        return getattr(transformers, kind).from_pretrained(os.fspath(base), **{"trust_remote_code": False} | kwargs)

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
 from layerpeft.errors import SaveError, UsageError, hint, told
-from layerpeft.integrations.files import header_of, read_json, read_text
+from layerpeft.integrations.files import read_text
 from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -25,9 +24,9 @@ from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
-from layerpeft.saving.manifest import CONFIG, MANIFEST, WEIGHTS, read_manifest
+from layerpeft.saving.manifest import CONFIG, MANIFEST, read_manifest
 from layerpeft.text import note
-from layerpeft.tuners.load import MODELS, adapter_config, classes_of, load, load_model
+from layerpeft.tuners.load import adapter_config, class_named, classes_of, load, load_model, load_stock
 
 # classes of transformers for a whole model, by the table that its own class stands in; the first that holds it counts
 KINDS = {
@@ -107,8 +106,8 @@ def _adapter(path: Path, model: str | None) -> Trained:
     config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
     task = dict(manifest.get("task") or {})
     trainer = task.get("trainer") or _values(path).get("trainer")
-    named = (said.get("auto_mapping") or {}).get("base_model_class")
-    kind = MODELS.get(str(said.get("task_type"))) or (named and (_kind_of(config, named) or named))
+    kind = class_named(said)
+    kind = kind and (_kind_of(config, kind) or kind)
     recipe, _ = _recipe(path, kind, base, task)
     if kind is None and trainer in ROWS:
         kind = auto_class(recipe).__name__
@@ -187,7 +186,7 @@ def load_found(found: Trained) -> Any:
         model = load_saved(folder) if is_saved(folder) else _from(found.kind, str(folder), options)
     else:
         base = _base(found, options | _head(found))
-        model = load(found.folder, base) if found.verified else _plain(found, base)
+        model = load(found.folder, base) if found.verified else load_stock(found.folder, base)
     own = base_of(model)
     packed = found.quant is not None or getattr(own, "is_quantized", False)
     if getattr(own, "hf_device_map", None) is None and (device.type != "cpu" or not packed):
@@ -223,54 +222,19 @@ def _from(kind: str, place: str, options: Mapping[str, Any]) -> Any:
         raise SaveError(f"the model {place!r} cannot be loaded ({told(error, 400)})") from error
 
 
-def _plain(found: Trained, base: nn.Module) -> Any:
-    """An adapter without a record, put on its base by plain PEFT."""
-    try:
-        return peft.PeftModel.from_pretrained(base, str(found.folder.absolute()))
-    except Exception as error:  # as above
-        raise SaveError(f"{found.folder} cannot be put on {found.base!r} ({told(error, 400)})") from error
-
-
 def _head(found: Trained) -> dict[str, Any]:
     """What the base's config has to say, so that it has the head that the adapter was saved with."""
-    if found.kind.endswith("CTC"):
-        return _letters(found)
-    if not any(name in found.kind for name in CLASSIFIES):
+    spells = found.kind.endswith("CTC")
+    if not (spells or any(name in found.kind for name in CLASSIFIES)):
         return {}
-    said = classes_of(found.folder, {}) if found.verified else _classes_beside(found.folder)
-    if not said and (count := _rows_of_head(found.folder)):
-        said = {"num_labels": count}
-    if "pad_token_id" not in said and getattr(found.config, "pad_token_id", None) is None:
-        said |= {"pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)} if "Seq" in found.kind else {}
+    said = classes_of(found.folder, {})
+    if "pad_token_id" not in said and (spells or getattr(found.config, "pad_token_id", None) is None):
+        said |= (
+            {"pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)}
+            if spells or "Seq" in found.kind
+            else {}
+        )
     return said | ({"ignore_mismatched_sizes": True} if said.keys() & {"num_labels", "id2label"} else {})
-
-
-def _letters(found: Trained) -> dict[str, Any]:
-    """Of a model that spells: its outputs, one for each letter."""
-    said = classes_of(found.folder, {}) if found.verified else {}
-    if not said and (count := _rows_of_head(found.folder)):
-        said = {"vocab_size": count, "pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)}
-    return said | {"ignore_mismatched_sizes": True} if said else {}
-
-
-def _classes_beside(folder: Path) -> dict[str, Any]:
-    """The names of classes that lie beside an adapter, or above a checkpoint."""
-    path = next((p for p in (folder / "labels.json", folder.parent / "labels.json") if p.is_file()), None)
-    if path is None:
-        return {}
-    named = read_json(path, kind=(dict, list))
-    named = named if isinstance(named, dict) else dict(enumerate(named))
-    return {
-        "id2label": {int(i): str(n) for i, n in named.items()},
-        "label2id": {str(n): int(i) for i, n in named.items()},
-    }
-
-
-def _rows_of_head(folder: Path) -> int | None:
-    """How many classes the head has that lies among an adapter's weights: its last matrix is the lowest of them."""
-    path = folder / WEIGHTS[0]
-    shapes = [s for n, (s, _) in header_of(path).items() if "lora_" not in n] if path.is_file() else []
-    return min((s[0] for s in shapes if len(s) == 2), default=None)
 
 
 def command(verb: str, found: Trained, *words: str) -> str:
