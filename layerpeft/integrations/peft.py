@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,6 +120,38 @@ def dequantized(module: nn.Module) -> torch.Tensor:
         state.CB, state.SCB = codes, scales
         if kept is not None:
             weight.SCB = kept  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a LoRA layer adds to its weight (out, in) is `scale`·B·A; `a`: (rank, in), `b`: (out, rank)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Those of the change, in float32 at least."""
+        wide = torch.promote_types(self.a.dtype, torch.float32)
+        return self.scale * (self.b[start:stop].detach().to(wide) @ self.a.detach().to(wide))
+
+
+# Whose `get_delta_weight` is the product of two matrices, or that transposed.
+_OF_FACTORS = {
+    f"peft.tuners.lora.{name}.get_delta_weight"
+    for name in ("layer.Linear", "layer.Embedding", "bnb.Linear8bitLt", "bnb.Linear4bit", "hqq.HqqLoraLinear")
+}
+
+
+def factors_of(layer: Any, adapter: str) -> Factors | None:
+    """Those of an adapter in a tuner layer; None where its change is made otherwise (of convolutions, experts, other methods)."""
+    made = type(layer).get_delta_weight
+    if f"{made.__module__}.{made.__qualname__}" not in _OF_FACTORS:
+        return None
+    scale = float(layer.scaling[adapter])
+    if adapter in layer.lora_embedding_A:
+        return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], scale)
+    return Factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scale)
 
 
 def stock_of(config: type) -> tuple[PeftType, type[BaseTuner]]:

@@ -60,6 +60,12 @@ def squared_norm(model: nn.Module, target: Target) -> float:
     return sum(float(rows.double().square().sum()) for _, rows in weight_slices(model, target))
 
 
+def squared_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖B·A‖² of factors (…, rank, in) and (…, out, rank), those of a stack summed: from products of the rank's size alone."""
+    a, b = (t.detach().to(widest(t.device)) for t in (a, b))
+    return float(((b.mT @ b) * (a @ a.mT)).sum())
+
+
 # ---- how far weights are from what they were
 
 

@@ -171,12 +171,11 @@ def _experts(held: list[Target], a: torch.Tensor, b: torch.Tensor) -> Target | N
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, target: Target) -> float:
-    """`‖B·A‖²`, of experts summed, from products of the rank's size."""
+    """`‖B·A‖²`, of experts summed."""
     if target.kind != "experts":
-        a, b = a.flatten(1), b.flatten(1)
-        return float(((b.T @ b) * (a @ a.T)).sum())
+        return weights.squared_product(a.flatten(1), b.flatten(1))
     a, b = a.reshape(target.shape[0], -1, a.shape[1]), b.reshape(b.shape[0], -1, target.shape[0]).permute(2, 0, 1)
-    return float(((b.mT @ b) * (a @ a.mT)).sum())
+    return weights.squared_product(a, b)
 
 
 def _scale(config: Mapping[str, Any], target: Target, a: torch.Tensor) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from layerpeft.errors import ConfigError, LayerMapError, unknown
-from layerpeft.integrations.peft import BaseTunerLayer, dequantized
+from layerpeft.integrations.peft import BaseTunerLayer, dequantized, factors_of
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.model.names import clean, place_among
-from layerpeft.model.weights import PIECE
+from layerpeft.model.weights import PIECE, squared_product
 from layerpeft.text import grid, some
 
 COLUMNS = ("layer", "name", "score", "chosen", "steps", "change")
@@ -217,7 +217,8 @@ def _changes(
 
 @torch.no_grad()
 def _squared_norms(layer: Any, adapter_name: str, config: Any) -> tuple[float, float]:
-    """(‖ΔW‖², ‖W‖²) of one target. Besides the model one full weight is held; two for packed DoRA and merged ones."""
+    """(‖ΔW‖², ‖W‖²) of one target. Besides the model a piece of it is held, a full weight where it is packed, merged, or its change
+    is not a product of two factors."""
     variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
     if hasattr(variant, "trained_change"):
         return variant.trained_change(layer, adapter_name)
@@ -237,6 +238,8 @@ def _squared_norms(layer: Any, adapter_name: str, config: Any) -> tuple[float, f
         return _squared_norms_dora(layer, adapter_name, weight)
     squared = _squared(weight)
     del weight  # a packed base was unpacked into it: let go before ΔW is formed
+    if (factors := factors_of(layer, adapter_name)) is not None:
+        return squared_product(factors.a, factors.b) * factors.scale**2, squared
     return _squared(layer.get_delta_weight(adapter_name)), squared
 
 
@@ -270,16 +273,18 @@ def _base_weight(layer: Any) -> torch.Tensor:
 
 def _squared_norms_dora(layer: Any, adapter_name: str, weight: torch.Tensor) -> tuple[float, float]:
     """(‖ΔW‖², ‖W‖²) for W' = m·(W + sBA)/‖W + sBA‖, the norm per output (Liu et al. 2024), a few rows at a time."""
-    low_rank = layer.get_delta_weight(adapter_name)
+    factors = factors_of(layer, adapter_name)
+    low_rank = layer.get_delta_weight(adapter_name) if factors is None else None
     # Conv1D and embeddings are stored (in, out): put the outputs first, as a view
     if getattr(layer, "fan_in_fan_out", False) or adapter_name in getattr(layer, "lora_embedding_A", {}):
-        weight, low_rank = weight.transpose(0, 1), low_rank.transpose(0, 1)
+        weight, low_rank = weight.transpose(0, 1), None if low_rank is None else low_rank.transpose(0, 1)
     magnitude = layer.lora_magnitude_vector[adapter_name].weight.flatten().float()
     step = max(1, PIECE // max(1, weight[0].numel()))
     delta = total = 0.0
     for start in range(0, weight.shape[0], step):
         base = weight[start : start + step].flatten(1).to(magnitude)
-        moved = base + low_rank[start : start + step].flatten(1).to(magnitude)
+        piece = factors.rows(start, start + step) if factors is not None else low_rank[start : start + step].flatten(1)
+        moved = base + piece.to(magnitude)
         moved *= (magnitude[start : start + step] / torch.linalg.vector_norm(moved, dim=1)).unsqueeze(1)
         delta += float(torch.linalg.vector_norm(moved - base)) ** 2
         total += float(torch.linalg.vector_norm(base)) ** 2

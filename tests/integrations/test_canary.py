@@ -14,10 +14,12 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, save_and_load
+from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from layerpeft.integrations.peft import LayerPeftType, refused_leaves
+from layerpeft.integrations.peft import LayerPeftType, factors_of, refused_leaves
 from layerpeft.integrations.torch import has_hook, running_backward
+from layerpeft.model.weights import squared_product
 from tests.helpers.models import MODELS
 
 
@@ -48,6 +50,20 @@ def test_lora_layers_have_what_is_read_from_them():
     assert {"lora_A", "lora_B"} <= set(layer.adapter_layer_names)
     assert layer.get_delta_weight("default").shape == (4, 4)
     assert type(model.base_model) is PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is LoraModel
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_lora_layer_adds_is_the_product_of_its_factors(transposed: bool):
+    base = torch.nn.Sequential(Conv1D(6, 4) if transposed else torch.nn.Linear(4, 6), torch.nn.Embedding(5, 4))
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False, fan_in_fan_out=transposed)
+    for layer in peft.get_peft_model(base, config).base_model.model:
+        found, made = factors_of(layer, "default"), layer.get_delta_weight("default")
+        assert found is not None
+        made = made.T if transposed or isinstance(layer, peft.tuners.lora.Embedding) else made
+        torch.testing.assert_close(found.rows(1, 3), made[1:3])
+        assert squared_product(found.a, found.b) * found.scale**2 == pytest.approx(float(made.square().sum()))
+    others = peft.get_peft_model(torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1)), LoraConfig(r=2, target_modules=["0"]))
+    assert factors_of(others.base_model.model[0], "default") is None
 
 
 def test_transformers_marks_loaded_parameters(llama_path):

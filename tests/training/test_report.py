@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import io
 import logging
 import os
@@ -92,6 +93,21 @@ def test_change_is_that_of_the_merged_weights(case):
     expected = merged_changes(model, [row.name for row in found.rows], lambda name: name.endswith(ends))
     assert [row.change for row in found.rows] == pytest.approx(expected, rel=1e-4)
     assert min(expected) > 1e-4 and not found.notes
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_no_change_is_formed_whole_that_is_the_product_of_two_factors(dora, monkeypatch):
+    model = train(peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=dora)))
+    names = [f"model.layers.{i}" for i in range(3)]
+    expected = merged_changes(model, names, lambda name: name.endswith("q_proj.weight"))
+
+    @functools.wraps(peft.tuners.lora.Linear.get_delta_weight)
+    def never(*_):
+        raise AssertionError("a whole change")
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", never)
+    monkeypatch.setattr(report, "PIECE", 32)  # two rows
+    assert [row.change for row in report.layer_report(model).rows] == pytest.approx(expected, rel=1e-4)
 
 
 def test_change_of_an_untrained_adapter_is_zero_and_the_model_is_left_alone():
