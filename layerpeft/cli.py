@@ -20,6 +20,7 @@ from layerpeft import __version__
 from layerpeft.errors import ElsewhereError, LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
 from layerpeft.integrations import code, noise, saying
 from layerpeft.planning.engines import ENGINES
+from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import find_recipe, launch_files, recipes
 from layerpeft.text import is_first, left_behind
 
@@ -255,7 +256,10 @@ def _asking(add: Callable[..., Any], folder: str) -> tuple[argparse.ArgumentPars
     judging = add("eval", "loss, accuracy, F1, exact answers or margins of what was trained, on rows with answers")
     for sub in (saying_what, judging):
         sub.add_argument("folder", metavar="FOLDER", help=folder)
-        sub.add_argument("rows", metavar="ROWS", help="a file (.csv, .tsv, .jsonl, .json, .parquet), or a data set")
+        sub.add_argument(
+            "rows", metavar="ROWS", help="a file (.csv, .tsv, .jsonl, .json, .parquet, .txt), or a data set"
+        )
+        sub.add_argument("--sample-by", choices=SAMPLE_BY, help="what a row of a .txt file is")
         sub.add_argument("settings", metavar="key=value", nargs="*", help="generation: max_new_tokens=64 …")
         sub.add_argument("--overwrite", action="store_true", help="replace what lies there")
     judging.add_argument("--out", metavar="FILE", help="JSON, with a picture of the classes beside it")

@@ -103,14 +103,19 @@ def _held_out(recipe: Recipe) -> list[tuple[Any, Any]]:
     if several(train) or not recipe.row.evaluates or rows.local_files(train) is not None:
         return []
     source = rows.load(
-        train, config=recipe["dataset_config"], split=test, optional="dataset_test_split" not in recipe.values
+        train,
+        config=recipe["dataset_config"],
+        split=test,
+        optional="dataset_test_split" not in recipe.values,
+        by=recipe["sample_by"],
     )
     return [] if source is None else [(_shaped(recipe, source, most), source)]
 
 
 def _read(recipe: Recipe, one: Named, key: str, most: int | None) -> tuple[Any, rows.Source]:
     split = one.split or recipe["dataset_train_split" if key == "dataset_name" else "dataset_test_split"]
-    source = rows.load(one.path, config=one.config or recipe["dataset_config"], split=split)
+    config, by = one.config or recipe["dataset_config"], recipe["sample_by"]
+    source = rows.load(one.path, config=config, split=split, by=by)
     assert source is not None
     if (
         key == "dataset_name"

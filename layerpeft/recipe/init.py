@@ -17,6 +17,7 @@ from layerpeft.recipe.forms import read_by, taken
 from layerpeft.recipe.plan import Forecast, forecast
 from layerpeft.recipe.preview_text import harmless
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.tasks.tokenizing import tokenizer
 from layerpeft.recipe.trainer import prepare
@@ -53,9 +54,9 @@ class Looked:
     read_as: str
 
 
-def look(data: str) -> rows.Source:
-    """Raises: RecipeError where rows cannot be read."""
-    found = rows.load(data, config=None, split="train")
+def look(data: str, by: Any = None) -> rows.Source:
+    """The rows; `by`: what a row of plain text is. Raises: RecipeError where they cannot be read."""
+    found = rows.load(data, config=None, split="train", by=by if by in SAMPLE_BY else None)
     assert found is not None
     return found
 
@@ -113,7 +114,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
         problems.add(str(fault))
     extra, source = dict(document.data), None
     try:
-        source = look(wanted.data) if wanted.data else None
+        source = look(wanted.data, extra.get("sample_by")) if wanted.data else None
     except LayerpeftError as error:
         problems.add(f"--data: {error}")
     if source is not None and wanted.task is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.trainers.row import named
 from layerpeft.recipe.trainers.table import ROWS, absent, row_of
 from layerpeft.selection.typecheck import Setting, settings_of
@@ -18,6 +19,7 @@ _OWN: dict[str, Setting] = {
     "dataset_name": Setting(str | list[str | dict[str, Any]]),
     "eval_dataset": Setting(str | list[str | dict[str, Any]] | None),
     "columns": Setting(dict[str, str] | None),
+    "sample_by": Setting(str | None, choices=SAMPLE_BY),
     "max_train_samples": Setting(int | None),
     "max_eval_samples": Setting(int | None),
     "output_dir": Setting(str),

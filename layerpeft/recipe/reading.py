@@ -14,6 +14,7 @@ from layerpeft.errors import RecipeError, told
 
 DEEPEST = 100  # brackets within brackets, of one row
 LONGEST = 2**31 - 1  # characters of one cell: the module's own bound is 131,072
+SAMPLE_BY = (LINE, PARAGRAPH, DOCUMENT) = ("line", "paragraph", "document")  # as the text loader of `datasets` has them
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -32,17 +33,19 @@ class Broken:
 Row = tuple[int, dict[str, Any] | Broken]  # the line that it begins on (of parquet: its number), and its cells
 
 
-def read(path: Path, delimiter: str | None = None, most: int | None = None) -> Iterator[Row]:
+def read(path: Path, delimiter: str | None = None, most: int | None = None, by: str | None = None) -> Iterator[Row]:
     """The rows of a file, by its suffix; after one that is broken reading goes on, where that is possible.
 
-    `delimiter`: of a table, whatever its suffix; `most`: bytes to look through, None for all. Raises: RecipeError for a file that
-    cannot be read at all.
+    `delimiter`: of a table, whatever its suffix; `most`: bytes to look through, None for all; `by`: of plain text, whatever
+    its suffix, what a row is (SAMPLE_BY). Raises: RecipeError for a file that cannot be read at all.
     """
     try:
         if path.suffix == ".parquet":
             yield from _parquet(path)
         elif delimiter or path.suffix in (".csv", ".tsv"):
             yield from _table(path, delimiter or ("\t" if path.suffix == ".tsv" else ","), most)
+        elif by or path.suffix == ".txt":
+            yield from _text(path, by or LINE, most)
         else:
             yield from _json(path, most)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -109,6 +112,28 @@ def _decoded(line: bytes, path: Path) -> str:
     kind, new = "UTF-16" if wide else "LATIN1", path.with_stem(f"{path.stem}-utf8")
     command = f"iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
     raise ValueError(f"{what}; for a text in {kind}: {command}")
+
+
+def _text(path: Path, by: str, most: int | None) -> Iterator[Row]:
+    """Plain text as the text loader of `datasets` divides it: a line a row, empty ones too; what stands between empty lines; or
+    all that a file holds."""
+    held, begun = "", 1  # what is not yet a row, and the line that it begins on
+    for number, raw in _lines(path, most):
+        try:
+            line = _decoded(raw, path).replace("\r\n", "\n")
+        except ValueError as error:
+            yield number, Broken(str(error))
+            continue
+        if by == LINE:
+            yield number, {"text": line.removesuffix("\n")}
+            continue
+        held += line
+        if by == PARAGRAPH and held.endswith("\n\n"):
+            if held != "\n\n":
+                yield begun, {"text": held.removesuffix("\n\n")}
+            held, begun = "", number + 1
+    if held:
+        yield begun, {"text": held}
 
 
 def _table(path: Path, delimiter: str, most: int | None) -> Iterator[Row]:

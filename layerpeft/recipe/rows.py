@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
-from layerpeft.recipe.reading import Broken, plain, read, text_of
+from layerpeft.recipe.reading import LINE, Broken, Row, plain, read, text_of
 from layerpeft.recipe.shipped import expanded, looked_for, resolve
 from layerpeft.text import some
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 # what `columns` may define, by trainer: each tuple is one complete set
 FORMS = {
     "sft": (("prompt", "completion"), ("user", "assistant"), ("system", "user", "assistant"), ("text",)),
@@ -59,6 +59,7 @@ class Source:
     split: str = "train"
     files: tuple[Path, ...] = ()
     delimiter: str | None = None
+    by: str | None = None
     data: Any = None
     declared: Any = None
     held: tuple[tuple[Place, Mapping[str, Any]], ...] | None = field(default=None, compare=False, repr=False)
@@ -73,10 +74,14 @@ class Source:
         else:
             yield from self._read()
 
+    def read(self, path: Path) -> Iterator[Row]:
+        """What stands in one of its files. Raises: RecipeError."""
+        return read(path, self.delimiter, by=self.by)
+
     def _read(self) -> Iterator[tuple[Place, Mapping[str, Any]]]:
         problems = Problems(f"cannot load the data {self.name!r} (split {self.split!r})")
         for path in self.files:
-            for number, (line, row) in enumerate(read(path, self.delimiter), 1):
+            for number, (line, row) in enumerate(self.read(path), 1):
                 where = _where(path, line)
                 if isinstance(row, Broken):
                     problems.add(f"{where}: {row.text}")
@@ -94,7 +99,7 @@ class Source:
     def columns(self) -> list[str]:
         if self.data is not None:
             return list(self.data.column_names)
-        return list(dict.fromkeys(name for path in self.files for name in columns_of(path, self.delimiter)))
+        return list(dict.fromkeys(name for path in self.files for name in columns_of(path, self.read)))
 
     def classes(self, column: str) -> tuple[str, ...]:
         """The names that the column's type declares for its numbers."""
@@ -157,9 +162,9 @@ def _matches(path: Path) -> list[Path]:
     return sorted(there / found for found in glob.glob(rest, root_dir=there))
 
 
-def columns_of(path: Path, delimiter: str | None = None) -> list[str]:
+def columns_of(path: Path, reader: Callable[[Path], Iterator[Row]] = read) -> list[str]:
     """The columns of a local file, from its first rows. Raises: RecipeError for a file that is empty or not of its kind."""
-    found = list(islice(read(path, delimiter), FIRST))
+    found = list(islice(reader(path), FIRST))
     if not found:
         raise RecipeError(f"{path} is empty")
     return list(dict.fromkeys(name for _, row in found if not isinstance(row, Broken) for name in row))
@@ -258,26 +263,28 @@ def form_problem(
     return None
 
 
-def load(name: str | list[str], *, config: str | None, split: str, optional: bool = False) -> Source | None:
-    """The rows of files, of a folder, or of a data set of the hub. With `optional`, None where there is no such split.
-    Raises: RecipeError naming lines that cannot be read, or saying what the loader could not do."""
+def load(
+    name: str | list[str], *, config: str | None, split: str, optional: bool = False, by: str | None = None
+) -> Source | None:
+    """The rows of files, of a folder, or of a data set of the hub. With `optional`, None where there is no such split; `by`: what
+    a row of plain text is. Raises: RecipeError naming lines that cannot be read, or saying what the loader could not do."""
     files = local_files(name)
     source: Source | None
     if files is not None:
-        source = Source(name, split, tuple(files))
+        source = Source(name, split, tuple(files), by=by if files[0].suffix == ".txt" else None)
     else:
         assert isinstance(name, str)
         source = _saved(name, split, optional)
         if source is None and config is None:
-            source = _of_folder(name, split, optional)
+            source = _of_folder(name, split, optional, by)
         try:
-            source = _of_hub(name, config, split, optional) if source is None else source
+            source = _of_hub(name, config, split, optional, by) if source is None else source
         except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
             raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {first_line(error)}") from error
         if source is None or (optional and not source.files and source.data is None):
             return None
     for path in source.files:
-        columns_of(path, source.delimiter)  # an empty one is an error
+        columns_of(path, source.read)  # an empty one is an error
     held = tuple(source) if source.files and source.small else None
     return replace(source, held=held)
 
@@ -301,7 +308,7 @@ def _saved(name: str, split: str, optional: bool) -> Source | None:
     return Source(name, split, data=found.get(split))
 
 
-def _of_folder(name: str, split: str, optional: bool) -> Source | None:
+def _of_folder(name: str, split: str, optional: bool, by: str | None) -> Source | None:
     """A local folder whose files say by their names to which split they belong; None where that is for `datasets` to say."""
     folder = expanded(name)
     about = folder / "README.md"
@@ -309,6 +316,7 @@ def _of_folder(name: str, split: str, optional: bool) -> Source | None:
     if not folder.is_dir() or said or re.search(r"[\[+]", split):
         return None
     inside = [p for p in sorted(folder.rglob("*")) if p.suffix in READERS and p.is_file()]
+    inside = [p for p in inside if p.suffix != ".txt"] or inside  # texts beside tables tell of these
     files = [p for p in inside if not any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
     names = {split: SPLITS.get(split, re.escape(split)), **SPLITS}
     by_split = {
@@ -317,7 +325,7 @@ def _of_folder(name: str, split: str, optional: bool) -> Source | None:
     }
     there = {key: found for key, found in by_split.items() if found} or ({"train": files} if files else {})
     if split in there:
-        return Source(name, split, tuple(there[split]))
+        return Source(name, split, tuple(there[split]), by=by if there[split][0].suffix == ".txt" else None)
     if there and not optional:
         raise RecipeError(
             f"cannot load the data {name!r} (split {split!r}): there is no such split, but {', '.join(there)}"
@@ -325,8 +333,8 @@ def _of_folder(name: str, split: str, optional: bool) -> Source | None:
     return Source(name, split) if there else None
 
 
-def _of_hub(name: str, config: str | None, split: str, optional: bool) -> Source | None:
-    """What `datasets` loads. Tables and JSON are read here, as they were written."""
+def _of_hub(name: str, config: str | None, split: str, optional: bool, by: str | None) -> Source | None:
+    """What `datasets` loads. Tables, JSON and text are read here, as they were written."""
     import datasets
 
     source = str(expanded(name)) if expanded(name).is_dir() else name
@@ -334,10 +342,12 @@ def _of_hub(name: str, config: str | None, split: str, optional: bool) -> Source
         return None
     made: Any = datasets.load_dataset_builder(source, config)
     asked = (made.config.data_files or {}).get(split)
-    if made.name in ("csv", "json") and asked and not getattr(made.config, "field", None):
+    if made.name in ("csv", "json", "text") and asked and not getattr(made.config, "field", None):
         paths = tuple(map(Path, datasets.DownloadManager().download_and_extract(list(asked))))
         sep = made.config.sep if made.name == "csv" else None
-        return Source(name, split, paths, sep, declared=made.info.features)
+        return Source(
+            name, split, paths, sep, (by or LINE) if made.name == "text" else None, declared=made.info.features
+        )
     return Source(name, split, data=datasets.load_dataset(source, config, split=split))
 
 

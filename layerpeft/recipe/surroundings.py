@@ -144,6 +144,13 @@ def data_problems(
             found += [_of(key, problem.text) for problem in error.listed()]
             continue
         found += [_of(key, sentence) for sentence in broken]
+        if (
+            key == "dataset_name"
+            and good.get("sample_by")
+            and files
+            and not any(file.suffix == ".txt" for file in files)
+        ):
+            found.append(_of("sample_by", "is for plain text (.txt), and the rows are no such files; take it out"))
         for file, names in have.items() if judged else ():
             place = f"{file}: " if len(have) > 1 else ""
             found_here = (

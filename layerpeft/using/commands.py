@@ -12,7 +12,7 @@ from typing import Any
 from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.files import replace_file
-from layerpeft.recipe.rows import template_columns
+from layerpeft.recipe.rows import load, template_columns
 from layerpeft.using.evaluate import (
     draw_confusion,
     evaluate_answers,
@@ -73,12 +73,14 @@ def eval(args: argparse.Namespace) -> None:
     found = _found(args)
     columns = _columns(args, found)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
-        have = {*source_of(args.rows, args.split).columns, *(columns or {})}
+        have = {*source_of(args.rows, args.split, _by(args, found)).columns, *(columns or {})}
         by_trainer = is_preferred(found, have) or found.trainer == "masked_lm"
         if by_trainer or found.kind.endswith("CausalLM") and not args.answers:
+            source = load(args.rows, config=None, split=args.split, by=_by(args, found))
+            assert source is not None
             model, tokenizer = load_found(found), tokenizer_of(found)
             measure = evaluate_by_trainer if by_trainer else evaluate_text
-            result = measure(found, args.rows, args.split, model, tokenizer, args.batch_size, columns)
+            result = measure(found, source, model, tokenizer, args.batch_size, columns)
         else:
             kind = way_of(found)
             rows = _rows(args, found, judged_forms(kind), (*kind.more, "answer_start"))
@@ -99,13 +101,18 @@ def _columns(args: argparse.Namespace, found: Trained) -> dict[str, str] | None:
     if args.column:
         return templates(args.column)
     columns = found.recipe.values.get("columns") or {}
-    have = set(source_of(args.rows, args.split).columns)
+    have = set(source_of(args.rows, args.split, _by(args, found)).columns)
     return dict(columns) if columns and all(set(template_columns(t)) <= have for t in columns.values()) else None
 
 
 def _rows(args: argparse.Namespace, found: Trained, forms: Any, more: Any) -> Incoming:
     columns = dict(found.recipe.values.get("columns") or {}) | templates(args.column or ())
-    return incoming(args.rows, args.split, found.trainer, forms, more, columns)
+    return incoming(args.rows, args.split, found.trainer, forms, more, columns, _by(args, found))
+
+
+def _by(args: argparse.Namespace, found: Trained) -> str | None:
+    """What a row of plain text is: as it is said here, else as training read them."""
+    return args.sample_by or found.recipe.values.get("sample_by")
 
 
 def _found(args: argparse.Namespace) -> Trained:

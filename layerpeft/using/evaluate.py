@@ -20,7 +20,7 @@ from layerpeft.quantization.save import is_saved
 from layerpeft.recipe import rows as text_rows
 from layerpeft.recipe import tokens
 from layerpeft.recipe.recipe import training_arguments
-from layerpeft.recipe.rows import TURNS, Source, Unfit, load
+from layerpeft.recipe.rows import TURNS, Source, Unfit
 from layerpeft.recipe.tasks import answers as reading
 from layerpeft.recipe.tasks import cell
 from layerpeft.recipe.tasks.classification import MANY, NUMBER, label_of
@@ -226,10 +226,9 @@ def draw_confusion(found: Found, path: Path) -> bool:
 # ---- the loss of text -----------------------------------------------------------------------------------------------
 
 
-def evaluate_text(found: Trained, name: str, split: str, model: Any, tokenizer: Any, batch: int, columns: Any) -> Found:
+def evaluate_text(found: Trained, source: Source, model: Any, tokenizer: Any, batch: int, columns: Any) -> Found:
     """Mean loss (nats) over the tokens that training learns of such rows, and its perplexity. Raises: RecipeError."""
-    recipe, source = found.recipe, load(name, config=None, split=split)
-    assert source is not None
+    recipe = found.recipe
     if found.trainer == "causal_lm":
         made, tally = _features(found, source, tokenizer, columns)
         cut = slice(None)
@@ -278,13 +277,9 @@ def _features(found: Trained, source: Source, processing: Any, columns: Any) -> 
 # ---- what its trainer measures --------------------------------------------------------------------------------------
 
 
-def evaluate_by_trainer(
-    found: Trained, name: str, split: str, model: Any, tokenizer: Any, batch: int, columns: Any
-) -> Found:
+def evaluate_by_trainer(found: Trained, source: Source, model: Any, tokenizer: Any, batch: int, columns: Any) -> Found:
     """What the trainer measures of held-out rows: of pairs the margin of rewards (by the reward model, or against the base by
     log-probabilities) and how many are in the right order. Raises: RecipeError."""
-    source = load(name, config=None, split=split)
-    assert source is not None
     rows, tally = _features(found, source, tokenizer, columns)
     setup = Setup(found.recipe, tokenizer, rows, rows, rows, Head(), sources=(source, source))
     with tempfile.TemporaryDirectory() as folder:

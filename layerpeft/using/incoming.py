@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layerpeft.errors import Problem, RecipeError, UsageError
-from layerpeft.recipe.reading import Broken, read
+from layerpeft.recipe.reading import Broken
 from layerpeft.recipe.rows import Source, lacking, load, local_files, template_columns
 from layerpeft.recipe.tasks.shape import How, cells, undecoded
 from layerpeft.recipe.tasks.task import Known
@@ -47,7 +47,7 @@ class Incoming:
             return
         total = 0
         for path in self.source.files:
-            for line, row in read(path, self.source.delimiter):
+            for line, row in self.source.read(path):
                 total += 1
                 where = f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {line}"
                 if not isinstance(row, Broken):
@@ -58,23 +58,28 @@ class Incoming:
                     yield Given(total, where, {}, row.text)
 
 
-def source_of(name: str, split: str) -> Source:
-    """Rows of files, or of a folder or data set of the hub, none of which is held. Raises: RecipeError."""
+def source_of(name: str, split: str, by: str | None = None) -> Source:
+    """Rows of files, or of a folder or data set of the hub, none of which is held; `by`: what a row of plain text is.
+
+    Raises: RecipeError."""
     files = local_files(name)
-    source = Source(name, split, tuple(files)) if files is not None else load(name, config=None, split=split)
+    if files is not None:
+        source: Any = Source(name, split, tuple(files), by=by if files[0].suffix == ".txt" else None)
+    else:
+        source = load(name, config=None, split=split, by=by)
     assert source is not None
     return undecoded(replace(source, held=None))
 
 
 def incoming(
     rows: str, split: str, trainer: str, forms: Sequence[tuple[str, ...]], more: Sequence[str],
-    columns: Mapping[str, str] | None,
+    columns: Mapping[str, str] | None, by: str | None = None,
 ) -> Incoming:  # fmt: skip
     """Rows of files, or of a folder or data set of the hub, read by the first of the forms whose columns are there.
 
     `columns`: templates of training, which count where the rows have what they name. Raises: RecipeError.
     """
-    source = source_of(rows, split)
+    source = source_of(rows, split, by)
     have = source.columns
     task: Any = task_of(trainer) or task_of("dpo")  # of which nothing but the way of reading cells is wanted
     homes = tuple(dict.fromkeys(str(path.parent) for path in source.files))
