@@ -341,6 +341,8 @@ def test_shipped_recipes_are_good_and_survive_being_written(
     monkeypatch.chdir(tmp_path)
     text = shipped.recipes()[name].read_text()
     assert text.startswith(f"# layerpeft train {name}\n")
+    if "\ndrop: [" in text:  # names layers that the short model does not have
+        monkeypatch.setattr(shipped, "_HERE", Path(shipped.__file__).parent)
     recipe = load_recipe(name)
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     for code in rewards.files(recipe):  # goes with it
