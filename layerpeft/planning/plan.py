@@ -31,7 +31,7 @@ from layerpeft.planning.parts import Teacher, Wrapped, half, put_to_sleep, store
 from layerpeft.planning.prefix import Apart, Prefix, apart, prefix
 from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
-from layerpeft.planning.trace import Pass, Step, _passes, recompute, trace
+from layerpeft.planning.trace import Pass, Step, _passes, batch_text, recompute, trace
 from layerpeft.text import size_text
 from layerpeft.training import backward
 from layerpeft.training.distilling import paired, teacher_of
@@ -162,7 +162,7 @@ def plan(
         assert spared.layer is not None
         both = apart(found, bare, spared.layer, optimizer, step, (batch_size, length), checkpointing, inputs)
         spared = replace(spared, apart=both)
-    shape = f"{batch_size} rows of {length} tokens" if inputs is None else "the example batch"
+    shape = batch_text(found.model, batch_size, length) if inputs is None else "the example batch"
     passes = f", {step.accumulation} passes to an optimizer step" if step.accumulation > 1 else ""
     return Plan(
         rows=_rows(found),

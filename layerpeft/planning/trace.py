@@ -322,6 +322,24 @@ def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device,
     return {"input_ids": ids, "labels": labels, **besides}
 
 
+def batch_text(model: nn.Module, batch_size: int, length: int) -> str:
+    """What such a batch is, in words: texts, pictures or sounds, and how large each is."""
+    base: Any = base_of(model)
+    about: Any = getattr(base, "config", None)
+    reads = getattr(base, "main_input_name", "input_ids")
+    if reads == "pixel_values":
+        height, width = _pair(about.image_size)
+        size = getattr(about, "patch_size", None)
+        patches = f", {(height // _pair(size)[0]) * (width // _pair(size)[1])} patches each" if size else ""
+        return f"{batch_size} pictures of {width} × {height} pixels{patches}"
+    if reads == "input_features":
+        words = min(length, about.max_target_positions)
+        return f"{batch_size} sounds of {2 * about.max_source_positions} frames, with {words} tokens each"
+    if reads == "input_values":
+        return f"{batch_size} sounds of {SECONDS} seconds"
+    return f"{batch_size} rows of {length} tokens" + (", pictures left out" if hasattr(about, "vision_config") else "")
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 

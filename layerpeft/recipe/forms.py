@@ -25,6 +25,8 @@ FORMS = (
     Form("prompts and completions", ("prompt", "completion")),
     Form("conversations", (), rows.TURNS),
     Form("Alpaca rows", rows.ALPACA),
+    Form("pictures with labels", ("image", "label")),
+    Form("sounds and what is said in them", ("audio", "text")),
     Form("texts with labels", ("text", "label")),
     Form("texts", ("text",)),
     Form("prompts", ("prompt",)),
@@ -37,9 +39,9 @@ def form(have: Iterable[str]) -> Form | None:
     return next((f for f in FORMS if set(f.columns) <= there and (not f.any or there & set(f.any))), None)
 
 
-def read_by(trainer: str, have: Iterable[str], text_field: str = "text") -> tuple[str, ...]:
-    """The columns that a trainer takes rows with these by; none where it does not."""
-    task = task_of(trainer)
+def read_by(trainer: str, have: Iterable[str], text_field: str = "text", sees: bool = False) -> tuple[str, ...]:
+    """The columns that a trainer takes rows with these by; none where it does not. `sees`: its model reads pictures."""
+    task = task_of(trainer, sees)
     if task is not None:
         return form_of(task, list(have))
     return next((f for f in rows.forms(text_field) if set(f) <= set(have)), ())
@@ -55,11 +57,17 @@ def other_trainer(have: list[str]) -> str:
     return f"; they are {found.name}, which trainer: {', '.join(names)} takes as they are" if names else ""
 
 
-def taken(trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str | None = None) -> str:
+def taken(
+    trainer: str,
+    have: list[str],
+    columns: Mapping[str, str] | None,
+    text_field: str | None = None,
+    sees: bool = False,
+) -> str:
     """One line: what is read as what, and which columns are not read."""
     if columns:
         return ""
-    task, read = task_of(trainer), read_by(trainer, have, text_field or "text")
+    task, read = task_of(trainer, sees), read_by(trainer, have, text_field or "text", sees)
     beside = task.more if task is not None else rows.MAY if read == rows.ALPACA else rows.BESIDE
     if not read:
         return ""

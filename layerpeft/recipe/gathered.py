@@ -117,10 +117,8 @@ def _read(recipe: Recipe, one: Named, key: str, most: int | None) -> tuple[Any, 
     config, by = one.config or recipe["dataset_config"], recipe["sample_by"]
     source = rows.load(one.path, config=config, split=split, by=by)
     assert source is not None
-    if (
-        key == "dataset_name"
-        and not recipe.sees
-        and (told := taken(recipe.trainer, source.columns, recipe["columns"], recipe.get("dataset_text_field")))
+    if key == "dataset_name" and (
+        told := taken(recipe.trainer, source.columns, recipe["columns"], recipe.get("dataset_text_field"), recipe.sees)
     ):
         note(f"{one.path if isinstance(one.path, str) else one.path[0]}: {told}")
     return _shaped(recipe, source, most), source

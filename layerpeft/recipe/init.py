@@ -19,6 +19,7 @@ from layerpeft.recipe.preview_text import harmless
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.tasks.seeing import sees
 from layerpeft.recipe.tasks.tokenizing import tokenizer
 from layerpeft.recipe.trainer import prepare
 from layerpeft.recipe.trainers.table import ROWS
@@ -47,11 +48,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Looked:
-    """What the rows are: how many, their columns, and what is read as what."""
+    """What the rows are: how many, their columns, what is read as what, and whether they have pictures that the model reads."""
 
     count: int
     columns: tuple[str, ...]
     read_as: str
+    seen: bool = False
 
 
 def look(data: str, by: Any = None) -> rows.Source:
@@ -73,15 +75,19 @@ def init(wanted: Wanted) -> tuple[Path, Forecast]:
     the recipe that would be written, which then is not there."""
     wanted, source, extra = _checked(wanted)
     assert wanted.task is not None
-    read_as = taken(wanted.task, source.columns, extra.get("columns"))
-    looked = Looked(len(source), tuple(source.columns), read_as)
+    given = {"model_name_or_path": wanted.model, "dataset_name": wanted.data, "columns": extra.get("columns")}
+    seen = sees(given, wanted.task)
+    read_as = taken(wanted.task, source.columns, extra.get("columns"), sees=seen)
+    looked = Looked(len(source), tuple(source.columns), read_as, seen)
     path = expanded(wanted.out)
     values = _values(wanted, looked, extra)
     with path.open("x", encoding="utf-8") as file:
         file.write(_text(path, values, {}))
     try:
         comments = {"dataset_name": f"{looked.count} rows" + (f", {read_as}" if read_as else "")}
-        if "max_length" in values and "max_length" not in extra:
+        if looked.seen and "max_length" not in extra:
+            comments["max_length"] = "pictures are tokens, too, and are not cut"
+        elif "max_length" in values and "max_length" not in extra:
             values["max_length"], comments["max_length"] = _length(str(path))
             path.write_text(_text(path, values, comments), encoding="utf-8")
         room = wanted.room or _room()
@@ -118,7 +124,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
     except LayerpeftError as error:
         problems.add(f"--data: {error}")
     if source is not None and wanted.task is None:
-        wanted = replace(wanted, task=guess(source.columns))
+        wanted = replace(wanted, task=guess(list(extra.get("columns") or source.columns)))
         if wanted.task is None:
             problems.add(
                 f"--task: missing; nothing reads rows with {', '.join(source.columns)} as they are (say the task, and "
@@ -148,9 +154,10 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> dict[st
         "num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4 if row.alone else 5e-5, "lr_scheduler_type": "cosine", "logging_steps": 10, "seed": 0,
     }  # fmt: skip
+    values = {k: v for k, v in values.items() if v is not None}
     if "max_length" in keys.top_settings(wanted.task):
-        values["max_length"] = LENGTHS[-1]
-    return _merged({k: v for k, v in values.items() if v is not None}, extra)
+        values["max_length"] = None if looked.seen else LENGTHS[-1]
+    return _merged(values, extra)
 
 
 def _merged(values: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

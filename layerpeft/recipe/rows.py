@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
+from layerpeft.recipe import media
 from layerpeft.recipe.reading import LINE, Broken, Row, plain, read, text_of
 from layerpeft.recipe.shipped import expanded, looked_for, resolve
 from layerpeft.text import some
@@ -52,7 +53,8 @@ class Place(NamedTuple):
 class Source:
     """Rows in order, each with its place: of files, or of a data set of the hub. `held`: them, where they are few.
 
-    `name` and `split` as they were asked for; `declared`: the types that the data set says its columns have.
+    `name` and `split` as they were asked for; `by`: what a row of plain text is; `media`: what tables say of files beside them;
+    `declared`: the types that the data set says its columns have.
     """
 
     name: Any
@@ -60,6 +62,7 @@ class Source:
     files: tuple[Path, ...] = ()
     delimiter: str | None = None
     by: str | None = None
+    media: str | None = None
     data: Any = None
     declared: Any = None
     held: tuple[tuple[Place, Mapping[str, Any]], ...] | None = field(default=None, compare=False, repr=False)
@@ -76,7 +79,8 @@ class Source:
 
     def read(self, path: Path) -> Iterator[Row]:
         """What stands in one of its files. Raises: RecipeError."""
-        return read(path, self.delimiter, by=self.by)
+        found = read(path, self.delimiter, by=self.by)
+        return found if self.media is None else media.placed(found, path, self.media)
 
     def _read(self) -> Iterator[tuple[Place, Mapping[str, Any]]]:
         problems = Problems(f"cannot load the data {self.name!r} (split {self.split!r})")
@@ -168,6 +172,15 @@ def columns_of(path: Path, reader: Callable[[Path], Iterator[Row]] = read) -> li
     if not found:
         raise RecipeError(f"{path} is empty")
     return list(dict.fromkeys(name for _, row in found if not isinstance(row, Broken) for name in row))
+
+
+def columns_here(name: str) -> list[str]:
+    """The columns of files, or of what lies in a local folder; none of a data set of the hub. Raises: RecipeError."""
+    files = local_files(name)
+    if files is not None:
+        return [column for path in files for column in columns_of(path)]
+    found = _saved(name, "train", True) or _of_folder(name, "train", True, None)
+    return found.columns if found is not None else []
 
 
 def broken_lines(path: Path, most: int | None = READ_AHEAD) -> list[str]:
@@ -280,7 +293,8 @@ def load(
         try:
             source = _of_hub(name, config, split, optional, by) if source is None else source
         except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
-            raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {first_line(error)}") from error
+            why = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # a package that is lacking
+            raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {first_line(why)}") from error
         if source is None or (optional and not source.files and source.data is None):
             return None
     for path in source.files:
@@ -316,8 +330,9 @@ def _of_folder(name: str, split: str, optional: bool, by: str | None) -> Source 
     if not folder.is_dir() or said or re.search(r"[\[+]", split):
         return None
     inside = [p for p in sorted(folder.rglob("*")) if p.suffix in READERS and p.is_file()]
-    inside = [p for p in inside if p.suffix != ".txt"] or inside  # texts beside tables tell of these
     files = [p for p in inside if not any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
+    # texts beside tables tell of these; a table that says what pictures or sounds are is all that there is
+    files = media.tables(files) or [p for p in files if p.suffix != ".txt"] or files
     names = {split: SPLITS.get(split, re.escape(split)), **SPLITS}
     by_split = {
         key: [p for p in files if re.search(f"(?<![a-z])({words})(?![a-z])", p.relative_to(folder).as_posix().lower())]
@@ -325,7 +340,9 @@ def _of_folder(name: str, split: str, optional: bool, by: str | None) -> Source 
     }
     there = {key: found for key, found in by_split.items() if found} or ({"train": files} if files else {})
     if split in there:
-        return Source(name, split, tuple(there[split]), by=by if there[split][0].suffix == ".txt" else None)
+        files = there[split]
+        by = by if files[0].suffix == ".txt" else None
+        return Source(name, split, tuple(files), by=by, media=media.media_of(files))
     if there and not optional:
         raise RecipeError(
             f"cannot load the data {name!r} (split {split!r}): there is no such split, but {', '.join(there)}"

@@ -85,7 +85,10 @@ def find(folder: str, model: str | None = None) -> Trained:
         near = [str(p) for p in path.parent.glob("*/")] if path.parent.is_dir() else []
         raise SaveError(f"{folder} is not a folder.{hint(str(path), near)}")
     place = str(path) if path.is_dir() else folder
-    config = _config(place, f"{folder} is no model that transformers can load")
+    here = (
+        "is no model that transformers can load" if path.is_dir() else "is no folder here, and no model that can be had"
+    )
+    config = _config(place, f"{folder} {here}")
     kind = _kind_of(config) or _unknown(folder)
     recipe, said = _recipe(path, kind, place, {})
     return Trained(path if path.is_dir() else Path(folder), None, kind, recipe, config, said)

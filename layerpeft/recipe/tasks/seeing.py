@@ -12,7 +12,7 @@ from layerpeft.errors import LayerpeftError
 from layerpeft.recipe import tokens
 from layerpeft.recipe.model import from_hub, model_path
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.rows import TURNS, Source, Unfit, columns_of, local_files
+from layerpeft.recipe.rows import TURNS, Source, Unfit, columns_here
 from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.sources import paths
 from layerpeft.recipe.tasks import cell, files, turns
@@ -30,7 +30,7 @@ def sees(values: Mapping[str, Any], trainer: str) -> bool:
     if trainer != SEEING.name or not isinstance(name, str):
         return False
     try:
-        have = columns or [c for path in paths(data) for file in local_files(path) or () for c in columns_of(file)]
+        have = columns or [column for path in paths(data) for column in columns_here(path)]
         if not set(SEEN) & set(have):
             return False
         place = expanded(resolve(name))
