@@ -107,8 +107,9 @@ def prefill(recipe: Recipe, say: Any = print) -> Ahead:
         note(f"loading what lies in front of the layers of {recipe['model_name_or_path']}")
         lower = plan.lower(calls.cast)
         started, store = time.perf_counter(), _opened(plan, lower, calls)
-        filling = _filled(plan, lower, store, calls)
-        ahead = _recorded(plan, lower, store, filling)
+        with _on_disk(plan, store):
+            filling = _filled(plan, lower, store, calls)
+            ahead = _recorded(plan, lower, store, filling)
         seconds = time.perf_counter() - started
     _tell(recipe, plan, ahead, filling, store, seconds, say)
     store.close()
@@ -276,21 +277,30 @@ def _filled(plan: Prefill, lower: Lower, store: Disk, calls: Calls) -> Filling:
     """Raises: SaveError where not all of it fits."""
     with tqdm(total=calls.steps * plan.below.cut, desc="prefill", unit="block") as bar:
         filling = Filling(lower, store, plan.setting.root, bar.update)
-        try:
-            with _off():
-                filling.fill(calls)
-        except KeyboardInterrupt:
-            again = command_of(plan.setup.recipe, verb="prefill")
-            raise KeyboardInterrupt(f"{store.rows:,} rows are filled; go on with\n  {again}") from None
-        except OSError as error:
-            if not disk_is_full(error, plan.setting.root):
-                raise
-            raise SaveError(
-                f"no room is left on the disk of {plan.setting.root}; {store.rows:,} rows are filled"
-            ) from error
+        with _off():
+            filling.fill(calls)
+    if filling.lost and store.unwritten is not None:
+        raise SaveError(f"{store.root} cannot be written to ({store.unwritten}); {_how_to_go_on(plan, store)}")
     if filling.lost:
         raise _full(plan, f"{store.rows:,} rows are filled, and others do not fit")
     return filling
+
+
+@contextlib.contextmanager
+def _on_disk(plan: Prefill, store: Disk) -> Iterator[None]:
+    """Says how to go on where it is stopped. Raises: SaveError where the disk is full; KeyboardInterrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(plan, store)) from None
+    except OSError as error:
+        if not disk_is_full(error, plan.setting.root):
+            raise
+        raise SaveError(f"no room is left on the disk of {store.root}; {_how_to_go_on(plan, store)}") from error
+
+
+def _how_to_go_on(plan: Prefill, store: Disk) -> str:
+    return f"{store.rows:,} rows are filled; go on with\n  {command_of(plan.setup.recipe, verb='prefill')}"
 
 
 def _recorded(plan: Prefill, lower: Lower, store: Disk, filling: Filling) -> Ahead:

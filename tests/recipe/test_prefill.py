@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from layerpeft.recipe import prefill
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.trainer import batches_for, held_out_numbers, load_model, make_trainer, tokenized, train, wrap
 from layerpeft.recipe.trainer import prepare as prepared
+from layerpeft.recipe.upper import upper_part
+from layerpeft.training.prefix import ahead, journals, streaming
 from layerpeft.training.prefix.ahead import all_ahead
-from layerpeft.training.prefix.folders import DATA
+from layerpeft.training.prefix.folders import DATA, Handle
 from tests.helpers.kept import states_in
 from tests.helpers.killing import differing
 from tests.helpers.repeating import some
@@ -113,6 +117,49 @@ def test_a_training_on_what_was_filled_is_that_of_the_whole_model(case: str, tmp
     if case != "eight bits":  # whose first epoch is computed whole
         assert not differing(ours, theirs)
     assert ours.keys() == theirs.keys() and any(bool(t.any()) for n, t in ours.items() if "lora_B" in n)
+
+
+def full(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """There is no more room: for states on their way, for those that are kept (after a few of them), or for the record."""
+
+    class Full(Handle):
+        left = [100_000 if what == "kept" else 10]
+
+        def write(self, data: memoryview, offset: int) -> None:
+            if len(data) > self.left[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.left[0] -= len(data)
+            super().write(data, offset)
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "recorded":
+        monkeypatch.setattr(ahead, "replace_file", no_room)
+    else:
+        monkeypatch.setattr({"on their way": streaming, "kept": journals}[what], "Handle", Full)
+
+
+@pytest.mark.parametrize("what", ["kept", "on their way", "recorded"])
+def test_a_full_disk_ends_it_with_what_was_filled_and_it_goes_on_from_there(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    root = tmp_path / "states"
+    name, given = settings("padded", root)
+    with monkeypatch.context() as patch:
+        full(patch, what)
+        assert main(["prefill", name, *given]) == 2
+    said, there = capsys.readouterr(), states_in(root)
+    assert "o space left on device" in said.err or "no room is left on the disk" in said.err, said.err
+    assert f"{len(there)} rows are filled; go on with\n  layerpeft prefill {name}" in said.err and not said.out
+    assert {"kept": 0 < len(there) < 8, "on their way": not there, "recorded": len(there) == 8}[what]
+    assert not list(all_ahead(root)) and not list(root.glob(".filling*"))
+    assert upper_part(tokenized(prepared(load_recipe(name, given)))) is None  # training does not take it for whole
+    assert main(["prefill", name, *given]) == 0
+    assert f"\n{8 - len(there)} of them were computed now" in capsys.readouterr().out
+    assert states_in(root).items() >= there.items() and len(states_in(root)) == 8
+    ((_, found),) = all_ahead(root)
+    assert (found.train.rows, found.held_out.rows) == (5, 3)
 
 
 REFUSED = {

@@ -20,6 +20,7 @@ FORMAT = "1"  # of what lies in a folder
 WAITING = 256 << 20  # bytes that may wait to be written; what comes then is dropped
 BATCH, MOST = 32 << 20, 1024  # bytes and entries that are written at a time
 LINGER = 0.1  # seconds for which the writer waits for more
+WRITING = "written to"
 
 
 class Disk:
@@ -27,8 +28,8 @@ class Disk:
 
     All folders below `root` together, of all processes, hold at most `limit` bytes (None: half of what would be free without
     them): those that nobody uses make room, the longest unused first, and what then does not fit is dropped. Nothing here
-    raises: what cannot be read or written is missing, which is said once. State is real here: what waits for the writer, a
-    thread that ends when nothing does. `pinned`: states come in pinned memory.
+    raises: what cannot be read or written is missing, which is said once (`unwritten`: why what was put could not be). State is
+    real here: what waits for the writer, a thread that ends when nothing does. `pinned`: states come in pinned memory.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Disk:
     ) -> None:
         self.root, self.belongs, self.limit, self.bits, self.pinned = Path(root), dict(belongs), limit, bits, pinned
         self._said: set[str] = set()
+        self.unwritten: str | None = None
         self._closed = False
         self._start()
 
@@ -142,6 +144,8 @@ class Disk:
 
     def _failed(self, doing: str, error: Exception) -> None:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        if doing == WRITING:
+            self.unwritten = why
         self._say(f"cannot be {doing} ({why}); what is not there is computed anew")
 
     def _there(self, keys: Sequence[bytes]) -> bool:
@@ -192,7 +196,7 @@ class Disk:
                 for sentence in self._opened.append(ready):
                     self._say(sentence)
             except Exception as error:  # the trainer does not hear of it
-                self._failed("written to", error)
+                self._failed(WRITING, error)
             with self._changed:
                 for key in batch:
                     self._bytes -= self._waiting.pop(key).nbytes
