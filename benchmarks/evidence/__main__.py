@@ -1,0 +1,81 @@
+"""`python -m benchmarks.evidence`: runs the experiment of design.yaml from where it stands, and makes its tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence import chosen, made, run, tables, work
+from benchmarks.evidence.cell import Cell
+from benchmarks.evidence.design import DESIGN, Design, load
+from benchmarks.evidence.store import RESULTS, Store
+from layerpeft.errors import ConfigError, LayerpeftError, unknown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        design = load(args.design)
+        if args.command == "pretrain":
+            for name in args.models or [n for n, m in design.models.items() if m.made]:
+                print(made.pretrain(design, name, args.data, args.made))
+        elif args.command == "run":
+            _run(design, args)
+        else:
+            print(tables.table(design, Store(args.results), args.name, args.data, args.made, args.json))
+        return 0
+    except LayerpeftError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is written stays, and the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(design: Design, args: argparse.Namespace) -> None:
+    """Makes what is missing, part by part and cell by cell, until there is nothing left or the time is over."""
+    wrong = [unknown("cell", name, design.cells) for name in args.cell or () if name not in design.cells]
+    if wrong:
+        raise ConfigError(*wrong)
+    store, end = Store(args.results), time.monotonic() + 60 * args.minutes if args.minutes else None
+    for name in args.cell or design.cells:
+        cell = Cell(design, name, args.data, args.made)
+        for part in args.part or run.PARTS:
+            for one in chosen.runs(design, cell, store, part):
+                if end is not None and time.monotonic() > end:
+                    print("the time is over; the same command goes on")
+                    return
+                with store.claim(one) as mine:
+                    if mine:
+                        began = time.monotonic()
+                        store.write(one, work.made_run(cell, one))
+                        print(
+                            f"{part} {name} seed {one.seed} {one.select}: {time.monotonic() - began:.1f} s", flush=True
+                        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("--design", type=Path, default=DESIGN)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
+    parser.add_argument("--data", type=Path, help="folder of the rows and texts that do not ship")
+    parser.add_argument("--made", type=Path, default=made.folder(), help="folder of the models that are made here")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="make what is missing")
+    running.add_argument("--part", action="append", choices=run.PARTS)
+    running.add_argument("--cell", action="append", metavar="MODEL/TASK")
+    running.add_argument("--minutes", type=float, help="end after so many")
+    making = commands.add_parser("pretrain", help="make the models that do not ship")
+    making.add_argument("models", nargs="*")
+    showing = commands.add_parser("table", help="a table of what has run")
+    showing.add_argument("name", choices=tables.TABLES)
+    showing.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

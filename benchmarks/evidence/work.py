@@ -1,0 +1,114 @@
+"""One run, from weights that are in memory: what it learned, and what that took."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import peft
+import torch
+
+import layerpeft
+from benchmarks.evidence.cell import Cell
+from benchmarks.evidence.losses import measured, of_language
+from benchmarks.evidence.run import Run
+from layerpeft.integrations.files import version_of
+from layerpeft.selection.choose import choose_among
+
+VERSIONS = ("layerpeft", "torch", "transformers", "peft")
+ENDS = ("embed_tokens", "wte", "word_embeddings", "norm", "ln_f", "lm_head")
+
+
+def made_run(cell: Cell, run: Run) -> dict[str, Any]:
+    """The result of a run, as its line holds it. Processor seconds of this process, set-up apart."""
+    found = {"score": _score, "choose": _choose, "train": _train}[run.kind](cell, run)
+    return found | {"versions": {name: version_of(name) for name in VERSIONS}}
+
+
+def _score(cell: Cell, run: Run) -> dict[str, Any]:
+    select = {k: v for k, v in run.select.items() if k not in ("name", "by")}
+    model, batches = cell.fresh(run.seed), cell.batches(10_000 + run.seed, cell.design.criteria.num_batches)
+    passes = _Passes(model)
+    began = time.process_time()
+    scores = layerpeft.score_layers(
+        model, run.select["by"], batches=batches, num_batches=len(batches), target_modules="all-linear",
+        seed=run.seed, progress=False, **select,
+    )  # fmt: skip
+    return {"scores": list(scores.values), "seconds": time.process_time() - began, "passes": passes.count}
+
+
+def _choose(cell: Cell, run: Run) -> dict[str, Any]:
+    select = {k: v for k, v in run.select.items() if k != "name"}
+    model, batches = cell.fresh(run.seed), cell.batches(10_000 + run.seed, cell.design.criteria.num_batches)
+    r = cell.design.training.r
+    config = cell.config("lora", {**select, "num_batches": len(batches), "seed": run.seed}, r=r, lora_alpha=2 * r)
+    found = config.examine(model)
+    began = time.process_time()
+    chosen = choose_among(model, found.select, found.layers, found.targets, batches, progress=False, costs=found.costs)
+    return {"layers": list(chosen.layers), "seconds": time.process_time() - began}
+
+
+class _Passes:
+    """Counts how often a model is called."""
+
+    def __init__(self, model: Any) -> None:
+        self.count = 0
+        model.register_forward_pre_hook(self._more)
+
+    def _more(self, *_: Any) -> None:
+        self.count += 1
+
+
+def _train(cell: Cell, run: Run) -> dict[str, Any]:
+    model, before = cell.fresh(run.seed), cell.before(run.seed)
+    torch.manual_seed(run.seed)
+    wrapped = _wrapped(cell, run, model)
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    began = time.process_time()
+    _learn(cell, run, wrapped)
+    seconds = time.process_time() - began
+    after = measured(wrapped, cell.held_out) | {"retained": _retained(cell, wrapped)}
+    return {"before": before, "after": after, "trainable": trainable, "seconds": seconds}
+
+
+def _wrapped(cell: Cell, run: Run, model: Any) -> Any:
+    options = dict(run.options)
+    if run.method == "lora":
+        options |= {"r": run.r, "lora_alpha": 2 * run.r}
+    if run.ends:
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        options["modules_to_save"] = [name for name in ENDS if name in names]
+    select = {"layers": run.select} if isinstance(run.select, list) else run.select
+    if isinstance(select, dict) and not isinstance(run.select, list):
+        select = {**select, "seed": run.seed}
+    batches = cell.batches(10_000 + run.seed, cell.design.criteria.num_batches)
+    return layerpeft.get_peft_model(model, cell.config(run.method, select, **options), batches=batches).train()
+
+
+def _learn(cell: Cell, run: Run, model: Any) -> None:
+    """AdamW on rows drawn from the seed; the rate rises over a tenth of the steps and falls in a line to nothing."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, run.lr, weight_decay=0.0)
+    for step, batch in enumerate(cell.batches(run.seed, run.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * min(1.0, 10 * (step + 1) / run.steps) * (1 - step / run.steps)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _retained(cell: Cell, wrapped: Any) -> float | None:
+    """The loss on the text of pre-training, if that is at hand: of a model of classes by the trunk that was trained, under the head
+    it was pre-trained with."""
+    if cell.retained is None:
+        return None
+    own = wrapped.get_base_model() if isinstance(wrapped, peft.PeftModel) else wrapped
+    if not cell.classes:
+        return of_language(cell.source, wrapped, cell.tokenizer, cell.retained)
+    language, prefix = cell.language, own.base_model_prefix
+    trunk = getattr(language, prefix)
+    setattr(language, prefix, getattr(own, prefix))
+    try:
+        return of_language(cell.source, language, cell.tokenizer, cell.retained)
+    finally:
+        setattr(language, prefix, trunk)

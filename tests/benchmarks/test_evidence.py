@@ -1,0 +1,158 @@
+"""The experiment on layers: it goes on where it was interrupted, makes no run twice, and its tables count right."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.evidence import chosen, made, run, stats
+from benchmarks.evidence.__main__ import main
+from benchmarks.evidence.design import DESIGN, load
+from benchmarks.evidence.store import Store
+from layerpeft.errors import ConfigError
+from layerpeft.recipe.yaml import parse
+
+CELL = "gpt/words"
+DESIGNED = """
+registered: 2026-01-01
+about: a test
+models:
+  gpt: {made: gpt2, layers: 3, width: 16, heads: 2, mlp: 32, steps: 2, rows: 2, length: 16}
+tasks:
+  words: {train: rows.jsonl, eval: rows.jsonl, text: "{a} {b}", rows: 2, length: 16, held_out: 4}
+cells: [gpt/words]
+training: {r: 4, lr: 0.01, steps: 2}
+oracle: {seeds: [0, 1], keep: 1, sets: 2, pairs: [gpt/words]}
+criteria:
+  seeds: [0, 1]
+  num_batches: 2
+  scores: {depth: {by: depth}, gradient norm: {by: gradient_norm}}
+  products: {both: [depth, gradient norm]}
+  rules: {first and last: {by: depth, pick: outside}}
+final: {seeds: [0, 1], half: 2, shares: [0.5, 0.97], criteria: [depth, both], cells: [gpt/words]}
+methods:
+  GaLore: {method: galore, select: "stride:1", options: {r: 4, update_proj_gap: 2}, rates: [0.001, 0.01]}
+retention: {text: books.txt, rows: 2, length: 16}
+pretraining: {text: books.txt, held_out: books.txt}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evidence")
+    (folder / "design.yaml").write_text(DESIGNED)
+    rows = [{"a": f"word {i}", "b": "and another one " * (i % 3 + 1)} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "books.txt").write_text("A whale came up out of the sea and looked around. " * 40)
+    return folder
+
+
+def words(place, *more):
+    own = ["--design", str(place / "design.yaml"), "--results", str(place / "results"), "--data", str(place)]
+    return [*own, "--made", str(place / "made"), *more]
+
+
+def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsys, monkeypatch):
+    monkeypatch.setattr(stats, "DRAWS", 20)
+    assert main(words(place, "run")) == 2 and "gpt is not made yet" in capsys.readouterr().err
+    assert main(words(place, "pretrain")) == 0
+    store, design = Store(place / "results"), load(place / "design.yaml")
+    write, left = Store.write, [9]
+
+    def stops(self, one, result):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(self, one, result)
+
+    monkeypatch.setattr(Store, "write", stops)
+    assert main(words(place, "run")) == 130
+    monkeypatch.setattr(Store, "write", write)
+    before = store.path(CELL).read_text()
+    assert before.count("\n") == len(store.lines(CELL)) == 9
+    torn = before + '{"run": {"cell": "gpt/wo'
+    store.path(CELL).write_text(torn)
+    assert main(words(place, "run")) == 0
+    text = store.path(CELL).read_text()
+    assert text.startswith(torn + "\n")
+    keys = [
+        json.dumps(json.loads(line)["run"], sort_keys=True)
+        for line in text.splitlines()
+        if line != torn.splitlines()[-1]
+    ]
+    assert len(keys) == len(set(keys)) == len(store.lines(CELL))
+    wanted = {one.key for part in (run.scores, run.oracle, run.tuned) for one in part(design, CELL)}
+    assert wanted < set(keys)
+    judged = {
+        (line["run"]["seed"], len(line["run"]["select"]), line["run"]["r"])
+        for line in store.lines(CELL).values()
+        if line["run"]["method"] == "lora"
+    }
+    assert {(0, 2, 2), (1, 3, 1)} <= judged, "half of the layers at half the rank, all at a third"
+    capsys.readouterr()
+    assert main(words(place, "run")) == 0 and store.path(CELL).read_text() == text
+    for name in ("oracle", "criteria", "regret", "methods", "retention"):
+        assert main(words(place, "table", name)) == 0
+        assert f"| {CELL} |" in capsys.readouterr().out
+    assert main(words(place, "table", "regret", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["budget"] for row in rows} == set(chosen.BUDGETS) and all(row["seeds"] == "2" for row in rows)
+
+
+def test_two_processes_share_the_runs(place):
+    store, one = Store(place / "claims"), run.Run(CELL, "score", 0, {"by": "depth"})
+    with store.claim(one) as mine:
+        assert mine
+        with store.claim(one) as other:
+            assert not other
+        store.write(one, {"scores": [1.0]})
+    with store.claim(one) as again:
+        assert not again
+
+
+def test_the_design_that_ships_is_sound(tmp_path):
+    design = load(DESIGN)
+    for cell in design.cells:
+        assert len(run.sets(design, cell)) == len(set(run.sets(design, cell))) == design.num_sets(cell)
+    assert run.sets(design, "llama/gsm8k") == run.sets(design, "llama/gsm8k") != run.sets(design, "llama/mr")
+    keys = [one.key for one in run.oracle(design, "llama/gsm8k")]
+    assert len(set(keys)) >= 3 * (1 + 12 + 60 + 66)
+    data = parse(DESIGN.read_text()).data
+    assert set(data["final"]["criteria"]) <= {*data["criteria"]["scores"], *data["criteria"]["products"]}
+    wrong = tmp_path / "design.yaml"
+    wrong.write_text(
+        DESIGNED.replace("cells: [gpt/words]\ntraining", "cells: [gtp/words]\ntraining").replace(
+            "[depth, both]", "[deep]"
+        )
+    )
+    with pytest.raises(ConfigError) as told:
+        load(wrong)
+    assert "Did you mean 'gpt'" in str(told.value) and "final.criteria" in str(told.value)
+
+
+def test_numbers_by_hand():
+    assert stats.spearman([1, 2, 3], [10, 20, 30]) == 1 and stats.spearman([1, 2, 3], [3, 2, 1]) == -1
+    assert stats.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
+    assert stats.spearman([1, 1, 1], [1, 2, 3]) == 0
+    worth = np.array([0.1, 0.5, -0.2, 0.3])
+    sets = [(i, j) for i in range(4) for j in range(i)]
+    found = stats.effects(sets, [worth[list(s)].sum() + 7 for s in sets], 4)
+    assert found == pytest.approx(worth - worth.mean())
+    assert stats.pair_effects({(0, 1): 5.0}, [1.0, 2.0]) == {(0, 1): 2.0}
+    mean, low, high = stats.interval([0, 1, 2, 3], lambda s: sum(s) / len(s))
+    assert mean == 1.5 and 0 <= low < 1.5 < high <= 3
+    assert stats.said(stats.interval([0], lambda s: 2.0)) == "2.00"
+    assert chosen.top([0.1, 0.9, 0.9, 0.2], 2) == (1, 2) and chosen.top([1, 1, 1], 2) == (0, 1)
+    assert chosen.together([[1, 2, 3], [3, 2, 1]]) == (1.0, 1.0, 1.0) and chosen.ranks([5, 1, 5]) == [1.5, 0.0, 1.5]
+
+
+def test_a_made_model_learns_and_is_the_same_again(place):
+    design = load(place / "design.yaml")
+    from safetensors.torch import load_file
+
+    first, again = (
+        load_file(made.pretrain(design, "gpt", place, place / name) / "model.safetensors") for name in ("m1", "m2")
+    )
+    assert first.keys() == again.keys() and all(first[k].equal(again[k]) for k in first)
