@@ -20,7 +20,7 @@ from layerpeft.training.prefix import ahead, journals, streaming
 from layerpeft.training.prefix.ahead import all_ahead
 from layerpeft.training.prefix.folders import DATA, Handle
 from tests.helpers.kept import states_in
-from tests.helpers.killing import differing
+from tests.helpers.killing import child, differing
 from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
 
@@ -119,6 +119,18 @@ def test_a_training_on_what_was_filled_is_that_of_the_whole_model(case: str, tmp
     assert ours.keys() == theirs.keys() and any(bool(t.any()) for n, t in ours.items() if "lora_B" in n)
 
 
+@pytest.mark.slow
+def test_processes_that_fill_one_folder_at_once_come_to_what_one_fills(tmp_path: Path):
+    name, given = settings("padded", tmp_path / "one")
+    assert main(["prefill", name, *given]) == 0
+    name, given = settings("padded", tmp_path / "three")
+    pids = [child(lambda: os._exit(main(["prefill", name, *given]))) for _ in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    assert states_in(tmp_path / "three") == states_in(tmp_path / "one")  # each row once, and no entry torn
+    (_, one), (_, three) = (*all_ahead(tmp_path / "one"), *all_ahead(tmp_path / "three"))
+    assert one == three and not list((tmp_path / "three").glob(".filling*"))
+
+
 def full(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """There is no more room: for states on their way, for those that are kept (after a few of them), or for the record."""
 
@@ -140,7 +152,7 @@ def full(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         monkeypatch.setattr({"on their way": streaming, "kept": journals}[what], "Handle", Full)
 
 
-@pytest.mark.parametrize("what", ["kept", "on their way", "recorded"])
+@pytest.mark.parametrize("what", some(["kept", "on their way", "recorded"], 2))
 def test_a_full_disk_ends_it_with_what_was_filled_and_it_goes_on_from_there(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
