@@ -10,13 +10,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, core_model_loading
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, core_model_loading
 
 import layerpeft
 from layerpeft.cli import main
 from layerpeft.recipe import train, upper
+from layerpeft.training.prefix.ahead import all_ahead
 from layerpeft.training.prefix.upper import StandIn
+from tests.conftest import LLAMA
 from tests.helpers.filled import recorded
+from tests.helpers.kept import states_in
 from tests.helpers.repeating import repeated
 from tests.helpers.short import short_llama, shorten
 from tests.recipe.test_launched import in_two
@@ -228,3 +231,27 @@ def test_what_does_not_fit_has_the_whole_model_loaded_and_is_said(filled, change
     monkeypatch.setattr(train, "load_model", stop)
     main(["train", "quickstart", *words, changed, f"output_dir={home}/other"])
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "most", "mean"), [("float32", 3e-3, 1e-3), ("bfloat16", 1e-2, 2e-3)])
+def test_what_was_filled_in_8_bits_is_trained_on_and_hardly_moves_the_loss(dtype, most, mean, tmp_path, capsys):
+    """The shipped model, three of its twelve layers, 24 steps, in which losses fall by more than a seventh."""
+    words = ["max_train_samples=32", "max_eval_samples=16", "max_steps=-1", "num_train_epochs=3", "logging_steps=1"]
+    words += ["per_device_train_batch_size=4", "eval_strategy=epoch", "learning_rate=1e-3", "sample_tokens=0"]
+    words += ["layerpeft.select=last:3", f"dtype={dtype}"]
+    assert main(["train", "quickstart", *words, f"output_dir={tmp_path}/whole"]) == 0
+    kept = [f"layerpeft.prefix_cache={{where: {tmp_path}/states, bits: 8}}", f"output_dir={tmp_path}/halved"]
+    assert main(["prefill", "quickstart", *words, *kept]) == 0
+    assert main(["train", "quickstart", *words, *kept]) == 0
+    assert "nothing below layer 9 was loaded" in capsys.readouterr().out
+    ((_, found),) = all_ahead(tmp_path / "states")
+    tokens, width = found.train.tokens + found.held_out.tokens, AutoConfig.from_pretrained(LLAMA).hidden_size
+    assert sum(map(len, states_in(tmp_path / "states").values())) == tokens * (width + 4)
+    whole, halved = losses(tmp_path / "whole"), losses(tmp_path / "halved")
+    assert [step for step, *_ in halved] == [step for step, *_ in whole]
+    moved = [abs(a - b) for one, other in zip(halved, whole) for a, b in zip(one[1:], other[1:]) if a is not None]
+    with capsys.disabled():
+        print(f"\n8 bits, {dtype}: losses move by at most {max(moved):.1e}, {sum(moved) / len(moved):.1e} in the mean")
+    assert 0 < max(moved) < most and sum(moved) / len(moved) < mean and len(moved) > 24
+    assert whole[-1][2] < 0.85 * whole[0][2]
