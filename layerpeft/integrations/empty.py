@@ -13,7 +13,10 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype | str | None = None, 
 
     `kind`: a class of transformers, automatic or a model's own; `dtype`: its name or itself, another name for that of the config.
     """
-    make = getattr(kind, "from_config", None) or kind._from_config
+    make = getattr(kind, "from_config", None)
+    if make is None:  # a class is its own code
+        make = kind._from_config
+        options.pop("trust_remote_code", None)
     asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     with torch.device("meta"):
         return make(config, dtype=asked or getattr(config, "dtype", None) or torch.float32, **options)

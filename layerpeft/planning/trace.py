@@ -258,8 +258,8 @@ def parted(
             return live, gradient_bytes(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(
-            "plan traces one step of a language model or a sequence classifier on token ids, or of another model on the "
-            f"shapes of a batch (inputs=…); {type(base_of(model)).__name__} cannot be traced that way "
+            "plan traces one step of a language model, an encoder or a sequence classifier on token ids, or of another model on "
+            f"the shapes of a batch (inputs=…); {type(base_of(model)).__name__} cannot be traced that way "
             f"({told(error, 200)})"
         ) from error
     finally:
@@ -282,8 +282,8 @@ def _of_one_class(model: nn.Module) -> Iterator[None]:
 
 def _run(model: Callable[..., Any], given: Mapping[str, Any], cast: AbstractContextManager[Any]) -> None:
     with cast:
-        letters = "input_values" in given and "labels" not in given
-        loss = model(**given).logits.float().mean() if letters else model(**given).loss
+        told = "labels" in given or "start_positions" in given
+        loss = model(**given).loss if told else model(**given)[0].float().mean()  # of letters, or of hidden states
     loss.backward()
 
 
@@ -316,6 +316,8 @@ def _batch(model: nn.Module, batch_size: int, length: int, device: torch.device,
     if padded and batch_size > 1 and _takes(base, "attention_mask"):
         besides["attention_mask"] = torch.ones_like(ids)
         besides["attention_mask"][0, -1] = 0
+    if getattr(base, "base_model", None) is base and not _takes(base, "labels"):
+        return {"input_ids": ids, **besides}  # hidden states are all that it gives
     labels = ids[:, 0] if classes else ids
     if classes and getattr(about, "problem_type", None) in ("multi_label_classification", "regression"):
         labels = torch.zeros(batch_size, about.num_labels, device=device).squeeze(1)

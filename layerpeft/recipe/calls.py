@@ -18,6 +18,7 @@ import peft
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers.modeling_outputs import BaseModelOutput
 
 from layerpeft.errors import RecipeError
 from layerpeft.model.evaluating import standing_in
@@ -35,6 +36,8 @@ class Calls:
     over held-out rows first, as a run measures them before it trains."""
 
     trainer: Any
+    model: nn.Module  # the shell, which a trainer may hold within others
+    vectors: bool = False  # of hidden states, for each text of a row
 
     @property
     def steps(self) -> int:
@@ -65,15 +68,17 @@ class Calls:
         return [(False, self.trainer.get_eval_dataloader())] * (self.trainer.eval_dataset is not None) + found
 
     def _of(self, batch: Any, training: bool) -> list[Call]:
-        base, seen = base_of(self.trainer.model), []
+        base, seen = base_of(self.model), []
         self.trainer.model.train(training)
 
         @wraps(base.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen.append(_call(base, args, kwargs, training))
-            if not kwargs.get("fused_lm_head"):
-                raise _Enough
-            return _nothing(kwargs["labels"][:, 1:])
+            if kwargs.get("fused_lm_head"):
+                return _nothing(kwargs["labels"][:, 1:])
+            if self.vectors:
+                return _nowhere(kwargs["input_ids"], base)
+            raise _Enough
 
         try:
             with standing_in(base, forward), torch.no_grad():
@@ -99,7 +104,7 @@ def calls_of(setup: Setup) -> Calls:
     trainer = make_trainer(setup, shell, **changes)
     if isinstance(trainer.train_dataset, IterableDataset):
         raise RecipeError("dataset_name: rows that are streamed never come again, so that none can be filled ahead")
-    return Calls(trainer)
+    return Calls(trainer, shell, setup.recipe.row.vectors)
 
 
 def _shell(setup: Setup) -> nn.Module:
@@ -135,3 +140,8 @@ def _nothing(labels: torch.Tensor) -> Any:
     zeros, no = torch.zeros(labels.shape, device=labels.device), torch.zeros_like(labels, dtype=torch.bool)
     numbers = dict.fromkeys(("log_probs", "entropy", "log_sum_sq_probs", "mean_logits"), zeros)
     return SimpleNamespace(loss=zeros.sum(), aux_loss=zeros.sum(), is_top1=no, label_mask=~no, **numbers)
+
+
+def _nowhere(ids: torch.Tensor, base: Any) -> Any:
+    """Hidden states that say nothing, for token ids (rows, tokens)."""
+    return BaseModelOutput(torch.zeros(*ids.shape, base.config.get_text_config().hidden_size, device=ids.device))  # type: ignore[arg-type]

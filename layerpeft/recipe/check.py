@@ -73,7 +73,7 @@ class Check:
         data = self.document.data
         trainer = self.trainer(data)
         known = keys.top_settings(trainer or USUAL.name)
-        data = self.kept(data, known)
+        data = _without_its_own(self.kept(data, known), known, "trainer" in self.wrong)
         if isinstance(data.get("columns"), Mapping):
             data["columns"] = self.kept(data["columns"], {}, "columns")
         last = frozenset(k for k in data if self.document.lines.get((k,)) == COMMAND)
@@ -268,6 +268,11 @@ def _placed(select: Any, home: Path, path: tuple[str, ...]) -> tuple[Any, list[P
         there = expanded(found["by"]).is_file()
         lost = Problem((*path, "by"), f"by: no file {by!r} ({looked_for(by, home)})")
     return found, [] if there else [lost]
+
+
+def _without_its_own(data: Mapping[str, Any], known: Mapping[str, Setting], gone: bool) -> dict[str, Any]:
+    """The keys that can be judged: those of a trainer that is `gone` are gone with it."""
+    return {k: v for k, v in data.items() if not gone or k in known or k in foreign.RENAMED}
 
 
 def _unquoted(columns: Any) -> str | None:

@@ -27,6 +27,8 @@ FORMS = (
     Form("Alpaca rows", rows.ALPACA),
     Form("pictures with labels", ("image", "label")),
     Form("sounds and what is said in them", ("audio", "text")),
+    Form("pairs of texts", ("anchor", "positive")),
+    Form("pairs of sentences", ("sentence1", "sentence2"), ("score", "label")),
     Form("texts with labels", ("text", "label")),
     Form("texts", ("text",)),
     Form("prompts", ("prompt",)),

@@ -131,6 +131,9 @@ def asked(
     options = options_of(recipe, arguments, there if accelerator is None else accelerator)
     if recipe.task is not None:
         options["length"] = min(options["length"], longest(recipe, setup.tokenizer) or options["length"])
+    if recipe.row.vectors:  # a pass for each text of a row, all of which are there until the way back
+        texts = [name for name in setup.train.column_names if name != "label"]
+        options["batch_size"] = options["batch_size"] // recipe.row.each * len(texts)
     return recipe, model, options | {"step": replace(options["step"], cards=cards)}, setup
 
 

@@ -213,7 +213,7 @@ def _facts(batch: Mapping[str, Any], labels: Sequence[str]) -> dict[str, list[st
             found[key] = [f"{key}: {item}" for item in value]
         elif shape is None or not len(shape) or key.endswith((IDS, "attention_mask", "completion_mask")):
             continue
-        elif key == "labels" and len(shape) == 1:
+        elif key in ("label", "labels") and len(shape) == 1:
             found[key] = [f"label: {_named(item, labels)}" for item in value.tolist()]
         elif key == "labels" and value.is_floating_point() and len(labels) == shape[1]:
             found[key] = [

@@ -103,6 +103,8 @@ def made(trainer: str, method: str, select: Any, block: Mapping[str, Any], sees:
     if isinstance(asked, Mapping) and str(asked.get("teacher", "")).startswith(SCHEME):
         fields["distill"] = {**asked, "teacher": resolve(asked["teacher"])}
     task = row_of(trainer, sees).task_type if trainer else None
+    if trainer and row_of(trainer, sees).vectors:
+        fields.setdefault("train_new", False)  # the pooler, which hidden states never reach
     config: LayerLoraConfig = kind(select=select, task_type=task, **fields)
     everywhere = config.choosing.is_all and config.target_modules == "all-linear" and not config.works_by.in_place
     if everywhere and task in BOTH_WAYS and config.exclude_modules is None:

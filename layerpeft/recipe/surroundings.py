@@ -14,13 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from layerpeft.errors import LayerpeftError, Problem, Problems, RecipeError, mentions, told, unknown
+from layerpeft.integrations import sentences
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
 from layerpeft.recipe import keys, rows, sources
-from layerpeft.recipe.beside import rewards, teachers
+from layerpeft.recipe.beside import losses, rewards, teachers
 from layerpeft.recipe.beside.models import place_of
 from layerpeft.recipe.forms import other_trainer
 from layerpeft.recipe.recipe import Recipe, training_arguments
@@ -41,7 +42,7 @@ SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model tha
 SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png")
 TRAINED = (
     *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
-    "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER,
+    "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER, *sentences.FILES,
 )  # fmt: skip
 ITS_LOSS = "is learned beside the loss that a model makes by itself, and trainer:"
 MODEL, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
@@ -208,6 +209,12 @@ def beside_problems(good: Mapping[str, Any], row: Row, purpose: str, home: Path,
         for key in row.needs
         if not good.get(key) and key not in wrong
     ]
+    if losses.KEY in row.keys:
+        found += losses.problems(good.get(losses.KEY))
+    engine = asked_for(SimpleNamespace(**good)) if row.vectors else None
+    if engine is not None:
+        text = f"{row.name} trains in one process, or in several that hold the whole model each (DDP); {engine.name} divides it"
+        found.append(_of("trainer", text))
     if "rewards" in row.keys:
         found += rewards.problems(good.get("rewards"), home)
     if TEACHER in row.needs:

@@ -335,6 +335,8 @@ def _write(
     with recording(folder):
         model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
         setup.tokenizer.save_pretrained(str(folder))
+        if recipe.task is not None:
+            recipe.task.write(trainer, folder)
         command = shlex.join(["layerpeft", "train", str(folder / "recipe.yaml"), f"output_dir={folder}-again"])
         replace_file(folder / "recipe.yaml", f"# {command}\n{to_yaml(recipe)}".encode())
         by = recipe.select.get("by") if isinstance(recipe.select, Mapping) else None

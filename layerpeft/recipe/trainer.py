@@ -264,7 +264,8 @@ def make_trainer(setup: Setup, model: nn.Module, **changes: Any) -> Any:
         arguments.assistant_only_loss = False  # the labels say it by now
     if setup.ready and task is None:
         arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    kind = partial(referenced, named(recipe.row.trainer)) if recipe.row.reference else named(recipe.row.trainer)
+    kind, makes = named(recipe.row.trainer), recipe.row.made
+    kind = partial(named(makes), kind) if makes else partial(referenced, kind) if recipe.row.reference else kind
     try:
         made = kind(processing_class=setup.tokenizer, **given)
     except (

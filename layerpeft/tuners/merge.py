@@ -18,6 +18,7 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
 from layerpeft.integrations.merging import merge_in_place, weigh
+from layerpeft.integrations.sentences import parts_in
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
@@ -82,7 +83,7 @@ def merge(
     if model is None:
         kwargs = classes_of(source, kwargs)
     _check_base(where, model, into_quantized)
-    beside = _beside(source, where)
+    beside, parts = _beside(source, where), _parts(source)
     if how.rounded and not into_quantized:
         note(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
@@ -95,6 +96,9 @@ def merge(
             _merge_whole(source, model, base, config, kwargs, partial, how)
         for file in beside:
             shutil.copyfile(file, partial / file.name)
+        for name in parts:
+            (partial / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(source / name, partial / name)
     return target
 
 
@@ -300,6 +304,14 @@ def _beside(source: Path, where: Path | None) -> list[Path]:
         raise SaveError(
             f"{links[0]} is a link to {links[0].resolve()}, outside of its folder: put the file itself there"
         )
+    return found
+
+
+def _parts(source: Path) -> list[str]:
+    """What sentence-transformers has beside a transformer. Raises: SaveError for a link that leads out of the folder."""
+    found = parts_in(source)
+    if links := [name for name in found if not inside(source / name, source)]:
+        raise SaveError(f"{source / links[0]} is a link that leads out of {source}: put the file itself there")
     return found
 
 

@@ -29,6 +29,7 @@ from layerpeft.using.kinds import way_of
 from layerpeft.using.options import read_options
 from layerpeft.using.predict import predict as write_predictions
 from layerpeft.using.table import check_new, check_out
+from layerpeft.using.vectors import check_there, evaluate_vectors
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -75,11 +76,14 @@ def eval(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
         have = {*source_of(args.rows, args.split, _by(args, found)).columns, *(columns or {})}
         by_trainer = is_preferred(found, have) or found.trainer == "masked_lm"
-        if by_trainer or found.kind.endswith("CausalLM") and not args.answers:
+        if found.recipe.row.vectors:
+            check_there(found)
+        if by_trainer or found.recipe.row.vectors or found.kind.endswith("CausalLM") and not args.answers:
             source = load(args.rows, config=None, split=args.split, by=_by(args, found))
             assert source is not None
             model, tokenizer = load_found(found), tokenizer_of(found)
             measure = evaluate_by_trainer if by_trainer else evaluate_text
+            measure = evaluate_vectors if found.recipe.row.vectors else measure
             result = measure(found, source, model, tokenizer, args.batch_size, columns)
         else:
             kind = way_of(found)

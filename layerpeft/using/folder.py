@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from layerpeft.errors import SaveError, UsageError, hint, told
 from layerpeft.integrations.files import read_text
+from layerpeft.integrations.sentences import modules_of
 from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved, load_saved
@@ -35,11 +36,13 @@ KINDS = {
     "AutoModelForSpeechSeq2Seq": "SPEECH_SEQ_2_SEQ", "AutoModelForSeq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
     "AutoModelForMaskedLM": "MASKED_LM", "AutoModelForImageClassification": "IMAGE_CLASSIFICATION", "AutoModelForCTC": "CTC",
 }  # fmt: skip
+VECTORS = "AutoModel"  # of whole models of sentence-transformers, by what lies beside them
 TRAINERS = {  # of folders that do not say theirs: whose rows their models are for
     "AutoModelForCausalLM": "sft", "AutoModelForSequenceClassification": "classification",
     "AutoModelForTokenClassification": "token_classification", "AutoModelForQuestionAnswering": "question_answering",
     "AutoModelForSeq2SeqLM": "seq2seq", "AutoModelForMaskedLM": "masked_lm",
     "AutoModelForImageClassification": "image_classification", "AutoModelForCTC": "speech", "AutoModelForSpeechSeq2Seq": "speech",
+    VECTORS: "embeddings",
 }  # fmt: skip
 CLASSIFIES = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
@@ -89,7 +92,7 @@ def find(folder: str, model: str | None = None) -> Trained:
         "is no model that transformers can load" if path.is_dir() else "is no folder here, and no model that can be had"
     )
     config = _config(place, f"{folder} {here}")
-    kind = _kind_of(config) or _unknown(folder)
+    kind = (VECTORS if modules_of(place) else _kind_of(config)) or _unknown(folder)
     recipe, said = _recipe(path, kind, place, {})
     return Trained(path if path.is_dir() else Path(folder), None, kind, recipe, config, said)
 
@@ -112,7 +115,7 @@ def _adapter(path: Path, model: str | None) -> Trained:
     kind = class_named(said)
     kind = kind and (_kind_of(config, kind) or kind)
     recipe, _ = _recipe(path, kind, base, task)
-    if kind is None and trainer in ROWS:
+    if trainer in ROWS and (kind is None or ROWS[str(trainer)].vectors):
         kind = auto_class(recipe).__name__
     kind = kind or _kind_of(config) or _unknown(str(path))
     recipe, task = _recipe(path, kind, base, task)

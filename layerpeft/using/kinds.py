@@ -8,6 +8,7 @@ from layerpeft.errors import UsageError
 from layerpeft.using.folder import Trained
 from layerpeft.using.hearing import Hears
 from layerpeft.using.masks import Fills
+from layerpeft.using.vectors import Embeds, check_there
 from layerpeft.using.ways import Answers, Classes, Pictures, Rewards, Rewrites, Tags, Way, Writes
 
 WAYS: Mapping[str, type[Way]] = {
@@ -20,6 +21,9 @@ def way_of(found: Trained) -> type[Way]:
     """Raises: UsageError for a model that is for something else."""
     if found.recipe.row.one_number:
         return Rewards
+    if found.recipe.row.vectors:
+        check_there(found)
+        return Embeds
     kind = next((way for name, way in WAYS.items() if found.kind.endswith(name)), None)
     if kind is None and found.kind.endswith("ForConditionalGeneration"):
         kind = Rewrites if found.config.is_encoder_decoder else Writes

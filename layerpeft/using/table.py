@@ -44,7 +44,7 @@ def short(value: Any) -> Any:
 
 @contextlib.contextmanager
 def writing(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Rows], None]]:
-    """What takes rows of these columns (name: text, number, count or object) and writes them; on an error nothing is left."""
+    """What takes rows of these columns (text, number, count, object or vector) and writes them; on an error nothing is left."""
     with replacing(path) as beside:
         made = {".jsonl": _lines, ".parquet": _parquet}.get(path.suffix, _cells)
         with made(beside, columns, path.suffix) as write:
@@ -79,12 +79,14 @@ def _parquet(path: Path, columns: Mapping[str, str], suffix: str) -> Iterator[Ca
     import pyarrow
     import pyarrow.parquet
 
-    kinds = {"number": pyarrow.float64(), "count": pyarrow.int64()}
+    kinds = {"number": pyarrow.float64(), "count": pyarrow.int64(), "vector": pyarrow.list_(pyarrow.float32())}
     schema = pyarrow.schema([(name, kinds.get(kind, pyarrow.string())) for name, kind in columns.items()])
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
 
         def write(rows: Rows) -> None:
-            lists = {n: [_flat(row.get(n)) for row in rows] for n in columns}
+            lists = {
+                n: [row.get(n) if k == "vector" else _flat(row.get(n)) for row in rows] for n, k in columns.items()
+            }
             file.write_table(pyarrow.table(lists, schema=schema))
 
         yield write

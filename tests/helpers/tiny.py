@@ -38,6 +38,9 @@ TASKS = (
 # recipes of TRL's trainers, tried with every method where those are
 TRL = ("cpo", "distillation", "dpo", "gkd", "grpo", "kto", "online_dpo", "orpo", "reward", "rloo")
 
+# the recipe of sentence-transformers' trainer, which is an extra
+EMBEDDINGS = ("embeddings",)
+
 R = "r=2"
 EVERY = ("select.reselect_steps=1",)
 BATCHES = ("select.num_batches=2",)

@@ -18,7 +18,7 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.train import run
 from tests.helpers.processes import ROOT, without_the_package
 from tests.helpers.repeating import some
-from tests.helpers.tiny import STEPS, TASKS, TINY, TRL
+from tests.helpers.tiny import EMBEDDINGS, STEPS, TASKS, TINY, TRL
 from tests.helpers.training import plain
 
 PLAIN = """
@@ -103,11 +103,11 @@ def modules_to_save(record: dict[str, Any], before: dict[str, torch.Tensor]) -> 
 
 
 def test_each_shipped_recipe_has_a_tiny_variant_and_stands_in_the_tables() -> None:
-    assert sorted([*TINY, *TASKS, *TRL]) == sorted(shipped.recipes())
+    assert sorted([*TINY, *TASKS, *TRL, *EMBEDDINGS]) == sorted(shipped.recipes())
     methods, listed = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/methods.md", "recipes/README.md"))
     assert sorted(re.findall(r"\[`(\w+)`\]\(\.\./recipes/\1\.yaml\)", methods)) == sorted(TINY)
     assert sorted(re.findall(r"^\| `(\w+)` \| [^|]+ \| (?:word|classes)", listed, re.M)) == sorted(TINY)
-    assert set(re.findall(r"^\| `(\w+)` \| `trainer: \w+` \|", listed, re.M)) == {*TASKS, *TRL}
+    assert set(re.findall(r"^\| `(\w+)` \| `trainer: \w+` \|", listed, re.M)) == {*TASKS, *TRL, *EMBEDDINGS}
     rows = [line.split(" | ") for line in methods.splitlines() if "/recipes/" in line and line.startswith("| ")]
     assert all(len(row) == 4 and all(cell.strip(" |") for cell in row) for row in rows)
 

@@ -14,6 +14,7 @@ NAMES = {
     "eval_exact_match": "exact match", "eval_f1": "F1 of words", "eval_rmse": "root mean squared error",
     "eval_rewards/accuracies": "pairs in the right order", "eval_rewards/margins": "margin of rewards",
     "eval_reward": "mean reward",
+    "eval_spearman": "Spearman's correlation", "eval_recall@1": "recall at 1",
     "eval_mae": "mean absolute error", "eval_r2": "R²", "eval_wer": "errors in words", "eval_cer": "errors in characters",
 }  # fmt: skip
 
@@ -46,6 +47,27 @@ def number_metrics(found: Sequence[float], wanted: Sequence[float]) -> dict[str,
         "mae": sum(map(abs, errors)) / len(errors),
         "r2": 1 - squares / spread if spread else 0.0,
     }
+
+
+def spearman(found: Sequence[float], wanted: Sequence[float]) -> float:
+    """Pearson's correlation of ranks, those of equal numbers being their mean; 0 where all numbers of a side are one."""
+    sides = [_ranks(found), _ranks(wanted)]
+    mean = (len(found) + 1) / 2
+    one, other = ([rank - mean for rank in side] for side in sides)
+    spread = sum(a * a for a in one) * sum(b * b for b in other)
+    return sum(a * b for a, b in zip(one, other, strict=True)) / spread**0.5 if spread else 0.0
+
+
+def _ranks(numbers: Sequence[float]) -> list[float]:
+    order = sorted(range(len(numbers)), key=lambda i: numbers[i])
+    found = [0.0] * len(numbers)
+    begin = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or numbers[order[end]] != numbers[order[begin]]:
+            for i in order[begin:end]:
+                found[i] = (begin + 1 + end) / 2
+            begin = end
+    return found
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from layerpeft.recipe.rows import Source
@@ -59,7 +60,7 @@ class Task:
     `example`: of templates. `row`: one row's cells, by these names, as what it holds (raises: Unfit); `types`: of what it holds.
     `processing`: tokenizer or processor of a recipe and its training rows. `head`: of the training rows. `features`: rows as the
     model reads them, and what became of them. `trainer`: what Trainer is given besides model, arguments and rows, of a Setup and
-    a model. `measure`: the number by which runs are compared, of the head.
+    a model. `measure`: the number by which runs are compared, of the head. `write`: what a trainer writes beside an adapter.
     """
 
     forms: tuple[tuple[str, ...], ...]
@@ -74,4 +75,5 @@ class Task:
     more: tuple[str, ...] = ()
     new_head: bool = False  # a checkpoint without the task has none of its own
     others: str = ""  # the kind of all other columns, where they are kept as they are
+    write: Callable[[Any, Path], None] = lambda trainer, folder: None
     in_batches: bool = False  # rows become numbers in batches: they keep what the model does not read

@@ -43,7 +43,9 @@ class Row:
         str, ...
     ] = ()  # modules that say what the trainer is given besides (`given`), and look at it before (`ready`)
     needs: tuple[str, ...] = ()  # keys without which there is no run
-    package: str | None = None  # that is not there unless the extra of the same name is
+    package: str | None = None  # that is not there unless the extra of the trainer's name is
+    made: str | None = None  # what makes it of its class and what it is given, where that is not the class alone
+    vectors: bool = False  # the loss is of vectors that are pooled of hidden states, a pass for each text of a row
 
 
 def named(path: str) -> Any:

@@ -33,12 +33,14 @@ def absent(row: Row) -> str | None:
         return None
     library = row.trainer.partition(".")[0]
     if row.package and not find_spec(row.package):
-        return f"{row.name} needs a package that is not installed (pip install 'layerpeft[{row.package}]')"
+        return f"{row.name} needs a package that is not installed (pip install 'layerpeft[{row.name}]')"
     there = ", ".join(name for name, other in ROWS.items() if _is_there(other))
     return f"{row.name} is not in the {library} that is installed ({version(library)} has no {row.trainer}); there are {there}"
 
 
 def _is_there(row: Row) -> bool:
+    if row.package and not find_spec(row.package):
+        return False
     try:
         return all(has(path) for path in (row.trainer, row.arguments))
     except ImportError:

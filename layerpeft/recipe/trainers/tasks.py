@@ -44,6 +44,12 @@ ROWS = (
         "speech", *WRITER, f"{TASKS}.speech.auto_name", None, f"{TASKS}.speech.TASK",
         LOADING | {"max_target_length": Setting(int | None, 448), "max_seconds": Setting(float | None, 30.0)},
     ),
+    Row(
+        "embeddings", "sentence_transformers.SentenceTransformerTrainer",
+        "sentence_transformers.SentenceTransformerTrainingArguments", f"{TASKS}.embeddings.auto_name", "FEATURE_EXTRACTION",
+        f"{TASKS}.embeddings.TASK", _text(512) | {"loss": Setting(str | dict[str, Any] | None)}, alone=False, each=2,
+        package="sentence_transformers", made="layerpeft.integrations.sentences.trainer", vectors=True,
+    ),
 )  # fmt: skip
 # `sft` on rows with pictures, for a model that sees
 SEEING = Row(
