@@ -274,7 +274,7 @@ def _base_weight(layer: Any) -> torch.Tensor:
 def _squared_norms_dora(layer: Any, adapter_name: str, weight: torch.Tensor) -> tuple[float, float]:
     """(‖ΔW‖², ‖W‖²) for W' = m·(W + sBA)/‖W + sBA‖, the norm per output (Liu et al. 2024), a few rows at a time."""
     factors = factors_of(layer, adapter_name)
-    low_rank = layer.get_delta_weight(adapter_name) if factors is None else None
+    low_rank: Any = layer.get_delta_weight(adapter_name) if factors is None else None
     # Conv1D and embeddings are stored (in, out): put the outputs first, as a view
     if getattr(layer, "fan_in_fan_out", False) or adapter_name in getattr(layer, "lora_embedding_A", {}):
         weight, low_rank = weight.transpose(0, 1), None if low_rank is None else low_rank.transpose(0, 1)

@@ -145,7 +145,7 @@ def _how(source: Path, weights: Asked | None) -> _How:
 
 def _check_mergeable(source: Path) -> None:
     """Raises: SaveError for an adapter of plain PEFT's that changes no weight."""
-    config = peft.PeftConfig.from_pretrained(str(source.absolute()))
+    config: Any = peft.PeftConfig.from_pretrained(str(source.absolute()))
     if config.is_prompt_learning or config.peft_type == peft.PeftType.ADAPTION_PROMPT:
         raise SaveError(
             f"{source} is an adapter of the kind {config.peft_type.value}, which adds to what the model reads and changes no "
