@@ -42,9 +42,9 @@ def _run(design: Design, args: argparse.Namespace) -> None:
     if wrong:
         raise ConfigError(*wrong)
     store, end = Store(args.results), time.monotonic() + 60 * args.minutes if args.minutes else None
-    for name in args.cell or design.cells:
-        cell = Cell(design, name, args.data, args.made)
-        for part in args.part or run.PARTS:
+    parts, cells = args.part or run.PARTS, [Cell(design, n, args.data, args.made) for n in args.cell or design.cells]
+    for group in ([p for p in parts if p != "pairs"], [p for p in parts if p == "pairs"]):
+        for cell, part in ((cell, part) for cell in cells for part in group):
             for one in chosen.runs(design, cell, store, part):
                 if end is not None and time.monotonic() > end:
                     print("the time is over; the same command goes on")
@@ -54,7 +54,8 @@ def _run(design: Design, args: argparse.Namespace) -> None:
                         began = time.monotonic()
                         store.write(one, work.made_run(cell, one))
                         print(
-                            f"{part} {name} seed {one.seed} {one.select}: {time.monotonic() - began:.1f} s", flush=True
+                            f"{part} {cell.name} seed {one.seed} {one.select}: {time.monotonic() - began:.1f} s",
+                            flush=True,
                         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,6 +63,11 @@ class Cell:
         if self.source.shipped is not None:
             return Path(shipped.resolve(f"{shipped.SCHEME}{self.source.shipped}"))
         return made.find(self.name.partition("/")[0], self.models)
+
+    @cached_property
+    def weights(self) -> str:
+        """A digest of the weights that runs begin with."""
+        return xxhash.xxh64((self.place / "model.safetensors").read_bytes()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:

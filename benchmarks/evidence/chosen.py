@@ -31,6 +31,8 @@ def runs(design: Design, cell: Cell, store: Store, part: str) -> Iterator[Run]:
     """Those of a part of the experiment; what rests on others' results is there once those are."""
     if part == "oracle":
         yield from run.oracle(design, cell.name)
+    elif part == "pairs":
+        yield from run.pairs(design, cell.name)
     elif part == "criteria":
         yield from run.scores(design, cell.name)
     elif part == "final":
@@ -41,7 +43,13 @@ def runs(design: Design, cell: Cell, store: Store, part: str) -> Iterator[Run]:
                 yield judged.run
     else:
         yield from run.tuned(design, cell.name)
-        yield from run.methods(design, cell.name, best_rates(design, cell.name, store.lines(cell.name)))
+        lines = store.lines(cell.name)
+        best = best_rates(design, cell.name, lines)
+        seen = set()
+        for one in run.methods(design, cell.name, best, equal_steps(design, cell.name, lines, best)):
+            if one.key not in seen:  # a step of some methods takes as much as one of all layers
+                seen.add(one.key)
+                yield one
 
 
 def taken(design: Design, cell: str, lines: Mapping[str, Any], seed: int) -> dict[str, tuple[float, ...]]:
@@ -125,3 +133,13 @@ def best_rates(design: Design, cell: str, lines: Mapping[str, Any]) -> dict[str,
         if len(own) == len(method.rates):
             found[name] = min(own, key=lambda one: lines[one.key]["after"]["loss"]).lr
     return found
+
+
+def equal_steps(design: Design, cell: str, lines: Mapping[str, Any], best: Mapping[str, float]) -> dict[str, int]:
+    """How many steps of every method the operations of the first one's steps pay for, as they were counted at its best rate."""
+    found = {}
+    for name, lr in best.items():
+        line = lines[run.of_method(design, cell, design.methods[name], run.TUNING, lr).key]
+        found[name] = line.get("step", {}).get("operations")
+    first = found.get(next(iter(design.methods)))
+    return {n: max(1, round(design.training.steps * first / own)) for n, own in found.items() if first and own}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.evidence.design import Design, Method
 
-PARTS = ("criteria", "oracle", "final", "methods")
+PARTS = ("criteria", "oracle", "final", "methods", "pairs")  # pairs of all cells come last
 TUNING = 1000  # the seed by which a rate is chosen
 
 
@@ -51,7 +51,7 @@ def sets(design: Design, cell: str) -> list[tuple[int, ...]]:
 
 
 def oracle(design: Design, cell: str) -> Iterator[Run]:
-    """Every layer alone, all layers, the drawn sets, and pairs where the design has them; seed by seed."""
+    """Every layer alone, all layers, the last of them, and the drawn sets; seed by seed."""
     count = design.layers(cell)
     for seed in design.oracle.seeds:
         for layers in (range(count), *((i,) for i in range(count)), range(count - design.oracle.keep, count)):
@@ -59,10 +59,13 @@ def oracle(design: Design, cell: str) -> Iterator[Run]:
     for seed in design.oracle.seeds:
         for layers in sets(design, cell):
             yield layers_run(design, cell, layers, seed)
-    if cell in design.oracle.pairs:
-        for seed in design.oracle.seeds:
-            for layers in combinations(range(count), 2):
-                yield layers_run(design, cell, layers, seed)
+
+
+def pairs(design: Design, cell: str) -> Iterator[Run]:
+    """Every pair of layers, where the design has them."""
+    for seed in design.oracle.seeds if cell in design.oracle.pairs else ():
+        for layers in combinations(range(design.layers(cell)), 2):
+            yield layers_run(design, cell, layers, seed)
 
 
 def scores(design: Design, cell: str) -> Iterator[Run]:
@@ -86,15 +89,16 @@ def rates_of(design: Design, cell: str, method: Method) -> Iterator[Run]:
         yield of_method(design, cell, method, TUNING, lr)
 
 
-def of_method(design: Design, cell: str, method: Method, seed: int, lr: float) -> Run:
+def of_method(design: Design, cell: str, method: Method, seed: int, lr: float, steps: int = 0) -> Run:
     r = design.training.r if method.method == "lora" else 0
-    given = (method.method, r, lr, design.training.steps, method.ends, dict(method.options))
+    given = (method.method, r, lr, steps or design.training.steps, method.ends, dict(method.options))
     return Run(cell, "train", seed, method.select, *given)
 
 
-def methods(design: Design, cell: str, best: Mapping[str, float]) -> Iterator[Run]:
-    """Every method at its best rate, with the final seeds."""
-    for seed in design.final.seeds:
-        for name, method in design.methods.items():
-            if name in best:
-                yield of_method(design, cell, method, seed, best[name])
+def methods(design: Design, cell: str, best: Mapping[str, float], steps: Mapping[str, int]) -> Iterator[Run]:
+    """Every method at its best rate, with the final seeds; then for as many `steps` as equal time gives it, where that is known."""
+    for longer in (False, True):
+        for seed in design.final.seeds:
+            for name, method in design.methods.items():
+                if name in best and (name in steps or not longer):
+                    yield of_method(design, cell, method, seed, best[name], steps[name] if longer else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -9,32 +10,42 @@ import peft
 import torch
 
 import layerpeft
+from benchmarks import count
+from benchmarks.arm import Ready
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.losses import measured, of_language
-from benchmarks.evidence.run import Run
+from benchmarks.evidence.run import TUNING, Run
 from layerpeft.integrations.files import version_of
 from layerpeft.selection.choose import choose_among
 
 VERSIONS = ("layerpeft", "torch", "transformers", "peft")
+COUNTED = 4  # steps, of a run whose layers change
 ENDS = ("embed_tokens", "wte", "word_embeddings", "norm", "ln_f", "lm_head")
 
 
 def made_run(cell: Cell, run: Run) -> dict[str, Any]:
-    """The result of a run, as its line holds it. Processor seconds of this process, set-up apart."""
+    """The result of a run, as its line holds it. Processor seconds, set-up apart; operations and bytes of a step."""
     found = {"score": _score, "choose": _choose, "train": _train}[run.kind](cell, run)
-    return found | {"versions": {name: version_of(name) for name in VERSIONS}}
+    return found | {"weights": cell.weights, "versions": {name: version_of(name) for name in VERSIONS}}
 
 
 def _score(cell: Cell, run: Run) -> dict[str, Any]:
     select = {k: v for k, v in run.select.items() if k not in ("name", "by")}
     model, batches = cell.fresh(run.seed), cell.batches(10_000 + run.seed, cell.design.criteria.num_batches)
     passes = _Passes(model)
+
+    def asked() -> Any:
+        return layerpeft.score_layers(
+            model, run.select["by"], batches=batches, num_batches=len(batches), target_modules="all-linear",
+            seed=run.seed, progress=False, **select,
+        )  # fmt: skip
+
     began = time.process_time()
-    scores = layerpeft.score_layers(
-        model, run.select["by"], batches=batches, num_batches=len(batches), target_modules="all-linear",
-        seed=run.seed, progress=False, **select,
-    )  # fmt: skip
-    return {"scores": list(scores.values), "seconds": time.process_time() - began, "passes": passes.count}
+    scores = asked()
+    found = {"scores": list(scores.values), "seconds": time.process_time() - began, "passes": passes.count}
+    if run.seed == cell.design.criteria.seeds[0]:
+        found["bytes"] = count.counted(asked, [*model.parameters(), *model.buffers()]).peak
+    return found
 
 
 def _choose(cell: Cell, run: Run) -> dict[str, Any]:
@@ -64,11 +75,14 @@ def _train(cell: Cell, run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     wrapped = _wrapped(cell, run, model)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    began = time.process_time()
-    _learn(cell, run, wrapped)
-    seconds = time.process_time() - began
+    counts = run.seed in (cell.design.oracle.seeds[0], TUNING)  # which is slow, and says the same of every seed
+    seconds, counted = _learn(cell, run, wrapped, counts)
     after = measured(wrapped, cell.held_out) | {"retained": _retained(cell, wrapped)}
-    return {"before": before, "after": after, "trainable": trainable, "seconds": seconds}
+    found = {"before": before, "after": after, "trainable": trainable, "seconds": seconds}
+    if counted:
+        operations = round(statistics.fmean(c["flops"] for c in counted))
+        found["step"] = {"operations": operations, "bytes": max(c["together_bytes"] for c in counted)}
+    return found
 
 
 def _wrapped(cell: Cell, run: Run, model: Any) -> Any:
@@ -85,16 +99,26 @@ def _wrapped(cell: Cell, run: Run, model: Any) -> Any:
     return layerpeft.get_peft_model(model, cell.config(run.method, select, **options), batches=batches).train()
 
 
-def _learn(cell: Cell, run: Run, model: Any) -> None:
-    """AdamW on rows drawn from the seed; the rate rises over a tenth of the steps and falls in a line to nothing."""
+def _learn(cell: Cell, run: Run, model: Any, counts: bool) -> tuple[float, list[dict[str, int]]]:
+    """AdamW on rows drawn from the seed; the rate rises over a tenth of the steps and falls in a line to nothing.
+
+    Gives the processor seconds of all steps, and the counts of some, which are slow and not timed.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, run.lr, weight_decay=0.0)
+    ready, seconds, counted = Ready(model, optimizer), 0.0, []
+    number = min(run.steps, 1 if isinstance(run.select, list | str) else COUNTED) * counts
+    looked = {(2 * i + 1) * run.steps // (2 * number) for i in range(number)}
     for step, batch in enumerate(cell.batches(run.seed, run.steps)):
         for group in optimizer.param_groups:
             group["lr"] = run.lr * min(1.0, 10 * (step + 1) / run.steps) * (1 - step / run.steps)
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if step in looked:
+            counted.append(count.counts(ready, batch, step))
+            continue
+        began = time.process_time()
+        count.step(ready, batch, step)
+        seconds += time.process_time() - began
+    return seconds * run.steps / max(1, run.steps - len(looked)), counted
 
 
 def _retained(cell: Cell, wrapped: Any) -> float | None:

@@ -31,7 +31,7 @@ criteria:
   scores: {depth: {by: depth}, gradient norm: {by: gradient_norm}}
   products: {both: [depth, gradient norm]}
   rules: {first and last: {by: depth, pick: outside}}
-final: {seeds: [0, 1], half: 2, shares: [0.5, 0.97], criteria: [depth, both], cells: [gpt/words]}
+final: {seeds: [0, 1], half: 2, shares: [0.5, 0.97], criteria: [both], cells: [gpt/words]}
 methods:
   GaLore: {method: galore, select: "stride:1", options: {r: 4, update_proj_gap: 2}, rates: [0.001, 0.01]}
 retention: {text: books.txt, rows: 2, length: 16}
@@ -83,7 +83,7 @@ def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsy
         if line != torn.splitlines()[-1]
     ]
     assert len(keys) == len(set(keys)) == len(store.lines(CELL))
-    wanted = {one.key for part in (run.scores, run.oracle, run.tuned) for one in part(design, CELL)}
+    wanted = {one.key for part in (run.scores, run.oracle, run.tuned, run.pairs) for one in part(design, CELL)}
     assert wanted < set(keys)
     judged = {
         (line["run"]["seed"], len(line["run"]["select"]), line["run"]["r"])
@@ -117,14 +117,14 @@ def test_the_design_that_ships_is_sound(tmp_path):
     for cell in design.cells:
         assert len(run.sets(design, cell)) == len(set(run.sets(design, cell))) == design.num_sets(cell)
     assert run.sets(design, "llama/gsm8k") == run.sets(design, "llama/gsm8k") != run.sets(design, "llama/mr")
-    keys = [one.key for one in run.oracle(design, "llama/gsm8k")]
+    keys = [one.key for part in (run.oracle, run.pairs) for one in part(design, "llama/gsm8k")]
     assert len(set(keys)) >= 3 * (1 + 12 + 60 + 66)
     data = parse(DESIGN.read_text()).data
     assert set(data["final"]["criteria"]) <= {*data["criteria"]["scores"], *data["criteria"]["products"]}
     wrong = tmp_path / "design.yaml"
     wrong.write_text(
         DESIGNED.replace("cells: [gpt/words]\ntraining", "cells: [gtp/words]\ntraining").replace(
-            "[depth, both]", "[deep]"
+            "criteria: [both]", "criteria: [deep]"
         )
     )
     with pytest.raises(ConfigError) as told:
