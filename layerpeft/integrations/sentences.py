@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any, get_type_hints
 from unittest.mock import patch
 
 from torch import nn
+
+from layerpeft.errors import SaveError
+from layerpeft.integrations.files import read_json
 
 MODULES, CONFIG = "modules.json", "config_sentence_transformers.json"
 FILES = (MODULES, CONFIG, "sentence_bert_config.json")
@@ -32,11 +34,16 @@ def around(model: nn.Module, place: str, **options: Any) -> Any:
 
 
 def modules_of(place: str) -> list[tuple[str, str]]:
-    """The modules that a folder (or a name on the hub) lists: the class of each, and the folder in it where it lies ("": the first
-    one's, which is the folder itself); none where it lists none."""
+    """The modules that a folder (or a name on the hub) lists: the dotted class of each, and the folder in it where it lies ("": the
+    first one's, which is the folder itself); none where it lists none."""
     listed = _read(place, MODULES)
     parts = [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
-    return [(str(part.get("type")).rpartition(".")[2], str(part.get("path") or "")) for part in parts]
+    return [(str(part.get("type")), str(part.get("path") or "")) for part in parts]
+
+
+def foreign_modules(place: str) -> list[str]:
+    """The classes among them that are not of sentence-transformers: code of the folder, or of other packages."""
+    return [kind for kind, _ in modules_of(place) if not kind.startswith("sentence_transformers.")]
 
 
 def longest_in(place: str) -> int | None:
@@ -52,14 +59,14 @@ def _read(place: str, name: str) -> Any:
 
     try:
         path = Path(place) / name if os.path.isdir(place) else cached_file(place, name)
-        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(Path(str(path)), kind=(dict, list))
+    except (OSError, ValueError, SaveError):
         return None
 
 
 def parts_in(folder: Path) -> list[str]:
     """What lies in a folder for sentence-transformers beside a transformer, as paths below it: what `MODULES` lists and itself."""
-    places = [place for _, place in modules_of(str(folder)) if place and Path(place).name == place]
+    places = [place for _, place in modules_of(str(folder)) if place != ".." and place and Path(place).name == place]
     own = [name for name in FILES if places and (folder / name).is_file()]
     inside = [path for place in places for path in sorted((folder / place).rglob("*"))]
     return own + [str(path.relative_to(folder)) for path in inside if path.is_file()]
@@ -99,6 +106,8 @@ def trainer(kind: Any, judge: Callable[[Any, Any, Any], Mapping[str, float]], **
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             import torch
 
+            if not self.args.should_save:  # Trainer asks every process
+                return
             folder = output_dir or self.args.output_dir
             os.makedirs(folder, exist_ok=True)
             self.model.transformers_model.save_pretrained(folder)

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
+from layerpeft.integrations.code import forget, kept_out
 from layerpeft.recipe import trainer
 from layerpeft.recipe.beside import losses
 from layerpeft.recipe.init import Wanted, init
 from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.preview import preview
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.tasks import embeddings
 from layerpeft.recipe.tasks.metrics import spearman
 from layerpeft.recipe.train import run
@@ -101,6 +103,11 @@ def test_it_trains_what_was_chosen_opens_elsewhere_and_resumes(config: str, plac
         torch.testing.assert_close(torch.load(place / "vectors"), ours, atol=1e-5, rtol=1e-5)
     parts = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "adapter_config.json")
     assert all((folder / name).is_file() for folder in (whole, whole / "checkpoint-1") for name in parts)
+
+    with pytest.MonkeyPatch.context() as patch:  # as in every process but the first
+        patch.setattr(type(made.args), "should_save", False)
+        made._save(str(place / "nothing"))
+    assert not (place / "nothing").exists()
 
     again = place / "again"
     shutil.copytree(whole / "checkpoint-1", again / "checkpoint-1")
@@ -370,3 +377,32 @@ def test_a_plan_counts_each_text_of_a_row_and_init_knows_the_rows(place: Path) -
     given = Wanted("layerpeft://toy-bert", rows_of(losses.SCORED, 24), held_out="10%", out="made.yaml")
     path, made = init(given)
     assert made.recipe.trainer == "embeddings" and "embeddings" in path.read_text()
+
+
+@there
+def test_code_that_modules_name_runs_where_it_is_trusted_alone_and_is_named_before(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = place / "model"
+    shutil.copytree(resolve("layerpeft://toy-bert"), home)
+    own = "sentence_transformers.base.modules.transformer.Transformer"
+    listed = [{"idx": i, "name": str(i), "path": "", "type": kind} for i, kind in enumerate((own, "custom.Pool"))]
+    (home / "modules.json").write_text(json.dumps(listed))
+    (home / "custom.py").write_text("raise SystemExit('it ran')\n")
+    asked = [f"model_name_or_path={home}", "output_dir=out"]
+    monkeypatch.setattr("layerpeft.recipe.train.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(
+        RecipeError, match=r"modules.json names code .* \(custom.Pool\); trust_remote_code: true lets it run"
+    ):
+        run(load_recipe("embeddings", asked))
+    forget()
+    with (
+        kept_out("--run-code lets it"),
+        pytest.raises(RecipeError, match=r"custom.py \(SHA-256 .*custom.Pool.*--run-code"),
+    ):
+        trainer.prepare(load_recipe("embeddings", [*asked, "trust_remote_code=true"]))
+    trainer.prepare(load_recipe("embeddings", [*asked, "trust_remote_code=true"]))
+    assert "runs code that is not layerpeft's: " in capsys.readouterr().err
+    (home / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.BoW", "path": ""}]))
+    with pytest.raises(RecipeError, match=r"needs a transformer as its first module \(it is BoW\)"):
+        trainer.prepare(load_recipe("embeddings", asked))

@@ -132,6 +132,19 @@ def test_launchers_start_the_command_itself(program, alone, tmp_path):
     assert (done.stdout + done.stderr).count("written to out") == 1
 
 
+@SLOW
+def test_embeddings_train_where_each_process_holds_the_model_and_one_saves(tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    words = ["train", "embeddings", "output_dir=out", "max_steps=12", "save_strategy=steps", "save_steps=1"]
+    codes, said = in_two(tmp_path, monkeypatch, "ddp", *words, "max_eval_samples=8", "per_device_train_batch_size=4")
+    assert codes == [0, 0] and said.count("written to out") == 1 and said.count("recall at 1: ") == 1, said[-8000:]
+    assert "was not written by layerpeft" not in said  # as it is where another process has, at the same time
+    folders = [tmp_path / "out", *(tmp_path / "out").glob("checkpoint-*")]
+    assert len(folders) == 13 and all((f / "1_Pooling" / "config.json").is_file() for f in folders)
+    codes, said = in_two(tmp_path, monkeypatch, "fsdp2", *words, "output_dir=other")
+    assert codes == [2, 2] and said.count("that hold the whole model each (DDP)") == 1
+
+
 def test_arms_are_compared_in_one_process_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "world_size", lambda: 2)
     assert main(["compare", "quickstart", f"output_dir={tmp_path / 'out'}"]) == 2

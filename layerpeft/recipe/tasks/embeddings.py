@@ -8,10 +8,11 @@ from typing import Any
 
 from layerpeft.errors import Problem, RecipeError
 from layerpeft.integrations import sentences
+from layerpeft.integrations.code import named as file_named
 from layerpeft.recipe import tokens
 from layerpeft.recipe.beside import losses
 from layerpeft.recipe.beside.losses import ALIKE, CLASS, NEGATIVES, PAIR, SCORED
-from layerpeft.recipe.model import code, loading, model_config, model_path
+from layerpeft.recipe.model import allow, code, loading, model_config, model_path
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.rows import Source, Unfit
 from layerpeft.recipe.tasks import cell
@@ -19,6 +20,7 @@ from layerpeft.recipe.tasks.labels import name_of, number
 from layerpeft.recipe.tasks.metrics import spearman
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
 from layerpeft.recipe.tasks.tokenizing import MODEL, encoded, longest, needs, tokenizer
+from layerpeft.text import some
 
 TEXTS = ("anchor", "positive", *NEGATIVES, "sentence1", "sentence2", "sentence")
 FLAGS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
@@ -60,13 +62,24 @@ def with_limit(recipe: Recipe, rows: Any) -> Any:
     """The model's tokenizer, reading as far as the model of sentence-transformers was made for. Raises: RecipeError for a model
     whose first module is no transformer."""
     place = model_path(recipe)
-    first = next((kind for kind, _ in sentences.modules_of(place)), "Transformer")
+    first = next((kind for kind, _ in sentences.modules_of(place)), "Transformer").rpartition(".")[2]
     needs(recipe, first == "Transformer", f"a transformer as its first module (it is {first})")
+    _admit(recipe, place)
     found = tokenizer(recipe)
     limit = sentences.longest_in(place)
     if limit is not None:
         found.model_max_length = min(limit, found.model_max_length)
     return found
+
+
+def _admit(recipe: Recipe, place: str) -> None:
+    """Names the code of modules that are not the library's, which is about to run. Raises: RecipeError where it may not."""
+    foreign = sentences.foreign_modules(place)
+    if foreign and not recipe["trust_remote_code"]:
+        text = f"modules.json names code that is not sentence-transformers' ({some(foreign)}); trust_remote_code: true lets it run"
+        raise RecipeError(Problem((MODEL,), f"{MODEL}: {text}"))
+    files = [file_named(path) for path in sorted(Path(place).glob("**/*.py"))] if foreign else []
+    allow("trust_remote_code", "trust_remote_code: true", files + foreign)
 
 
 def head(recipe: Recipe, train: Any, source: Source, processing: Any = None) -> Head:
