@@ -10,6 +10,8 @@ from typing import Any
 
 from layerpeft.selection.typecheck import Setting
 
+ALL = ("generate", "predict", "eval")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,6 +45,7 @@ class Row:
         str, ...
     ] = ()  # modules that say what the trainer is given besides (`given`), and look at it before (`ready`)
     needs: tuple[str, ...] = ()  # keys without which there is no run
+    used: tuple[str, ...] = ALL  # commands that what it trained is used by, on the recipe's own rows
     package: str | None = None  # that is not there unless the extra of the trainer's name is
     made: str | None = None  # what makes it of its class and what it is given, where that is not the class alone
     vectors: bool = False  # the loss is of vectors that are pooled of hidden states, a pass for each text of a row

@@ -9,9 +9,12 @@ from layerpeft.selection.typecheck import Setting
 
 CAUSAL = ("AutoModelForCausalLM", "CAUSAL_LM")
 TASKS, BESIDE = "layerpeft.recipe.tasks", "layerpeft.recipe.beside"
+ANSWERS = ("generate", "predict")  # rows have prompts, and nothing that would be right
 REWARDS = {"rewards": Setting(str | list[Any] | dict[str, Any] | None)}
-REWARDED: dict[str, Any] = {"keys": REWARDS, "needs": ("rewards",), "beside": (f"{BESIDE}.rewards",), "writes": True}
-TEACHER: dict[str, Any] = {"needs": ("teacher_model_name_or_path",), "beside": (f"{BESIDE}.teachers",)}
+REWARDED: dict[str, Any] = {
+    "keys": REWARDS, "needs": ("rewards",), "beside": (f"{BESIDE}.rewards",), "writes": True, "used": ANSWERS,
+}  # fmt: skip
+TEACHER: dict[str, Any] = {"needs": ("teacher_model_name_or_path",), "beside": (f"{BESIDE}.teachers",), "used": ANSWERS}
 OWN: dict[str, Any] = {"trl": True, "alone": False}  # a loss of their own
 HEAD: dict[str, Any] = OWN | {"fused_head": True}  # with the head's weight in it
 PAIRS, PROMPTS = f"{TASKS}.preferences.PAIRS", f"{TASKS}.prompts.REWARDED"
@@ -29,7 +32,7 @@ ROWS = (
     Row("kto", *_at("trl", "KTO"), *CAUSAL, f"{TASKS}.preferences.UNPAIRED", **HEAD, reference=True),
     Row(
         "reward", *_at("trl", "Reward"), "AutoModelForSequenceClassification", "SEQ_CLS", f"{TASKS}.preferences.JUDGED",
-        **OWN, each=2, one_number=True,
+        **OWN, each=2, one_number=True, used=("eval",),
     ),
     Row("grpo", *_at("trl", "GRPO"), *CAUSAL, PROMPTS, **REWARDED, **HEAD, reference=True),
     Row("rloo", *_at("trl", "RLOO"), *CAUSAL, PROMPTS, **REWARDED, **HEAD, reference=True),

@@ -1,0 +1,59 @@
+"""What is printed at the end of a run works as it is printed, for every trainer."""
+
+import io
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerpeft.cli import main
+from layerpeft.recipe import shipped
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.shipped import recipes
+from layerpeft.recipe.trainers.table import ROWS
+
+pytestmark = pytest.mark.usefixtures("shallow")
+QUICK = "token_classification"
+
+
+def one_each() -> list[str]:
+    """A shipped recipe of every trainer, and those whose models or rows are of another kind."""
+    found: dict[str, str] = {}
+    for name, path in sorted(recipes().items()):
+        text = path.read_text()
+        trainer = next(line.partition(": ")[2] for line in text.splitlines() if line.startswith("trainer:"))
+        found.setdefault(trainer, name if trainer != "sft" else "quickstart")
+    return [*found.values(), "whisper", "vision_sft", "regression"]
+
+
+@pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in one_each()])
+def test_what_was_trained_is_used_as_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = recipes()[name].read_text()
+    if "\ndrop: [" in text:  # names layers that the short model does not have
+        monkeypatch.setattr(shipped, "_HERE", Path(shipped.__file__).parent)
+    few = ["max_steps=1", "warmup_steps=0", "output_dir=a run", "max_eval_samples=4"]
+    few += [] if "toy-" in text or "classification" in text else ["max_train_samples=8"]
+    assert main(["train", name, *few]) == 0, capsys.readouterr().err[-1000:]
+    said = capsys.readouterr().out
+    recipe = load_recipe("a run/recipe.yaml", purpose="plan")
+    lines = [line for line in said[said.index("next:") :].splitlines() if line.startswith("  layerpeft ")]
+    words = [shlex.split(line, comments=True)[1:] for line in lines]
+    used = [line for line in words if line[0] in ("generate", "predict", "eval")]
+    assert tuple(line[0] for line in used) == recipe.row.used
+    for line in [*used, next(line for line in words if line[0] == "merge")]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        short = ["max_new_tokens=2"] if line[0] in ("generate", "predict") else []  # as it is printed, and quicker
+        assert main([*line, *short]) == 0, capsys.readouterr().err
+        capsys.readouterr()
+    if "predict" in recipe.row.used:
+        lines = Path("a run-predictions.csv").read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 1 and not all(line.endswith("has no prompt") for line in lines[1:])
+
+
+def test_every_trainer_has_been_tried() -> None:
+    found = {recipes()[name].read_text().partition("\ntrainer: ")[2].split()[0] for name in one_each()}
+    assert found == set(ROWS)
