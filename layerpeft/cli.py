@@ -22,7 +22,7 @@ from layerpeft.integrations import code, noise, saying
 from layerpeft.planning.engines import ENGINES
 from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import find_recipe, launch_files, recipes
-from layerpeft.text import is_first, left_behind
+from layerpeft.text import is_first, left_behind, on_screen
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not is_first():
+    if not (is_first() and sys.stderr.isatty()):
         saying.without_bars()
     try:
         args = _read(words)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(text: str, code: int = 2, before: str = "") -> int:
     """Says why a command ends, once where several processes run it. Returns the exit code."""
     if left_behind() or saying.says(text):  # what is no process of a launch is alone
-        print(f"{before}layerpeft: {text}", file=sys.stderr)
+        print(on_screen(f"{before}layerpeft: {text}", sys.stderr), file=sys.stderr)
     return code
 
 

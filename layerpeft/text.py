@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
 from tqdm.auto import tqdm
 
@@ -44,7 +46,29 @@ def note(message: str) -> None:
     """Prints one line, and logs it at INFO. Silent in all but the first process, and with LAYERPEFT_QUIET=1."""
     logger.info(message)
     if is_first() and os.environ.get("LAYERPEFT_QUIET") != "1":
-        tqdm.write(f"[layerpeft] {message}", file=sys.stderr)
+        tqdm.write(on_screen(f"[layerpeft] {message}", sys.stderr), file=sys.stderr)
+
+
+def on_screen(text: str, file: TextIO) -> str:
+    """A text on its way to a file: on a terminal long lines are broken at blanks; those that are set in, as commands to paste and
+    rows of tables, stay whole."""
+    if not file.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(part for line in text.split("\n") for part in _broken(line, width))
+
+
+def _broken(line: str, width: int) -> list[str]:
+    if cells(line) <= width or line.startswith("  "):
+        return [line]
+    lines, held = [], ""
+    for word in re.findall(r"\s*\S+", line):
+        if held and cells(held) + cells(word) > width:
+            lines.append(held)
+            held = f"  {word.lstrip()}"
+        else:
+            held += word
+    return [*lines, held]
 
 
 def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), gap: str = "  ") -> list[str]:

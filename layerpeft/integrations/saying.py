@@ -4,11 +4,12 @@ import os
 import sys
 from typing import Any
 
-BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")  # read when those libraries are imported
+# read when those libraries are imported
+BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 def without_bars() -> None:
-    """Leaves progress bars of libraries to the first process."""
+    """Leaves progress bars of libraries to the first process, and to terminals."""
     for name in BARS:
         os.environ.setdefault(name, "1")
 

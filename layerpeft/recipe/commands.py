@@ -38,7 +38,7 @@ from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.train import run
-from layerpeft.text import is_first
+from layerpeft.text import is_first, on_screen
 from layerpeft.tuners.difference import add_difference
 from layerpeft.tuners.merge import merge as merge_adapter
 
@@ -202,12 +202,12 @@ def _settle(args: argparse.Namespace, recipe: Recipe) -> None:
     args.until_the_end.enter_context(hub.settled(on_hub(recipe.values)))
     if is_first():
         for notice in recipe.notices:
-            print(f"note: {notice}", file=sys.stderr)
+            print(on_screen(f"note: {notice}", sys.stderr), file=sys.stderr)
 
 
 def _say(text: str) -> None:
     if is_first():
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding, text = sys.stdout.encoding or "utf-8", on_screen(text, sys.stdout)
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 

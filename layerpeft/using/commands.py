@@ -13,6 +13,7 @@ from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.files import replace_file
 from layerpeft.recipe.rows import load, template_columns
+from layerpeft.text import on_screen
 from layerpeft.using.evaluate import (
     draw_confusion,
     evaluate_answers,
@@ -61,7 +62,7 @@ def predict(args: argparse.Namespace) -> None:
             raise UsageError("; ".join(f"--keep: {unknown('column', name, have)}" for name in strange))
         way = kind(found, load_found(found), tokenizer_of(found, kind.needs), options, args.threshold, rows.homes)
         count = write_predictions(rows, way, out, args.batch_size, args.keep or ())
-    print(f"{out}: {count.told(way.cut, way.limit)}")
+    print(on_screen(f"{out}: {count.told(way.cut, way.limit)}", sys.stdout))
 
 
 def eval(args: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ def eval(args: argparse.Namespace) -> None:
             rows = _rows(args, found, judged_forms(kind), (*kind.more, "answer_start"))
             way = kind(found, load_found(found), tokenizer_of(found, kind.needs), options, 0.5, rows.homes)
             result = evaluate_answers(rows, way, args.batch_size)
-    print(result)
+    print(on_screen(str(result), sys.stdout))
     if out is not None:
         replace_file(out, f"{json.dumps(result.to_dict(), indent=2, ensure_ascii=False)}\n".encode())
         picture = out.with_suffix(".png")

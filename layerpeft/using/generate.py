@@ -15,6 +15,7 @@ from transformers.generation.streamers import TextStreamer
 from layerpeft.errors import UsageError, hint, told
 from layerpeft.integrations.files import parse_json, read_text
 from layerpeft.model.layers import base_of
+from layerpeft.text import on_screen
 from layerpeft.using.folder import Trained
 from layerpeft.using.options import Options
 from layerpeft.using.terminal import Screen, escaped
@@ -251,7 +252,7 @@ def _reply(model: Any, tokenizer: Any, turns: list[dict[str, Any]], options: Opt
 
 def _aside(text: str) -> None:
     """What is not of the conversation, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(on_screen(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def prompts_of(args: Any, found: Trained) -> list[Prompt]:
