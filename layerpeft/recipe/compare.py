@@ -20,6 +20,7 @@ from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.shorter import shortened_apart
 from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
+from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.recipe.trainer import (
     Setup,
     batches_for,
@@ -42,7 +43,6 @@ from layerpeft.tuners.precision import batches_wanted
 Say = Callable[[str], None]
 ARMS = ("random", "last", "first", "all")
 AMONG = ("layers", "exclude", "stack", "unit")  # what `select` says of the candidates
-NAMES = {"eval_loss": "held-out loss", "eval_macro_f1": "macro-F1"}
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 

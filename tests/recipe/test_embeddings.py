@@ -406,3 +406,12 @@ def test_code_that_modules_name_runs_where_it_is_trusted_alone_and_is_named_befo
     (home / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.BoW", "path": ""}]))
     with pytest.raises(RecipeError, match=r"needs a transformer as its first module \(it is BoW\)"):
         trainer.prepare(load_recipe("embeddings", asked))
+
+
+@there
+@pytest.mark.slow
+def test_arms_are_compared_by_what_the_rows_are_measured_by(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["output_dir=out", *SIZES, "save_strategy=no", "max_eval_samples=8", "layerpeft.select=last:1"]
+    assert main(["compare", "embeddings", *asked, "--arms", "random:1"]) == 0
+    assert "recall at 1" in capsys.readouterr().out
+    assert json.loads(Path("out/compare.json").read_text())["measure"] == "eval_recall@1"

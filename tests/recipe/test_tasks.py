@@ -13,9 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from layerpeft.recipe import trainer
+from layerpeft.recipe import compare, trainer
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.tasks.task import Head
 from layerpeft.recipe.train import run
+from layerpeft.recipe.trainers import table
 from tests.helpers.tiny import SIZES, STEPS, TASKS
 from tests.recipe.test_shipped import moved, of_base, tensors, wanted
 
@@ -127,3 +129,10 @@ def plain(name: str, folder: Path) -> Any:
     home = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     base = trainer.auto_class(recipe).from_pretrained(home, dtype=torch.float32, **more)
     return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def test_every_number_by_which_runs_are_compared_has_a_name() -> None:
+    head = Head(("O", "B-X"), {"problem_type": "single_label_classification"}, {"rows": ["anchor", "positive"]})
+    found = {name: task.measure(head) for name in table.ROWS if (task := table.task_of(name)) is not None}
+    assert found["token_classification"] == "eval_entity_f1" and found["reward"] == "eval_accuracy"
+    assert {name: measure for name, measure in found.items() if measure not in compare.NAMES} == {}
