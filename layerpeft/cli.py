@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _end(told(error))
     except KeyboardInterrupt as stop:
-        return _end(f"interrupted: {stop or 'nothing was saved'}", 130, "\n")
+        return _end(f"interrupted: {str(stop) or 'nothing was saved'}", 130, "\n")
 
 
 def _end(text: str, code: int = 2, before: str = "") -> int:

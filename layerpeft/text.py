@@ -68,7 +68,7 @@ def _broken(line: str, width: int) -> list[str]:
             held = f"  {word.lstrip()}"
         else:
             held += word
-    return [*lines, held]
+    return [*lines, held + line[len(line.rstrip()) :]]
 
 
 def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), gap: str = "  ") -> list[str]:

@@ -90,7 +90,7 @@ def _asked(given: Wanted, out: bool) -> Wanted:
 
     def ask(what: str, usual: str = "") -> str:
         try:
-            return input(f"{what}{f' [{usual}]' if usual else ''}: ").strip() or usual
+            return input(on_screen(f"{what}{f' [{usual}]' if usual else ''}: ", sys.stdout)).strip() or usual
         except EOFError:
             raise UsageError(f"init: no answer to: {what}") from None
 

@@ -154,6 +154,7 @@ def test_what_cannot_be_leaves_no_file(bert, tmp_path, capsys, monkeypatch):
     (tmp_path / "open.csv").unlink()
     monkeypatch.setattr(predict, "short", lambda value: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["predict", str(folder), str(rows), "--out", str(tmp_path / "o.csv")]) == 130
+    assert capsys.readouterr().err.endswith("layerpeft: interrupted: nothing was saved\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
