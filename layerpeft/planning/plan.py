@@ -32,6 +32,7 @@ from layerpeft.planning.prefix import Apart, Prefix, apart, prefix
 from layerpeft.planning.share import Share, share, shares
 from layerpeft.planning.text import plan_lines
 from layerpeft.planning.trace import Pass, Step, _passes, batch_text, recompute, trace
+from layerpeft.planning.writing import Held, held
 from layerpeft.text import size_text
 from layerpeft.training import backward
 from layerpeft.training.distilling import paired, teacher_of
@@ -74,6 +75,7 @@ class Plan:
     `kept`: a pass that keeps its activations; `recomputed`: one with checkpointing (None where the model has none);
     `everything`: operations of training all weights, in the same order. `checkpointing` says which of the two applies.
     `share`: what one of several cards holds, where there are several. `prefix`: what keeping states below the cut brings.
+    `beside`: a teacher, models that reward and answers that are written; both passes have what they take at the highest.
     """
 
     rows: tuple[PlanRow, ...]
@@ -91,6 +93,7 @@ class Plan:
     assumed: tuple[str, ...]
     share: Share | None = None
     prefix: Prefix | None = None
+    beside: Held = Held()
 
     @property
     def applies(self) -> Pass:
@@ -102,6 +105,7 @@ class Plan:
         """Bytes by part."""
         return {
             "weights": self.weights,
+            **({"beside": self.beside.weights} if self.beside.weights else {}),
             "gradients": self.gradients,
             "optimizer": self.states,
             "activations": self.applies.peak,
@@ -119,7 +123,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Weights, gradients, optimizer states and activations together."""
+        """Weights, those beside the model included, gradients, optimizer states and activations together."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -148,10 +152,12 @@ def plan(
         inputs = {k: v for k, v in inputs.items() if k != "attention_mask" or not _masks_nothing(v)}
     found, bare = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     full = copy.deepcopy(bare).train()
+    besides = held(found.model, batch_size, length, step)
     divided = share(found, optimizer, step, (batch_size, length), checkpointing, inputs) if step.cards else None
     kept, recomputed = _taught(
         found, _passes(found.model, batch_size, length, step, inputs), (batch_size, length), inputs
     )
+    kept, recomputed = besides.on(kept), recomputed and besides.on(recomputed)
     if checkpointing and recomputed is None:
         raise ConfigError(f"{type(base_of(found.model)).__name__} has no gradient checkpointing")
     everything = _everything(full, found.layers, batch_size, length, step, inputs)
@@ -180,6 +186,7 @@ def plan(
         assumed=(*found.assumed, f"{shape}, {optimizer}{passes}"),
         share=divided,
         prefix=spared,
+        beside=besides,
     )
 
 
@@ -219,12 +226,14 @@ def peak_bytes(
     found, _ = wrapped(model, config, _arguments(batch_size, length, optimizer), step)
     if step.cards is not None:
         return share(found, optimizer, step, (batch_size, length), checkpointing).together
+    besides = held(found.model, batch_size, length, step)
     with as_traced(found.model):
         if checkpointing:
             recompute(found.model, step)
-        activations = trace(found.model, batch_size, length, step).peak + found.taught(batch_size, length)[0]
+        one = trace(found.model, batch_size, length, step)
+    activations = besides.on(Pass(one.peak + found.taught(batch_size, length)[0], 0)).peak
     cost = training(found, optimizer, step.optim_args)
-    return found.weights + cost.masters + cost.gradients + cost.states + activations
+    return found.weights + besides.weights + cost.masters + cost.gradients + cost.states + activations
 
 
 def apart_bytes(

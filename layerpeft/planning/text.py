@@ -18,6 +18,7 @@ def plan_lines(found: Any) -> list[str]:
     lines = grid([("layer", "name", "trains", "trainable", "weights"), *rows], "><<>", widths) if rows else []
     lines.append(f"trainable: {found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.2f} %)")
     lines += _parts(found)
+    lines += [f"beside the model: {line}" for line in found.beside.lines]
     where = "the bottom" if found.stop.layer is None else f"layer {found.stop.layer}"
     lines.append(f"backward pass: down to {where} ({found.stop.why})")
     lines += prefix_lines(found.prefix) if found.prefix is not None and found.prefix.setting is not None else []
@@ -109,7 +110,13 @@ def _parts(found: Any) -> list[str]:
     if found.recomputed is not None:
         columns.append(("with checkpointing", found.recomputed, found.everything[1], found.checkpointing))
     heads = [f"{title} *" if applies else title for title, _, _, applies in columns]
-    fixed = {"weights": found.weights, "gradients": found.gradients, f"optimizer, {found.optimizer}": found.states}
+    others = {"weights beside the model": found.beside.weights} if found.beside.weights else {}
+    fixed = {
+        "weights": found.weights,
+        **others,
+        "gradients": found.gradients,
+        f"optimizer, {found.optimizer}": found.states,
+    }
     table = [("", *heads)]
     table += [(name, *[size_text(size)] * len(columns)) for name, size in fixed.items()]
     table.append(("activations", *[size_text(one.peak) for _, one, _, _ in columns]))

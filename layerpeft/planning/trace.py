@@ -22,6 +22,7 @@ from layerpeft.errors import ConfigError, told
 from layerpeft.integrations.torch import tensors_of
 from layerpeft.integrations.tracing import add_head, as_traced, in_place, operations, unpacked_rows
 from layerpeft.model.layers import base_of
+from layerpeft.planning.beside import Beside
 from layerpeft.planning.engines import Cards
 
 RATE, SECONDS = 16_000, 10  # of sounds where nobody says
@@ -100,11 +101,18 @@ def _counted(
     step: Callable[[], None], model: nn.Module, besides: Iterable[torch.Tensor] = (), blocks: Sequence[nn.Module] = ()
 ) -> Live:
     """`blocks`: at each of which, on the way there and back, another part of the pass begins."""
-    live = Live({t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *besides]})
-    with _no_collection(), _marked(blocks, live), live:
+    with counting(model, besides) as live, _marked(blocks, live):
         step()
         live.mark(("end", 0))
     return live
+
+
+@contextmanager
+def counting(model: nn.Module, besides: Iterable[torch.Tensor] = ()) -> Iterator[Live]:
+    """Counts what is made inside; neither the model's tensors nor those `besides`."""
+    live = Live({t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *besides]})
+    with _no_collection(), live:
+        yield live
 
 
 @contextmanager
@@ -180,7 +188,7 @@ class Step:
     never forms the logits (SFT, DPO, GRPO), and `in_place`: counted as on an accelerator; `quantization`: a
     BitsAndBytesConfig for the base; `accumulation`: passes per optimizer step; `cards`: how many there are, and their engine;
     `padded`: rows are of different lengths, so that attention takes a mask wherever several are padded to the longest; `packed`:
-    several texts lie in one row, told apart by their positions.
+    several texts lie in one row, told apart by their positions; `beside`: what a trainer holds beside the model.
     """
 
     autocast: torch.dtype | None = None
@@ -193,6 +201,7 @@ class Step:
     cards: Cards | None = None
     padded: bool = False
     packed: bool = False
+    beside: Beside | None = None
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from layerpeft.planning.prefix import Rows
 from layerpeft.planning.text import rows_lines
 from layerpeft.planning.trace import Step
 from layerpeft.recipe import keys, rows
+from layerpeft.recipe.besides import beside_of, longest_prompt
 from layerpeft.recipe.model import loading
 from layerpeft.recipe.read import Examined, examine, located
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, settings_of, training_arguments
@@ -134,7 +135,11 @@ def asked(
     if recipe.row.vectors:  # a pass for each text of a row, all of which are there until the way back
         texts = [name for name in setup.train.column_names if name != "label"]
         options["batch_size"] = options["batch_size"] // recipe.row.each * len(texts)
-    return recipe, model, options | {"step": replace(options["step"], cards=cards)}, setup
+    besides = beside_of(recipe, arguments)
+    if besides is not None and besides.writing is not None and recipe.get("max_length") is None:
+        known = longest_prompt(setup, TRIED)
+        options["length"] = min(options["length"], known + besides.writing.tokens) if known else options["length"]
+    return recipe, model, options | {"step": replace(options["step"], cards=cards, beside=besides)}, setup
 
 
 def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan | Fit) -> Rows | None:
