@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 
 def empty_model(kind: Any, config: Any, dtype: torch.dtype | str | None = None, **options: Any) -> nn.Module:
@@ -18,8 +19,10 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype | str | None = None, 
         make = kind._from_config
         options.pop("trust_remote_code", None)
     asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    with torch.device("meta"):
-        return make(config, dtype=asked or getattr(config, "dtype", None) or torch.float32, **options)
+    with torch.device("meta"), no_init_weights():  # numbers that nobody holds need not be drawn
+        model = make(config, dtype=asked or getattr(config, "dtype", None) or torch.float32, **options)
+    model.tie_weights(recompute_mapping=False)  # which is done where numbers are drawn
+    return model
 
 
 def hollow(model: nn.Module) -> nn.Module:

@@ -13,8 +13,10 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from layerpeft.integrations import filling
+from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.torch import _trim, give_back
 from tests.helpers.loops import llama
+from tests.helpers.models import MODELS
 
 
 def test_a_quantizer_of_our_own_is_handed_each_weight_alone_with_its_bias_there_already(tmp_path):
@@ -36,6 +38,19 @@ def test_a_quantizer_of_our_own_is_handed_each_weight_alone_with_its_bias_there_
     assert "is_quantized" not in vars(model) and "quantization_method" not in vars(model)
     assert all(getattr(p, filling.LOADED_MARK) for p in model.parameters())
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Identity)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+def test_a_model_without_weights_draws_no_numbers_and_ties_what_is_tied(name, monkeypatch):
+    whole = MODELS[name]()
+    whole.config.tie_word_embeddings = True
+    whole = type(whole)(whole.config)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: pytest.fail("numbers are drawn"))
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("numbers are drawn"))
+    empty = empty_model(type(whole), whole.config)
+    shapes = [{n: (p.shape, p.dtype) for n, p in model.named_parameters()} for model in (empty, whole)]
+    assert shapes[0] == shapes[1] and all(p.is_meta for p in empty.parameters())
+    assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
 
 
 def test_the_registry_takes_a_quantizer_and_keeps_the_one_we_gave():
