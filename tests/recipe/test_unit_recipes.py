@@ -44,12 +44,12 @@ def test_units_are_judged_before_weights_load(select, words):
 
 def test_spectrum_ships_and_score_prints_units(place):
     said: list[str] = []
-    recipe = load_recipe("spectrum", [f"model_name_or_path={short_llama()}"], "score")
+    recipe = load_recipe("spectrum", [f"model_name_or_path={short_llama(3)}"], "score")
     found = score(recipe, said.append)
     kinds = Counter(name.split(".", 3)[3] for name in found.targets)
-    assert len(kinds) == 7 and set(kinds.values()) == {1}  # a quarter of five, half up
+    assert len(kinds) == 7 and set(kinds.values()) == {1}  # a quarter of three, half up
     table = (place / "outputs/spectrum/scores.csv").read_text().splitlines()
-    assert table[0].startswith("target,name,score") and len(table) == 1 + 7 * LAYERS
+    assert table[0].startswith("target,name,score") and len(table) == 1 + 7 * 3
     assert said[0].split()[:2] == ["target", "name"]
     command = next(line for line in said if "scores.json" in line and "unit" in line)
     assert "within" in command
