@@ -57,6 +57,9 @@ def test_an_adapter_loads_with_its_record(name):
 def test_what_is_loaded_is_saved_with_the_same_record(tmp_path):
     layerpeft.load(FOLDER / "lora", base()).save_pretrained(str(tmp_path))
     then, now = read_manifest(FOLDER / "lora"), read_manifest(tmp_path)
+    for row in then["report"]:  # norms that are now taken from products of the rank's size
+        if row["change"] is not None:
+            row["change"] = pytest.approx(row["change"], rel=1e-6)
     for key in set(then) - {"files", "versions", "sha256"}:  # of the files, their pictures and their libraries
         assert now[key] == then[key], key
 
