@@ -113,6 +113,7 @@ def test_wrapping_makes_no_more_calls_than_it_did():
     assert found["all layers"] <= 1.05
 
 
+@pytest.mark.slow  # as of the guard below
 def test_a_grown_count_of_projection_would_be_seen():
     """The bar lies close: a rank more is above it."""
     stored = flat(result("guard_projection")["arms"]["layerpeft_galore_3"])

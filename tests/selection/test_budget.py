@@ -416,6 +416,7 @@ def test_a_recipe_counts_by_its_own_rows(capsys, tmp_path):
         f"output_dir={tmp_path / 'out'}",
         "max_length=48",
         "max_train_samples=8",
+        "layerpeft.target_modules=[q_proj]",
     ]
     select = "layerpeft.select={by: gradient_norm, keep: {time: 80%}, num_batches: 1}"
     assert main(["plan", "quickstart", select, *words, "--json"]) == 0

@@ -198,7 +198,8 @@ def test_a_recipe_with_bits_is_loaded(built: Counter[str]) -> None:
 
 def test_a_recipe_is_planned(built: Counter[str]) -> None:
     assert forecast(
-        "quickstart", [*FEW, f"model_name_or_path={short_llama()}", "max_length=128", "per_device_train_batch_size=1"]
+        "quickstart",
+        [*FEW, f"model_name_or_path={short_llama()}", "layerpeft.target_modules=[q_proj]", "max_length=128"],
     ).plan.trainable
     assert +built == {"parsed": 1, "walked": 2, "built": 1}
 

@@ -247,13 +247,13 @@ def test_batches_weigh_by_their_tokens_and_nothing_to_count_is_an_error(llama, g
         score_layers(bare, "output_kl", batches=[batch("llama_bare", bare)], progress=False)
 
 
-def test_a_table_holds_every_unit_in_every_precision_it_can_have(llama, gsm8k_batches):
-    layers = layer_map(llama).layers
+def test_a_table_holds_every_unit_in_every_precision_it_can_have(short, gsm8k_batches):
+    layers = layer_map(short).layers
     costs = {"hqq2": 1, "int8": 2, KEPT: 3}
     units = [Unit(f"layer {i}", tuple(t.name for t in layers[i].targets), 1, 0.0, costs) for i in (0, 3)]
     units.append(Unit("head side", (layers[4].targets[0].name,), 1, 0.0, {"int8": 1}))
     data = [{k: v[:1, :40] for k, v in one.items()} for one in gsm8k_batches[:2]]
-    table = kl_table(llama, units, ("hqq2", "int8", KEPT, "nf4"), data, STORAGE, progress=False)
+    table = kl_table(short, units, ("hqq2", "int8", KEPT, "nf4"), data, STORAGE, progress=False)
     assert {name: set(own) for name, own in table.items()} == {
         "layer 0": {"hqq2", "int8", KEPT},
         "layer 3": {"hqq2", "int8", KEPT},
@@ -261,7 +261,7 @@ def test_a_table_holds_every_unit_in_every_precision_it_can_have(llama, gsm8k_ba
     }
     for name in ("layer 0", "layer 3"):
         assert table[name]["hqq2"] > 100 * table[name]["int8"] > table[name][KEPT] == 0.0
-    again = score_layers(llama, "output_kl", batches=data, precision=2, target_modules="all-linear", progress=False)
+    again = score_layers(short, "output_kl", batches=data, precision=2, target_modules="all-linear", progress=False)
     assert table["layer 3"]["hqq2"] == pytest.approx(again.values[3], rel=1e-9)
 
 
