@@ -64,13 +64,20 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One choice: so many layers (None: as asked), rank, rows at a time, whether frozen layers are packed and blocks recomputed."""
+    """One choice: so many layers (None: as asked), rank, rows at a time, whether frozen layers are packed and blocks recomputed.
+    `each`: so many of the rows are one of the recipe's, and stay together."""
 
     layers: int | None
     rank: int
     rows: int
     checkpointing: bool
     packed: bool = False
+    each: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Rows of the recipe at a time."""
+        return self.rows // self.each
 
 
 def fit(
@@ -84,10 +91,12 @@ def fit(
     checkpointing: bool = False,
     step: Step | None = None,
     packing: str | None = None,
+    each: int = 1,
 ) -> Fit:
     """The largest choice within `limit` bytes (or "24GB"): as many layers as fit at all, then the highest rank, then frozen layers
     in their own precision instead of `packing` ("nf4"; None: they stay as they are), then the most rows at a time, and activations
-    are recomputed only where they must be. Accumulation makes the same step of fewer rows.
+    are recomputed only where they must be. Accumulation makes the same step of fewer rows. `each`: so many of the rows stay
+    together, as the two of a preference, and count as one in the settings.
 
     Where nothing fits that needs the whole model, as many of its top layers as train with nothing below them loaded, and can be
     filled ahead (`apart`).
@@ -95,7 +104,7 @@ def fit(
     """
     step, room, model = step or Step(), _bytes(limit), bare(model)
     given: dict[str, Any] = {"length": length, "optimizer": optimizer}
-    asked = _Trial(None, config.r, batch_size, checkpointing)
+    asked = _Trial(None, config.r, batch_size, checkpointing, each=each)
     chosen: list[int] = []
 
     shape = _shape(model)
@@ -106,7 +115,7 @@ def fit(
 
     if size(asked) <= room:
         whole = plan(model, config, batch_size=batch_size, checkpointing=checkpointing, step=step, **given)
-        return Fit(config, whole, batch_size, step.accumulation, checkpointing, ())
+        return Fit(config, whole, asked.batch, step.accumulation, checkpointing, ())
     layers, can_recompute, weights, frozen = layers_that_train(model, config, step)
     chosen += layers
     recompute = checkpointing or can_recompute
@@ -123,7 +132,7 @@ def fit(
         top = _top_part(model, config, room, replace(most, packed=False), asked, chosen, given, step)
         if top is not None:
             return top
-        least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=1)
+        least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=each)
         rank = f"{config.choosing.unit} at rank {least.rank}" if ranks else config.choosing.unit
         how = [rank, ", one row at a time", ", with checkpointing" * recompute, f", the others in {packing}" * able]
         raise _nothing(room, "".join(how), size(least), weights)
@@ -132,7 +141,7 @@ def fit(
     given |= {"batch_size": found.rows, "checkpointing": found.checkpointing}
     last = plan(model, final, step=replace(step, accumulation=passes), **given)
     gave_up, settings = _said(config, final, asked, found, passes, len(chosen))
-    return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, settings)
+    return Fit(final, last, found.batch, passes, found.checkpointing, gave_up, settings)
 
 
 def _nothing(room: int, least: str, takes: int, weights: int) -> ConfigError:
@@ -198,7 +207,7 @@ def _top_part(
     said = select if own or not select else {"layerpeft.select": f"last:{count}"}
     both = last.prefix.apart if last.prefix is not None else None
     gave_up = (below, *by, *words)
-    return Fit(final, last, found.rows, passes, found.checkpointing, gave_up, said | places | settings, both)
+    return Fit(final, last, found.batch, passes, found.checkpointing, gave_up, said | places | settings, both)
 
 
 def _largest(
@@ -213,8 +222,8 @@ def _largest(
 
     `most`: what is asked with all that saves bytes besides; `frozen`: some layer rests even if all that were asked for train.
     """
-    rows = [n for n in range(asked.rows, 0, -1) if asked.rows % n == 0]
-    least = replace(most, rank=ranks[-1], rows=1)
+    rows = [n * asked.each for n in range(asked.batch, 0, -1) if asked.batch % n == 0]
+    least = replace(most, rank=ranks[-1], rows=asked.each)
     if not fits(replace(least, packed=least.packed and frozen)):
         low, high = 0, len(chosen)  # low fits, high does not
         while high - low > 1:
@@ -282,8 +291,8 @@ def _said(
         settings["layerpeft.quantize_frozen"] = final.quantize_frozen
         words.append(f"the precision of frozen layers: {final.quantize_frozen} (quantize_frozen)")
     if found.rows != asked.rows:
-        settings |= {"per_device_train_batch_size": found.rows, "gradient_accumulation_steps": passes}
-        words.append(f"{found.rows} instead of {asked.rows} rows at a time ({passes} passes make the same step)")
+        settings |= {"per_device_train_batch_size": found.batch, "gradient_accumulation_steps": passes}
+        words.append(f"{found.batch} instead of {asked.batch} rows at a time ({passes} passes make the same step)")
     if found.checkpointing != asked.checkpointing:
         settings["gradient_checkpointing"] = True
         words.append("time: blocks are recomputed in the backward pass (gradient_checkpointing)")

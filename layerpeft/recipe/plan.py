@@ -111,7 +111,7 @@ def forecast(
     engine = next((e for e in known.ENGINES if cards is not None and e.key == cards.engine.name), None)
     if engine is not None and (refused := engine.refusals(sorted(config.needs(batches=True)))):
         raise RecipeError(*refused)
-    options |= {} if limit is None else {"packing": _packing()}
+    options |= {} if limit is None else {"packing": _packing(), "each": _each(recipe, options)}
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
     before = command_of(recipe, changed, "prefill") if isinstance(found, Fit) and found.apart is not None else None
@@ -153,7 +153,7 @@ def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan 
     train, held_out = ({**setup.amounts, **read}.get(what) for what in WHAT.values())
     if train is None or not train.rows:
         return None
-    batch, passes = options["batch_size"], options["step"].accumulation
+    batch, passes = options["batch_size"] // _each(recipe, options), options["step"].accumulation
     if isinstance(found, Fit):
         batch, passes = found.batch_size, found.accumulation
     cards = options["step"].cards
@@ -162,6 +162,11 @@ def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan 
     epochs = steps * batch * passes * processes / train.rows if steps > 0 else float(recipe["num_train_epochs"])
     evaluated = held_out.tokens if held_out is not None else 0
     return Rows(epochs, train.tokens, evaluated, train.about, batch)
+
+
+def _each(recipe: Recipe, options: Mapping[str, Any]) -> int:
+    """How many sequences a row of the recipe is."""
+    return options["batch_size"] // int(recipe["per_device_train_batch_size"])
 
 
 def empty(setup: Setup) -> nn.Module:

@@ -13,6 +13,7 @@ from layerpeft.errors import ConfigError
 from layerpeft.planning.fit import fit
 from layerpeft.planning.plan import plan
 from layerpeft.planning.trace import Step
+from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config
 from tests.helpers.loops import llama
@@ -141,3 +142,22 @@ def test_a_size_that_nothing_fits_is_refused(capsys):
     assert main(["plan", "quickstart", "--fit", "1MB", f"model_name_or_path={short_llama(3)}"]) == 2
     said = capsys.readouterr().err
     assert "nothing fits into" in said and "one layer at rank 4, one row at a time" in said
+
+
+def test_pairs_stay_together_and_count_as_one_row():
+    model = llama(num_hidden_layers=2)
+    config = LayerLoraConfig(select="last:1", r=4, target_modules=["q_proj"])
+    whole = plan(model, config, batch_size=8, length=64, checkpointing=True)
+    found = fit(model, config, whole.peak_bytes - 1, batch_size=8, length=64, checkpointing=True, each=2)
+    assert found.settings == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert found.gave_up[0].startswith("2 instead of 4 rows at a time") and found.batch_size == 2
+    half = plan(model, config, batch_size=4, length=64, checkpointing=True)
+    assert found.plan.peak_bytes == half.peak_bytes
+
+
+def test_the_settings_of_pairs_plan_the_same_again(tmp_path):
+    asked = [f"output_dir={tmp_path / 'out'}", "per_device_train_batch_size=4", "max_length=64", "max_train_samples=16"]
+    whole = forecast("dpo", asked)
+    fitted = forecast("dpo", asked, str(whole.plan.peak_bytes - 1))
+    again = forecast("dpo", [*asked, *fitted.changes])
+    assert again.plan.peak_bytes == fitted.plan.peak_bytes and again.plan.kept == fitted.plan.kept
