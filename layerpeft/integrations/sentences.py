@@ -92,7 +92,7 @@ def trainer(kind: Any, judge: Callable[[Any, Any, Any], Mapping[str, float]], **
         def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **more: Any) -> Any:
             if dataset is self.train_dataset:
                 return super().get_batch_sampler(dataset, batch_size, drop_last, **more)
-            return DefaultBatchSampler(SequentialSampler(dataset), batch_size, False, **more)
+            return DefaultBatchSampler(SequentialSampler(dataset), batch_size, False, **more)  # type: ignore[arg-type]
 
         def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> Any:
             found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **more)
