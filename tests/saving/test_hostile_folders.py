@@ -20,6 +20,7 @@ from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import digest_of, fingerprint, read_json
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import save_model
+from layerpeft.recipe import shipped
 from layerpeft.recipe.shipped import recipes
 from layerpeft.recipe.train import draw_curve
 from layerpeft.saving import owned
@@ -27,7 +28,9 @@ from layerpeft.saving.manifest import MANIFEST, read_manifest
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Selection
 from layerpeft.tuners.merge import merge
-from tests.conftest import LLAMA
+from tests.helpers.short import short_home, short_llama
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 SMALL = [
     "layerpeft.select=last:1", "layerpeft.target_modules=[q_proj]", "layerpeft.r=2", "max_steps=2", "warmup_steps=0",
@@ -47,7 +50,9 @@ class Evil:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run with two checkpoints."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    assert main(["train", "quickstart", *SMALL, f"output_dir={folder}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "_HERE", short_home())
+        assert main(["train", "quickstart", *SMALL, f"output_dir={folder}"]) == 0
     return folder
 
 
@@ -71,7 +76,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_is_written_over_at_its_first_step_and_never_before(out, capsys, monkeypatch):
     before = content(out)
-    shutil.copytree(LLAMA, "base")
+    shutil.copytree(short_llama(), "base")
     weights = Path("base/model.safetensors").read_bytes()
     Path("base/model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert again("overwrite_output_dir=true", "model_name_or_path=base") == 2
