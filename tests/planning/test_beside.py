@@ -75,9 +75,9 @@ def test_plans_of_recipes_say_what_their_trainers_hold(tmp_path: Path) -> None:
     LlamaForSequenceClassification(about(num_labels=1)).save_pretrained(tmp_path / "judge")
     found = forecast("online_dpo", [f"rewards={tmp_path / 'judge'}", "max_new_tokens=16"])
     assert found.plan.beside.weights == pytest.approx((tmp_path / "judge/model.safetensors").stat().st_size, rel=0.02)
-    assert "answers, 8 of 16 tokens at once" in str(found) and "beside the model: reward model" in str(found)
+    assert "answers, 16 of 16 tokens at once" in str(found) and "beside the model: reward model" in str(found)
     text = str(forecast("grpo", ["gradient_accumulation_steps=2", "max_completion_length=16"]))
-    assert "answers, 16 of 16 tokens at once" in text and "reward model" not in text
+    assert "answers, 32 of 16 tokens at once" in text and "reward model" not in text
     assert "rows of 1024 tokens" not in text and "rows of 512 tokens" not in text
     teacher = ["drop=null", "teacher_model_name_or_path=layerpeft://llama-6m"]
     taught = forecast("distillation", teacher)
