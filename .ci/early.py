@@ -13,7 +13,7 @@ from pathlib import Path
 # in pip's order; each is imported when what it needs is there
 PACKAGES = {
     "hypothesis": "hypothesis.strategies",
-    "scikit_learn": "sklearn.metrics",
+    "scikit_learn": "sklearn.metrics sklearn.cluster sklearn.linear_model",
     "torch": "torch._dynamo torch._inductor.utils torch.distributed.fsdp torch.utils.flop_counter",
     "pandas": "pandas",
     "matplotlib": "matplotlib.figure",
