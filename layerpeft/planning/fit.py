@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,9 @@ def fit(
     chosen += layers
     recompute = checkpointing or can_recompute
     able = packing is not None and step.quantization is None and not (config.quantizes or config.is_scheduled)
-    try:
-        if able:  # what cannot be packed is told by the config and the model
-            layers_that_train(model, _config(config, replace(asked, layers=1, packed=True), chosen, packing), step)
-    except LayerpeftError:
-        able = False
+    able = able and _packs(
+        model, partial(_config, config, replace(asked, layers=1, packed=True), chosen, packing), step
+    )
     ranks = config.works_by.ranks(config.r)
     most = replace(asked, checkpointing=recompute, packed=able)
     found = _largest(asked, most, chosen, frozen, ranks or (config.r,), lambda trial: size(trial) <= room)
@@ -142,6 +141,15 @@ def fit(
     last = plan(model, final, step=replace(step, accumulation=passes), **given)
     gave_up, settings = _said(config, final, asked, found, passes, len(chosen))
     return Fit(final, last, found.batch, passes, found.checkpointing, gave_up, settings)
+
+
+def _packs(model: nn.Module, packed: Callable[[], LayerLoraConfig], step: Step) -> bool:
+    """Whether frozen layers can be packed: what cannot be is told by the config and the model."""
+    try:
+        layers_that_train(model, packed(), step)
+    except LayerpeftError:
+        return False
+    return True
 
 
 def _nothing(room: int, least: str, takes: int, weights: int) -> ConfigError:
