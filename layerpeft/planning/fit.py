@@ -107,7 +107,6 @@ def fit(
     given: dict[str, Any] = {"length": length, "optimizer": optimizer}
     asked = _Trial(None, config.r, batch_size, checkpointing, each=each)
     chosen: list[int] = []
-
     shape = _shape(model)
 
     def size(trial: _Trial) -> int:
@@ -119,13 +118,12 @@ def fit(
         return Fit(config, whole, asked.batch, step.accumulation, checkpointing, ())
     layers, can_recompute, weights, frozen = layers_that_train(model, config, step)
     chosen += layers
-    recompute = checkpointing or can_recompute
     able = packing is not None and step.quantization is None and not (config.quantizes or config.is_scheduled)
     able = able and _packs(
         model, partial(_config, config, replace(asked, layers=1, packed=True), chosen, packing), step
     )
     ranks = config.works_by.ranks(config.r)
-    most = replace(asked, checkpointing=recompute, packed=able)
+    most = replace(asked, checkpointing=checkpointing or can_recompute, packed=able)
     found = _largest(asked, most, chosen, frozen, ranks or (config.r,), lambda trial: size(trial) <= room)
     if found is None:
         top = _top_part(model, config, room, replace(most, packed=False), asked, chosen, given, step)
@@ -133,8 +131,8 @@ def fit(
             return top
         least = replace(most, layers=1, rank=(config.r, *ranks)[-1], rows=each)
         rank = f"{config.choosing.unit} at rank {least.rank}" if ranks else config.choosing.unit
-        how = [rank, ", one row at a time", ", with checkpointing" * recompute, f", the others in {packing}" * able]
-        raise _nothing(room, "".join(how), size(least), weights)
+        again, others = ", with checkpointing" * most.checkpointing, f", the others in {packing}" * able
+        raise _nothing(room, f"{rank}, one row at a time{again}{others}", size(least), weights)
     final = _config(config, found, chosen, packing)
     passes = step.accumulation * batch_size // found.rows
     given |= {"batch_size": found.rows, "checkpointing": found.checkpointing}
