@@ -18,7 +18,7 @@ from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.tasks.task import Head
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainers import table
-from tests.helpers.tiny import SIZES, STEPS, TASKS
+from tests.helpers.tiny import BRIEF, CLASSES, SIZES, STEPS, TASKS
 from tests.recipe.test_shipped import moved, of_base, tensors, wanted
 
 FULL = ("layerpeft.method=full", "layerpeft.r=null")
@@ -32,11 +32,16 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "lisa": (*FULL, "layerpeft.select={pick: uniform, keep: 1, reselect_steps: 1}"),
 }
 MORE = {name: ("generation_max_length=4",) for name in ("seq2seq", "whisper")}
+BARE = "layerpeft.lora_alpha=null"  # which is of LoRA alone
+BRIEFLY = {
+    "quickstart": (BARE, *BRIEF),
+    "revision": (BARE, *CLASSES),
+}  # recipes of `sft` and of one class a row, here with every method
 STACKS = {"seq2seq": "decoder", "whisper": "decoder", "vision_sft": "text"}  # of models that have two
 QUICK = {("token_classification", "fixed")}
 CELLS = [
     pytest.param(name, config, marks=() if (name, config) in QUICK else pytest.mark.slow, id=f"{name}-{config}")
-    for name in TASKS
+    for name in (*TASKS, *BRIEFLY)
     for config in CONFIGS
 ]
 
@@ -63,7 +68,7 @@ def trained(name: str, config: str, *settings: str) -> tuple[Any, dict[str, torc
         given = [s.replace("keep: 1,", f"keep: 1, stack: {stack},") for s in given]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layerpeft.recipe.train.make_trainer", kept)
-        more = (*SIZES, *MORE.get(name, ()), *given, *settings)
+        more = (*SIZES, *MORE.get(name, ()), *BRIEFLY.get(name, ()), *given, *settings)
         result = run(load_recipe(name, more), lambda said: None)
     batch = {k: v for k, v in next(iter(held[2].get_eval_dataloader())).items() if k != "num_items_in_batch"}
     return held[0], held[1], result, batch
@@ -95,7 +100,7 @@ def test_a_task_trains_what_was_chosen_and_its_head_loads_in_plain_peft_and_resu
         assert record["task"]["trainer"] == load_recipe(name).trainer
     stock = json.loads((whole / "adapter_config.json").read_text())
     heads = {n for n in ("classifier", "qa_outputs", "lm_head", "score") if any(k.startswith(f"{n}.") for k in before)}
-    if name not in ("seq2seq", "whisper", "causal_lm", "masked_lm", "vision_sft"):
+    if name not in ("seq2seq", "whisper", "causal_lm", "masked_lm", "vision_sft", "quickstart"):
         assert heads and heads <= found and heads <= set(stock["modules_to_save"])
     always = [*record["new_tensors"], *(stock["modules_to_save"] or [])]
     originals = {of_base(n): t for n, t in tensors(model) if ".original_module." in n}
