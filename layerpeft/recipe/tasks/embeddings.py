@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problem, RecipeError
+from layerpeft.errors import Problem, RecipeError, told
 from layerpeft.integrations import sentences
 from layerpeft.integrations.code import named as file_named
 from layerpeft.recipe import tokens
@@ -119,7 +119,7 @@ def held_by(recipe: Recipe, model: Any, place: str, limit: int | None, padding: 
     try:
         made = sentences.around(model, place, **options)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        text = f"sentence-transformers cannot read what lies beside the model ({' '.join(str(error).split())[:300]})"
+        text = f"sentence-transformers cannot read what lies beside the model ({told(error, 300)})"
         raise RecipeError(Problem((MODEL,), f"{MODEL}: {text}")) from error
     if made.tokenizer.pad_token is None:
         made.tokenizer.pad_token = padding
