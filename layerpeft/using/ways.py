@@ -111,8 +111,8 @@ class Classes(Way):
     """A class of several with its score (softmax), any number of them (sigmoid, from `threshold` on), or a number."""
 
     def __post_init__(self) -> None:
-        if self.config.pad_token_id is None:
-            self.config.pad_token_id = self.processing.pad_token_id
+        if getattr(self.config, "pad_token_id", None) is None:  # of pictures there is none
+            self.config.pad_token_id = getattr(self.processing, "pad_token_id", None)
 
     @property
     def kind(self) -> str | None:
@@ -168,9 +168,6 @@ class Pictures(Classes):
 
     forms, more, needs = (("image",),), (), "AutoImageProcessor"
     ahead = 1  # pictures are large
-
-    def __post_init__(self) -> None:
-        pass
 
     def item(self, cells: Cells) -> Any:
         return files.picture(files.held("image", cells["image"], self.homes))
