@@ -26,7 +26,7 @@ from layerpeft.using.evaluate import (
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
 from layerpeft.using.generate import chat, check_template, check_writes, prompts_of, say_all
 from layerpeft.using.incoming import Incoming, incoming, source_of, templates
-from layerpeft.using.kinds import way_of
+from layerpeft.using.kinds import check_seen, way_of
 from layerpeft.using.options import read_options
 from layerpeft.using.predict import predict as write_predictions
 from layerpeft.using.table import check_new, check_out
@@ -58,6 +58,7 @@ def predict(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
         rows = _rows(args, found, kind.forms, kind.more)
         have = rows.source.columns
+        check_seen(found, have)
         if strange := [name for name in args.keep or () if name not in have]:
             raise UsageError("; ".join(f"--keep: {unknown('column', name, have)}" for name in strange))
         way = kind(found, load_found(found), tokenizer_of(found, kind.needs), options, args.threshold, rows.homes)
@@ -76,6 +77,7 @@ def eval(args: argparse.Namespace) -> None:
     columns = _columns(args, found)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
         have = {*source_of(args.rows, args.split, _by(args, found)).columns, *(columns or {})}
+        check_seen(found, have)
         by_trainer = is_preferred(found, have) or found.trainer == "masked_lm"
         if found.recipe.row.vectors:
             check_there(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from layerpeft.errors import UsageError
 from layerpeft.using.folder import Trained
@@ -15,6 +15,18 @@ WAYS: Mapping[str, type[Way]] = {
     "SequenceClassification": Classes, "TokenClassification": Tags, "QuestionAnswering": Answers, "CausalLM": Writes,
     "Seq2SeqLM": Rewrites, "ImageClassification": Pictures, "MaskedLM": Fills, "CTC": Hears, "SpeechSeq2Seq": Hears,
 }  # fmt: skip
+
+
+PICTURES = ("image", "images")
+
+
+def check_seen(found: Trained, columns: Collection[str]) -> None:
+    """Raises: UsageError for rows with pictures and a model that sees: its answers would be to the words alone."""
+    if hasattr(found.config, "vision_config") and (seen := [name for name in PICTURES if name in columns]):
+        raise UsageError(
+            f"the rows have pictures ({seen[0]}), which {found.folder} sees, and this command reads words alone; ask it with "
+            "transformers: pipeline('image-text-to-text', model=…) on a merged model"
+        )
 
 
 def way_of(found: Trained) -> type[Way]:
