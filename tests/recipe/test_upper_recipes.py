@@ -35,10 +35,11 @@ LAYERS, CUT = 4, 2
 
 
 def rows(folder: Path) -> list[str]:
-    """Four short rows and one held out, and the words that name them."""
+    """Four short rows and one held out, and the words that name them; `known.jsonl`: another row, of a class that training has."""
     lines = [json.dumps({"question": f"What is {n} and {n}?", "answer": str(n + n)}) for n in range(5)]
     (folder / "rows.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (folder / "held.jsonl").write_text(lines[0] + "\n")
+    (folder / "known.jsonl").write_text(json.dumps({"question": "What is 0 and 2?", "answer": "2"}) + "\n")
     return [
         f"dataset_name={folder}/rows.jsonl",
         f"eval_dataset={folder}/held.jsonl",
@@ -114,13 +115,12 @@ WAYS: dict[str, list[str]] = {
     "classes": [
         "trainer=classification",
         "columns={text: '{question}', label: '{answer}'}",
-        "eval_dataset=PLACE/rows.jsonl",
+        "eval_dataset=PLACE/known.jsonl",
     ],
 }
 
 
-# texts stand among others in every epoch, or were kept from held-out batches with other padding, which changes the order of sums
-MOVING = ("packed rows", "padding-free", "classes")
+MOVING = ("packed rows", "padding-free")  # texts stand among others in every epoch, which changes the order of sums
 
 
 @pytest.mark.slow

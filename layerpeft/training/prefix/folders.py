@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ except ImportError:  # Windows
 USED, BELONGS, LOCK = "used", "belongs.json", ".lock"
 AHEAD = "ahead.json"  # that all rows of a training were filled in
 DATA, JOURNAL = ".data", ".journal"
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 BEAT = 8  # bytes of a number in `USED`, which changes with whatever is written beside it
 _NAME = re.compile(r"[0-9a-f]{32}")
 _locks: set[int] = set()
@@ -32,13 +34,13 @@ class Handle:
     """An open file, for as long as somebody holds this."""
 
     def __init__(self, path: Path, *flags: int) -> None:
-        """Opened with the first of these flags with which it can be. Raises: OSError."""
+        """Opened with the first of these flags with which it may be. Raises: OSError."""
         for number, flag in enumerate(flags):
             try:
                 self.fd = os.open(path, flag | os.O_CLOEXEC, 0o666)
                 return
-            except OSError:
-                if number == len(flags) - 1:
+            except OSError as error:  # a file that is not there yet may be by now, and would be open to read alone
+                if error.errno not in FORBIDDEN or number == len(flags) - 1:
                     raise
 
     def __del__(self) -> None:

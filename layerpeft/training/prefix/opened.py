@@ -107,8 +107,9 @@ class Opened:
             if len(fit) < len(rows):
                 yield f"is full ({size_text(self.limit)}); what does not fit is computed anew"
             if fit:
-                self._used = self._used or folders.make(self.folder, self.belongs)
-                self._own = self._own or Own(self.folder)
+                with self._lock:  # others look for the folder meanwhile
+                    self._used = self._used or folders.make(self.folder, self.belongs)
+                    self._own = self._own or Own(self.folder)
                 try:
                     self._own.append(fit)
                 except OSError as error:
