@@ -27,11 +27,16 @@ def trained(model: Any, train: Sequence[Any], rows: int, steps: int, lr: float, 
     draw = torch.Generator().manual_seed(seed)
     for number in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 10 * (number + 1) / steps) * (1 - number / steps)
+            group["lr"] = lr * share_of_rate(number, steps)
         drawn = torch.randint(0, len(train), (rows,), generator=draw).tolist()
         model(**collated([train[i] for i in drawn])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def share_of_rate(number: int, steps: int, part: int = 10) -> float:
+    """Of the learning rate, in a step: it rises over one part of so many, and falls in a line to nothing."""
+    return min(1.0, part * (number + 1) / steps) * (1 - number / steps)
 
 
 def scored(train: Sequence[Any], rows: int, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -11,8 +11,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
-from tqdm.auto import tqdm
-
 logger = logging.getLogger("layerpeft")
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?B)?\s*", re.IGNORECASE)
@@ -46,6 +44,8 @@ def note(message: str) -> None:
     """Prints one line, and logs it at INFO. Silent in all but the first process, and with LAYERPEFT_QUIET=1."""
     logger.info(message)
     if is_first() and os.environ.get("LAYERPEFT_QUIET") != "1":
+        from tqdm.auto import tqdm  # once the command has said whether there are bars
+
         tqdm.write(on_screen(f"[layerpeft] {message}", sys.stderr), file=sys.stderr)
 
 

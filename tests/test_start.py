@@ -17,7 +17,7 @@ import layerpeft
 from layerpeft import cli
 from tests.helpers.processes import without_the_package
 
-LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "matplotlib"}
+LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "matplotlib", "tqdm"}
 AT_ONCE = [
     (["--help"], 0, "compare"),
     (["train", "--help"], 0, "RECIPE"),

@@ -13,6 +13,7 @@ from benchmarks.evidence.run import Run, layers_run
 from benchmarks.evidence.store import Store
 from layerpeft.errors import SelectionError
 from layerpeft.model.costs import Costs
+from layerpeft.recipe.tasks import metrics
 from layerpeft.selection.budget import best_within
 
 BUDGETS = ("count", "parameters", "steps", "time")
@@ -65,9 +66,8 @@ def taken(design: Design, cell: str, lines: Mapping[str, Any], seed: int) -> dic
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """From 0 for the lowest; those that are equal share their mean."""
-    order = sorted(values)
-    return [(order.index(v) + len(order) - 1 - order[::-1].index(v)) / 2 for v in values]
+    """From 0 for the lowest, so that it adds nothing to a set; those that are equal share their mean."""
+    return [rank - 1 for rank in metrics.ranks(values)]
 
 
 def together(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from tqdm import trange
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.evidence.design import Design, Source
+from benchmarks.healing import share_of_rate
 from layerpeft.errors import ConfigError
 from layerpeft.recipe import shipped
 
@@ -58,7 +59,7 @@ def pretrain(design: Design, name: str, data: Path, models: Path) -> Path:
     bar = trange(source.steps, desc=f"making {name}")
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = source.lr * min(1.0, 20 * (step + 1) / source.steps) * (1 - step / source.steps)
+            group["lr"] = source.lr * share_of_rate(step, source.steps, part=20)
         batch = rows[torch.randint(0, len(rows), (source.rows,), generator=draw)]
         loss = model(**inputs(source, batch, tokenizer, draw)).loss
         loss.backward()

@@ -1,4 +1,4 @@
-"""Rank correlation, effects of layers in sets, and intervals by resampling seeds."""
+"""Effects of layers in sets, and intervals by resampling seeds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ import numpy as np
 
 DRAWS = 1000
 Span = tuple[float, float, float]  # a mean, and the ends of its 95 % interval
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """The correlation of ranks, equal values sharing theirs; 0 where one side says nothing."""
-    a, b = (np.asarray(_ranks(side), float) for side in (one, other))
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else 0.0
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    given = np.asarray(values, float)
-    order = np.sort(given)
-    return (np.searchsorted(order, given, "left") + np.searchsorted(order, given, "right") - 1) / 2
 
 
 def effects(sets: Sequence[Sequence[int]], gains: Sequence[float], count: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from benchmarks.evidence.design import Design
 from benchmarks.evidence.stats import Span, interval, said
 from benchmarks.evidence.store import Store
 from benchmarks.table import markdown
+from layerpeft.recipe.tasks.metrics import spearman
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _correlations(found: Found) -> dict[str, Correlated]:
             def statistic(pairs: Sequence[int]) -> float:
                 own = [by[i % len(by)] for i in pairs]
                 scores = chosen.together([by_seed[s][c] for s in own])
-                return stats.spearman(scores, gains([over[i % len(over)] for i in pairs]))
+                return spearman(scores, gains([over[i % len(over)] for i in pairs]))
 
             return interval(range(len(over)), statistic) if over else None
 

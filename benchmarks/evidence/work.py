@@ -15,6 +15,7 @@ from benchmarks.arm import Ready
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.losses import measured, of_language
 from benchmarks.evidence.run import TUNING, Run
+from benchmarks.healing import share_of_rate
 from layerpeft.integrations.files import version_of
 from layerpeft.selection.choose import choose_among
 
@@ -111,7 +112,7 @@ def _learn(cell: Cell, run: Run, model: Any, counts: bool) -> tuple[float, list[
     looked = {(2 * i + 1) * run.steps // (2 * number) for i in range(number)}
     for step, batch in enumerate(cell.batches(run.seed, run.steps)):
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * min(1.0, 10 * (step + 1) / run.steps) * (1 - step / run.steps)
+            group["lr"] = run.lr * share_of_rate(step, run.steps)
         if step in looked:
             counted.append(count.counts(ready, batch, step))
             continue

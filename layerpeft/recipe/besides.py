@@ -15,6 +15,8 @@ from layerpeft.recipe.beside import rewards, teachers
 from layerpeft.recipe.beside.models import load, place_of
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.trainer import Setup
+from layerpeft.saving.manifest import CONFIG
+from layerpeft.tuners.load import adapter_config
 
 TOKENS = ("max_completion_length", "max_new_tokens")  # the trainers' names of an answer's length
 
@@ -57,8 +59,8 @@ def _judges(recipe: Recipe, at_once: int) -> list[Other]:
     for reward in map(rewards.parsed, rewards.listed(recipe[rewards.KEY])):
         if rewards.is_model(reward):
             place = Path(place_of(reward.asked))
-            adapter = (place / "adapter_config.json").is_file()
-            base = rewards.base_of_adapter(place) if adapter else reward.asked
+            adapted = (place / CONFIG).is_file()
+            base = adapter_config(place)["base_model_name_or_path"] if adapted else reward.asked
             config = load(recipe, rewards.KEY, transformers.AutoConfig.from_pretrained, base, num_labels=1)
             kind = transformers.AutoModelForSequenceClassification
             found.append(_other(f"reward model {reward.asked}", kind, config, recipe["dtype"], at_once))

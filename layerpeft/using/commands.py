@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ def eval(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UsageError("--batch-size is a whole number above zero")
     found = _found(args)
-    columns = _columns(args, found)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
-        have = {*source_of(args.rows, args.split, _by(args, found)).columns, *(columns or {})}
+        there = source_of(args.rows, args.split, _by(args, found)).columns
+        columns = _columns(args, found, there)
+        have = {*there, *(columns or {})}
         check_seen(found, have)
         by_trainer = is_preferred(found, have) or found.trainer == "masked_lm"
         if found.recipe.row.vectors:
@@ -103,13 +105,13 @@ def eval(args: argparse.Namespace) -> None:
         print(f"\nbenchmarks of lm-evaluation-harness (pip install 'layerpeft[eval]'):\n  {line}")
 
 
-def _columns(args: argparse.Namespace, found: Trained) -> dict[str, str] | None:
+def _columns(args: argparse.Namespace, found: Trained, have: Collection[str]) -> dict[str, str] | None:
     """Templates of the command line, else those of training where the rows have what they name."""
     if args.column:
         return templates(args.column)
     columns = found.recipe.values.get("columns") or {}
-    have = set(source_of(args.rows, args.split, _by(args, found)).columns)
-    return dict(columns) if columns and all(set(template_columns(t)) <= have for t in columns.values()) else None
+    there = all(set(template_columns(template)) <= set(have) for template in columns.values())
+    return dict(columns) if columns and there else None
 
 
 def _rows(args: argparse.Namespace, found: Trained, forms: Any, more: Any) -> Incoming:

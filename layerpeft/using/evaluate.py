@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import ProgressCallback
 
 from layerpeft.errors import UsageError
 from layerpeft.integrations.drawing import new_figure, write_figure
@@ -287,8 +285,6 @@ def evaluate_by_trainer(found: Trained, source: Source, model: Any, tokenizer: A
     with tempfile.TemporaryDirectory() as folder:
         more = {"report_to": "none", "push_to_hub": False, "output_dir": folder, "per_device_eval_batch_size": batch}
         trainer = make_trainer(setup, model, bf16=False, fp16=False, gradient_checkpointing=False, **more)
-        if not sys.stderr.isatty():
-            trainer.remove_callback(ProgressCallback)
         measured = trainer.evaluate()
     timing = ("runtime", "per_second", "num_tokens", "epoch", "preparation_time")
     numbers = {k.removeprefix("eval_"): v for k, v in measured.items() if not any(word in k for word in timing)}

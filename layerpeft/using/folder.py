@@ -234,12 +234,9 @@ def _head(found: Trained) -> dict[str, Any]:
     if not (spells or any(name in found.kind for name in CLASSIFIES)):
         return {}
     said = classes_of(found.folder, {})
-    if "pad_token_id" not in said and (spells or getattr(found.config, "pad_token_id", None) is None):
-        said |= (
-            {"pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)}
-            if spells or "Seq" in found.kind
-            else {}
-        )
+    pads = spells or ("Seq" in found.kind and getattr(found.config, "pad_token_id", None) is None)
+    if pads and "pad_token_id" not in said:
+        said |= {"pad_token_id": getattr(tokenizer_of(found), "pad_token_id", None)}
     return said | ({"ignore_mismatched_sizes": True} if said.keys() & {"num_labels", "id2label"} else {})
 
 

@@ -12,6 +12,7 @@ from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.design import DESIGN, load
 from benchmarks.evidence.store import Store
 from layerpeft.errors import ConfigError
+from layerpeft.recipe.tasks.metrics import spearman
 from layerpeft.recipe.yaml import parse
 
 CELL = "gpt/words"
@@ -133,9 +134,9 @@ def test_the_design_that_ships_is_sound(tmp_path):
 
 
 def test_numbers_by_hand():
-    assert stats.spearman([1, 2, 3], [10, 20, 30]) == 1 and stats.spearman([1, 2, 3], [3, 2, 1]) == -1
-    assert stats.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
-    assert stats.spearman([1, 1, 1], [1, 2, 3]) == 0
+    assert spearman([1, 2, 3], [10, 20, 30]) == 1 and spearman([1, 2, 3], [3, 2, 1]) == -1
+    assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
     worth = np.array([0.1, 0.5, -0.2, 0.3])
     sets = [(i, j) for i in range(4) for j in range(i)]
     found = stats.effects(sets, [worth[list(s)].sum() + 7 for s in sets], 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,7 @@ def test_numbers_are_those_of_its_trainer(trainer, tmp_path, capsys):
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
     assert main(["eval", str(folder), rows, "--out", str(out), "--batch-size", "8"]) == 0
-    said = capsys.readouterr()
-    assert "loss: " in said.out
-    assert not re.search(r"(^|\r) *\d+%\|", said.err), "the trainer draws no bar without a terminal"
+    assert "loss: " in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert {"loss", *NUMBERS.get(trainer, ("rewards/margins", "rewards/accuracies"))} <= set(found)
     for name, value in found.items():

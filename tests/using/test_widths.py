@@ -49,11 +49,13 @@ def test_predictions_and_numbers_fit(columns, tmp_path, monkeypatch, capsys) -> 
 
 
 @pytest.mark.slow
-def test_without_a_terminal_there_are_no_bars(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb, more, says", [("predict", ["--out", "o.csv"], "1 predicted\n"), ("eval", [], "loss: ")])
+def test_without_a_terminal_there_are_no_bars(verb: str, more: list[str], says: str, tmp_path: Path) -> None:
+    """Neither of ours nor of a trainer, by which this kind of model is evaluated."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a [MASK]"}\n')
-    words = ["predict", "layerpeft://toy-bert", "rows.jsonl", "--out", "o.csv"]
+    words = [verb, "layerpeft://toy-bert", "rows.jsonl", *more]
     given = {"cwd": tmp_path, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     found = subprocess.run([sys.executable, "-m", "layerpeft", *words], env=here, check=True, **given)
-    assert found.stdout == "o.csv: 1 rows read, 1 predicted\n"
+    assert says in found.stdout and (verb == "eval" or found.stdout == "o.csv: 1 rows read, 1 predicted\n")
     assert "\r" not in found.stderr and "%|" not in found.stderr and "\x1b" not in found.stderr

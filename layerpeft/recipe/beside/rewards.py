@@ -15,7 +15,6 @@ import transformers
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, hint, unknown
 from layerpeft.integrations.code import code_beside, file_beside, ran
-from layerpeft.integrations.files import read_json
 from layerpeft.recipe.beside.models import load, place_of, tokenizer, wrong
 from layerpeft.recipe.rows import HUB
 from layerpeft.recipe.shipped import expanded
@@ -213,11 +212,6 @@ def _model(recipe: Any, reward: Reward) -> Any:
     if found.config.num_labels != 1:
         raise wrong(KEY, f"{reward.asked}: gives {found.config.num_labels} numbers, and a reward is one")
     return found.eval().requires_grad_(False)
-
-
-def base_of_adapter(folder: Path) -> str:
-    """What an adapter of a reward model was trained on."""
-    return str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
 
 
 def files(recipe: Any) -> list[str]:

@@ -51,14 +51,15 @@ def number_metrics(found: Sequence[float], wanted: Sequence[float]) -> dict[str,
 
 def spearman(found: Sequence[float], wanted: Sequence[float]) -> float:
     """Pearson's correlation of ranks, those of equal numbers being their mean; 0 where all numbers of a side are one."""
-    sides = [_ranks(found), _ranks(wanted)]
+    sides = [ranks(found), ranks(wanted)]
     mean = (len(found) + 1) / 2
     one, other = ([rank - mean for rank in side] for side in sides)
     spread = sum(a * a for a in one) * sum(b * b for b in other)
     return sum(a * b for a, b in zip(one, other, strict=True)) / spread**0.5 if spread else 0.0
 
 
-def _ranks(numbers: Sequence[float]) -> list[float]:
+def ranks(numbers: Sequence[float]) -> list[float]:
+    """From 1 for the lowest; those of equal numbers are their mean."""
     order = sorted(range(len(numbers)), key=lambda i: numbers[i])
     found = [0.0] * len(numbers)
     begin = 0
