@@ -12,6 +12,7 @@ import transformers
 from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import as_written
@@ -103,7 +104,9 @@ def write_merged(plan: Plan, into: Path) -> None:
     total = 0
     for i, (file, held) in enumerate(plan.base.files.items()):
         tensors: dict[str, torch.Tensor] = {}
-        for name in [n for n in held if n in names] + (new if i == len(plan.base.files) - 1 else []):
+        wanted = [n for n in held if n in names] + (new if i == len(plan.base.files) - 1 else [])
+        title = f"merging {i + 1}/{len(plan.base.files)}"
+        for name in tqdm(wanted, desc=title, unit="tensor", leave=False, disable=None):
             tensors[name] = _tensor(plan, name, types, ready).contiguous()
             total += tensors[name].nbytes
             where[name] = file
