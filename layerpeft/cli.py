@@ -1,4 +1,5 @@
-"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, generate, predict, eval, merge, recipes, env.
+"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, generate, predict, eval, merge, export,
+recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -23,6 +24,7 @@ from layerpeft.planning.engines import ENGINES
 from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import find_recipe, launch_files, recipes
 from layerpeft.text import is_first, left_behind, on_screen
+from layerpeft.using.export.limits import TARGETS
 
 # What runs a command that needs the libraries, as module:function. It is imported once the words have been read, and not at the
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
@@ -30,7 +32,7 @@ RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
     for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
 }
-RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval")}
+RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -162,12 +164,14 @@ def _parser() -> tuple[_Parser, list[str]]:
     _using(add)
     merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk")
     _merging(merging)
+    exporting = add("export", "what was trained as vLLM, llama.cpp or Ollama take it, and the command that serves it")
+    _exporting(exporting)
     shipped = add("recipes", "list, show or copy the recipes that ship", _recipes)
     shipped.add_argument("action", nargs="?", default="list", help="list (default), show, copy")
     shipped.add_argument("name", nargs="?", help="name of a recipe")
     shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
     environment = add("env", "versions and devices, to paste into an issue")
-    for sub in (planning, looking, scoring, comparing, shipped, environment):
+    for sub in (planning, looking, scoring, comparing, exporting, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
 
@@ -230,6 +234,26 @@ def _merging(merging: argparse.ArgumentParser) -> None:
         help="with --minus: FOLDER is a full model, to which the difference of two others is added",
     )
     merging.add_argument("--minus", metavar="MODEL", help="as --plus an instruction-tuned model, and its base here")
+
+
+def _exporting(exporting: argparse.ArgumentParser) -> None:
+    exporting.add_argument(
+        "folder", metavar="FOLDER", help="what `layerpeft train` wrote, any adapter of PEFT, or a whole model"
+    )
+    exporting.add_argument(
+        "--to", choices=TARGETS, required=True, help="for whom; merged: a whole model for transformers"
+    )
+    exporting.add_argument("--out", metavar="DIR", help="new folder (default: FOLDER-TARGET)")
+    exporting.add_argument(
+        "--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)"
+    )
+    exporting.add_argument("--whole", action="store_true", help="the whole model, also where an adapter would go")
+    exporting.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="for ollama: the base, as a Modelfile's FROM names it (a model of Ollama, a GGUF file, a folder)",
+    )
 
 
 def _using(add: Callable[..., Any]) -> None:

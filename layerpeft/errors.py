@@ -90,6 +90,10 @@ class SaveError(LayerpeftError):
     """A saved folder that is incomplete, truncated or altered."""
 
 
+class ExportError(LayerpeftError):
+    """What was trained is nothing that a server takes."""
+
+
 class QuantizationError(LayerpeftError):
     """A linear that is not stored in the precision that was asked for."""
 

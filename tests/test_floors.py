@@ -101,7 +101,7 @@ def test_a_stranger_finds_his_room():
 
 # Where a method may be named besides its own folder: the public names, PEFT's types, and what other tools call things.
 WORDS = {"head"}  # names of methods that mean something else besides: part of a model, what `unit` chooses
-NAMING = {"__init__", "integrations.peft", "recipe.cures", "planning.optimizer_bytes"}
+NAMING = {"__init__", "integrations.peft", "integrations.gguf", "recipe.cures", "planning.optimizer_bytes"}
 
 
 def names_a_method(source: ast.AST, known: set[str]) -> list[str]:

@@ -36,6 +36,7 @@ AT_ONCE = [
     (["plan", "quickstart", "--fits", "24GB"], 2, "unknown option '--fits'"),
     (["compare", "quickstart", "--seeds", "many"], 2, "'many'"),
     (["merge", "only-one"], 2, "OUT"),
+    (["export", "folder", "--to", "vlm"], 2, "'vllm', 'gguf', 'ollama', 'merged'"),
     *(([name], 2, "name a recipe") for name in ("train", "plan", "score", "compare")),
     *(([name, "quickstrat"], 2, "Did you mean 'quickstart'?") for name in ("train", "plan", "score", "compare")),
     (["train", "."], 2, "is a folder"),

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import math
 import operator
 import os
 import weakref
@@ -28,6 +29,7 @@ from peft.utils import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -152,6 +154,13 @@ def factors_of(layer: Any, adapter: str) -> Factors | None:
     if adapter in layer.lora_embedding_A:
         return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], scale)
     return Factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scale)
+
+
+def scale_of(config: Any, name: str, rank: int) -> float:
+    """By what PEFT multiplies the factors of a module (by its name in the base) that have this rank."""
+    alphas = getattr(config, "alpha_pattern", None) or {}
+    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def stock_of(config: type) -> tuple[PeftType, type[BaseTuner]]:

@@ -83,7 +83,7 @@ def merge(
     if model is None:
         kwargs = classes_of(source, kwargs)
     _check_base(where, model, into_quantized)
-    beside, parts = _beside(source, where), _parts(source)
+    beside, parts = files_beside(source, where), _parts(source)
     if how.rounded and not into_quantized:
         note(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
@@ -291,7 +291,7 @@ def _more_words(source: Path, model: Any) -> bool:
         return True  # whatever it is, loading the whole finds it
 
 
-def _beside(source: Path, where: Path | None) -> list[Path]:
+def files_beside(source: Path, where: Path | None) -> list[Path]:
     """The tokenizer that was saved with the adapter, or else the base's, and the names of classes.
 
     Raises: SaveError for a link that leads out of their folder.

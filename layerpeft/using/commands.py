@@ -1,4 +1,4 @@
-"""What `generate`, `predict` and `eval` do, given their words as argparse has read them."""
+"""What `generate`, `predict`, `eval` and `export` do, given their words as argparse has read them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from layerpeft.using.evaluate import (
     is_preferred,
     judged_forms,
 )
+from layerpeft.using.export.export import export as write_export
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
 from layerpeft.using.generate import chat, check_template, check_writes, prompts_of, say_all
 from layerpeft.using.incoming import Incoming, incoming, source_of, templates
@@ -103,6 +104,12 @@ def eval(args: argparse.Namespace) -> None:
         print(f"\nwritten to {out}{f' and {picture}' if drawn else ''}")
     if line := harness_line(found):
         print(f"\nbenchmarks of lm-evaluation-harness (pip install 'layerpeft[eval]'):\n  {line}")
+
+
+def export(args: argparse.Namespace) -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet
+        found = write_export(args.folder, args.to, args.out, base=args.base, whole=args.whole, start=args.start)
+    print(json.dumps(found.to_dict()) if args.json else on_screen(str(found), sys.stdout))
 
 
 def _columns(args: argparse.Namespace, found: Trained, have: Collection[str]) -> dict[str, str] | None:

@@ -50,7 +50,8 @@ CLASSIFIES = ("SequenceClassification", "TokenClassification", "ImageClassificat
 @dataclass(frozen=True)
 class Trained:
     """A folder as it was read; no weight is loaded. `base`: folder or name of the model under an adapter, None of a whole model;
-    `kind`: transformers' class; `recipe`: what training was told, as far as it lies there; `task`: what training rows said."""
+    `kind`: transformers' class; `recipe`: what training was told, as far as it lies there; `task`: what training rows said;
+    `method`: of a recorded adapter."""
 
     folder: Path
     base: str | None
@@ -60,6 +61,7 @@ class Trained:
     task: Mapping[str, Any] = field(default_factory=dict)
     quant: Mapping[str, Any] | None = None
     verified: bool = False
+    method: str | None = None
 
     @property
     def trainer(self) -> str:
@@ -119,7 +121,8 @@ def _adapter(path: Path, model: str | None) -> Trained:
         kind = auto_class(recipe).__name__
     kind = kind or _kind_of(config) or _unknown(str(path))
     recipe, task = _recipe(path, kind, base, task)
-    return Trained(path, base, kind, recipe, config, task, manifest.get("quant"), bool(manifest))
+    method = manifest.get("method")
+    return Trained(path, base, kind, recipe, config, task, manifest.get("quant"), bool(manifest), method)
 
 
 def _config(place: str, wrong: str, revision: str | None = None) -> Any:

@@ -17,7 +17,7 @@ from peft.utils import hotswap, save_and_load
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from layerpeft.integrations.peft import LayerPeftType, factors_of, refused_leaves
+from layerpeft.integrations.peft import LayerPeftType, factors_of, lora_layers, refused_leaves, scale_of
 from layerpeft.integrations.torch import has_hook, running_backward
 from layerpeft.model.weights import squared_product
 from tests.helpers.models import MODELS
@@ -198,3 +198,17 @@ def test_peft_looks_up_where_we_listen_when_it_is_called():
     assert "hotswap_adapter_from_state_dict(" in inspect.getsource(hotswap.hotswap_adapter)
     assert {"_check_target_module_exists", "_enable_peft_forward_hooks", "add_weighted_adapter"} <= set(dir(LoraModel))
     assert "frozen_peft_weight_names" in dir(LoraLayer) and "delete_adapter" in dir(LoraLayer)
+
+
+def test_what_peft_multiplies_factors_by_is_known_from_its_config():
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2},
+        alpha_pattern={r"layers\.1\.self_attn.q_proj": 3},
+    )  # fmt: skip
+    for config.use_rslora in (False, True):
+        layers = lora_layers(peft.get_peft_model(MODELS["llama"](), config), "default")
+        found = {
+            n: scale_of(config, n.removeprefix("base_model.model."), layer.r["default"]) for n, layer in layers.items()
+        }
+        assert found == {name: layer.scaling["default"] for name, layer in layers.items()}
+        assert len(set(found.values())) == 3

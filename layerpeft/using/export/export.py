@@ -1,0 +1,163 @@
+"""The way out: what a server does not take is said before anything is written, then its files appear as a whole."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layerpeft.errors import ExportError, Problems, UsageError, unknown
+from layerpeft.integrations.files import must_be_new, written_whole
+from layerpeft.quantization.save import is_saved, read_manifest
+from layerpeft.recipe.shipped import resolve
+from layerpeft.text import note
+from layerpeft.tuners.load import adapter_config, kind_of
+from layerpeft.tuners.merge import merge
+from layerpeft.using.export import gguf, ollama, vllm
+from layerpeft.using.export.adapter import is_plain, read_adapter
+from layerpeft.using.export.limits import TARGETS
+from layerpeft.using.export.subject import Command, Exported, Subject
+from layerpeft.using.folder import Trained, find
+
+SERVERS: dict[str, Any] = {"vllm": vllm, "gguf": gguf, "ollama": ollama}
+MERGED = "merged"
+WRITTEN = ("ollama",)  # targets that have a file of their own even for a model that is whole already
+
+
+def export(
+    folder: str,
+    to: str,
+    out: str | None = None,
+    *,
+    base: str | None = None,
+    whole: bool = False,
+    start: str | None = None,
+) -> Exported:
+    """Writes what was trained as a server reads it, into a new folder (`out`: its name; FOLDER-TARGET without it).
+
+    `to`: one of `TARGETS`. LoRA goes as an adapter, and as a whole model with `whole`; whatever else changes weights (projection,
+    full weights, heads, scales) goes as a whole model. `base`: that of an adapter, where it has moved; `start`: what Ollama's FROM
+    is to name. Raises: ExportError naming all that the server does not take, before anything is written; SaveError for a damaged
+    folder; UsageError.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"--to: {unknown('target', to, TARGETS)}")
+    if start is not None and to != "ollama":
+        raise UsageError("--from names what a Modelfile begins with: it goes with --to ollama alone")
+    found = find(folder, base)
+    subject = _subject(folder, found, whole or to == MERGED, base, start)
+    goes = found.base is not None or to in WRITTEN  # whether anything is to be written
+    target = Path(out or f"{str(found.folder).rstrip('/')}-{to}").expanduser() if goes else found.folder
+    if out is not None and not goes:
+        raise UsageError(
+            f"--out {out}: {folder} is a whole model, and nothing is written: it is served from where it lies"
+        )
+    _check(subject, to, target if goes else None)
+    if found.quant is not None:
+        note(
+            "it was trained over a base that was rounded to fewer bits, and goes with the unrounded one: the two differ by that"
+        )
+    name = name_of(found.folder)
+    about = _write(subject, to, target, name) if goes else "a whole model: nothing is written"
+    kind = "model" if subject.adapter is None else "adapter"
+    return Exported(to, kind, target, about, tuple(_commands(subject, to, target, name)))
+
+
+def _subject(given: str, found: Trained, whole: bool, base: str | None, start: str | None) -> Subject:
+    """Raises: ExportError for weights that are not in safetensors."""
+    alone = Subject(given, found, None, base, start)
+    if whole or found.base is None or not _adds(found):
+        return alone
+    adapter = read_adapter(found.folder, adapter_config(found.folder))
+    if adapter is None:
+        cure = alone.command("--to", "vllm", "--whole")
+        raise ExportError(
+            f"{given} holds its weights in adapter_model.bin, and servers read safetensors; `{cure}` goes"
+        )
+    return Subject(given, found, adapter, base, start)
+
+
+def _adds(found: Trained) -> bool:
+    """Whether it is no more than factors beside the weights."""
+    works = kind_of(found.method).works_by if found.method is not None else None
+    return is_plain(found.folder) and (works is None or works.mixes and not (works.whole or works.restates))
+
+
+def name_of(folder: Path) -> str:
+    """What a server is to call it: a checkpoint goes by its run's name, too."""
+    folder = folder.absolute()
+    text = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "trained"
+
+
+# ---- before anything is written -------------------------------------------------------------------------------------
+
+
+def _check(subject: Subject, to: str, target: Path | None) -> None:
+    """Raises: ExportError naming every problem."""
+    found = _problems(subject, to)
+    blocked = must_be_new(target) if target is not None else None
+    problems = Problems(_title(subject, to) if found else f"{subject.given} cannot be exported")
+    for text in [*found, *([f"{blocked} (--out DIR)"] if blocked else [])]:
+        problems.add(text)
+    problems.raise_if_any(ExportError)
+
+
+def _problems(subject: Subject, to: str) -> list[str]:
+    found = _base_problems(subject)
+    if subject.start is not None and subject.adapter is None and subject.found.base is not None:
+        found.append("--from names the base under an adapter, and this goes as a whole model: leave it out")
+    if to != MERGED:
+        return [*found, *SERVERS[to].problems(subject)]
+    return found if subject.found.base is not None else [*found, f"{subject.given} is a whole model already"]
+
+
+def _base_problems(subject: Subject) -> list[str]:
+    """A base that is packed goes into no whole model; one that layerpeft alone can load is of no use to a server."""
+    place = subject.found.place
+    merges = subject.adapter is None and subject.found.base is not None
+    cure = "name it in 16 bit: --base MODEL" if subject.found.base is not None else "export what it was packed from"
+    if is_saved(place):
+        if not read_manifest(place, verify=False)["plain_transformers"]:
+            return [f"{place} is packed by layer, in a way that layerpeft alone loads; {cure}"]
+        return [f"the base {place} is packed, and merging would round what was trained; {cure}"] if merges else []
+    if merges and getattr(subject.config, "quantization_config", None):
+        return [f"the base {place} is quantized, and merging would round what was trained; {cure}"]
+    return []
+
+
+def _title(subject: Subject, to: str) -> str:
+    """What cannot be done, and which command does something else with it that can."""
+    what = "a model" if subject.adapter is None else "an adapter"
+    said = f"{subject.given} cannot go to {to} as {what}"
+    if subject.adapter is not None and not _problems(alone := replace(subject, adapter=None, start=None), to):
+        return f"{said} (`{alone.command('--to', to, '--whole')}` writes the whole model, which can)"
+    plain = replace(subject, adapter=None, start=None)
+    if to != MERGED and not _problems(plain, MERGED):
+        return f"{said} (`{plain.command('--to', MERGED)}` writes the whole model for transformers)"
+    return said
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write(subject: Subject, to: str, target: Path, name: str) -> str:
+    """Writes the folder. Returns what it is, in words."""
+    folder = subject.found.folder
+    with written_whole(target) as partial:
+        if subject.adapter is None and subject.found.base is not None:
+            merge(folder, partial, base=resolve(subject.base) if subject.base else None)
+        if to in WRITTEN:
+            return ollama.write(subject, partial, name)
+        if subject.adapter is None:
+            return f"a whole model{'' if to == MERGED else f' for {to}'}, which transformers loads by itself"
+        return vllm.write(subject, partial) if to == "vllm" else gguf.write(subject, partial, name)
+
+
+def _commands(subject: Subject, to: str, target: Path, name: str) -> list[Command]:
+    if to != MERGED:
+        return SERVERS[to].commands(subject, target, name)
+    writes = subject.found.kind.endswith(("CausalLM", "Seq2SeqLM"))
+    words = ("layerpeft", "generate", str(target), "--prompt", "Hello")
+    return [Command(words, "text from it")] if writes else []

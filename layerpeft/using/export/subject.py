@@ -1,0 +1,75 @@
+"""What is exported: a folder as it was read, and whether it goes as an adapter or as a whole model."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerpeft.using.export.adapter import Adapter
+from layerpeft.using.folder import Trained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`given`: the folder's name as it was typed; `found`: what lies in it; `adapter`: as which it goes, None where as a whole
+    model; `base`: another one, if it was named; `start`: what Ollama's FROM is to name."""
+
+    given: str
+    found: Trained
+    adapter: Adapter | None
+    base: str | None = None
+    start: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The class that the config of the base (or of the whole model) names."""
+        return next(iter(getattr(self.found.config, "architectures", None) or ()), "")
+
+    @property
+    def config(self) -> Any:
+        """That of the base."""
+        return self.found.config
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embeddings are one tensor."""
+        return bool(getattr(self.found.config, "tie_word_embeddings", False))
+
+    def command(self, *words: str) -> str:
+        """The same export with other words, to paste into a shell."""
+        base = ["--base", self.base] if self.base else []
+        return shlex.join(["layerpeft", "export", self.given, *words, *base])
+
+
+@dataclass(frozen=True)
+class Command:
+    """Words of a command line, and what it does."""
+
+    words: tuple[str, ...]
+    about: str
+
+    def __str__(self) -> str:
+        return f"{shlex.join(self.words)}    # {self.about}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written for a server. `folder`: None where it is the folder that was given; `kind`: "adapter" or "model"."""
+
+    target: str
+    kind: str
+    folder: Path
+    about: str
+    commands: tuple[Command, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        files = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        lines = [{"command": shlex.join(c.words), "about": c.about} for c in self.commands]
+        return {"to": self.target, "kind": self.kind, "folder": str(self.folder), "files": files, "commands": lines}
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {command}" for command in self.commands)
+        return f"{self.folder}: {self.about}" + (f"\n\nnext:\n{lines}" if lines else "")
