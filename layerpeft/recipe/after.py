@@ -15,6 +15,7 @@ from layerpeft.saving.manifest import MANIFEST
 
 ASKED = ("prompt", "source", "text")  # columns of a row that may be gone on from
 WORDS = 6  # of a prompt
+WRITES = "CAUSAL_LM"  # PEFT's name for models that write text on and on
 
 
 def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str, Any], above: int | None) -> list[str]:
@@ -23,11 +24,13 @@ def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str,
     if above is not None:
         return _whole(folder)
     lines = _use(recipe, folder, template, example)
-    into = f"{_line('merge', folder, f'{folder}-merged')}    # a full model, for where adapters cannot go"
+    into = [f"{_line('merge', folder, f'{folder}-merged')}    # a full model, for where adapters cannot go"]
+    if recipe.row.task_type == WRITES:
+        into.append(f"{_line('export', folder, '--to', 'vllm')}    # what vLLM serves, and how; also: gguf, ollama")
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
-        return [*lines, into]
+        return [*lines, *into]
     call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({json.dumps(str(folder))})))"
-    return [*lines, shlex.join(["python", "-c", call]), into]
+    return [*lines, shlex.join(["python", "-c", call]), *into]
 
 
 def _line(verb: str, *words: object) -> str:

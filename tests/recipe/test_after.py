@@ -44,7 +44,9 @@ def test_what_was_trained_is_used_as_it_says(
     words = [shlex.split(line, comments=True)[1:] for line in lines]
     used = [line for line in words if line[0] in ("generate", "predict", "eval")]
     assert tuple(line[0] for line in used) == recipe.row.used
-    for line in [*used, next(line for line in words if line[0] == "merge")]:
+    gone = [line for line in words if line[0] in ("merge", "export")]
+    assert len(gone) == 1 + (recipe.row.task_type == "CAUSAL_LM")
+    for line in [*used, *gone]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
         short = ["max_new_tokens=2"] if line[0] in ("generate", "predict") else []  # as it is printed, and quicker
         assert main([*line, *short]) == 0, capsys.readouterr().err

@@ -91,11 +91,11 @@ def test_what_is_said_and_every_command_that_is_printed(
     record = json.loads(Path("my run/layerpeft.json").read_text())
     assert f"trains layers {', '.join(map(str, record['selection']['layers']))} (" in said.err
     found = commands(said.out)
-    assert [words[1] for words in found] == ["generate", "predict", "eval", "-c", "merge", "compare", "score"]
-    for words in found[2:5]:  # those before are in test_after.py
+    assert [words[1] for words in found] == ["generate", "predict", "eval", "-c", "merge", "export", "compare", "score"]
+    for words in found[2:6]:  # those before are in test_after.py
         runs(words)
     capsys.readouterr()
-    runs(found[6])
+    runs(found[7])
     next_of_score = commands(capsys.readouterr().out)
     assert [words[1] for words in next_of_score] == ["train", "compare"]
     runs(next_of_score[0])
