@@ -1,8 +1,9 @@
-"""README.md, CONTRIBUTING.md and docs/ name places that are there, and the worked example in CONTRIBUTING.md works."""
+"""README.md, CONTRIBUTING.md and docs/ name places that are there and all that can be said; the scorer of docs/ works."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import layerpeft
+from layerpeft import cli
 from tests.helpers.processes import in_a_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +23,10 @@ PAGES = [
 ]
 NAMED = re.compile(r"(?<![\w/:.-])(?:layerpeft|tests|benchmarks|docs|recipes)/[\w.<>*/-]*[\w>*/]")
 LINKED = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-EXAMPLE = CONTRIBUTING.partition("## A scorer from another package")[2].partition("\n## ")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYERS = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+EXAMPLE = (ROOT / "docs" / "adding-a-scorer.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -32,6 +36,30 @@ def test_every_path_that_is_named_is_there(page):
     lost = {path for path in NAMED.findall(prose) if not list(ROOT.glob(re.sub(r"<\w+>", "*", path.rstrip("/"))))}
     lost |= {path for path in LINKED.findall(text) if not (page.parent / path).exists()}
     assert not lost
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) < 150 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
+def test_every_command_stands_in_the_tables(page):
+    named = set(re.findall(r"`(?:layerpeft|…) (\w+)", (ROOT / page).read_text(encoding="utf-8")))
+    assert set(cli._parser()[1]) <= named
+
+
+def first_cells(text: str) -> set[str]:
+    """The code words in the first column of all tables of a text."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {word for cell in rows for word in re.findall(r"`(\w+)`", cell)}
+
+
+def test_the_page_on_layers_names_every_field_and_every_scorer():
+    fields = {field.name for field in dataclasses.fields(layerpeft.Select)} - {"options"}
+    assert fields <= first_cells(LAYERS), fields - first_cells(LAYERS)
+    shipped = {path.stem for path in (ROOT / "layerpeft/selection/scorers").glob("*.py") if path.stem[0] != "_"}
+    assert shipped <= set(re.findall(r"`(\w+)`", LAYERS)), shipped - set(re.findall(r"`(\w+)`", LAYERS))
 
 
 def block(language: str) -> str:
@@ -85,3 +113,23 @@ def test_the_scorer_of_another_package_scores(tmp_path):
 def test_the_example_says_what_its_two_classes_hold(kind):
     table = EXAMPLE.partition(f"| `{kind.__name__}` | holds |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {field.name for field in dataclasses.fields(kind)}
+
+
+def test_the_cells_of_the_notebook_are_python_and_hold_no_output():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 3 and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    for cell in cells:
+        compile(cell["source"], str(NOTEBOOK), "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_three_layers_which_plain_peft_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(cell["source"], str(NOTEBOOK), "exec"), space)
+    rows = space["layer_report"](space["model"]).rows
+    assert sorted(row.layer for row in rows if row.chosen) == sorted(space["scores"].ranked()[:3])
+    assert all((row.change > 0) == row.chosen for row in rows if row.change is not None)
+    assert space["same"] and float(space["loss"]) < 3.8 and "the same answers: True" in capsys.readouterr().out

@@ -28,7 +28,7 @@ WITHIN = Literal["kind", "layer"]
 
 @dataclass(frozen=True)
 class Select:
-    """How layers are picked. Every field means what the table in the README says; `options` are the scorer's and the rule's.
+    """How layers are picked. Every field means what the table in docs/layers.md says; `options` are the scorer's and the rule's.
 
     Build it with `Select.parse`, which takes the short forms (a layer grammar, a dict) as well.
     """
