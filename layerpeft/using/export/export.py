@@ -54,7 +54,7 @@ def export(
             f"--out {out}: {folder} is a whole model, and nothing is written: it is served from where it lies"
         )
     _check(subject, to, target if goes else None)
-    if found.quant is not None:
+    if found.quant is not None and subject.adapter is not None:  # merging says it itself
         note(
             "it was trained over a base that was rounded to fewer bits, and goes with the unrounded one: the two differ by that"
         )
