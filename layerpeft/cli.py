@@ -1,5 +1,5 @@
-"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, generate, predict, eval, merge, export,
-recipes, env.
+"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, report, generate, predict, eval,
+merge, export, recipes, env.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -30,7 +30,7 @@ from layerpeft.using.export.limits import TARGETS
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
 RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
-    for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "merge", "env")
+    for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "report", "merge", "env")
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 Command = Callable[[argparse.Namespace], None]
@@ -161,6 +161,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     comparing.add_argument(
         "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
     )
+    reporting = add("report", "write the page (report.html) and the card of what was trained or compared again")
+    reporting.add_argument("folder", metavar="FOLDER", help="what `layerpeft train` or `compare` wrote, or any adapter")
     _using(add)
     merging = add("merge", "put an adapter into the weights of its base model, as a full model on disk")
     _merging(merging)

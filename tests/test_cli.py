@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 import layerpeft
 from layerpeft.cli import main
@@ -23,6 +24,9 @@ from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.tasks.metrics import class_metrics
 from layerpeft.recipe.train import run
 from layerpeft.recipe.trainer import first_batches, load_model, prepare, wrap
+from layerpeft.saving import owned
+from layerpeft.saving.card import GAP
+from tests.helpers.hub import standing_in, talk_to
 from tests.helpers.processes import without_the_package
 from tests.helpers.short import LAYERS, short_llama
 
@@ -283,16 +287,19 @@ def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.Mon
     assert list(place.glob("wandb/offline-run-*"))
 
 
-def test_the_finished_adapter_is_pushed_where_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: calls.append("repository"))
-    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **k: calls.append(f"push {self.args.hub_model_id}"))
-    assert (
-        main(["train", *tiny("quickstart", *BRIEF, "push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret")])
-        == 0
-    )
-    assert calls == ["repository", "push me/mine"]
-    assert "secret" not in (place / "out-quickstart" / "recipe.yaml").read_text()
+def test_the_finished_folder_is_pushed_where_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in() as hub:
+        talk_to(hub, monkeypatch)
+        asked = ["push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret", "save_strategy=no"]
+        assert main(["train", *tiny("quickstart", *BRIEF, *asked)]) == 0
+    folder, arrived = place / "out-quickstart", hub.repositories["me/mine"]
+    left = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != owned.RECORD}
+    assert left.keys() <= arrived.keys() and all(arrived[name] == data for name, data in left.items())
+    assert "Bearer secret" in hub.tokens and "secret" not in (folder / "recipe.yaml").read_text()
+    card = arrived["README.md"].decode()
+    assert 'PeftModel.from_pretrained(base, "me/mine")' in card and "## Recipe" in card and GAP not in card
+    absolute = [word for word in re.findall(r"(?<![\w.:/])/[\w.-]+/[\w./-]+", card) if "huggingface.co" not in word]
+    assert not absolute and str(place) not in card and "report.html" in arrived
 
 
 def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,7 +355,7 @@ def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((folder / "compare.json").read_text())
     assert written["runs"] == found["runs"] and "gradient_norm" in written["recipe"]
-    assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.png"}
+    assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.png", "report.html"}
     alone = run(
         load_recipe(*_split(tiny("quickstart", *BRIEF))), say=lambda text: None
     )  # beside what compare has written

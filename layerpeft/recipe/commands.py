@@ -29,6 +29,7 @@ from layerpeft.recipe.init import Wanted, guess, look
 from layerpeft.recipe.init import init as write_recipe
 from layerpeft.recipe.keys import present
 from layerpeft.recipe.measure import measure
+from layerpeft.recipe.page.page import report as report_on
 from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.prefill import prefill as fill_ahead
 from layerpeft.recipe.preview import preview as look_at
@@ -36,6 +37,7 @@ from layerpeft.recipe.preview_text import Screen, told
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
+from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.train import run
 from layerpeft.text import is_first, on_screen
@@ -145,6 +147,11 @@ def compare(args: argparse.Namespace) -> None:
         found = compare_arms(_load(args, "compare"), arms, _say)
     if args.json and is_first():
         print(json.dumps(found.to_dict()))
+
+
+def report(args: argparse.Namespace) -> None:
+    for path in report_on(expanded(args.folder)):
+        _say(str(path))
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from layerpeft.errors import ElsewhereError, Problems, RecipeError, unknown
 from layerpeft.integrations.distributed import rank, world_size
 from layerpeft.integrations.drawing import new_figure, write_figure
+from layerpeft.recipe.page.page import PAGE, write_page
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml
 from layerpeft.recipe.shorter import shortened_apart
 from layerpeft.recipe.surroundings import COMPARED, refuse_strangers
@@ -175,7 +176,7 @@ def _compared(asked: Recipe, setup: Setup, arms: Sequence[Arm], say: Say) -> Com
     found = Comparison(setup.measure, before, tuple(runs), verdict, num_layers, select.unit)
     folder = _write(asked, found)
     say("\n" + table(found) + "\n\n" + verdict.sentence)
-    say(f"\nwritten: {folder / 'compare.png'}, compare.json")
+    say(f"\nwritten: {folder / 'compare.png'}, compare.json, {PAGE}")
     return found
 
 
@@ -348,6 +349,8 @@ def _write(recipe: Recipe, found: Comparison) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = {**found.to_dict(), "recipe": to_yaml(recipe)}
     draw(found, folder / "compare.png")
+    vouch(folder / "compare.json", content, COMPARED[1:])
+    write_page(folder)  # of what stands there by now
     vouch(folder / "compare.json", content, COMPARED[1:])
     return folder
 

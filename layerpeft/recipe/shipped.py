@@ -57,6 +57,19 @@ def data_names() -> list[str]:
     return sorted(p.name for p in found if p.suffix == ".jsonl" or (p / "config.json").is_file())
 
 
+def license_that_ships(address: str) -> str | None:
+    """The licence of a file behind `layerpeft://`, as the notes beside it say it; None of anything else."""
+    notes = _HERE / "data" / "README.md"
+    if not address.startswith(SCHEME) or not notes.is_file():
+        return None
+    name = f"`{address.removeprefix(SCHEME).strip('/')}`"
+    lines = notes.read_text(encoding="utf-8").splitlines()
+    cells = next(
+        ([c.strip() for c in line.strip("| ").split(" | ")] for line in lines if name in line.split(" | ")[0]), []
+    )
+    return cells[-1].partition(",")[0] if cells else None
+
+
 def recipes() -> dict[str, Path]:
     """Shipped recipes by name: inside the package, else (a checkout without links) beside it."""
     for folder in (_HERE / "recipes", _HERE.parents[1] / "recipes"):

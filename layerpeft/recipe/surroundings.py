@@ -39,10 +39,11 @@ from layerpeft.tuners.precision import batches_wanted
 
 # what each command writes into output_dir
 SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model that lost layers, and the record of which
-SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png")
+SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png", "report.html")
 TRAINED = (
     *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
-    "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", *TOKENIZER, *sentences.FILES,
+    "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", "run.json", "report.html",
+    *TOKENIZER, *sentences.FILES,
 )  # fmt: skip
 ITS_LOSS = "is learned beside the loss that a model makes by itself, and trainer:"
 MODEL, TEACHER = "model_name_or_path", "teacher_model_name_or_path"

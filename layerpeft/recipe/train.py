@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences, told
+from layerpeft.integrations import hub
 from layerpeft.integrations.code import file_beside
 from layerpeft.integrations.distributed import everywhere, from_first
 from layerpeft.integrations.drawing import new_figure, write_figure
@@ -29,6 +30,8 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe import after
 from layerpeft.recipe.beside import rewards
 from layerpeft.recipe.exits import exit_numbers, write_exits
+from layerpeft.recipe.outcome import RUN, Memory, Reached, outcome, write_run
+from layerpeft.recipe.page.page import PAGE, write_page
 from layerpeft.recipe.recipe import Recipe, as_chosen, checkpoint_of, command_of, layer_config, to_yaml
 from layerpeft.recipe.samples import Sample, generate, prompt_of, show
 from layerpeft.recipe.shorter import shorten
@@ -47,6 +50,7 @@ from layerpeft.recipe.trainer import (
     wrap,
 )
 from layerpeft.recipe.upper import naming_rows, upper_part
+from layerpeft.saving.card import CARD, write_card
 from layerpeft.saving.checkpoints import last_checkpoint
 from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
 from layerpeft.saving.owned import files_below, put_on_record, recording, room, strangers
@@ -64,12 +68,15 @@ Say = Callable[[str], None]
 SAMPLES = 1
 LATER = "layers that are chosen in the first step"
 WRITTEN = (
+    PAGE,
+    CARD,
     "layers.png",
     "bits.png",
     "layers.csv",
     MANIFEST,
     "training_loss.png",
     "log.jsonl",
+    RUN,
     "recipe.yaml",
     SHORTER_RECORD,
 )
@@ -138,6 +145,7 @@ def _run(recipe: Recipe, say: Say) -> Result:
         begin = _Begin(setup, trainer)
         trainer.add_callback(begin)
         trainer.add_callback(_Files(recipe))
+        trainer.add_callback(memory := Memory())
         with _room(recipe):
             seconds = train(trainer, checkpoint)
         after, exits = held_out_numbers(trainer), exit_numbers(setup.recipe, trainer)
@@ -151,12 +159,12 @@ def _run(recipe: Recipe, say: Say) -> Result:
     state = whole_state(model)
     if is_first():
         with _room(recipe):
-            _write(recipe, setup, model, trainer, begin.numbers, folder, state)
+            found = outcome(recipe, setup, trainer, model, memory, Reached(begin.numbers, after, samples, seconds))
+            _write(recipe, setup, model, trainer, found, folder, state)
             write_exits(recipe, model, folder)
         _track(trainer, result)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if is_first():
+        if trainer.args.push_to_hub:
+            hub.push(trainer, folder)
         _tell(setup, result, say)
     return result
 
@@ -330,7 +338,7 @@ def _answers(setup: Setup, model: nn.Module, earlier: Sequence[Sample]) -> tuple
 
 
 def _write(
-    recipe: Recipe, setup: Setup, model: Any, trainer: Any, before: Mapping[str, float], folder: Path, state: Any
+    recipe: Recipe, setup: Setup, model: Any, trainer: Any, found: Mapping[str, Any], folder: Path, state: Any
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with recording(folder):
@@ -352,9 +360,13 @@ def _write(
         if setup.labels:
             named = json.dumps(dict(enumerate(setup.labels)), indent=1)
             replace_file(folder / "labels.json", f"{named}\n".encode())
-        history = [{"step": 0, **before}] * bool(before) + trainer.state.log_history
+        before = [{"step": 0, **found["before"]}] * bool(found["before"])
+        history = before + trainer.state.log_history
         replace_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
         draw_curve(history, folder / "training_loss.png")
+        write_run(folder, found)
+        write_card(folder, found)
+        write_page(folder)
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -124,6 +124,7 @@ class Written:
     head: dict[str, Any] | None = None
     dropped: dict[str, Any] | None = None
     task: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
 
 
 # ---- verifying ------------------------------------------------------------------------------------------------------

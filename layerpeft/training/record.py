@@ -12,7 +12,11 @@ from torch import nn
 
 from layerpeft.integrations.engines.engine import Need
 from layerpeft.integrations.files import as_written, set_aside
+from layerpeft.integrations.hub import license_of
+from layerpeft.model.layers import base_of
+from layerpeft.saving.card import write_card
 from layerpeft.saving.manifest import BITS, MANIFEST, PICTURES, write_manifest
+from layerpeft.saving.naming import named
 from layerpeft.saving.owned import strangers
 from layerpeft.selection.select import Selection
 from layerpeft.text import note
@@ -129,9 +133,27 @@ def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Recor
             "dropped": record.dropped,
             "task": record.task,
             "head": head_of(model),
+            "base": base_named(model),
         },
         theirs,
     )
+    write_card(Path(folder))
+
+
+def base_named(model: nn.Module) -> dict[str, Any] | None:
+    """What is said of the model under an adapter: its name, and what the hub says of it; None where it has no name."""
+    config: Any = getattr(base_of(model), "config", None)
+    place = getattr(config, "_name_or_path", None)
+    if not place:
+        return None
+    found = named(place)
+    revision = found.revision or getattr(config, "_commit_hash", None)
+    return {
+        "name": found.name,
+        "local": found.local,
+        "revision": None if found.local else revision,
+        "license": license_of(place if found.local else found.name, revision),
+    }
 
 
 def head_of(model: nn.Module) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.files import must_be_new, written_whole
 from layerpeft.model.layers import layer_map
 from layerpeft.model.shorten import shortened
+from layerpeft.saving.classes import MODELS
 from layerpeft.training.exits import checked_exits
-from layerpeft.tuners.load import MODELS, adapter_config
+from layerpeft.tuners.load import adapter_config
 from layerpeft.tuners.merge import BESIDE, merge
 
 

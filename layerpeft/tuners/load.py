@@ -28,6 +28,7 @@ from layerpeft.quantization.config import LayerQuantConfig
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
+from layerpeft.saving.classes import MODELS, class_named
 from layerpeft.saving.manifest import CONFIG, MANIFEST, STATES, WEIGHTS, has_weights, keys_in, read_manifest
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.typecheck import read_fields
@@ -38,15 +39,6 @@ from layerpeft.tuners.assume import fixed
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.methods import METHODS
 from layerpeft.tuners.precision import asked, decides_early
-
-MODELS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 Wish = LayerLoraConfig | LayerQuantConfig | Quantized | Mapping[str, Any]
 PREFIX = "base_model.model."  # of PEFT's names
@@ -210,11 +202,6 @@ def classes_of(folder: str | os.PathLike[str], given: Mapping[str, Any]) -> dict
     rest = {k: v for k, v in given.items() if k != "num_labels"}
     known = {k: v for k, v in head.items() if v is not None} | _other_head(folder, len(names))
     return known | {"id2label": names, "label2id": by_name} | rest
-
-
-def class_named(config: Mapping[str, Any]) -> str | None:
-    """The class of transformers that adapter_config.json names, by the task or as it is; None where it names none."""
-    return MODELS.get(str(config.get("task_type"))) or (config.get("auto_mapping") or {}).get("base_model_class")
 
 
 def _counted_head(folder: Path) -> dict[str, Any]:

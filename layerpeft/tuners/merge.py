@@ -22,6 +22,7 @@ from layerpeft.integrations.sentences import parts_in
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
+from layerpeft.saving.classes import MODELS, class_named
 from layerpeft.saving.manifest import MANIFEST, keys_in, read_manifest
 from layerpeft.text import note
 from layerpeft.training.method import Fold
@@ -29,11 +30,9 @@ from layerpeft.training.record import read_record
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.layer_weights import Asked, LayerWeights, weighed
 from layerpeft.tuners.load import (
-    MODELS,
     adapter_config,
     check_chosen,
     check_stock,
-    class_named,
     classes_of,
     kind_of,
     load_stock,

@@ -25,9 +25,10 @@ from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
+from layerpeft.saving.classes import class_named
 from layerpeft.saving.manifest import CONFIG, MANIFEST, read_manifest
 from layerpeft.text import note
-from layerpeft.tuners.load import adapter_config, class_named, classes_of, load, load_model, load_stock
+from layerpeft.tuners.load import adapter_config, classes_of, load, load_model, load_stock
 
 # classes of transformers for a whole model, by the table that its own class stands in; the first that holds it counts
 KINDS = {

@@ -1,0 +1,34 @@
+"""What models and rows are called where others read it: by name, never by a place on the machine that trained."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+_CACHED = re.compile(r"(models|datasets)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{7,64})[/\\]?$")
+_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Name:
+    """What is said of a model or of rows: `local` ones have no address that means the same elsewhere; `revision` of the hub's."""
+
+    name: str
+    local: bool = True
+    revision: str | None = None
+
+
+def named(place: str | os.PathLike[str]) -> Name:
+    """The name of what a path or an address means: the hub's, also of a copy in its cache, or the last part of a path."""
+    text = os.fspath(place)
+    if cached := _CACHED.search(text):
+        return Name(cached[2].replace("--", "/"), False, cached[3])
+    scheme, _, rest = text.partition("://")
+    if rest:
+        return Name(rest.rstrip("/").rpartition("/")[2] or scheme)
+    if _HUB.fullmatch(text) and not os.path.exists(text):
+        return Name(text, False)
+    last = PureWindowsPath(text).name if "\\" in text else Path(text).name
+    return Name(last or Path(text).absolute().name)

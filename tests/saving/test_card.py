@@ -1,0 +1,123 @@
+"""The card of a saved adapter is filled, holds what is known and nothing else, and a text of somebody's own is left alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoModelForCausalLM
+
+from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft.saving.card import CARD, GAP, card, is_ours, write_card
+from layerpeft.saving.naming import Name, named
+from tests.helpers.hub import refused
+from tests.helpers.short import short_llama
+
+LORA = {"select": "last:1", "r": 2, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
+
+
+def adapter() -> Any:
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(short_llama(2)), LayerLoraConfig(**LORA))
+
+
+def front(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_bare_save_says_what_is_known_and_no_more(tmp_path: Path) -> None:
+    model, folder = adapter(), tmp_path / "adapter"
+    for _ in range(2):  # PEFT writes into the card that is there
+        model.save_pretrained(str(folder))
+        text = (folder / CARD).read_text()
+        assert GAP not in text and not refused(text) and is_ours(text)
+        assert str(short_llama(2)) not in text and not re.search(r"(?<![\w.<])/(tmp|root|home|usr)\b", text)
+        said = front(text)
+        assert said["base_model"] == "llama" and said["library_name"] == "peft" and "layerpeft" in said["tags"]
+        assert said["pipeline_tag"] == "text-generation" and "datasets" not in said
+        assert "Why these: 1 of 2 layers, by place" in text and "| yes" in text
+        for absent in ("held-out", "## Recipe", "## Rows", "Memory:", "Time:"):
+            assert absent not in text
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    assert code.startswith("from peft import PeftModel") and 'from_pretrained(base, ".")' in code
+
+
+def test_a_text_of_ones_own_stays(tmp_path: Path) -> None:
+    model, path = adapter(), tmp_path / CARD
+    path.write_text("# Mine\n")
+    model.save_pretrained(str(tmp_path))  # PEFT puts its own lines into it
+    assert "# Mine" in path.read_text() and "Why these" not in path.read_text()
+    path.unlink()
+    model.save_pretrained(str(tmp_path))
+    path.write_text(path.read_text().replace("## Layers", "## My layers"))
+    assert not write_card(tmp_path) and "## My layers" in path.read_text()
+
+
+def test_cards_that_libraries_fill_in_by_themselves_give_way(tmp_path: Path) -> None:
+    blank = ModelCard.from_template(ModelCardData()).content
+    assert is_ours(blank) and not is_ours(blank.replace(GAP, "Known", 1))
+    assert is_ours("It has been trained using [TRL](https://github.com/huggingface/trl).")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / CARD).write_text(blank)
+    assert write_card(tmp_path) and GAP not in (tmp_path / CARD).read_text()
+    (tmp_path / CARD).unlink()
+    (tmp_path / CARD).symlink_to(tmp_path / "adapter_config.json")
+    assert not write_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("Qwen/Qwen3-0.6B", Name("Qwen/Qwen3-0.6B", False)),
+        ("/home/me/my models/llama", Name("llama")),
+        (r"C:\models\llama", Name("llama")),
+        ("./llama/", Name("llama")),
+        ("layerpeft://llama-6m", Name("llama-6m")),
+        ("/c/hub/models--a--b/snapshots/0123abcdef", Name("a/b", False, "0123abcdef")),
+    ],
+)
+def test_a_base_goes_by_its_name(place: str, found: Name) -> None:
+    assert named(place) == found
+
+
+def test_a_base_of_the_hub_and_a_run_are_told_in_full() -> None:
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "a/b"}
+    base = {"name": "a/b", "local": False, "revision": "abc123", "license": "mit"}
+    manifest = {
+        "method": "lora",
+        "base": base,
+        "head": {"id2label": {"0": "no", "1": "yes"}},
+        "versions": {"peft": "9"},
+    }
+    run = {
+        "trainer": "classification", "used": ["predict"], "hub": "me/mine", "names": {"eval_loss": "held-out loss"},
+        "before": {"eval_loss": 2.0}, "after": {"eval_loss": 1.0}, "seconds": 3.2, "steps": 7, "device": "cpu",
+        "data": [{"what": "training", "name": "c/d", "hub": True, "license": "cc-by-4.0", "revision": "r1"}],
+        "memory": {"measured": {"weights": 2048}}, "recipe": "x: '```'\n",
+    }  # fmt: skip
+    text = card(config, manifest, run)
+    assert not refused(text) and is_ours(text)
+    said = front(text)
+    assert said["base_model"] == "a/b" and said["license"] == "mit" and said["datasets"] == ["c/d"]
+    assert "base_model:adapter:a/b" in said["tags"] and said["pipeline_tag"] == "text-classification"
+    for words in (
+        "revision `abc123`", "2.0000 | 1.0000", "7 optimizer steps, 3 s", "weights 2.0 KiB", "(licence cc-by-4.0, revision `r1`)",
+        'from_pretrained("a/b", revision="abc123", num_labels=2)', 'PeftModel.from_pretrained(base, "me/mine")',
+        'layerpeft.load(snapshot_download("me/mine"))', "layerpeft predict .", "````yaml\nx: '```'\n````", "- PEFT 9",
+    ):  # fmt: skip
+        assert words in text
+    assert "layerpeft generate" not in text
+
+
+def test_what_peft_is_told_to_load_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter().save_pretrained(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").symlink_to(short_llama(2))
+    for code in re.findall(r"```python\n(.*?)```", (tmp_path / CARD).read_text(), re.S):
+        known: dict[str, Any] = {}
+        exec(code, known)
+        assert isinstance(known["model"], peft.PeftModel)
