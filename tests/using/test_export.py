@@ -36,8 +36,10 @@ from layerpeft.using.export.subject import Subject
 from layerpeft.using.folder import find
 from tests.helpers.loops import adamw, llama, make_batches, step
 from tests.helpers.models import MODELS
+from tests.helpers.repeating import some
 from tests.helpers.serving import check, serving
 
+LAST = "model.layers.3.self_attn"
 COMMON: dict[str, Any] = {"select": "last:2", "task_type": "CAUSAL_LM"}
 
 
@@ -98,7 +100,7 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("name", list(UNEVEN))
+@pytest.mark.parametrize("name", some(UNEVEN, ("ranks", "alphas")))
 def test_an_adapter_for_vllm_is_the_same_in_plain_peft_with_one_scale_for_all(name, bases, tmp_path, capsys):
     wanted = trained(bases / "one", LayerLoraConfig(**COMMON, lora_alpha=8, **UNEVEN[name]), tmp_path / "a run")
     out = tmp_path / "out"
@@ -135,6 +137,13 @@ def test_tensors_that_need_no_other_scale_stay_as_they_are(bases, tmp_path):
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     with pytest.raises(ExportError, match="is not empty"):
         export(str(tmp_path / "a"), "vllm")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    torch.save(old, weights.with_suffix(".bin"))
+    weights.unlink()
+    (tmp_path / "a" / "layerpeft.json").unlink()
+    with pytest.raises(ExportError, match="read safetensors; `layerpeft export .* --whole` goes"):
+        export(str(tmp_path / "a"), "vllm", str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
 
 
 WHOLE = {
@@ -146,9 +155,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("full", "galore") else pytest.param(n, marks=pytest.mark.slow) for n in WHOLE]
-)
+@pytest.mark.parametrize("name", some(WHOLE, ("galore",)))
 def test_what_is_more_than_factors_goes_as_a_whole_model(name, bases, tmp_path, capsys):
     wanted = trained(bases / "sharded", WHOLE[name], tmp_path / "a")
     assert main(["export", str(tmp_path / "a"), "--to", "vllm"]) == 0
@@ -162,7 +169,7 @@ def test_what_is_more_than_factors_goes_as_a_whole_model(name, bases, tmp_path, 
         check(shlex.split(line["command"]))
 
 
-@pytest.mark.parametrize("base", ["sharded", "tied"])
+@pytest.mark.parametrize("base", some(["sharded", "tied"], ("tied",)))
 def test_a_merged_model_says_what_the_adapter_says(base, bases, tmp_path, capsys):
     config = LayerLoraConfig(**COMMON, r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"])
     wanted = trained(bases / base, config, tmp_path / "a")
@@ -185,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
+@pytest.mark.parametrize("name", some(REFUSED, ("all at once", "lora_bias")))
 def test_what_vllm_does_not_take_is_said_at_once_and_the_cure_works(name, bases, tmp_path, capsys):
     given, fragments = REFUSED[name]
     options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | given
@@ -253,6 +260,18 @@ def test_ranks_and_names_that_need_care(bases, tmp_path):
         assert command.words[command.words.index("--max-lora-rank") + 1] == most
         assert json.loads(command.words[-1]) == {"name": "a", "path": "out=1,2"}  # `name=path` would be cut in pieces
         assert "--revision" in command.words
+    config = type(found.config).from_dict({**found.config.to_dict(), "tie_word_embeddings": True})
+    for name, said, where in (
+        ("lm_head", "lm_head: the base has its head and its embeddings in one tensor", replace(found, config=config)),
+        ("model.other", "model.other: the base has no such linears", found),
+    ):
+        factors = {**adapter.factors, name: adapter.factors[f"{LAST}.q_proj"]}
+        (problem,) = vllm.problems(Subject("a", where, replace(adapter, factors=factors)))
+        assert problem.startswith(said)
+    # a model without a gate has none to fill up (Nemotron)
+    alone = replace(adapter, factors={"layers.0.mlp.up_proj": adapter.factors[f"{LAST}.q_proj"]})
+    bare = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": torch.nn.Module()})])})
+    assert vllm.added(alone, bare) == {}
     with pytest.raises(AssertionError, match="has no"):
         check(["vllm", "serve", "x", "--lora-module", "y"])
 

@@ -24,6 +24,7 @@ from layerpeft.using.export.subject import Subject
 from layerpeft.using.folder import find
 from tests.helpers.loops import llama
 from tests.helpers.models import MODELS
+from tests.helpers.repeating import some
 from tests.helpers.serving import check, check_modelfile, serving
 
 reader = pytest.importorskip("gguf", reason="without gguf")
@@ -69,7 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", some([torch.bfloat16, torch.float32], 1))
 def test_the_file_holds_what_was_trained(dtype, base, tmp_path, capsys):
     options = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"down_proj": 3}}
     model = trained(base, tmp_path / "a", dtype, **options)
@@ -137,7 +138,7 @@ def test_turned_rows_rotated_in_pairs_attend_as_transformers_does(base, tmp_path
 OTHERS = ["qwen3", "gemma3_text", "phi3", "qwen2", "mistral", "granite", "gemma2", "starcoder2"]
 
 
-@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS[1:])])
+@pytest.mark.parametrize("name", some(OTHERS, 1))
 def test_rows_are_turned_where_the_architecture_needs_it_and_nowhere_else(name, tmp_path):
     MODELS[name]().save_pretrained(tmp_path / "base")
     trained(tmp_path / "base", tmp_path / "a")

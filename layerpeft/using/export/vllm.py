@@ -14,7 +14,7 @@ from torch import nn
 
 from layerpeft.errors import unknown
 from layerpeft.integrations.empty import empty_model
-from layerpeft.model.layers import base_of, find_module
+from layerpeft.model.layers import base_of
 from layerpeft.saving.manifest import CONFIG, WEIGHTS
 from layerpeft.saving.shards import Entry, write_one_by_one
 from layerpeft.text import some
@@ -50,8 +50,8 @@ def problems(subject: Subject) -> list[str]:
     if subject.tied and any(name.endswith("lm_head") for name in adapter.factors):
         found.append("lm_head: the base has its head and its embeddings in one tensor, on which vLLM takes no adapter")
     if not found:
-        model = _empty(subject)
-        if lost := [name for name in adapter.factors if find_module(model, name) is None]:
+        there = dict(_empty(subject).named_modules())
+        if lost := [name for name in adapter.factors if name not in there]:
             found.append(f"{some(lost)}: the base has no such linears; name the one it was trained on: --base MODEL")
     return found
 
@@ -63,11 +63,12 @@ def _empty(subject: Subject) -> nn.Module:
 def added(adapter: Adapter, model: nn.Module) -> dict[str, Factor]:
     """Linears that vLLM keeps as one with those that were trained, and that have no adapter: they get one of zeros."""
     found: dict[str, Factor] = {}
+    modules = dict(model.named_modules())
     for name, factor in adapter.factors.items():
         above, dot, leaf = name.rpartition(".")
         for group in (g for g in VLLM.joined if leaf in g):
             for sibling in (f"{above}{dot}{other}" for other in group):
-                weight: Any = getattr(find_module(model, sibling), "weight", None)
+                weight: Any = getattr(modules.get(sibling), "weight", None)
                 if sibling in adapter.factors or weight is None or weight.dim() != 2:
                     continue
                 rank = max(factor.rank, found[sibling].rank if sibling in found else 0)
