@@ -15,7 +15,6 @@ from layerpeft.planning.fit import Fit
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.forms import read_by, taken
 from layerpeft.recipe.plan import Forecast, forecast
-from layerpeft.recipe.preview_text import harmless
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import SAMPLE_BY
 from layerpeft.recipe.shipped import expanded
@@ -23,7 +22,8 @@ from layerpeft.recipe.tasks.seeing import sees
 from layerpeft.recipe.tasks.tokenizing import tokenizer
 from layerpeft.recipe.trainer import prepare
 from layerpeft.recipe.trainers.table import ROWS
-from layerpeft.recipe.yaml import flow, override, parse
+from layerpeft.recipe.written import recipe_text
+from layerpeft.recipe.yaml import override, parse
 from layerpeft.text import size_of, size_text
 from layerpeft.tuners.methods import DEFAULT
 
@@ -82,19 +82,19 @@ def init(wanted: Wanted) -> tuple[Path, Forecast]:
     path = expanded(wanted.out)
     values = _values(wanted, looked, extra)
     with path.open("x", encoding="utf-8") as file:
-        file.write(_text(path, values, {}))
+        file.write(recipe_text(path, values, {}))
     try:
         comments = {"dataset_name": f"{looked.count} rows" + (f", {read_as}" if read_as else "")}
         if looked.seen and "max_length" not in extra:
             comments["max_length"] = "pictures are tokens, too, and are not cut"
         elif "max_length" in values and "max_length" not in extra:
             values["max_length"], comments["max_length"] = _length(str(path))
-            path.write_text(_text(path, values, comments), encoding="utf-8")
+            path.write_text(recipe_text(path, values, comments), encoding="utf-8")
         room = wanted.room or _room()
         found = forecast(str(path), (), room)
         if isinstance(found.found, Fit):
             values, comments = _fitted(values, comments, found.found, str(room))
-        path.write_text(_text(path, values, comments), encoding="utf-8")
+        path.write_text(recipe_text(path, values, comments), encoding="utf-8")
         return path, forecast(str(path)) if found.changes else found
     except BaseException:
         path.unlink()
@@ -217,24 +217,3 @@ def _fitted(
     gave = "; ".join(found.gave_up)
     said = f"fits into {size}" + (f", and gives up: {gave}" if gave else " as it is")
     return made, {**comments, "select": f"measured on the rows; {said}"}
-
-
-def _text(path: Path, values: Mapping[str, Any], comments: Mapping[str, str]) -> str:
-    """The file: what is trained on what, the layers, then the settings of the trainer."""
-
-    def line(key: str, value: Any, before: str = "") -> str:
-        note = comments.get(key)
-        return (f"{before}# {' '.join(harmless(note).split())}\n" if note else "") + f"{before}{key}: {flow(value)}\n"
-
-    own = [key for key in keys.own_keys() if key in values and key != "layerpeft"]
-    rest = [key for key in values if key not in own and key != "layerpeft"]
-    name = " ".join(harmless(str(path)).split())
-    return "".join([
-        f"# layerpeft train {name}\n",
-        f"# before that: layerpeft plan {name} (what it costs), layerpeft preview {name} (rows as the model sees them)\n",
-        *(line(key, values[key]) for key in own),
-        "\nlayerpeft:\n",
-        *(line(key, value, "  ") for key, value in values["layerpeft"].items()),
-        f"\n# from here on: settings of the trainer ({ROWS[values['trainer']].arguments})\n",
-        *(line(key, values[key]) for key in rest),
-    ])  # fmt: skip
