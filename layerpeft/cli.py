@@ -1,4 +1,4 @@
-"""The command `layerpeft`: init, train, plan, preview, prefill, score, compare, report, generate, predict, eval,
+"""The command `layerpeft`: init, import, train, plan, preview, prefill, score, compare, report, generate, predict, eval,
 merge, export, recipes, env.
 
 Errors of ours end in one message and exit code 2.
@@ -33,6 +33,7 @@ RUNS = {
     for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "report", "merge", "env")
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
+RUNS["import"] = "layerpeft.recipe.commands:import_"  # a word of Python's
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -147,6 +148,9 @@ def _parser() -> tuple[_Parser, list[str]]:
         return sub
 
     _starting(add("init", "write a recipe for a model, rows and a task, with layers that fit into memory"))
+    _importing(
+        add("import", "write a recipe that says what another tool's file says, and what it does not, with reasons")
+    )
     add("train", "train a recipe", recipe=True)
     planning = add("plan", "what a recipe will cost, before any weight is loaded", recipe=True)
     _planning(planning)
@@ -190,6 +194,26 @@ def _starting(starting: argparse.ArgumentParser) -> None:
     starting.add_argument(
         "settings", metavar="key=value", nargs="*", help="settings of the recipe, as learning_rate=1e-4"
     )
+
+
+def _importing(importing: argparse.ArgumentParser) -> None:
+    importing.add_argument(
+        "file",
+        metavar="FILE",
+        help="of axolotl, LLaMA-Factory, ms-swift, torchtune or LMFlow: YAML, JSON or a shell script",
+    )
+    importing.add_argument(
+        "--from",
+        metavar="TOOL",
+        help="whose it is: axolotl, llamafactory, ms-swift, torchtune, lmflow (default: told by keys)",
+    )
+    importing.add_argument(
+        "--model", metavar="MODEL", help="model of the recipe, by whose config layers are counted (default: the file's)"
+    )
+    importing.add_argument(
+        "--out", metavar="FILE", default="recipe.yaml", help="where to write it (default: %(default)s)"
+    )
+    importing.add_argument("--force", action="store_true", help="write over a file that is there")
 
 
 def _looking(looking: argparse.ArgumentParser) -> None:

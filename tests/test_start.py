@@ -43,6 +43,8 @@ AT_ONCE = [
     (["generate", "--help"], 0, "FOLDER"),
     (["predict", "folder", "rows.csv"], 2, "--out"),
     (["eval", "folder"], 2, "ROWS"),
+    (["import"], 2, "FILE"),
+    (["import", "a.yaml", "--mdel", "a"], 2, "Did you mean '--model'?"),
 ]
 COMMANDS = """
 import contextlib, io, json, sys
@@ -143,7 +145,7 @@ def test_type_checkers_and_the_table_of_names_say_the_same():
 def test_every_command_that_is_loaded_is_there():
     for name, place in cli.RUNS.items():
         module, _, function = place.partition(":")
-        assert getattr(importlib.import_module(module), function).__name__ == name
+        assert getattr(importlib.import_module(module), function).__name__.rstrip("_") == name
         assert module.startswith(("layerpeft.recipe.", "layerpeft.using."))  # lower than the command
 
 

@@ -25,6 +25,7 @@ from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.advice import advise
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.compare import parse_arms
+from layerpeft.recipe.importing.convert import import_file
 from layerpeft.recipe.init import Wanted, guess, look
 from layerpeft.recipe.init import init as write_recipe
 from layerpeft.recipe.keys import present
@@ -103,6 +104,26 @@ def _asked(given: Wanted, out: bool) -> Wanted:
         given = replace(given, task=ask(f"Task ({', '.join(present())})", usual) or None)
     given = replace(given, held_out=given.held_out or ask("Held-out rows, or a share of the rows", "5%"))
     return replace(given, out=ask("Recipe", given.out)) if out else given
+
+
+def import_(args: argparse.Namespace) -> None:
+    with _aside():
+        found = import_file(args.file, args.out, vars(args)["from"], args.model, args.force)
+    lines = [f"left out: {key} -- {why}" for key, why in found.left]
+    place = shlex.quote(str(found.path))
+    what = f"{found.path}: {found.mapped} keys of {found.tool}, with what each was called there"
+    told = f"; {len(found.left)} left out, each with the reason" if found.left else ""
+    _say(
+        "\n".join(
+            [
+                *lines,
+                *[""] * bool(lines),
+                f"{what}{told}. Look at it, then",
+                f"  layerpeft plan {place}",
+                f"  layerpeft train {place}",
+            ]
+        )
+    )
 
 
 def preview(args: argparse.Namespace) -> None:
