@@ -103,11 +103,14 @@ UNEVEN = {
 @pytest.mark.parametrize("name", some(UNEVEN, ("ranks", "alphas")))
 def test_an_adapter_for_vllm_is_the_same_in_plain_peft_with_one_scale_for_all(name, bases, tmp_path, capsys):
     wanted = trained(bases / "one", LayerLoraConfig(**COMMON, lora_alpha=8, **UNEVEN[name]), tmp_path / "a run")
+    (tmp_path / "a run" / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "out"
     assert main(["export", str(tmp_path / "a run"), "--to", "vllm", "--out", str(out)]) == 0
     (words,) = serving(capsys.readouterr().out)
     assert words[:3] == ["vllm", "serve", str(bases / "one")]
-    assert words[3:] == ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"a-run={out}"]
+    template = ["--chat-template", str(out / "chat_template.jinja")]
+    assert words[3:] == ["--enable-lora", "--max-lora-rank", "8", *template, "--lora-modules", f"a-run={out}"]
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     base = AutoModelForCausalLM.from_pretrained(bases / "one")
     loaded = peft.PeftModel.from_pretrained(base, str(out))
     assert torch.allclose(said_by(loaded), wanted, atol=1e-5)
@@ -127,12 +130,14 @@ def test_an_adapter_for_vllm_is_the_same_in_plain_peft_with_one_scale_for_all(na
     assert zeros == set(factors) - own and zeros
 
 
-def test_tensors_that_need_no_other_scale_stay_as_they_are(bases, tmp_path):
+def test_tensors_that_need_no_other_scale_stay_as_they_are(bases, tmp_path, monkeypatch):
     trained(
         bases / "one", LayerLoraConfig(**COMMON, r=16, use_rslora=True, target_modules="all-linear"), tmp_path / "a"
     )
-    found = export(str(tmp_path / "a"), "vllm")
+    monkeypatch.chdir(tmp_path / "a")
+    found = export(".", "vllm")  # as the folder's own card says it
     assert found.folder == tmp_path / "a-vllm" and found.kind == "adapter"
+    assert found.commands[0].words[-1] == f"a={tmp_path / 'a-vllm'}"
     old, new = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "a", found.folder))
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     with pytest.raises(ExportError, match="is not empty"):

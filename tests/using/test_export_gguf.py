@@ -74,11 +74,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_file_holds_what_was_trained(dtype, base, tmp_path, capsys):
     options = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"down_proj": 3}}
     model = trained(base, tmp_path / "a", dtype, **options)
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
     assert main(["export", str(tmp_path / "a"), "--to", "gguf"]) == 0
     file = str(tmp_path / "a-gguf" / "base.gguf")
     convert, serve = serving(capsys.readouterr().out)
     assert convert == ["python", "convert_hf_to_gguf.py", str(base), "--outfile", file]
-    assert serve == ["llama-server", "-m", file, "--lora", str(tmp_path / "a-gguf" / "adapter.gguf")]
+    template = str(tmp_path / "a-gguf" / "chat_template.jinja")
+    assert serve[:5] == ["llama-server", "-m", file, "--lora", str(tmp_path / "a-gguf" / "adapter.gguf")]
+    assert serve[5:] == ["--jinja", "--chat-template-file", template] and Path(template).is_file()
     fields, tensors = read_back(tmp_path / "a-gguf" / "adapter.gguf")
     said = {
         "general.type": "adapter",

@@ -48,7 +48,7 @@ def export(
     found = find(folder, base)
     subject = _subject(folder, found, whole or to == MERGED, base, start)
     goes = found.base is not None or to in WRITTEN  # whether anything is to be written
-    target = Path(out or f"{str(found.folder).rstrip('/')}-{to}").expanduser() if goes else found.folder
+    target = (Path(out).expanduser() if out else _beside(found.folder, to)) if goes else found.folder
     if out is not None and not goes:
         raise UsageError(
             f"--out {out}: {folder} is a whole model, and nothing is written: it is served from where it lies"
@@ -84,9 +84,15 @@ def _adds(found: Trained) -> bool:
     return is_plain(found.folder) and (works is None or works.mixes and not (works.whole or works.restates))
 
 
+def _beside(folder: Path, to: str) -> Path:
+    """FOLDER-TARGET; beside the current folder, where that is the one."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}-{to}")
+
+
 def name_of(folder: Path) -> str:
     """What a server is to call it: a checkpoint goes by its run's name, too."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     text = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "trained"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from layerpeft.integrations import gguf
 from layerpeft.text import some
 from layerpeft.using.export.adapter import faults
 from layerpeft.using.export.limits import LAYOUTS, LLAMA_CPP
-from layerpeft.using.export.subject import Command, Subject
+from layerpeft.using.export.subject import TEMPLATE, Command, Subject
 
 FILE = "adapter.gguf"
 SCRIPT = "convert_hf_to_gguf.py"  # in a checkout of llama.cpp
@@ -74,6 +75,8 @@ def write(subject: Subject, into: Path, name: str) -> str:
         return found[order(len(found), own)] if own else found
 
     gguf.write_adapter(into / FILE, layout.name, alpha, name, shapes, read)
+    if subject.template is not None:
+        shutil.copyfile(subject.template, into / TEMPLATE)
     return f"an adapter for llama.cpp: {len(adapter.factors)} linears of the kind {layout.name}, rank {adapter.rank}"
 
 
@@ -87,8 +90,9 @@ def commands(subject: Subject, folder: Path, name: str) -> list[Command]:
         words.append("--remote")  # a name on the hub
     serve = ["llama-server", "-m", file]
     serve += [] if whole else ["--lora", str(folder / FILE)]
+    serve += ["--jinja", "--chat-template-file", str(folder / TEMPLATE)] if subject.template else []
     what = "the model" if whole else "the base"
     return [
         Command(tuple(words), f"a file of {what}; the script lies in a checkout of llama.cpp"),
-        Command(tuple(serve), "an OpenAI-compatible server on port 8080"),
+        Command(tuple(serve), "an OpenAI-compatible server, at the address that it prints"),
     ]

@@ -10,6 +10,8 @@ from typing import Any
 from layerpeft.using.export.adapter import Adapter
 from layerpeft.using.folder import Trained
 
+TEMPLATE = "chat_template.jinja"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -36,6 +38,14 @@ class Subject:
     def tied(self) -> bool:
         """Whether head and embeddings are one tensor."""
         return bool(getattr(self.found.config, "tie_word_embeddings", False))
+
+    @property
+    def template(self) -> Path | None:
+        """The chat template beside an adapter, where the base has not the same: a server would go by the base's."""
+        own, theirs = self.found.folder / TEMPLATE, Path(self.found.place) / TEMPLATE
+        if self.adapter is None or not own.is_file():
+            return None
+        return None if theirs.is_file() and theirs.read_bytes() == own.read_bytes() else own
 
     def command(self, *words: str) -> str:
         """The same export with other words, to paste into a shell."""

@@ -21,7 +21,7 @@ from layerpeft.text import some
 from layerpeft.tuners.merge import files_beside
 from layerpeft.using.export.adapter import PREFIX, Adapter, Factor, faults, key
 from layerpeft.using.export.limits import VLLM, VLLM_KINDS
-from layerpeft.using.export.subject import Command, Subject
+from layerpeft.using.export.subject import TEMPLATE, Command, Subject
 
 CLASSES = "ForSequenceClassification"
 
@@ -157,5 +157,7 @@ def commands(subject: Subject, folder: Path, name: str) -> list[Command]:
     words = ["vllm", "serve", str(subject.found.base), *more, "--enable-lora", "--max-lora-rank", str(rank)]
     if revision := adapter.said.get("revision"):
         words += ["--revision", str(revision)]
+    if subject.template is not None:
+        words += ["--chat-template", str(folder / TEMPLATE)]
     words += ["--lora-modules", module]
     return [Command(tuple(words), f"an OpenAI-compatible server on port 8000, which has it as the model {name!r}")]
