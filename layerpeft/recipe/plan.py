@@ -128,8 +128,15 @@ def asked(
         setup, problems = _prepared(examined)
         recipe = examined.sound(problems)
         model = empty(setup)
-    arguments = arguments_of(recipe, bool(accelerator) and not there)
-    options = options_of(recipe, arguments, there if accelerator is None else accelerator)
+    elsewhere = bool(accelerator) and not there
+    options = told(recipe, setup, there if accelerator is None else accelerator, elsewhere)
+    return recipe, model, options | {"step": replace(options["step"], cards=cards)}, setup
+
+
+def told(recipe: Recipe, setup: Setup, accelerator: bool, elsewhere: bool = False) -> dict[str, Any]:
+    """What `plan`, `fit` and `cost` are told of a recipe, its rows and what its trainer holds beside the model included."""
+    arguments = arguments_of(recipe, elsewhere)
+    options = options_of(recipe, arguments, accelerator)
     if recipe.task is not None:
         options["length"] = min(options["length"], longest(recipe, setup.tokenizer) or options["length"])
     if recipe.row.vectors:  # a pass for each text of a row, all of which are there until the way back
@@ -139,7 +146,7 @@ def asked(
     if besides is not None and besides.writing is not None and recipe.get("max_length") is None:
         known = longest_prompt(setup, TRIED)
         options["length"] = min(options["length"], known + besides.writing.tokens) if known else options["length"]
-    return recipe, model, options | {"step": replace(options["step"], cards=cards, beside=besides)}, setup
+    return options | {"step": replace(options["step"], beside=besides)}
 
 
 def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan | Fit) -> Rows | None:
