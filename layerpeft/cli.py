@@ -158,13 +158,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     _looking(looking)
     add("prefill", "fill what enters the lowest trained layer ahead, with one layer in memory at a time", recipe=True)
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
-    comparing = add("compare", "train a recipe beside other choices of as many layers", recipe=True)
-    comparing.add_argument(
-        "--arms", default="random:3,last,all", help="random[:N], last, first, all (default: %(default)s)"
-    )
-    comparing.add_argument(
-        "--seeds", type=int, default=3, help="draws of `random` where --arms names no number (default: 3)"
-    )
+    comparing = add("compare", "train a recipe beside other choices of layers and other methods", recipe=True)
+    _comparing(comparing)
     reporting = add("report", "write the page (report.html) and the card of what was trained or compared again")
     reporting.add_argument("folder", metavar="FOLDER", help="what `layerpeft train` or `compare` wrote, or any adapter")
     _using(add)
@@ -214,6 +209,33 @@ def _importing(importing: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", default="recipe.yaml", help="where to write it (default: %(default)s)"
     )
     importing.add_argument("--force", action="store_true", help="write over a file that is there")
+
+
+def _comparing(comparing: argparse.ArgumentParser) -> None:
+    comparing.add_argument(
+        "--arms",
+        default="random:3,last,all",
+        help="random[:DRAWS], last[:N], first[:N], all, a criterion as snr[:N], a shipped recipe as lisa, a recipe file "
+        "(default: %(default)s)",
+    )
+    comparing.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="training seeds of every arm, and draws of `random` where --arms names no number (default: one seed, three draws)",
+    )
+    comparing.add_argument(
+        "--budget",
+        metavar="WHAT",
+        help="give every arm as much memory, parameters or time as the recipe's own, or as memory=24GB says",
+    )
+    comparing.add_argument(
+        "--rates",
+        metavar="RATES",
+        action="append",
+        help="learning rates to try for each arm on a seed that does not count: 1e-4,1e-3, or x0.3,x1,x3 of its own; "
+        "ARM=RATES for one (may be given again)",
+    )
 
 
 def _looking(looking: argparse.ArgumentParser) -> None:

@@ -18,7 +18,9 @@ from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.integrations.files import digest_of
 from layerpeft.recipe import shipped
-from layerpeft.recipe.compare import Arm, Run, judge, parse_arms
+from layerpeft.recipe.comparing.arms import Arm, parse_arms
+from layerpeft.recipe.comparing.runs import Run
+from layerpeft.recipe.comparing.verdict import judge
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.tasks.metrics import class_metrics
@@ -96,7 +98,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["recipes", "show"], ["name a recipe"]),
         (["recipes", "show", "quickstat"], ["Did you mean 'quickstart'?"]),
         (["env", "more"], ["unknown argument 'more'"]),
-        (["compare", "quickstart", "--arms", "rnd,last:3"], ["2 problems", "unknown arm 'rnd'", "'last:3'"]),
+        (["compare", "quickstart", "--arms", "rnd,all:3"], ["2 problems", "unknown arm 'rnd'", "'all:3'"]),
         (["compare", "quickstart", "--seeds", "many"], ["--seeds", "'many'"]),
         (["score", "last_layers"], ["chooses by place", "gradient_norm"]),
         (["compare", "quickstart", "layerpeft.select=all"], ["trains all 5 layers", "no choice to compare"]),
@@ -355,7 +357,7 @@ def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((folder / "compare.json").read_text())
     assert written["runs"] == found["runs"] and "gradient_norm" in written["recipe"]
-    assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.png", "report.html"}
+    assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.jsonl", "compare.png", "report.html"}
     alone = run(
         load_recipe(*_split(tiny("quickstart", *BRIEF))), say=lambda text: None
     )  # beside what compare has written
@@ -378,8 +380,14 @@ def test_arms_share_start_and_order_of_rows(place: Path) -> None:
 
 def test_arms_are_read() -> None:
     assert parse_arms("random:3,last,all") == (Arm("random", 3), Arm("last"), Arm("all"))
-    assert parse_arms("random, first", seeds=5) == (Arm("random", 5), Arm("first"))
-    for text in ("", "random:0", "last:2", "random,random", "none", "random:x"):
+    assert parse_arms("random, first", draws=5) == (Arm("random", 5), Arm("first"))
+    assert parse_arms("last:2,snr,snr:3,lisa") == (
+        Arm("last", keep=2),
+        Arm("snr"),
+        Arm("snr", keep=3),
+        Arm("lisa", source="lisa"),
+    )
+    for text in ("", "random:0", "all:2", "lisa:2", "random,random", "none", "random:x", "depth", "no/such.yaml"):
         with pytest.raises(RecipeError, match="--arms"):
             parse_arms(text)
 

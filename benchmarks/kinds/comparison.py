@@ -14,7 +14,8 @@ import torch
 from benchmarks import table
 from benchmarks.case import Case
 from layerpeft.errors import Problems, unknown
-from layerpeft.recipe.compare import compare, parse_arms
+from layerpeft.recipe.compare import compare
+from layerpeft.recipe.comparing.arms import parse_arms
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import to_yaml
 from layerpeft.recipe.shipped import recipes

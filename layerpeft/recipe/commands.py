@@ -23,8 +23,11 @@ from layerpeft.integrations.files import version_of
 from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.advice import advise
+from layerpeft.recipe.compare import Fairly
 from layerpeft.recipe.compare import compare as compare_arms
-from layerpeft.recipe.compare import parse_arms
+from layerpeft.recipe.comparing.arms import parse_arms
+from layerpeft.recipe.comparing.budgets import parse_budget
+from layerpeft.recipe.comparing.rates import parse_rates
 from layerpeft.recipe.importing.convert import import_file
 from layerpeft.recipe.init import Wanted, guess, look
 from layerpeft.recipe.init import init as write_recipe
@@ -163,9 +166,11 @@ def score(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    arms = parse_arms(args.arms, args.seeds)
+    arms = parse_arms(args.arms, 3 if args.seeds is None else args.seeds)
+    rates = parse_rates(args.rates or (), [arm.name for arm in arms])
+    fairly = Fairly(args.seeds or 1, parse_budget(args.budget) if args.budget else None, rates)
     with _aside(args.json):
-        found = compare_arms(_load(args, "compare"), arms, _say)
+        found = compare_arms(_load(args, "compare"), arms, _say, fairly)
     if args.json and is_first():
         print(json.dumps(found.to_dict()))
 

@@ -40,6 +40,7 @@ from layerpeft.tuners.precision import batches_wanted
 # what each command writes into output_dir
 SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model that lost layers, and the record of which
 SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png", "report.html")
+RUNS = "compare.jsonl"  # of a comparison, as they end: its lines say themselves that they are ours
 TRAINED = (
     *ADAPTER_FILES, MANIFEST, SHORTER_RECORD,
     "README.md", "recipe.yaml", "labels.json", "log.jsonl", "training_loss.png", "run.json", "report.html",
@@ -52,7 +53,7 @@ NEEDED = {
     "rewards": f", which say how good an answer is, as in `{rewards.EXAMPLE}`",
     TEACHER: ", the model that it learns from",
 }
-BESIDE = (*SCORED, *COMPARED, RECORD)  # a run may start beside them
+BESIDE = (*SCORED, *COMPARED, RUNS, RECORD)  # a run may start beside them
 
 # what from_pretrained would be told past the keys that say which code runs
 CODE = {

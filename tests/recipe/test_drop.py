@@ -16,7 +16,8 @@ import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.model.layers import find_module
-from layerpeft.recipe.compare import compare, parse_arms
+from layerpeft.recipe.compare import compare
+from layerpeft.recipe.comparing.arms import parse_arms
 from layerpeft.recipe.plan import forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.score import score

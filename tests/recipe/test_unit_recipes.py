@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe.compare import compare, parse_arms
+from layerpeft.recipe.compare import compare
+from layerpeft.recipe.comparing.arms import parse_arms
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.score import score
 from tests.helpers.short import LAYERS, short_llama

@@ -116,7 +116,9 @@ def test_links_are_not_ours_and_a_limit_on_checkpoints_removes_nothing_else(out)
 
 def test_in_the_folder_of_a_project_nothing_is_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    mine = dict.fromkeys(["README.md", "log.jsonl", "scores.json", "compare.json", "layers.csv"], "mine")
+    mine = dict.fromkeys(
+        ["README.md", "log.jsonl", "scores.json", "compare.json", "compare.jsonl", "layers.csv"], "mine"
+    )
     mine = {**mine, "recipe.yaml": recipes()["quickstart"].read_text() + "# mine\n"}  # the one that is run
     for name, text in mine.items():
         (tmp_path / name).write_text(text)

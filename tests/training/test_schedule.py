@@ -7,7 +7,6 @@ import csv
 import math
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -16,9 +15,10 @@ from transformers import TrainerCallback
 import layerpeft
 from layerpeft import LayerLoraConfig, check_trained, get_peft_model, layer_report, score_layers
 from layerpeft.errors import ConfigError, RecipeError, SaveError, SelectionError, TrainingError
-from layerpeft.recipe import compare
+from layerpeft.recipe.comparing.arms import parse_arms
+from layerpeft.recipe.comparing.entries import entries_of
 from layerpeft.recipe.read import load_recipe
-from layerpeft.recipe.recipe import layer_config
+from layerpeft.recipe.trainer import Setup
 from layerpeft.saving.manifest import read_manifest
 from layerpeft.selection.select import Select
 from layerpeft.training.optimizer_states import optimizer_bytes
@@ -425,22 +425,16 @@ def test_the_folder_has_the_heat_map_and_a_row_per_switch_and_layer(tmp_path):
 
 def test_compare_sets_a_schedule_beside_as_many_random_and_fixed_layers():
     recipe = load_recipe("grass", ["layerpeft.select.keep=2"])
-    model, select = llama(), Select.parse(recipe.select)
-    examined = layer_config(recipe).examine(model)
-    choose = partial(compare._choice, model, examined)
-    plans = compare._scheduled(recipe, choose, examined, None, compare.parse_arms("random:2,last,all"))
-    assert len(examined.layers) == 4 and [p[0] for p in plans] == [
-        "adaptive every 20",
-        "random:1",
-        "random:2",
-        "last",
-        "all",
-    ]
-    own, *draws = (Select.parse(p[2]) for p in plans[:3])
-    assert own == select
+    model, setup = llama(), Setup(recipe, None, None, None, None)
+    found = entries_of(setup, model, parse_arms("random:2,last,last:1,all"), {})
+    names = ["adaptive every 20", "random:1", "random:2", "last", "last:1", "all"]
+    assert [e.arm for e in found] == names and {e.num_layers for e in found} == {4}
+    own, *draws = (Select.parse(e.select) for e in found[:3])
+    assert own == Select.parse(recipe.select)
     for seed, draw in enumerate(draws, 1):
         assert (draw.pick, draw.keep, draw.reselect_steps, draw.state, draw.seed) == ("uniform", 2, 20, "offload", seed)
-    assert [p[2]["layers"] for p in plans[3:]] == [[2, 3], [0, 1, 2, 3]]
+    assert [e.select["layers"] for e in found[3:]] == [[2, 3], [3], [0, 1, 2, 3]]
+    assert [e.count for e in found] == [2, 2, 2, 2, 1, 4] and found[1].at(3).select == {**found[1].select, "keep": 3}
+    auto = replace(recipe, config=recipe.config.changed(select={**BY_GRADIENT, "keep": "auto"}))
     with pytest.raises(RecipeError, match="compare with keep: N"):
-        auto = Select.parse({**BY_GRADIENT, "keep": "auto"})
-        compare._scheduled(recipe, choose, replace(examined, select=auto), None, compare.parse_arms("last"))
+        entries_of(replace(setup, recipe=auto), model, parse_arms("last"), {})

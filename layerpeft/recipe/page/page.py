@@ -225,8 +225,8 @@ def _arms(found: Facts) -> str:
         layers = text.some([str(layer) for layer in run.get("layers") or []], 8)
         seconds = finite(run.get("seconds"))
         table.append((str(run.get("arm")), f"{run['value']:.4f}", "" if seconds is None else f"{seconds:.0f}", layers))
-    verdict = (kept.get("verdict") or {}).get("sentence") or ""
-    return f"<p>{escape(str(verdict))}</p>" * bool(verdict) + _figure(drawn) + _rows_of(table, "<>><")
+    verdicts = filter(None, ((kept.get(key) or {}).get("sentence") for key in ("arms", "verdict")))
+    return "".join(f"<p>{escape(str(verdict))}</p>" for verdict in verdicts) + _figure(drawn) + _rows_of(table, "<>><")
 
 
 def _samples(found: Facts) -> str:

@@ -1,0 +1,285 @@
+"""What every arm trains: a recipe, its choice of layers, and how the same choice is made with another number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import RecipeError
+from layerpeft.recipe.comparing.arms import AMONG, OWN, PLACES, Arm, among_of
+from layerpeft.recipe.recipe import Recipe, as_chosen
+from layerpeft.recipe.trainer import Setup, batches_for
+from layerpeft.selection.choose import choose_among, lowest
+from layerpeft.selection.examined import Examined
+from layerpeft.selection.schedule import schedule_of
+from layerpeft.selection.select import Select, Selection
+from layerpeft.text import note
+
+Layers = tuple[int, ...]
+Choose = Callable[..., Selection]  # of a way to choose
+Again = Callable[
+    [int], tuple[Layers, Mapping[str, Any]]
+]  # of a number of layers: which, and what `select` says of them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One arm, or one draw of it. `select`: what is said of its layers; `count`: of them train at once (None: scores decide);
+    `again`: the same choice with another number, up to `most`; `spreads`: its number goes by the memory there is."""
+
+    arm: str
+    recipe: Recipe
+    layers: Layers
+    select: Mapping[str, Any]
+    count: int | None
+    num_layers: int
+    unit: str = "layer"
+    most: int = 0
+    again: Again | None = None
+    spreads: bool = False
+
+    def at(self, count: int) -> Entry:
+        """The same with this many layers."""
+        assert self.again is not None
+        layers, select = self.again(count)
+        return replace(self, layers=layers, select=select, count=count)
+
+
+def entries_of(setup: Setup, model: nn.Module, arms: Sequence[Arm], others: Mapping[str, Recipe]) -> list[Entry]:
+    """Every arm on this model, that of the setup's recipe first; `others`: as `arm_recipes` found them.
+    Raises: RecipeError where arms are other choices and there is nothing to choose."""
+    recipe = setup.recipe
+    examined = recipe.config.examine(model)
+    own, kept = _of_recipe(setup, model, _own_name(recipe), recipe, examined)
+    choose = partial(choice, model, examined)
+    choices = [arm for arm in arms if arm.source is None]
+    made = (_scheduled if examined.select.is_scheduled else _chosen)(
+        setup, model, choose, examined, own, choices, others
+    )
+    if kept is not None and kept.scores is not None:
+        own = replace(own, arm=str(kept.scores.by))
+    found = [own]
+    for arm in arms:
+        if arm.source is None:
+            found += made[arm.name]
+        else:
+            theirs = transplanted(recipe, others[arm.name])
+            found.append(_of_recipe(replace(setup, recipe=theirs), model, arm.name, theirs)[0])
+    return [_unpacked(entry) for entry in found]
+
+
+def transplanted(recipe: Recipe, other: Recipe) -> Recipe:
+    """The recipe (as a shorter model may have it) with what `other`, an arm of it, says of how it trains."""
+    own = {k: other.values[k] for k in OWN if k in other.values}
+    same = {"method": other.method, "select": other.select, "block": other.block, "config": other.config}
+    return replace(recipe, values={**recipe.values, **own}, **same)
+
+
+def choice(model: nn.Module, examined: Examined, select: Select | Mapping[str, Any], batches: Any = None) -> Selection:
+    """What a way to choose means among the recipe's targets."""
+    parsed = select if isinstance(select, Select) else Select.parse(select)
+    return choose_among(model, parsed, examined.layers, examined.targets, batches, costs=examined.costs)
+
+
+def _own_name(recipe: Recipe) -> str:
+    select = recipe.config.choosing
+    if select.is_scheduled:
+        return f"{select.rule} every {select.reselect_steps}"
+    return recipe.select if isinstance(recipe.select, str) else "by place"
+
+
+def _of_recipe(
+    setup: Setup, model: nn.Module, name: str, recipe: Recipe, examined: Examined | None = None
+) -> tuple[Entry, Selection | None]:
+    """A recipe as it stands; and its choice, where that is made once."""
+    examined = examined or recipe.config.examine(model)
+    select, size = examined.select, len(examined.layers)
+    if select.is_scheduled:
+        schedule = schedule_of(select, examined.layers, examined.targets)
+        again = partial(_keeping, schedule.pool, select.to_dict())
+        keep = _keep(select, examined, schedule.among)
+        whole = keep is not None and select.within is None
+        entry = Entry(
+            name,
+            recipe,
+            schedule.pool,
+            select.to_dict(),
+            keep,
+            size,
+            select.unit,
+            len(schedule.among),
+            again if whole else None,
+        )
+        return entry, None
+    batches, _ = batches_for(setup, model, recipe.select)
+    kept = choice(model, examined, select, batches)
+    count = len(kept.layers)
+    at_end = kept.layers == tuple(range(size - count, size))  # which can be of more layers, too
+    again: Again | None = partial(_nearest_output, kept, at_end) if select.keep is None else None
+    most = size if at_end else count
+    if kept.scores is not None and select.within is None and select.budget is None:
+        plain = {**among_of(select), "by": kept.scores, "pick": "bottom" if select.rule == "bottom" else "top"}
+        again, most = partial(_of_choice, partial(choice, model, examined), plain), len(kept.scores.values)
+    entry = Entry(name, recipe, kept.layers, as_chosen(recipe, kept), count, size, select.unit, most, again)
+    return entry, kept
+
+
+def _keep(select: Select, examined: Examined, among: Sequence[int]) -> int | None:
+    """How many train at a time; of each kind, where they are kept within groups; None where scores decide."""
+    if select.keep in (None, "auto"):
+        return None
+    return int(select.keep) if select.within else len(lowest(select, examined.layers, among))  # type: ignore[arg-type]
+
+
+def _chosen(
+    setup: Setup,
+    model: nn.Module,
+    choose: Choose,
+    examined: Examined,
+    own: Entry,
+    arms: Sequence[Arm],
+    others: Mapping[str, Recipe],
+) -> dict[str, list[Entry]]:
+    """The choices of layers beside the recipe's own, of as many layers where none names a number.
+    Raises: RecipeError when there is nothing to choose."""
+    if not arms:
+        return {}
+    select = examined.select
+    among = among_of(select)
+    keep: Any = len(own.layers)
+    everything = choose({**among, "layers": among.get("layers", f"0-{own.num_layers - 1}")}).layers
+    if keep == len(everything) and any(arm.keep is None and arm.kind != "all" for arm in arms):
+        raise RecipeError(
+            f"select: the recipe trains all {keep} {select.unit}s that it may choose from, so there is no choice to compare"
+        )
+    if select.within is not None and select.keep != "auto":  # as many of each kind, or of each layer
+        keep, among = select.keep, among | {"within": select.within}
+    found: dict[str, list[Entry]] = {}
+    for arm in arms:
+        if arm.kind == "all":
+            found[arm.name] = [replace(own, arm="all", **_placed_as(select, everything), again=None)]
+        elif arm.kind == "random":
+            found[arm.name] = _draws(choose, {**among, "by": "random", "keep": keep}, arm.draws, own, len(everything))
+        else:
+            given = {**among, "keep": arm.keep or keep}
+            if arm.kind in PLACES:
+                given |= {"by": "depth", "pick": "top" if arm.kind == "last" else "bottom"}
+            else:
+                given["by"] = arm.kind
+            entry = _choice_of(setup, model, choose, arm, given, own, others)
+            free = arm.keep is None and "within" not in given
+            found[arm.name] = [replace(entry, most=len(everything), again=entry.again if free else None)]
+    return found
+
+
+def _choice_of(
+    setup: Setup,
+    model: nn.Module,
+    choose: Choose,
+    arm: Arm,
+    given: Mapping[str, Any],
+    own: Entry,
+    others: Mapping[str, Recipe],
+) -> Entry:
+    batches = None
+    if arm.scores:
+        theirs = transplanted(setup.recipe, others[arm.name])
+        batches, _ = batches_for(replace(setup, recipe=theirs), model, given)
+    kept = choose(given, batches)
+    by = {**given, "by": kept.scores} if arm.scores and kept.scores is not None else given
+    again = partial(_of_choice, choose, by)
+    placed = _placed_as(Select.parse(given), kept.layers)
+    return replace(own, arm=arm.name, **placed, again=again, spreads=arm.kind in ("last", "first"))
+
+
+def _scheduled(
+    setup: Setup,
+    model: nn.Module,
+    choose: Choose,
+    examined: Examined,
+    own: Entry,
+    arms: Sequence[Arm],
+    others: Mapping[str, Recipe],
+) -> dict[str, list[Entry]]:
+    """As `_chosen`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
+    Raises: RecipeError where the number of layers at a time is left to the scores."""
+    select, pool = examined.select, own.layers
+    if own.count is None and any(arm.keep is None and arm.kind != "all" for arm in arms):
+        raise RecipeError(
+            f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
+            "compare with keep: N"
+        )
+    said = ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
+    clock = {k: v for k, v in select.to_dict().items() if k not in said}
+    among = {k: clock[k] for k in (*AMONG, "within") if k in clock}
+    found: dict[str, list[Entry]] = {}
+    for arm in arms:
+        if arm.kind == "random":
+            uniform = [clock | {"pick": "uniform", "seed": select.seed + s} for s in range(1, arm.draws + 1)]
+            found[arm.name] = [
+                replace(own, arm=f"random:{s}", select=how, again=own.again and partial(_keeping, pool, how))
+                for s, how in enumerate(uniform, 1)
+            ]
+        elif arm.kind == "all":
+            found[arm.name] = [replace(own, arm="all", **_placed_as(select, pool), again=None)]
+        else:
+            pick = {"pick": "bottom"} if arm.kind == "first" else {"pick": "top"}
+            given = {**among, "by": "depth" if arm.kind in PLACES else arm.kind, "keep": arm.keep or own.count, **pick}
+            entry = _choice_of(setup, model, choose, arm, given, own, others)
+            found[arm.name] = [entry if arm.keep is None and select.within is None else replace(entry, again=None)]
+    return found
+
+
+def _placed_as(select: Select, layers: Layers) -> dict[str, Any]:
+    """What an entry says of a choice by place."""
+    placed = {"layers": list(layers), "stack": select.stack, "unit": select.unit}
+    return {"layers": layers, "select": placed, "count": len(layers)}
+
+
+def _keeping(pool: Layers, select: Mapping[str, Any], count: int) -> tuple[Layers, Mapping[str, Any]]:
+    return pool, {**select, "keep": count}
+
+
+def _nearest_output(kept: Selection, at_end: bool, count: int) -> tuple[Layers, Mapping[str, Any]]:
+    layers = tuple(range(kept.num_layers))[-count:] if at_end else kept.layers[-count:]
+    return layers, kept.placed | {"layers": list(layers)}
+
+
+def _of_choice(choose: Choose, given: Mapping[str, Any], count: int) -> tuple[Layers, Mapping[str, Any]]:
+    kept = choose({**given, "keep": count})
+    return kept.layers, kept.placed
+
+
+def _draws(choose: Choose, select: Mapping[str, Any], number: int, own: Entry, most: int) -> list[Entry]:
+    """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
+    found: dict[Layers, int] = {}
+    for seed in range(100 * number):
+        found.setdefault(choose({**select, "seed": seed}).layers, seed)
+        if len(found) == number:
+            return [_drawn(choose, {**select, "seed": seed}, layers, own, most) for layers, seed in found.items()]
+    raise RecipeError(
+        f"--arms: there are only {len(found)} different choices of {select['keep']} {select.get('unit', 'layer')}s, not {number}"
+    )
+
+
+def _drawn(choose: Choose, select: Mapping[str, Any], layers: Layers, own: Entry, most: int) -> Entry:
+    again = None if "within" in select else partial(_of_choice, choose, select)
+    placed = _placed_as(Select.parse(select), layers)
+    return replace(own, arm=f"random:{select['seed']}", **placed, most=most, again=again)
+
+
+def _unpacked(entry: Entry) -> Entry:
+    """An arm in which every layer trains: with nothing frozen there is nothing to pack."""
+    recipe = entry.recipe
+    block = recipe.block
+    if len(entry.layers) < entry.num_layers or block.get("quantize_frozen") is None:
+        return entry
+    if block.get("quantize_trained") is not None:
+        return entry
+    note(f"quantize_frozen: with all layers trained none is left to pack; the arm {entry.arm} stays in 16 bit")
+    kept = {k: v for k, v in block.items() if k != "quantize_frozen"}
+    return replace(entry, recipe=replace(recipe, block=kept, config=recipe.config.changed(quantize_frozen=None)))

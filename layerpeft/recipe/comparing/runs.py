@@ -1,0 +1,88 @@
+"""Runs of a comparison, kept as they end: one line of JSON each, so that a comparison that was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerpeft.errors import LayerpeftError, RecipeError
+from layerpeft.integrations.files import digest_of, fingerprint, parse_json, replace_file, versions_of
+from layerpeft.recipe.comparing.entries import Entry
+from layerpeft.recipe.recipe import to_yaml
+from layerpeft.recipe.trainer import Setup
+
+VERSIONS = ("layerpeft", "torch", "transformers", "peft", "trl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: its arm and layers, trainable parameters, the number on held-out rows that arms are compared by, seconds
+    of training, all numbers; its training seed, steps and learning rate."""
+
+    arm: str
+    layers: tuple[int, ...]
+    trainable: int
+    value: float
+    seconds: float
+    numbers: Mapping[str, float]
+    seed: int = 0
+    steps: int = 0
+    rate: float = 0.0
+
+    @property
+    def group(self) -> str:
+        """The arm, of which a draw is one run of several."""
+        return "random" if self.arm.startswith("random:") else self.arm
+
+
+class Kept:
+    """The runs in a file, by what they were made of; each is written when it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: RecipeError where something else lies there."""
+        self.path, self.lines = path, _read(path)
+
+    def has(self, key: str) -> bool:
+        """Whether a run was made before."""
+        return key in self.lines
+
+    def get(self, key: str) -> tuple[Run, float | None] | None:
+        """A run that was made before, and what the number was before training, where that was asked."""
+        line = self.lines.get(key)
+        if line is None:
+            return None
+        return Run(**{**line["run"], "layers": tuple(line["run"]["layers"])}), line["before"]
+
+    def add(self, key: str, run: Run, before: float | None) -> None:
+        """Writes one more."""
+        line = json.loads(json.dumps({"key": key, "run": asdict(run), "before": before}))
+        self.lines[key] = line | {"sha256": digest_of(line)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode())
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() or path.is_symlink() else ""
+        found = [parse_json(line, finite=False) for line in text.splitlines()]
+    except (OSError, ValueError, LayerpeftError):
+        found = [{}]
+    if path.is_symlink() or any(line.get("sha256") != digest_of(line) or "key" not in line for line in found):
+        raise RecipeError(
+            f"output_dir: {path} holds what layerpeft did not write, or what was changed since, and would replace. Move it, or "
+            "name another folder"
+        )
+    return {line["key"]: line for line in found}
+
+
+def key_of(entry: Entry, setup: Setup) -> str:
+    """What a run is made of: its recipe but for the folder, its layers, seed, rows and versions."""
+    values = {k: v for k, v in entry.recipe.values.items() if k not in ("output_dir", "overwrite_output_dir")}
+    files = [file for source in setup.sources or () if source is not None for file in source.files]
+    recipe = to_yaml(replace(entry.recipe, values=values))
+    made = {"recipe": recipe, "select": entry.select, "layers": list(entry.layers)}
+    made |= {"rows": [fingerprint(Path(file)) for file in files], "versions": versions_of(VERSIONS)}
+    return digest_of(json.loads(json.dumps(made, default=str)))

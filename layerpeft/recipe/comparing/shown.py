@@ -1,0 +1,195 @@
+"""A comparison as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerpeft.integrations.drawing import new_figure, write_figure
+from layerpeft.recipe.comparing.budgets import Budget, Given, Left
+from layerpeft.recipe.comparing.runs import Run
+from layerpeft.recipe.comparing.verdict import HEADS, Standing, Verdict, averaged
+from layerpeft.recipe.tasks.metrics import NAMES
+from layerpeft.text import grid, size_text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs (the recipe's first), the number they are compared by, its value before training, and the verdict.
+
+    Where arms have a budget, train otherwise or have several seeds, also: what each was given (by arm, each draw by itself), how
+    arms stand over their seeds, those that were left out, and `arms`: the verdict on them.
+    """
+
+    measure: str
+    before: float
+    runs: tuple[Run, ...]
+    verdict: Verdict
+    num_layers: int
+    unit: str = "layer"
+    budget: Budget | None = None
+    room: float | None = None
+    given: Mapping[str, Given] = field(default_factory=dict)
+    standings: tuple[Standing, ...] = ()
+    left_out: tuple[Left, ...] = ()
+    arms: Verdict | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        plain = asdict(self)
+        more = ("budget", "room", "given", "standings", "left_out", "arms") if self.arms is None else ()
+        return {k: v for k, v in plain.items() if k not in more and (k != "unit" or v != "layer")}
+
+
+def table(found: Comparison) -> str:
+    """One line per arm and draw, and one for the random draws together."""
+    name = NAMES[found.measure]
+    heads = ("arm", f"{found.unit}s", "trainable", name, "seconds")
+    rows: list[tuple[str, ...]] = [heads, ("before training", "", "", f"{found.before:.4f}", "")]
+    for run in averaged(found.runs):
+        layers = _shown(run, found)
+        rows.append((run.arm, layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
+    draws = [run.value for run in averaged(found.runs) if run.arm.startswith("random:")]
+    if len(draws) > 1:
+        spread = f"  {min(draws):.4f} to {max(draws):.4f}, sd {statistics.stdev(draws):.4f}"
+        rows.append(("random, mean", "", "", f"{statistics.fmean(draws):.4f}", spread))
+    return "\n".join(grid(rows, "<<>", (16, 22, 11, 14, 8), " "))
+
+
+def arms_table(found: Comparison) -> str:
+    """One line per arm: what it was given, how much of the budget that is, its number with the 95 % interval, how much better than
+    the recipe's it is, and what it took."""
+    heads = ["arm", f"{found.unit}s", "rank", "steps", "rate", "trainable", "bytes", "operations", "of budget"]
+    heads += [NAMES[found.measure], "gain", "seconds"]
+    rows = [heads]
+    for standing in found.standings:
+        given = [g for arm, g in found.given.items() if arm == standing.arm or _is_draw(arm, standing.arm)]
+        steps = [run.steps for run in found.runs if run.group == standing.arm]
+        rows.append(
+            [
+                f"{standing.arm} ({len(given)} draws)" if len(given) > 1 else standing.arm,
+                _of([g.count for g in given]),
+                _of([g.rank for g in given]),
+                _of(steps),
+                _of([run.rate for run in found.runs if run.group == standing.arm]),
+                _of([g.parameters for g in given]),
+                size_text(statistics.fmean(g.peak_bytes for g in given)),
+                _of([g.operations for g in given], "{:.3g}"),
+                _of([None if g.share is None else 100 * g.share for g in given], "{:.0f} %"),
+                str(standing.value),
+                "" if standing.gain is None else str(Signed(standing)),
+                f"{standing.seconds:.1f}",
+            ]
+        )
+    lines = grid(rows, "<>")
+    return "\n".join([*lines, *(f"left out: {one.arm}: {one.why}" for one in found.left_out)])
+
+
+@dataclass(frozen=True)
+class Signed:
+    """How much better an arm is, with what it shows."""
+
+    standing: Standing
+
+    def __str__(self) -> str:
+        gain = self.standing.gain
+        assert gain is not None
+        margin = "" if gain.margin is None else f" ± {gain.margin:.4f}"
+        mark = {"better": " *", "worse": " *"}.get(self.standing.kind, "  ")
+        return f"{gain.mean:+.4f}{margin}{mark}"
+
+
+def _of(numbers: Sequence[Any], form: str = "{:,}") -> str:
+    """One number, or the range of several."""
+    known = sorted({n for n in numbers if n is not None})
+    if not known:
+        return "-"
+    texts = list(dict.fromkeys(form.format(n) for n in (known[0], known[-1])))
+    return " to ".join(texts)
+
+
+def _is_draw(arm: str, group: str) -> bool:
+    return group == "random" and arm.startswith("random:")
+
+
+def numbers(layers: Sequence[int], count: int) -> str:
+    """Layer numbers as a reader wants them: "0, 10, 11", "0-11", shortened where there are many."""
+    if list(layers) == list(range(count)):
+        return f"0-{count - 1}"
+    text = ", ".join(map(str, layers))
+    return text if len(text) <= 22 else f"{text[:12]}... ({len(layers)})"
+
+
+def _shown(run: Run, found: Comparison) -> str:
+    return numbers(run.layers, found.num_layers)
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """One row per arm, one dot per run, the random draws with their mean; with a budget, other methods or seeds also the number
+    against seconds of training and bytes of a step, each with its 95 % interval."""
+    groups: dict[str, list[Run]] = {}
+    for run in found.runs:
+        groups.setdefault(run.group, []).append(run)
+    wide = bool(found.given)
+    figure = new_figure(17 if wide else 8, 1.6 + max(0.5 * len(groups), 3.2 if wide else 0))
+    if figure is None:
+        return
+    axes = figure.subplots(1, 3 if wide else 1, squeeze=False)[0]
+    _dots(axes[0], found, groups)
+    if wide:
+        _against(axes[1], found, "seconds of training")
+        _against(axes[2], found, "MiB at the peak of a step, as planned")
+    write_figure(figure, path, dpi=120)
+
+
+def _dots(axes: Any, found: Comparison, groups: Mapping[str, Sequence[Run]]) -> None:
+    labels = []
+    for place, (arm, runs) in enumerate(groups.items()):
+        values = [run.value for run in runs]
+        axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
+        if len(values) > 1:
+            axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
+        layers, draws = runs[0].layers, len({run.arm for run in runs})
+        shown = f"{draws} draws of {len(layers)} {found.unit}s" if draws > 1 else numbers(layers, found.num_layers)
+        given = found.given.get(arm)
+        if given is not None and given.count is not None and given.count < len(layers):
+            shown = f"{given.count} of {len(layers)} {found.unit}s at a time"
+        labels.append(f"{arm}\n{shown}")
+    ours = statistics.fmean(run.value for run in found.runs if run.arm == found.runs[0].arm)
+    axes.axvline(ours, color="C1", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(_measure(found, f"; {found.before:.3f} before"))
+    if found.arms is None:
+        axes.set_title(f"{HEADS[found.verdict.kind]} ({found.runs[0].arm} against other choices)")
+    else:
+        equal = f"equal {found.budget.kind}" if found.budget is not None else "no equal budget"
+        axes.set_title(f"{equal}, {len({run.seed for run in found.runs})} training seeds")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _against(axes: Any, found: Comparison, what: str) -> None:
+    for place, standing in enumerate(found.standings):
+        given = [g for arm, g in found.given.items() if arm == standing.arm or _is_draw(arm, standing.arm)]
+        taken = (
+            standing.seconds if what.startswith("seconds") else statistics.fmean(g.peak_bytes for g in given) / 2**20
+        )
+        margin, colour = standing.value.margin or 0, "C1" if place == 0 else "C0"
+        if math.isfinite(standing.value.mean):
+            axes.errorbar(taken, standing.value.mean, yerr=margin, fmt="o", color=colour, capsize=3, elinewidth=0.9)
+            axes.annotate(
+                standing.arm, (taken, standing.value.mean), xytext=(7, 4), textcoords="offset points", fontsize=9
+            )
+    axes.margins(x=0.18)
+    axes.set_xlabel(what)
+    axes.set_ylabel(_measure(found, ", 95 % interval"))
+    axes.grid(alpha=0.3)
+
+
+def _measure(found: Comparison, more: str) -> str:
+    better = "lower" if found.measure == "eval_loss" else "higher"
+    return f"{NAMES[found.measure]} after training ({better} is better{more})"

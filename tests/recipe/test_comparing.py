@@ -1,0 +1,305 @@
+"""`layerpeft compare` with other methods as arms: at an equal budget, over seeds, interrupted, and what its numbers show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerpeft
+from layerpeft.cli import main
+from layerpeft.errors import RecipeError
+from layerpeft.recipe import compare as comparing
+from layerpeft.recipe.comparing.arms import Arm, arm_recipes, parse_arms
+from layerpeft.recipe.comparing.budgets import (
+    Budget,
+    Counter,
+    Left,
+    at_rank,
+    fitted,
+    given,
+    largest,
+    parse_budget,
+    room_of,
+)
+from layerpeft.recipe.comparing.entries import Entry, entries_of
+from layerpeft.recipe.comparing.rates import parse_rates
+from layerpeft.recipe.comparing.runs import Kept, Run
+from layerpeft.recipe.comparing.verdict import interval, judge_arms, standings
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.trainer import Setup, load_model, prepare
+from tests.helpers.short import short_llama
+
+WORDS = [
+    f"model_name_or_path={short_llama(3)}", "max_steps=2", "max_train_samples=8", "max_eval_samples=2", "max_length=32",
+    "per_device_train_batch_size=2", "warmup_steps=0", 'columns={text: "{answer}"}', "output_dir=out",
+    "layerpeft.select=last:1", "layerpeft.r=4", "layerpeft.lora_alpha=8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("setup"))
+        return prepare(load_recipe("quickstart", WORDS, "compare"))
+
+
+@pytest.fixture(scope="module")
+def entries(setup: Setup) -> dict[str, Entry]:
+    arms = parse_arms("last,last:2,snr,random:2,lora,galore,lisa,full,all")
+    found = entries_of(setup, load_model(setup), arms, arm_recipes(setup.recipe, arms))
+    return {("own" if index == 0 else entry.arm): entry for index, entry in enumerate(found)}
+
+
+# ---- arms -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_of_the_arms_is_told_at_once_before_weights_load(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    assert main(["compare", "quickstart", *WORDS, "--arms", "lissa,gradient_nrom,no.yaml,owlore:2"]) == 2
+    said = capsys.readouterr().err
+    assert "4 problems" in said and "'lisa'" in said and "'gradient_norm'" in said
+    assert "no recipe file 'no.yaml'" in said and "owlore takes no number" in said
+    (place / "other.yaml").write_text(
+        "learning_rate: fast\nlayerpeft: {method: lora, selct: all, target_modules: [q_prj]}\n"
+    )
+    assert main(["compare", "quickstart", *WORDS, "--arms", "other.yaml,finercut,change,ist"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "5 problems" in said and "other: learning_rate: expected a number" in said and "Did you mean 'select'?" in said
+    )
+    assert "finercut: drop: takes layers out of the model" in said and "change: " in said and "ist: " not in said
+
+
+def test_an_arm_takes_how_another_recipe_trains_and_nothing_else(setup: Setup, place: Path) -> None:
+    model = load_model(setup)
+    (place / "mine").mkdir()
+    replace(layerpeft.score_layers(model, by="snr"), values=(0.0, 1.0, 0.0)).save(place / "mine" / "own.json")
+    (place / "mine" / "other.yaml").write_text(
+        "model_name_or_path: nowhere/else\nmax_steps: 900\nlr: 7.0e-4\nweight_decay: 0.1\n"
+        "layerpeft: {method: full, select: {by: ./own.json, keep: 1}}\n"
+    )
+    arms = parse_arms("mine/other.yaml,lisa")
+    found = arm_recipes(setup.recipe, arms)
+    own, lisa = found["other"], found["lisa"]
+    assert (own.method, own["learning_rate"], own["weight_decay"], own["max_steps"]) == ("full", 7e-4, 0.1, 2)
+    assert own["model_name_or_path"] == setup.recipe["model_name_or_path"]
+    assert lisa["learning_rate"] == 1e-3 and lisa["warmup_steps"] == 0 and lisa.config.is_scheduled
+    entry = entries_of(setup, model, parse_arms("mine/other.yaml"), found)[1]
+    assert entry.layers == (1,) and entry.recipe.method == "full"
+
+
+def test_arms_are_what_they_say(entries: dict[str, Entry]) -> None:
+    assert entries["own"].arm == "last:1" and entries["own"].layers == entries["last"].layers == (2,)
+    assert entries["last:2"].layers == (1, 2) and entries["last:2"].again is None
+    assert entries["lora"].layers == entries["all"].layers == (0, 1, 2)
+    assert entries["lisa"].count == 2 and entries["lisa"].select["reselect_steps"] == 20
+    assert len({entries[f"random:{i}"].layers for i in (0, 1)} | {(9,)}) == 3
+    assert entries["lora"].recipe["learning_rate"] == 5e-3 and entries["full"].recipe["learning_rate"] == 1e-3
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+SIZES = [lambda n: 3 * n + 7, lambda n: n * n, lambda n: max(50, 9 * n), lambda n: 2 ** min(n, 40)]
+
+
+@pytest.mark.parametrize("room", [7, 60, 333, 4000])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_largest_number_within_a_room_is_found_in_few_looks(size: Callable[[int], float], room: int) -> None:
+    exact = max((n for n in range(1, 200) if size(n) <= room), default=None)
+    looks: list[int] = []
+    found = largest(lambda n: (looks.append(n), size(n))[1], 1, 199, room)  # type: ignore[func-returns-value]
+    assert found == exact or found is not None and 0.995 * room <= size(found) <= room
+    assert len(looks) < 20
+
+
+@pytest.mark.parametrize(("kind", "arms"), [("memory", ["last", "full"]), ("parameters", ["last:2", "galore", "full"])])
+def test_arms_take_as_much_as_the_budget_holds(
+    kind: str, arms: list[str], setup: Setup, entries: dict[str, Entry]
+) -> None:
+    counter, budget = Counter(setup), Budget(kind)
+    room = 1.1 * {"memory": lambda e: counter.cost(e).peak_bytes, "parameters": counter.trainable}[kind](entries["all"])
+    for name in arms:
+        one = fitted(entries[name], counter, budget, room)
+        if isinstance(one, Left):  # a whole layer
+            assert (name, kind) == ("full", "parameters") and one.why.startswith(
+                "one layer, with what trains besides, is"
+            )
+            continue
+        took = given(one, counter, budget, room)
+        assert took.share is not None and 0.3 < took.share <= 1, (name, took)
+        if took.rank is not None:
+            assert took.rank > 4
+            more = replace(one, recipe=at_rank(one.recipe, int(took.rank * 1.1) + 1))
+            assert (counter.cost(more).peak_bytes if kind == "memory" else counter.trainable(more)) > room
+    if kind == "memory":
+        last = fitted(entries["last"], counter, budget, room)
+        assert isinstance(last, Entry) and last.count == 3  # as many as the memory holds
+    lisa = fitted(entries["lisa"], counter, budget, room_of(entries["own"], counter, budget))
+    assert isinstance(lisa, Left) and "and the budget is" in lisa.why
+
+
+def test_an_equal_time_is_more_steps_where_a_step_takes_less(setup: Setup, entries: dict[str, Entry]) -> None:
+    counter, budget = Counter(setup), Budget("time", 10**11)
+    room = room_of(entries["own"], counter, budget)
+    warm = {
+        k: replace(e, recipe=replace(e.recipe, values={**e.recipe.values, "warmup_steps": 1}))
+        for k, e in entries.items()
+    }
+    last, lora = (fitted(warm[name], counter, budget, room) for name in ("last", "lora"))
+    assert isinstance(last, Entry) and isinstance(lora, Entry)
+    assert last.recipe["max_steps"] == int(1e11 / counter.cost(last).flops) > lora.recipe["max_steps"] > 2
+    assert last.recipe["warmup_steps"] == round(last.recipe["max_steps"] / 2)
+    assert 0.9 < (given(lora, counter, budget, room).share or 0) <= 1
+    assert isinstance(fitted(warm["lora"], counter, Budget("time", 100), 100.0), Left)
+
+
+def test_a_lower_rank_keeps_the_scale_and_a_higher_one_alpha(setup: Setup) -> None:
+    low, high = (at_rank(setup.recipe, rank) for rank in (2, 16))
+    assert (low.config.r, low.config.lora_alpha, high.config.r, high.config.lora_alpha) == (2, 4, 16, 8)
+    assert low.block["r"] == 2 and low.block["lora_alpha"] == 4 and high.block["r"] == 16
+
+
+def test_budgets_and_rates_are_read() -> None:
+    assert parse_budget("memory") == Budget("memory") and parse_budget("memory=2KiB") == Budget("memory", 2048)
+    assert parse_budget("parameters=2M") == Budget("parameters", 2_000_000)
+    assert parse_budget("time=1.5e3") == Budget("time", 1500)
+    for text in ("memry", "memory=lots", "time=0", "parameters="):
+        with pytest.raises(RecipeError, match="--budget"):
+            parse_budget(text)
+    rates = parse_rates(["x0.5,x2", "lisa=1e-4", "recipe=0.1"], ["lisa", "random"])
+    assert rates.of("random", 0.01) == (0.005, 0.02) and rates.of("lisa", 1.0) == (1e-4,)
+    assert rates.of("recipe", 1.0) == (0.1,)
+    with pytest.raises(RecipeError, match="3 problems") as told:
+        parse_rates(["fast,-1", "lissa=1e-3"], ["lisa"])
+    assert "Did you mean 'lisa'" in str(told.value)
+
+
+# ---- what numbers show ----------------------------------------------------------------------------------------------
+
+
+def runs(**values: Sequence[float]) -> list[Run]:
+    found = []
+    for arm, numbers in values.items():
+        name = arm.replace("_", ":")
+        found += [Run(name, (0,), 1, value, 1.0, {}, seed) for seed, value in enumerate(numbers)]
+    return found
+
+
+def test_arms_are_paired_by_seed() -> None:
+    """Seeds that differ far more than arms hide nothing, since each is compared with the same one."""
+    same = runs(own=[2.0, 3.0, 4.0], better=[1.9, 2.91, 3.89], noise=[1.9, 3.2, 3.9], worse=[2.1, 3.11, 4.09])
+    found = standings(same, lower=True)
+    assert [s.kind for s in found] == ["", "better", "no difference", "worse"]
+    gain = found[1].gain
+    assert (
+        gain is not None
+        and gain.mean == pytest.approx(0.1)
+        and gain.margin == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    )
+    assert interval([2.0, 3.0, 4.0]).margin == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    verdict = judge_arms(found, 3)
+    assert verdict.kind == "worse" and verdict.sentence.startswith("better did better than own here")
+    assert "noise 3.0000, not told apart from chance" in verdict.sentence and "of twenty" in verdict.sentence
+    assert [s.kind for s in standings(same, lower=False)] == ["", "worse", "no difference", "better"]
+    assert judge_arms([found[0], found[3]], 3).kind == "better"
+    assert judge_arms([found[0], found[2]], 3).kind == "no difference"
+
+
+def test_what_one_seed_or_a_run_that_failed_shows_is_nothing() -> None:
+    one = standings(runs(own=[2.0], other=[1.0]), lower=True)
+    assert one[1].kind == "unknown" and judge_arms(one, 1).kind == "unknown"
+    lost = standings(runs(own=[2.0, 2.1, 2.2], other=[1.0, float("nan"), 1.2]), lower=True)
+    assert lost[1].kind == "unknown" and "nothing can be said" in judge_arms(lost, 3).sentence
+
+
+def test_draws_are_the_units_of_random_layers() -> None:
+    found = standings(runs(own=[2.0, 4.0], random_0=[2.1, 4.1], random_1=[2.2, 4.2], random_2=[2.3, 4.3]), lower=True)
+    assert [s.arm for s in found] == ["own", "random"] and found[1].runs == 6
+    gain = found[1].gain
+    assert (
+        gain is not None
+        and gain.mean == pytest.approx(-0.2)
+        and gain.margin == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    )
+
+
+def test_an_interval_of_pairs_holds_what_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trials, wrong = 1500, 0
+    for luck in torch.randn(trials, 3, generator=generator, dtype=torch.float64) * 5:
+        own, other = (torch.randn(3, generator=generator, dtype=torch.float64) + luck for _ in range(2))
+        wrong += standings(runs(own=own.tolist(), other=other.tolist()), lower=True)[1].kind != "no difference"
+    assert 0.035 < wrong / trials < 0.065
+
+
+# ---- whole ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_that_was_interrupted_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two arms, two seeds, a rate that is tried: what was trained is not trained again, and all comes out as one."""
+    trained: list[str] = []
+    real = comparing._train
+
+    def counted(setup: Setup, entry: Entry, trainer: object, model: object) -> Run:
+        if len(trained) == 3:
+            trained.append("")
+            raise KeyboardInterrupt
+        trained.append(entry.arm)
+        return real(setup, entry, trainer, model)
+
+    monkeypatch.setattr(comparing, "_train", counted)
+    words = ["compare", "quickstart", *WORDS, "--arms", "lisa", "--seeds", "2", "--rates", "lisa=1e-3", "--json"]
+    assert main(words) == 130
+    assert main(words) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (
+        trained == ["lisa", "last:1", "lisa", "", "last:1", "lisa"] and "2 of them are in out/compare.jsonl" in said.err
+    )
+    assert [(r["arm"], r["seed"]) for r in found["runs"]] == [("last:1", 0), ("lisa", 0), ("last:1", 1), ("lisa", 1)]
+    assert len({r["value"] for r in found["runs"]}) == 4 and found["before"] > 0
+    assert found["given"]["lisa"]["rate"] == 1e-3 and found["given"]["last:1"]["rank"] == 4
+    assert [s["arm"] for s in found["standings"]] == ["last:1", "lisa"]
+    assert len((place / "out" / "compare.jsonl").read_text().splitlines()) == 5
+    again = Kept(place / "out" / "compare.jsonl")
+    (place / "out" / "compare.jsonl").write_text((place / "out" / "compare.jsonl").read_text().replace("lisa", "lora"))
+    assert again.lines and main(words) == 2
+    assert "did not write, or what was changed since" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # arms and budgets are tested one by one above
+@pytest.mark.pictures
+@pytest.mark.parametrize("budget", ["memory=60MiB", "parameters=1.8M", "time"])
+def test_methods_at_an_equal_budget(budget: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = "lora,galore,lisa,owlore,badam,grass,full,last,random:2"
+    assert (
+        main(["compare", "quickstart", *WORDS, "max_steps=4", "--arms", arms, "--seeds", "2", "--budget", budget]) == 0
+    )
+    said = capsys.readouterr().out
+    found = json.loads((place / "out" / "compare.json").read_text())
+    assert {s["arm"] for s in found["standings"]} | {one["arm"] for one in found["left_out"]} == {
+        "last:1", "lora", "galore", "lisa", "owlore", "badam", "grass", "full", "last", "random",
+    }  # fmt: skip
+    assert all(took["share"] <= 1.0001 for took in found["given"].values())
+    assert (place / "out" / "compare.png").read_bytes().startswith(b"\x89PNG") and "of budget" in said
+
+
+def test_arm_names_are_unlike() -> None:
+    assert [arm.name for arm in parse_arms("last,last:2,random:2")] == ["last", "last:2", "random"]
+    assert Arm("last", keep=2).name == "last:2"
