@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.state import GradientState
 from torch.autograd import Variable
@@ -13,6 +14,7 @@ from torch.utils.data import IterableDataset
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
 from layerpeft.integrations.files import read_json
+from layerpeft.integrations.trackers import Shown, show
 
 NAME = "LayerPeftCallback"
 # TRL's trainers that write their own rows anew (by their arguments), and those with a reference, by what its arguments can ask
@@ -51,32 +53,38 @@ def announced(loader: Any, ready: Callable[[Any], None]) -> None:
         loader.collate_fn = functools.partial(_told, loader.collate_fn, ready)
 
 
-def install(
-    built: Callable[[Any, Engine | None], None],
-    begin: Callable[..., None],
-    end: Callable[..., None],
-    state: Callable[..., dict[str, Any]],
-    news: Callable[..., dict[str, float]],
-    packed: Callable[[Any], bool],
-    resume: Callable[[Any, str], bool],
-    made: Callable[[Any, Any], Any],
-    sharded: Callable[[Any, str], None],
-) -> None:
-    """Adds the callback to the trainer's default list, once.
+class Hooks(NamedTuple):
+    """What is called of a trainer.
 
     `built(model, engine)` runs when a trainer is built, `engine` (None: DDP) as its arguments or `accelerate launch` ask for it.
     `begin(model, restored, merges, engine, optimizer, rows)` runs when training begins: `restored` is what `state(model)` gave at
     the checkpoint that is resumed (None otherwise), `merges`: TRL folds the adapter into the base and out again at every step.
-    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after an optimizer step. `news(model)`: what trackers are told.
-    `packed` models go without DataParallel, which transformers spares what it has quantized. `resume`, `made`, `sharded`: as below.
+    `end(model, output_dir, stepped)` runs when it ends, `stepped`: after an optimizer step. `news(model)`: what trackers are told,
+    and `shown(model)`: what they are shown when training has ended. `packed` models go without DataParallel, which transformers
+    spares what it has quantized. `resume`, `made`, `sharded`: of `_watch_checkpoints` and `_watch_optimizers`.
     """
+
+    built: Callable[[Any, Engine | None], None]
+    begin: Callable[..., None]
+    end: Callable[..., None]
+    state: Callable[..., dict[str, Any]]
+    news: Callable[..., dict[str, float]]
+    packed: Callable[[Any], bool]
+    resume: Callable[[Any, str], bool]
+    made: Callable[[Any, Any], Any]
+    sharded: Callable[[Any, str], None]
+    shown: Callable[[Any], AbstractContextManager[Sequence[Shown]]]
+
+
+def install(hooks: Hooks) -> None:
+    """Adds the callback to the trainer's default list, once."""
     import transformers.trainer as trainer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     if any(getattr(c, "__name__", "") == NAME for c in trainer.DEFAULT_CALLBACKS):
         return
-    _watch_checkpoints(trainer.Trainer, resume, sharded)
-    _watch_optimizers(trainer.Trainer, made)
+    _watch_checkpoints(trainer.Trainer, hooks.resume, hooks.sharded)
+    _watch_optimizers(trainer.Trainer, hooks.made)
 
     class LayerPeftCallback(TrainerCallback, ExportableState):
         """Tells layerpeft when training begins and ends, and keeps the choice in `trainer_state.json`."""
@@ -85,12 +93,12 @@ def install(
         began = 0  # the step that training began at
 
         def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"records": state(self.model)}}
+            return {"args": {}, "attributes": {"records": hooks.state(self.model)}}
 
         def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if args.n_gpu > 1 and packed(kwargs.get("model")):
+            if args.n_gpu > 1 and hooks.packed(kwargs.get("model")):
                 args._n_gpu = 1
-            built(kwargs.get("model"), asked_for(args))
+            hooks.built(kwargs.get("model"), asked_for(args))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.model, self.began = kwargs.get("model"), state.global_step
@@ -101,14 +109,16 @@ def install(
             merges = bool(getattr(args, "use_vllm", False))
             restored = attributes.get("records") if state.global_step else None
             held, rows = kwargs.get("optimizer"), seeing(args, state, kwargs.get("train_dataloader"))
-            begin(self.model, restored, merges, asked_for(args), held, rows)
+            hooks.begin(self.model, restored, merges, asked_for(args), held, rows)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if isinstance(logs, dict) and args.report_to:
-                logs.update(news(self.model))  # the trackers come later in the list
+                logs.update(hooks.news(self.model))  # the trackers come later in the list
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            end(self.model, args.output_dir, state.global_step > self.began)
+            hooks.end(self.model, args.output_dir, state.global_step > self.began)
+            # the trackers, which come later in the list, are still there
+            show(args, state, functools.partial(hooks.shown, self.model))
 
     trainer.DEFAULT_CALLBACKS.append(LayerPeftCallback)  # pyright: ignore[reportArgumentType]
 

@@ -162,7 +162,6 @@ def _run(recipe: Recipe, say: Say) -> Result:
             found = outcome(recipe, setup, trainer, model, memory, Reached(begin.numbers, after, samples, seconds))
             _write(recipe, setup, model, trainer, found, folder, state)
             write_exits(recipe, model, folder)
-        _track(trainer, result)
         if trainer.args.push_to_hub:
             hub.push(trainer, folder)
         _tell(setup, result, say)
@@ -386,23 +385,6 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, path, dpi=120)
-
-
-def _track(trainer: Any, result: Result) -> None:
-    """Layer table and picture for wandb, where it is the tracker."""
-    if "wandb" not in (trainer.args.report_to or []):
-        return
-    import wandb
-
-    if wandb.run is None:
-        return
-    columns: list[Any] = ["layer", "name", "score", "chosen", "steps", "change"]
-    table = wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in result.report.rows])
-    logged: dict[str, Any] = {"layers/table": table}
-    picture = result.output_dir / "layers.png"
-    if picture.is_file():
-        logged["layers/picture"] = wandb.Image(str(picture))
-    wandb.run.log(logged)
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------

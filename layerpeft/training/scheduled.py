@@ -27,6 +27,9 @@ from layerpeft.training.switching import Switcher
 PLACES = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "task_type")
 
 
+TOLD = 256  # layers, or units, of which trackers are told one by one
+
+
 class Once:
     """The schedule of a choice that is made once: all of it trains, all the time."""
 
@@ -37,6 +40,7 @@ class Once:
         self.record: Record = method.config._layerpeft
         self.on_copy = on_copy  # told of a deep copy of the model as soon as it is used, and how it is called
         self._states_follow = False
+        self._said = False
 
     @property
     def store(self) -> Store:
@@ -60,8 +64,15 @@ class Once:
         return set(self.holdings.tensors())
 
     def news(self) -> dict[str, float]:
-        """What trackers are told of the switches since they were last told."""
-        return {}
+        """What trackers are told of the choice, once it is made, and of the switches since they were last told."""
+        selection = self.record.selection
+        if self._said or selection is None or selection.num_layers > TOLD:
+            return {}
+        self._said = True
+        found: dict[str, float] = {"layers/active": len(selection.layers), "layers/lowest": min(selection.layers)}
+        found |= {f"layers/on/{i}": float(i in selection.layers) for i in range(selection.num_layers)}
+        scores = selection.scores.values if selection.scores is not None and selection.scores.by != "depth" else ()
+        return found | {f"layers/score/{i}": float(score) for i, score in enumerate(scores)}
 
     def carried(self) -> dict[str, Any]:
         """Where it stands, as plain data; empty where there is nothing to tell."""

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import is_cut
 from layerpeft.integrations.files import unused
 from layerpeft.integrations.peft import watch_saving, whole_state
+from layerpeft.integrations.trackers import Shown
 from layerpeft.integrations.trainer import Seeing
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
@@ -29,6 +31,7 @@ from layerpeft.training.prefix.cache import PrefixCache
 from layerpeft.training.prefix.reading import read_ahead
 from layerpeft.training.resuming import resume
 from layerpeft.training.switching import Switcher
+from layerpeft.training.tracked import shown
 
 _installed: list[Any] = []
 _HOLLOW: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose states were begun by torch alone
@@ -65,7 +68,8 @@ def _install() -> None:
         _installed.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     zero.watch(_HEARD)
     watch_saving(is_cut)
-    trainer.install(_built, _train_begin, _train_end, _state, _news, _packed, _resume, _made, _sharded)
+    hooks = trainer.Hooks(_built, _train_begin, _train_end, _state, _news, _packed, _resume, _made, _sharded, _shown)
+    trainer.install(hooks)
 
 
 def check_trained(model: nn.Module) -> None:
@@ -146,6 +150,10 @@ def _news(model: nn.Module | None) -> dict[str, float]:
         found |= follower.news() | (taught.news() if taught is not None else {})
         found |= kept.news() if kept is not None else {}
     return found
+
+
+def _shown(model: nn.Module | None) -> AbstractContextManager[list[Shown]]:
+    return shown(followers_of(model))
 
 
 def _ready(caches: list[PrefixCache], batch: Any) -> None:
