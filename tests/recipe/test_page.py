@@ -18,6 +18,7 @@ from layerpeft.recipe.page import charts
 from layerpeft.recipe.page.facts import Facts, facts
 from layerpeft.recipe.page.page import PAGE, page, write_page
 from layerpeft.recipe.page.svg import ticks
+from layerpeft.saving import owned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title = 'taken'; console.error('ran')</script><img src=http://127.0.0.1:1/x>&amp;"
@@ -144,6 +145,22 @@ def test_the_command_writes_page_and_card_again(tmp_path: Path, capsys: pytest.C
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert "nothing to report" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_a_page_that_its_run_may_remove(tmp_path: Path) -> None:
+    at = tmp_path / "run" / "checkpoint-3"
+    at.mkdir(parents=True)
+    folder(at)
+    (at / "log.jsonl").unlink()
+    (at / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.5}]})
+    )
+    owned.put_on_record(tmp_path / "run", owned.files_below(tmp_path / "run", "checkpoint-3"))
+    for _ in range(2):
+        assert main(["report", str(at)]) == 0
+    assert "training from 4 to 3.5" in (at / PAGE).read_text() and "<title>run, checkpoint-3" in (at / PAGE).read_text()
+    files = owned.files_below(tmp_path / "run", "checkpoint-3")
+    assert f"checkpoint-3/{PAGE}" in files and not owned.strangers(tmp_path / "run", files)
 
 
 def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

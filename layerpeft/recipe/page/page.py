@@ -19,7 +19,7 @@ from layerpeft.recipe.page.style import STYLE
 from layerpeft.recipe.page.svg import element
 from layerpeft.saving.card import CARD, base_told, grid_of, write_card
 from layerpeft.saving.manifest import CONFIG
-from layerpeft.saving.owned import put_on_record, strangers
+from layerpeft.saving.owned import completed, put_on_record, strangers
 
 PAGE = "report.html"
 ROWS = 512  # of the table of layers
@@ -48,13 +48,16 @@ def report(folder: Path) -> list[Path]:
     """Writes the page of a folder again, and the card of an adapter, and says where. Raises: SaveError where there is nothing to
     report, or a page of somebody else's lies in its place."""
     found = facts(folder)
-    if strangers(folder, [PAGE]):
+    here = folder.absolute()  # of a checkpoint the run has the record, by which it may be removed
+    home = here.parent if here.name in completed(here.parent) else here
+    below = here.relative_to(home)
+    if strangers(home, [str(below / PAGE)]):
         raise SaveError(f"{folder / PAGE} was not written by layerpeft, or was altered since; move it away")
     with as_written(f"what lies in {folder} is not what layerpeft writes"):
         written = [write_page(folder)]
         if (folder / CONFIG).is_file() and write_card(folder, found.run):
             written.append(folder / CARD)
-    put_on_record(folder, [path.name for path in written])
+    put_on_record(home, [str(below / path.name) for path in written])
     return written
 
 
