@@ -17,7 +17,7 @@ import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.integrations.files import digest_of
-from layerpeft.recipe import shipped
+from layerpeft.recipe import outcome, shipped
 from layerpeft.recipe.comparing.arms import Arm, parse_arms
 from layerpeft.recipe.comparing.runs import Run
 from layerpeft.recipe.comparing.verdict import judge
@@ -290,6 +290,7 @@ def test_wandb_offline_gets_the_layer_table(place: Path, monkeypatch: pytest.Mon
 
 
 def test_the_finished_folder_is_pushed_where_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "PLANNED", 0.0)
     with standing_in() as hub:
         talk_to(hub, monkeypatch)
         asked = ["push_to_hub=true", "hub_model_id=me/mine", "hub_token=secret", "save_strategy=no"]
@@ -302,6 +303,11 @@ def test_the_finished_folder_is_pushed_where_asked(place: Path, monkeypatch: pyt
     assert 'PeftModel.from_pretrained(base, "me/mine")' in card and "## Recipe" in card and GAP not in card
     absolute = [word for word in re.findall(r"(?<![\w.:/])/[\w.-]+/[\w./-]+", card) if "huggingface.co" not in word]
     assert not absolute and str(place) not in card and "report.html" in arrived
+    memory = json.loads(arrived["run.json"])["memory"]
+    planned, measured = memory["planned"], memory["measured"]
+    assert planned["activations"] > 0 and measured["peak of the process"] > measured["weights"]
+    for part in ("weights", "gradients", "optimizer"):
+        assert planned[part] == pytest.approx(measured[part], rel=0.01), part
 
 
 def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

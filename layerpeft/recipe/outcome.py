@@ -24,7 +24,7 @@ from layerpeft.quantization.save import is_saved
 from layerpeft.recipe import sources
 from layerpeft.recipe.measure import state_bytes
 from layerpeft.recipe.model import model_path
-from layerpeft.recipe.plan import empty, options_of
+from layerpeft.recipe.plan import empty, told
 from layerpeft.recipe.recipe import Recipe, layer_config, to_yaml, training_arguments
 from layerpeft.recipe.samples import Sample
 from layerpeft.recipe.shipped import SCHEME, license_that_ships
@@ -162,10 +162,9 @@ def _planned(setup: Setup, model: Any) -> dict[str, int] | None:
     chosen = record.selection.placed if record is not None and record.selection is not None else recipe.select
     if recipe.config.choosing.is_scheduled:
         chosen = recipe.select
-    arguments = training_arguments(recipe)
-    options = options_of(recipe, arguments, arguments.device.type != "cpu")
+    on = training_arguments(recipe).device.type != "cpu"
     try:
-        return dict(plan(empty(setup), layer_config(recipe, chosen), **options).parts)
+        return dict(plan(empty(setup), layer_config(recipe, chosen), **told(recipe, setup, on)).parts)
     except Exception as error:  # the training is over, and must not be lost over a plan, whatever that trips over
         note(f"the page goes without a plan of memory: {type(error).__name__}: {error}")
         return None
