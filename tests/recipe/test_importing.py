@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,6 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 import layerpeft
 from layerpeft.cli import main
+from layerpeft.errors import UsageError
+from layerpeft.recipe.importing.convert import import_file
+from layerpeft.recipe.importing.shell import PROGRAM
+from layerpeft.recipe.importing.tools import TOOLS
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe, layer_config, made
 from layerpeft.recipe.yaml import parse
@@ -201,6 +207,20 @@ def test_patterns_mean_what_they_mean_there(patterns: list[str]) -> None:
     assert trains(wrapped) == by_patterns(patterns, 12)
 
 
+def test_all_weights_and_those_outside_of_the_layers(four: Path) -> None:
+    """What no adapter and no choice stand for, and LISA, whose draws are of layers alone."""
+    for text, always in (
+        ("", names()),
+        ("lisa_n_layers: 1\nlisa_step_interval: 3", [n for n in names() if "layers." not in n]),
+    ):
+        Path("whole.yaml").write_text(f"{AXOLOTL}{text}\n".replace("base_model: a/b", f"base_model: {four}"))
+        assert main(["import", "whole.yaml", "--force"]) == 0
+        block = parse(Path("recipe.yaml").read_text()).data["layerpeft"]
+        wrapped: Any = layerpeft.get_peft_model(model(), made("sft", block.pop("method"), block.pop("select"), block))
+        assert trains(wrapped) == set(names())  # of LISA the pool, out of which layers are drawn
+        assert set(always) <= trains(wrapped) and ("lm_head" in block["modules_to_save"])
+
+
 # ---- the other tools, and what the tables hold -----------------------------------------------------------------------
 
 
@@ -362,6 +382,42 @@ def test_what_cannot_be_said_is_refused_all_at_once(text: str, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert all(part in error for part in REFUSED[text]), error
     assert not Path("recipe.yaml").exists()
+
+
+WEIRD: tuple[Any, ...] = (
+    None, True, 0, -1, 0.3, "", "x", "a,b", "auto", [], [1], ["a"], [None], {}, {"a": 1}, [{"path": "a/b"}], [{}], [[1]],
+    {"_component_": None}, float("inf"), "x: # y\n\x1b[31m", "é",
+)  # fmt: skip
+STARTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "axolotl": ({"base_model": "a/b", "datasets": [{"path": "a/b"}]}, {"adapter": "qlora", "load_in_4bit": True, "rl": "dpo"}),
+    "llamafactory": ({"model_name_or_path": "a/b", "dataset": "x"}, {"finetuning_type": "full", "use_galore": True}),
+    "ms-swift": ({"model": "a/b", "dataset": "x"}, {"train_type": "full", "freeze_parameters_ratio": 1}),
+    "torchtune": (
+        {"model": {"_component_": "t.lora_x", "lora_attn_modules": ["q_proj"]}, "checkpointer": {"checkpoint_dir": "a/b"}},
+        {"dataset": {"_component_": "d.alpaca_dataset"}},
+    ),
+    "lmflow": ({"model_name_or_path": "a/b", "dataset_path": "x"}, {"use_qlora": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", STARTS)
+def test_whatever_stands_at_a_key_is_said_or_refused(tool: str) -> None:
+    draw, (start, more) = random.Random(tool), STARTS[tool]
+    keys = sorted({*TOOLS[tool].table, *TOOLS[tool].marks, *start, *more} - {PROGRAM})
+    good = 0
+    for _ in range(60):
+        key, value = draw.choice(keys).rstrip("*"), draw.choice(WEIRD)
+        data = {**start, **(more if draw.random() < 0.5 else {}), key: value}
+        Path("odd.json").write_text(json.dumps(data))
+        try:
+            import_file("odd.json", tool=tool, force=True)
+        except UsageError as error:
+            assert len(str(error)) > 20
+            continue
+        good += 1
+        assert not parse(text := Path("recipe.yaml").read_text()).faults and "\x1b" not in text
+        assert key in text or value is None and key not in start, (key, value)
+    assert good > 15  # not all is a matter of what trains
 
 
 def test_nothing_goes_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:

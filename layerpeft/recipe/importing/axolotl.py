@@ -8,7 +8,7 @@ from typing import Any
 from layerpeft.recipe import cures
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ALPACA, ASKED, LIKED, PAIRS, TEXT, TURNS, Rows
-from layerpeft.recipe.importing.draft import Draft, flag, said, whole
+from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, said, whole
 from layerpeft.recipe.importing.rules import KERNEL, TOKENS, Rule, lora, on, out, to, together
 
 MARKS = (
@@ -43,7 +43,7 @@ RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "kto": "kto", "simpo": "cpo", 
 
 
 def _trainer(draft: Draft) -> str:
-    rl = draft.get("rl")
+    rl = draft.name("rl")
     if flag(draft.get("reward_model", False)):
         draft.note("trainer", "reward_model: true")
         return "reward"
@@ -57,7 +57,7 @@ def _trainer(draft: Draft) -> str:
             draft.put("loss_type", "simpo", said("rl", rl))
         return RL[rl]
     if rl is not None:
-        draft.refuse("rl", f"{rl!r} is no trainer of this version; there are {', '.join(RL)}")
+        draft.refuse_name("rl", rl, NO_TRAINER, RL)
     if draft.given.data.get("pretraining_dataset") and not draft.given.data.get("datasets"):
         draft.note("trainer", "pretraining_dataset")
         return "causal_lm"
@@ -68,7 +68,7 @@ def _trainer(draft: Draft) -> str:
 
 
 def _method(draft: Draft) -> None:
-    adapter, named = draft.get("adapter"), draft.get("unfrozen_parameters")
+    adapter, named = draft.name("adapter"), draft.get("unfrozen_parameters")
     if adapter in ("lora", "qlora"):
         _adapters(draft, adapter)
         if named:
@@ -77,7 +77,7 @@ def _method(draft: Draft) -> None:
             )
         return
     if adapter:
-        draft.refuse("adapter", f"{adapter!r} is not in this version; there are lora, qlora, and none (all weights)")
+        draft.refuse_name("adapter", adapter, "not in this version (without one all weights train)", ("lora", "qlora"))
     optimizer = draft.given.data.get("optimizer")
     layers, steps = draft.get("lisa_n_layers"), draft.get("lisa_step_interval")
     share = draft.get("spectrum_top_fraction")
@@ -112,7 +112,10 @@ def _adapters(draft: Draft, adapter: str) -> None:
         draft.inside("select", layers, "peft_layers_to_transform")
     four, eight = flag(draft.get("load_in_4bit", False)), flag(draft.get("load_in_8bit", False))
     if adapter == "qlora" or four:
-        options = methods.four_bits() | dict(draft.get("bnb_config_kwargs", {}))
+        more = draft.get("bnb_config_kwargs", {})
+        if not isinstance(more, Mapping):
+            draft.leave("bnb_config_kwargs", "expected a mapping")
+        options = methods.four_bits() | (dict(more) if isinstance(more, Mapping) else {})
         methods.quantized(draft, "4bit", options, "adapter: qlora" if adapter == "qlora" else "load_in_4bit: true")
     elif eight:
         methods.quantized(draft, "8bit", {}, "load_in_8bit: true")
@@ -181,7 +184,11 @@ def _datasets(draft: Draft) -> None:
 def _sets(draft: Draft, key: str) -> list[Rows]:
     given = draft.get(key, [])
     items = given if isinstance(given, list) else [given]
-    return [_set(draft, f"{key}[{i}]", {"path": d} if isinstance(d, str) else d) for i, d in enumerate(items)]
+    found = [{"path": item} if isinstance(item, str) else item for item in items]
+    wrong = [item for item in found if not isinstance(item, Mapping) or not item.get("path")]
+    if wrong:
+        draft.refuse(key, f"expected data sets with a path each, got {wrong[0]!r}")
+    return [_set(draft, f"{key}[{i}]", item) for i, item in enumerate(found) if item not in wrong]
 
 
 def _set(draft: Draft, key: str, given: Mapping[str, Any]) -> Rows:

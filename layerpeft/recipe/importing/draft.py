@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerpeft.errors import Problems
+from layerpeft.errors import Problems, hint
 from layerpeft.recipe.yaml import flow
 
 LONGEST = 60  # characters of a value in a comment
+NO_TRAINER = "no trainer of this version"
 SECRET = ("token", "api_key", "password", "secret")
 
 
@@ -49,6 +50,11 @@ class Draft:
         value = self.given.data.get(key)
         return default if value is None else value
 
+    def name(self, key: str, default: str | None = None) -> str | None:
+        """The same for a key that takes a name: text, whatever stands there."""
+        value = self.get(key, default)
+        return value if value is None or isinstance(value, str) else flow(value)
+
     def put(self, key: str, value: Any, why: str = "") -> None:
         """Writes a key of the top level, with what it comes from; what another key of theirs has said stays."""
         self._write(self.top, key, key, value, why)
@@ -77,6 +83,11 @@ class Draft:
     def refuse(self, key: str, why: str) -> None:
         """Notes what keeps the recipe from being written, since another choice would train."""
         self.problems.add(f"{key}: {why}", key)
+
+    def refuse_name(self, key: str, value: str, what: str, allowed: Iterable[str]) -> None:
+        """The same of a name that is none of those that are `allowed`."""
+        names = list(allowed)
+        self.refuse(key, f"{value!r} is {what}; there are {', '.join(names)}.{hint(value, names)}")
 
 
 def shown(key: str, value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from layerpeft.recipe import cures
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ALPACA, ASKED, LIKED, PAIRS, TEXT, TURNS, Rows
-from layerpeft.recipe.importing.draft import Draft, flag, number, said, whole, words
+from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, number, said, whole, words
 from layerpeft.recipe.importing.rules import ELSEWHERE, KERNEL, Rule, lora, on, out, to, together
 from layerpeft.recipe.shipped import expanded
 
@@ -59,11 +59,11 @@ def start(draft: Draft) -> None:
 
 
 def _trainer(draft: Draft) -> str:
-    stage, loss = draft.get("stage", "sft"), draft.get("pref_loss", "sigmoid")
+    stage, loss = draft.name("stage", "sft") or "", draft.name("pref_loss", "sigmoid")
     draft.note("trainer", said("stage", stage))
     if stage not in STAGES:
-        near = "; grpo and rloo learn from rewards here" if stage == "ppo" else ""
-        draft.refuse("stage", f"{stage!r} is no trainer of this version; there are {', '.join(STAGES)}{near}")
+        what = f"{NO_TRAINER} (grpo and rloo learn from rewards)" if stage == "ppo" else NO_TRAINER
+        draft.refuse_name("stage", stage, what, STAGES)
         return "sft"
     if stage != "dpo":
         return STAGES[stage]
@@ -89,11 +89,11 @@ def _trainer(draft: Draft) -> str:
 
 
 def _method(draft: Draft) -> None:
-    kind = draft.get("finetuning_type", "lora")
+    kind = draft.name("finetuning_type", "lora") or ""
     if kind == "lora":
         _adapters(draft)
     elif kind not in ("freeze", "full"):
-        draft.refuse("finetuning_type", f"{kind!r} is not in this version; there are lora, freeze and full")
+        draft.refuse_name("finetuning_type", kind, "not in this version", ("lora", "freeze", "full"))
     elif flag(draft.get("use_badam", False)):
         _badam(draft, kind)
     elif kind == "freeze":
@@ -171,7 +171,7 @@ def _badam(draft: Draft, kind: str) -> None:
     if draft.get("badam_mode", "layer") != "layer":
         draft.refuse("badam_mode", "shares of a tensor do not train by themselves here; layers do (badam_mode: layer)")
         return
-    order, steps = draft.get("badam_switch_mode", "ascending"), draft.get("badam_switch_interval", 50)
+    order, steps = draft.name("badam_switch_mode", "ascending"), draft.get("badam_switch_interval", 50)
     methods.badam(
         draft, order, steps, draft.get("badam_start_block"), "use_badam, badam_switch_mode, badam_switch_interval"
     )

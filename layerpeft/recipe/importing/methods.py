@@ -92,6 +92,7 @@ def projected(draft: Draft, options: Mapping[str, Any], told: Mapping[str, str],
         if value is not None:
             draft.inside(name, value, told.get(name, ""))
     draft.note("layerpeft.method", "what is not projected trains there, too; here norms in the layers stay frozen")
+    _outside(draft, "they train there, unprojected")
     if random:
         draft.inside("subspace", "random")
         draft.note(
@@ -184,7 +185,7 @@ def _targets(value: Any) -> Any:
     """transformers takes each as a regular expression, or as a part of a name."""
     if value in ("all_linear", "all-linear"):
         return "all-linear"
-    items = words(value) if isinstance(value, str) else [str(item) for item in value or ()]
+    items = words(value)
     plain: Sequence[str] = [item.strip(".*") for item in items]
     return list(dict.fromkeys(p for p in plain if p)) or "all-linear"
 

@@ -13,7 +13,7 @@ PROGRAM = "(program)"  # a key that no tool has: what the command runs, as `swif
 COMMANDS = {  # of a first word: the second words that train
     "swift": ("sft", "pt", "rlhf"), "llamafactory-cli": ("train",), "axolotl": ("train",), "tune": ("run",),
 }  # fmt: skip
-SCRIPTS = ("finetune", "dpo", "train", "reward", "raft", "ppo", "run_")
+SCRIPTS = ("finetune", "sft", "rlhf", "dpo", "train", "reward", "raft", "ppo", "run_")
 _SET = re.compile(r"^\s*(?:export\s+|local\s+)?([A-Za-z_]\w*)=(.*)$")
 _USED = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _ASKED = re.compile(r"\$[(\d@#*]|`")  # what only running it would tell: a command's output, words of the command line

@@ -8,7 +8,7 @@ from typing import Any
 from layerpeft.recipe import cures
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import Rows
-from layerpeft.recipe.importing.draft import Draft, flag, number, said, whole, words
+from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, number, said, whole, words
 from layerpeft.recipe.importing.rules import ELSEWHERE, Rule, lora, on, out, to, together
 from layerpeft.recipe.importing.shell import PROGRAM
 
@@ -88,7 +88,7 @@ def start(draft: Draft) -> None:
 
 
 def _trainer(draft: Draft) -> str:
-    program, kind = draft.get(PROGRAM, ""), draft.get("rlhf_type")
+    program, kind = draft.name(PROGRAM, "") or "", draft.name("rlhf_type")
     if kind is None and "rlhf" in program:
         kind = "dpo"
     if kind is None:
@@ -96,7 +96,7 @@ def _trainer(draft: Draft) -> str:
         return "causal_lm" if program.endswith(" pt") else "sft"
     draft.note("trainer", said("rlhf_type", kind))
     if kind not in RLHF:
-        draft.refuse("rlhf_type", f"{kind!r} is no trainer of this version; there are {', '.join(RLHF)}")
+        draft.refuse_name("rlhf_type", kind, NO_TRAINER, RLHF)
     if kind == "simpo":
         draft.put("loss_type", "simpo", said("rlhf_type", kind))
     return RLHF.get(kind, "dpo")
@@ -106,7 +106,7 @@ def _trainer(draft: Draft) -> str:
 
 
 def _method(draft: Draft) -> None:
-    given = [(key, value) for key in TYPES if (value := draft.get(key)) is not None]
+    given = [(key, value) for key in TYPES if (value := draft.name(key)) is not None]
     key, kind = given[0] if given else ("tuner_type", "lora")
     if kind in ("lora", "longlora"):
         _adapters(draft)
@@ -120,7 +120,7 @@ def _method(draft: Draft) -> None:
             "was added: method: full, select: [the added layers]",
         )
     elif kind != "full":
-        draft.refuse(key, f"{kind!r} is not in this version; there are lora and full")
+        draft.refuse_name(key, kind, "not in this version", ("lora", "full"))
     elif flag(draft.get("use_galore", False)):
         _galore(draft)
     elif whole(draft.get("lisa_activated_layers", 0)):
@@ -139,7 +139,7 @@ def _adapters(draft: Draft) -> None:
     }
     told = {ours: theirs + ("" if theirs in draft.given.data else ", its default") for ours, theirs in told.items()}
     targets = draft.get("target_modules", "all-linear")
-    targets = targets if isinstance(targets, str) else [str(t) for t in targets]
+    targets = targets if isinstance(targets, str) else words(targets)
     if targets in (["all-linear"], ["ALL"], ["DEFAULT"], "ALL", "DEFAULT", "all-linear"):
         targets = "all-linear"
     if (pattern := draft.get("target_regex")) is not None:
@@ -252,7 +252,7 @@ def _mapping(value: Any) -> Any:
 
 
 def _attention(draft: Draft, key: str, value: Any) -> None:
-    name = {"flash_attn": "flash_attention_2"}.get(value, value)
+    name = {"flash_attn": "flash_attention_2"}.get(str(value), str(value))
     found = cures.cure(
         "flash_attn", {"flash_attention_2": "fa2", "flash_attention_3": "fa3"}.get(name, name), draft.given.data
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ALPACA, ASKED, PAIRS, TEXT, TURNS, Rows
-from layerpeft.recipe.importing.draft import Draft, flag, said, whole
+from layerpeft.recipe.importing.draft import Draft, flag, said, whole, words
 from layerpeft.recipe.importing.rules import Rule, on, out, to
 
 COMPONENT = "_component_"
@@ -125,7 +125,7 @@ def _model(draft: Draft) -> None:
 
 
 def _adapters(draft: Draft, name: str, options: Mapping[str, Any]) -> None:
-    attention = [str(n) for n in options.get("lora_attn_modules") or []]
+    attention = words(options.get("lora_attn_modules"))
     mlp = flag(options.get("apply_lora_to_mlp", False))
     targets = [ATTENTION.get(n, n) for n in attention] + MLP * mlp
     if "phi3" in name:
