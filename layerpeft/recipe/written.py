@@ -52,8 +52,8 @@ def recipe_text(
 def wrapped(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
     """Text as comments of so many columns; what follows the first line stands further in."""
     start = f"# {indent}"
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(comment(text), width, initial_indent=start, subsequent_indent=f"{start}  ", **options)
+    lines = textwrap.TextWrapper(width, start, f"{start}  ", break_long_words=False, break_on_hyphens=False)
+    return lines.wrap(comment(text))
 
 
 def comment(text: str) -> str:

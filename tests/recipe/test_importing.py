@@ -330,6 +330,9 @@ MEANT: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     },
     f"{AXOLOTL}adapter: lora": {"max_length": 512, "num_train_epochs": 1, "lr_scheduler_type": "cosine"},
+    f"{FACTORY}learning_rate: 1.0e-4\nlr_scheduler_type: cosine\nwarmup_ratio: 0.1": {
+        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+    },
     f"{FACTORY}disable_gradient_checkpointing: true\nneat_packing: true": {"gradient_checkpointing": False, "packing": True},
 }  # fmt: skip
 
@@ -436,6 +439,9 @@ def test_nothing_goes_without_a_word(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "left out: sequnce_len: 5 -- is no key that is known of axolotl. Did you mean 'sequence_len'?" in shown
     assert "left out: my_own: [1, 2] -- is no key that is known of axolotl." in shown
+    Path("engines.yaml").write_text(FACTORY + "deepspeed: examples/ds_z3_config.json\n")
+    assert main(["import", "engines.yaml", "--force"]) == 0
+    assert "layerpeft recipes copy accelerate/zero3" in capsys.readouterr().out
     assert "left out: lora_ranks: 3 -- is no key that is known of axolotl. Did you mean" in shown
 
 

@@ -26,7 +26,7 @@ def start(draft: Draft) -> None:
     """Trainer, model, what trains, rows and sizes of batches: what several of its keys say together."""
     draft.trainer = _trainer(draft)
     if (model := draft.get("base_model")) is not None:
-        draft.put("model_name_or_path", data.place(draft.given, str(model)), said("base_model", model))
+        draft.put("model_name_or_path", data.place(draft.given, str(model)), "base_model")
     _method(draft)
     _datasets(draft)
     micro, total = draft.get("micro_batch_size"), draft.get("batch_size")
@@ -393,7 +393,7 @@ KEYS: dict[str, Rule] = {
     "dataset_shard_*": _SHARD,
     "skip_prepare_dataset": _SHARD,
     "dataset_exact_deduplication": out("copies of other rows are counted by `layerpeft preview`, and train"),
-    "default_system_message": out("a system turn stands in the rows"),
+    "default_system_message": out("a system turn is to stand in the rows"),
     "chat_template_jinja": to("chat_template_path"),
     "eot_tokens": TOKENS,
     "special_tokens": out("the tokenizer's own are used (pad_token, eos_token: the trainer's settings)"),

@@ -329,7 +329,7 @@ KEYS: dict[str, Rule] = {
     "enable_liger_kernel": on("use_liger_kernel", True),
     "use_reentrant_gc": out("checkpointing is of the kind that lets the backward pass end early"),
     "template": out("the chat template of the tokenizer is used (another one: chat_template_path)"),
-    "default_system": out("a system turn stands in the rows"),
+    "default_system": out("a system turn is to stand in the rows"),
     "tool_format": out("the chat template writes tools"),
     "pure_bf16": on("dtype", "bfloat16"),
     "upcast_*": _FP32,

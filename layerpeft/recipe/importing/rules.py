@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,7 +158,8 @@ def near(value: Any, names: list[str]) -> str:
 def engine(draft: Draft, key: str, value: Any) -> None:
     """DeepSpeed and FSDP are of a launch, not of a recipe."""
     text = str(value).lower()
-    name = "fsdp2" if key.startswith("fsdp") else next((z for z in ("zero1", "zero3", "zero2") if z in text), "zero2")
+    stage = re.search(r"z(?:ero)?[_-]?(?:stage[_-]?)?([123])", text)
+    name = "fsdp2" if key.startswith("fsdp") else f"zero{stage[1]}" if stage else "zero2"
     copy, run = f"layerpeft recipes copy accelerate/{name}", f"accelerate launch --config_file {name}.yaml"
     if key in ("fsdp", "deepspeed") or "fsdp" not in draft.given.data:
         draft.leave(key, f"is said at launch: `{copy}`, then `{run} -m layerpeft train RECIPE`")

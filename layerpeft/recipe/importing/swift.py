@@ -63,7 +63,7 @@ def start(draft: Draft) -> None:
     draft.trainer = _trainer(draft)
     for key in ("model", "model_id_or_path"):
         if (model := draft.get(key)) is not None:
-            draft.put("model_name_or_path", data.place(draft.given, str(model)), said(key, model))
+            draft.put("model_name_or_path", data.place(draft.given, str(model)), key)
             if not flag(draft.get("use_hf", False)):
                 draft.note(
                     "model_name_or_path",
@@ -76,7 +76,7 @@ def start(draft: Draft) -> None:
     data.put(draft, found, told="dataset" if found else "")
     most = [name.partition("#")[2] for name in _listed(draft.get("dataset", []))]
     if any(most):
-        data.limited(draft, "dataset", most[0], found)
+        data.limited(draft, "dataset", whole(most[0]), found)
     data.put(
         draft, [_set(draft, name) for name in _listed(draft.get("val_dataset", []))], "eval_dataset", "val_dataset"
     )
@@ -292,7 +292,7 @@ KEYS: dict[str, Rule] = {
     "template_type": out("the chat template of the tokenizer is used (another one: chat_template_path)"),
     "model_author": _SELF,
     "model_name": _SELF,
-    "system": out("a system turn stands in the rows"),
+    "system": out("a system turn is to stand in the rows"),
     "custom_register_path": _MORE,
     "custom_dataset_info": _MORE,
     "external_plugins": _MORE,

@@ -105,9 +105,7 @@ def _model(draft: Draft) -> None:
     checkpoint, model = draft.get("checkpointer", {}), draft.get("model", {})
     folder = _options(checkpoint).get("checkpoint_dir")
     if folder is not None:
-        draft.put(
-            "model_name_or_path", data.place(draft.given, str(folder)), said("checkpointer.checkpoint_dir", folder)
-        )
+        draft.put("model_name_or_path", data.place(draft.given, str(folder)), "checkpointer.checkpoint_dir")
     own = {"checkpoint_dir", "checkpoint_files", "output_dir", "model_type", "recipe_checkpoint", "safe_serialization"}
     _unread(draft, "checkpointer", checkpoint, own, "a folder of transformers' is read whole")
     name, options = name_of(model), _options(model)
