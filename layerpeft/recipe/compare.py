@@ -18,8 +18,8 @@ from layerpeft.errors import ElsewhereError, RecipeError
 from layerpeft.integrations.distributed import rank, world_size
 from layerpeft.recipe.comparing.arms import Arm, arm_recipes
 from layerpeft.recipe.comparing.budgets import Budget, Counter, Given, Left, fitted, given, room_of
-from layerpeft.recipe.comparing.entries import Entry, entries_of
-from layerpeft.recipe.comparing.rates import OURS, SEED, Rates
+from layerpeft.recipe.comparing.entries import OURS, Entry, entries_of
+from layerpeft.recipe.comparing.rates import SEED, Rates
 from layerpeft.recipe.comparing.runs import Kept, Run, key_of
 from layerpeft.recipe.comparing.shown import Comparison, arms_table, draw, numbers, table
 from layerpeft.recipe.comparing.verdict import judge, judge_arms, standings
@@ -144,11 +144,17 @@ def _equal(
     found: list[Entry] = []
     left: list[Left] = []
     for entry in entries:
-        own = entry is entries[0] and (budget is None or budget.amount is None)
-        one = entry if budget is None or room is None or own else fitted(entry, counter, budget, room)
-        (left if isinstance(one, Left) else found).append(one)  # type: ignore[attr-defined]
-    if found[:1] == [] or left and left[0].arm == entries[0].arm:
-        raise RecipeError(f"--budget: the recipe's own arm does not fit: {left[0].why}")
+        ours = entry is entries[0]
+        if budget is None or room is None or ours and budget.amount is None:
+            one: Entry | Left = entry
+        else:
+            one = fitted(entry, counter, budget, room)
+        if isinstance(one, Entry):
+            found.append(one)
+        elif ours:
+            raise RecipeError(f"--budget: the recipe's own arm does not fit: {one.why}")
+        else:
+            left.append(one)
     return found, left, {entry.arm: given(entry, counter, budget, room) for entry in found}, room
 
 

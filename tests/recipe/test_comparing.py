@@ -56,7 +56,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(scope="module")
 def entries(setup: Setup) -> dict[str, Entry]:
-    arms = parse_arms("last,last:2,snr,random:2,lora,galore,lisa,full,all")
+    arms = parse_arms("last,last:2,last:1,snr,random:2,lora,galore,lisa,full,all")
     found = entries_of(setup, load_model(setup), arms, arm_recipes(setup.recipe, arms))
     return {("own" if index == 0 else entry.arm): entry for index, entry in enumerate(found)}
 
@@ -102,7 +102,8 @@ def test_an_arm_takes_how_another_recipe_trains_and_nothing_else(setup: Setup, p
 
 
 def test_arms_are_what_they_say(entries: dict[str, Entry]) -> None:
-    assert entries["own"].arm == "last:1" and entries["own"].layers == entries["last"].layers == (2,)
+    assert entries["own"].arm == "recipe"  # since an arm is called as its choice is
+    assert entries["own"].layers == entries["last"].layers == entries["last:1"].layers == (2,)
     assert entries["last:2"].layers == (1, 2) and entries["last:2"].again is None
     assert entries["lora"].layers == entries["all"].layers == (0, 1, 2)
     assert entries["lisa"].count == 2 and entries["lisa"].select["reselect_steps"] == 20

@@ -19,6 +19,7 @@ from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
 
+OURS = "recipe"  # what the recipe's own arm is called where its choice does not name it
 Layers = tuple[int, ...]
 Choose = Callable[..., Selection]  # of a way to choose
 Again = Callable[
@@ -62,6 +63,8 @@ def entries_of(setup: Setup, model: nn.Module, arms: Sequence[Arm], others: Mapp
     )
     if kept is not None and kept.scores is not None:
         own = replace(own, arm=str(kept.scores.by))
+    if own.arm in [arm.name for arm in arms] or own.arm.partition(":")[0] == "random":
+        own = replace(own, arm=OURS)  # so that it is told apart from them
     found = [own]
     for arm in arms:
         if arm.source is None:

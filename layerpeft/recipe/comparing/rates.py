@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerpeft.errors import Problems, RecipeError, unknown
+from layerpeft.recipe.comparing.entries import OURS
 
-OURS = "recipe"  # the recipe's own arm
 SEED = 10_007  # what is added to the recipe's seed where rates are tried
 _RATE = r"x?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 
