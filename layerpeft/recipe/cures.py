@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerpeft.recipe.importing.patterns import place_of
 from layerpeft.recipe.yaml import flow
 
 
@@ -260,13 +261,13 @@ def _unfrozen(value: Any, data: Mapping[str, Any]) -> Cure | None:
     outside: list[str] = []
     for given in names(value, single=False) or ():
         name = re.sub(r"\.(weight|bias)$", "", re.sub(r"\[\d*:\d*\]$", "", str(given)).strip("^$").replace("\\.", "."))
-        parts = re.fullmatch(r"(.*?\b(?:layers|layer|blocks|block|h)\.)([^.]+)(?:\.(.*))?", name)
+        parts = place_of(name)
         try:
-            layers = [n for n in range(100) if parts and re.fullmatch(parts[2], str(n))]
+            layers = [n for n in range(100) if parts and re.fullmatch(parts["number"], str(n))]
         except re.error:
             return None
         for layer in layers:
-            found.setdefault(layer, []).append(parts[3] or "" if parts else "")
+            found.setdefault(layer, []).append(parts["tail"].lstrip(".") if parts else "")
         outside += [] if layers else [name.rpartition(".")[2]]
     settings: dict[str, Any] = {"method": "full"}
     if found:
