@@ -18,9 +18,10 @@ SETTINGS = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 FETCHED = re.compile(r'<(?:script|img|iframe)[^>]* src="https?:|<link[^>]*stylesheet[^>]* href="https?:')
 
 
-def test_the_pages_of_the_site_are_there():
+def test_every_page_stands_in_the_site_once():
     listed = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", SETTINGS.partition("\nnav:\n")[2], re.M)
-    assert sorted(listed) == sorted(set(listed)), listed
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert sorted(listed) == sorted(set(listed)) and pages <= set(listed), pages - set(listed)
     assert all((ROOT / "docs" / name).is_file() or (ROOT / name).is_file() for name in listed)
 
 
