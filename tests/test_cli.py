@@ -303,6 +303,8 @@ def test_the_finished_folder_is_pushed_where_asked(place: Path, monkeypatch: pyt
     assert 'PeftModel.from_pretrained(base, "me/mine")' in card and "## Recipe" in card and GAP not in card
     absolute = [word for word in re.findall(r"(?<![\w.:/])/[\w.-]+/[\w./-]+", card) if "huggingface.co" not in word]
     assert not absolute and str(place) not in card and "report.html" in arrived
+    for name in ("README.md", "run.json", "report.html"):
+        assert str(short_llama()).encode() not in arrived[name] and b"model_name_or_path: llama" in arrived[name]
     memory = json.loads(arrived["run.json"])["memory"]
     planned, measured = memory["planned"], memory["measured"]
     assert planned["activations"] > 0 and measured["peak of the process"] > measured["weights"]

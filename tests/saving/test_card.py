@@ -121,3 +121,33 @@ def test_what_peft_is_told_to_load_loads(tmp_path: Path, monkeypatch: pytest.Mon
         known: dict[str, Any] = {}
         exec(code, known)
         assert isinstance(known["model"], peft.PeftModel)
+
+
+@pytest.mark.slow
+def test_trl_saves_a_filled_card_without_a_recipe(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=2,
+    )
+    rows = Dataset.from_list([{"text": "a sentence to learn"}] * 4)
+    model = AutoModelForCausalLM.from_pretrained(short_llama(2))
+    tokenizer = AutoTokenizer.from_pretrained(short_llama(2))
+    config = LayerLoraConfig(**LORA)
+    trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=config, processing_class=tokenizer)
+    trainer.train()
+    assert "trained using [TRL]" in (tmp_path / CARD).read_text()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        text = (folder / CARD).read_text()
+        assert "Why these: 1 of 2 layers" in text and not refused(text)
+        assert ("Checked when training ended: every chosen target moved" in text) == (folder == tmp_path)
+        assert GAP not in text and str(short_llama(2)) not in text and "## Recipe" not in text
