@@ -150,17 +150,20 @@ def _dots(axes: Any, found: Comparison, groups: Mapping[str, Sequence[Run]]) -> 
     labels = []
     for place, (arm, runs) in enumerate(groups.items()):
         values = [run.value for run in runs]
-        axes.plot(values, [place] * len(values), "o", color="C1" if place == 0 else "C0", markersize=8, alpha=0.85)
+        axes.plot(values, [place] * len(values), "o", color=_colour(place, found), markersize=8, alpha=0.85)
         if len(values) > 1:
-            axes.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="C0", linewidth=2)
+            axes.plot(
+                [statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color=_colour(place, found), linewidth=2
+            )
         layers, draws = runs[0].layers, len({run.arm for run in runs})
-        shown = f"{draws} draws of {len(layers)} {found.unit}s" if draws > 1 else numbers(layers, found.num_layers)
+        each = _of([len(run.layers) for run in runs])
+        shown = f"{draws} draws of {each} {found.unit}s" if draws > 1 else numbers(layers, found.num_layers)
         given = found.given.get(arm)
         if given is not None and given.count is not None and given.count < len(layers):
             shown = f"{given.count} of {len(layers)} {found.unit}s at a time"
         labels.append(f"{arm}\n{shown}")
     ours = statistics.fmean(run.value for run in found.runs if run.arm == found.runs[0].arm)
-    axes.axvline(ours, color="C1", linewidth=0.8, linestyle=":")
+    axes.axvline(ours, color=_colour(0, found), linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(_measure(found, f"; {found.before:.3f} before"))
@@ -178,16 +181,19 @@ def _against(axes: Any, found: Comparison, what: str) -> None:
         taken = (
             standing.seconds if what.startswith("seconds") else statistics.fmean(g.peak_bytes for g in given) / 2**20
         )
-        margin, colour = standing.value.margin or 0, "C1" if place == 0 else "C0"
         if math.isfinite(standing.value.mean):
-            axes.errorbar(taken, standing.value.mean, yerr=margin, fmt="o", color=colour, capsize=3, elinewidth=0.9)
-            axes.annotate(
-                standing.arm, (taken, standing.value.mean), xytext=(7, 4), textcoords="offset points", fontsize=9
-            )
-    axes.margins(x=0.18)
+            error = {"yerr": standing.value.margin or 0, "capsize": 3, "elinewidth": 0.9}
+            axes.errorbar(taken, standing.value.mean, fmt="o", color=_colour(place, found), label=standing.arm, **error)
+    axes.margins(x=0.1)
+    axes.legend(fontsize=8, framealpha=0.6)
     axes.set_xlabel(what)
     axes.set_ylabel(_measure(found, ", 95 % interval"))
     axes.grid(alpha=0.3)
+
+
+def _colour(place: int, found: Comparison) -> str:
+    """Of an arm: its own where there are several pictures of it, otherwise one for the recipe's and one for all others."""
+    return f"C{place}" if found.given else "C1" if place == 0 else "C0"
 
 
 def _measure(found: Comparison, more: str) -> str:
