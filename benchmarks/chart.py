@@ -18,7 +18,7 @@ def arms(rows: Mapping[str, Any], reference: str, title: str, path: Path) -> Pat
     timed = any("time" in row for row in shown.values())
     parts = all("together_bytes" in row["counts"] for row in shown.values())
     count = 2 + timed
-    figure, axes = _figure(1, count, (4.1 * count, 0.42 * len(shown) + 1.9))
+    figure, axes = new_figure(1, count, (4.1 * count, 0.42 * len(shown) + 1.9))
     unit = shown[reference]["counts"]["flops"]
     _bars(
         axes[0],
@@ -36,12 +36,12 @@ def arms(rows: Mapping[str, Any], reference: str, title: str, path: Path) -> Pat
     for axis in axes[1:]:
         axis.set_yticklabels([])
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def lines(sweeps: Mapping[str, Any], title: str, path: Path) -> Path:
     """One column per thing that grows, one line per arm: operations above, peak live bytes below."""
-    figure, axes = _figure(2, len(sweeps), (3.5 * len(sweeps), 6.2))
+    figure, axes = new_figure(2, len(sweeps), (3.5 * len(sweeps), 6.2))
     for column, sweep in enumerate(sweeps.values()):
         xs = [point["value"] for point in sweep["points"]]
         for row, (key, scale, what) in enumerate(
@@ -65,14 +65,14 @@ def lines(sweeps: Mapping[str, Any], title: str, path: Path) -> Path:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def curves(
     found: Mapping[str, tuple[Sequence[float], Sequence[float]]], words: tuple[str, str], title: str, path: Path
 ) -> Path:
     """One line per arm, from xs and ys; `words` name the axes."""
-    figure, axes = _figure(1, 1, (7.2, 3.8))
+    figure, axes = new_figure(1, 1, (7.2, 3.8))
     for index, (label, (xs, ys)) in enumerate(found.items()):
         colour = LINES[index % len(LINES)]
         axes[0].plot(xs, ys, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=label)
@@ -81,10 +81,10 @@ def curves(
     axes[0].set_ylabel(words[1], color=INK)
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -155,7 +155,7 @@ def _names(axis: Any, rows: Mapping[str, Any], title: str, most: float) -> None:
     axis.set_title(title, fontsize=9, color=INK, loc="left")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
     return path

@@ -8,11 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import chosen, made, run, tables, work
+from benchmarks.evidence import advice, charts, chosen, made, run, tables, work
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.design import DESIGN, Design, load
+from benchmarks.evidence.found import cells
 from benchmarks.evidence.store import RESULTS, Store
 from layerpeft.errors import ConfigError, LayerpeftError, unknown
+from layerpeft.recipe.evidence import FILE
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(made.pretrain(design, name, args.data, args.made))
         elif args.command == "run":
             _run(design, args)
-        else:
+        elif args.command == "table":
             print(tables.table(design, Store(args.results), args.name, args.data, args.made, args.json))
+        else:
+            founds = cells(design, Store(args.results), args.data, args.made)
+            for name in args.names or charts.CHARTS if args.command == "chart" else ():
+                print(charts.CHARTS[name](founds, args.out / f"evidence-{name}.png"))
+            if args.command == "advice":
+                print(advice.write(founds, args.out))
         return 0
     except LayerpeftError as error:
         print(error, file=sys.stderr)
@@ -41,22 +51,30 @@ def _run(design: Design, args: argparse.Namespace) -> None:
     wrong = [unknown("cell", name, design.cells) for name in args.cell or () if name not in design.cells]
     if wrong:
         raise ConfigError(*wrong)
-    store, end = Store(args.results), time.monotonic() + 60 * args.minutes if args.minutes else None
+    store, end = Store(args.results), time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     parts, cells = args.part or run.PARTS, [Cell(design, n, args.data, args.made) for n in args.cell or design.cells]
-    for group in ([p for p in parts if p != "pairs"], [p for p in parts if p == "pairs"]):
-        for cell, part in ((cell, part) for cell in cells for part in group):
-            for one in chosen.runs(design, cell, store, part):
-                if end is not None and time.monotonic() > end:
-                    print("the time is over; the same command goes on")
-                    return
-                with store.claim(one) as mine:
-                    if mine:
-                        began = time.monotonic()
-                        store.write(one, work.made_run(cell, one))
-                        print(
-                            f"{part} {cell.name} seed {one.seed} {one.select}: {time.monotonic() - began:.1f} s",
-                            flush=True,
-                        )
+    made = -1
+    while made:  # what rests on runs of another process comes when those are there
+        made = 0
+        for group in ([p for p in parts if p != "more"], [p for p in parts if p == "more"]):
+            for cell, part in ((cell, part) for cell in cells for part in group):
+                for waits in (False, True) if part in run.FIRST else (False,):
+                    for one in chosen.runs(design, cell, store, part):
+                        if time.monotonic() > end:
+                            print("the time is over; the same command goes on")
+                            return
+                        made += _make(cell, store, part, one, waits)
+
+
+def _make(cell: Cell, store: Store, part: str, one: run.Run, waits: bool) -> bool:
+    """Makes a run that nobody has made or makes; one that somebody makes is waited for on request."""
+    with store.claim(one, waits) as mine:
+        if mine:
+            began = time.monotonic()
+            store.write(one, work.made_run(cell, one))
+            took = time.monotonic() - began
+            print(f"{part} {cell.name} seed {one.seed} {one.select}: {took:.1f} s", flush=True)
+        return mine
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     showing = commands.add_parser("table", help="a table of what has run")
     showing.add_argument("name", choices=tables.TABLES)
     showing.add_argument("--json", action="store_true")
+    drawing = commands.add_parser("chart", help="pictures of the tables")
+    drawing.add_argument("names", nargs="*", choices=[[], *charts.CHARTS], metavar="NAME", default=[])
+    drawing.add_argument("--out", type=Path, default=DOCS)
+    advising = commands.add_parser("advice", help="what the package ships of it")
+    advising.add_argument("--out", type=Path, default=FILE)
     return parser
 
 

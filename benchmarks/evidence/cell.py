@@ -132,7 +132,7 @@ class Cell:
     @cached_property
     def language(self) -> Any:
         """The model as it was pre-trained, with its own head."""
-        if self.source.made == "bert":
+        if self.source.made == "modernbert":
             from transformers import AutoModelForMaskedLM
 
             return AutoModelForMaskedLM.from_pretrained(self.place, dtype=torch.float32)
@@ -167,11 +167,17 @@ class Cell:
         assert isinstance(found, Costs)
         return found
 
-    def batches(self, seed: int, count: int) -> list[Batch]:
-        """Batches of training rows, drawn from a seed."""
+    def batches(self, seed: int, count: int, epoch: int = 0) -> list[Batch]:
+        """Batches of training rows, drawn from a seed; with `epoch`, the rows of so many batches again and again, each time in
+        another order."""
         draw = torch.Generator().manual_seed(seed)
         size = (self.task.rows,)
-        drawn = [torch.randint(0, len(self.train), size, generator=draw).tolist() for _ in range(count)]
+        if epoch:
+            rows = torch.randperm(len(self.train), generator=draw)[: epoch * self.task.rows]
+            orders = [rows[torch.randperm(len(rows), generator=draw)] for _ in range(-(-count // epoch))]
+            drawn = [part.tolist() for order in orders for part in order.split(self.task.rows)][:count]
+        else:
+            drawn = [torch.randint(0, len(self.train), size, generator=draw).tolist() for _ in range(count)]
         return [collated([self.train[i] for i in rows], self) for rows in drawn]
 
     def _examples(self, name: str) -> list[Example]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence import run
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.design import Design
-from benchmarks.evidence.run import Run, layers_run
+from benchmarks.evidence.run import Run, Setting
 from benchmarks.evidence.store import Store
 from layerpeft.errors import SelectionError
 from layerpeft.model.costs import Costs
@@ -17,6 +19,7 @@ from layerpeft.recipe.tasks import metrics
 from layerpeft.selection.budget import best_within
 
 BUDGETS = ("count", "parameters", "steps", "time")
+Part = Callable[[Design, Cell, Store], Iterator[Run]]
 
 
 @dataclass(frozen=True)
@@ -29,28 +32,78 @@ class Judged:
 
 
 def runs(design: Design, cell: Cell, store: Store, part: str) -> Iterator[Run]:
-    """Those of a part of the experiment; what rests on others' results is there once those are."""
-    if part == "oracle":
-        yield from run.oracle(design, cell.name)
-    elif part == "pairs":
-        yield from run.pairs(design, cell.name)
-    elif part == "criteria":
-        yield from run.scores(design, cell.name)
-    elif part == "final":
-        seen: set[str] = set()
-        for judged in final(design, cell, store.lines(cell.name)):
-            if judged.run.key not in seen:
-                seen.add(judged.run.key)
-                yield judged.run
-    else:
+    """Those of a part of the experiment, each once; what rests on others' results comes once those are there."""
+    seen: set[str] = set()
+    for one in PARTS[part](design, cell, store):
+        if one.key not in seen:
+            seen.add(one.key)
+            yield one
+
+
+def setting(design: Design, cell: str, lines: Mapping[str, Any]) -> Setting | None:
+    """A cell with its rates; None until all of them were tried."""
+    rates = {}
+    for size in design.sizes(cell):
+        tried = list(run.rated(design, cell, size))
+        if any(one.key not in lines for one in tried):
+            return None
+        rates[size] = _best(tried, lines)
+    return Setting(design, cell, rates)
+
+
+def _best(tried: Sequence[Run], lines: Mapping[str, Any]) -> float:
+    """The rate with the lowest held-out loss, in the mean of its runs."""
+    by: dict[float, list[float]] = defaultdict(list)
+    for one in tried:
+        by[one.lr].append(lines[one.key]["after"]["loss"])
+    return min(by, key=lambda lr: statistics.fmean(by[lr]))
+
+
+def _rates(design: Design, cell: Cell, _: Store) -> Iterator[Run]:
+    for size in design.sizes(cell.name):
+        yield from run.rated(design, cell.name, size)
+    if cell.name in design.method_cells:
         yield from run.tuned(design, cell.name)
-        lines = store.lines(cell.name)
-        best = best_rates(design, cell.name, lines)
-        seen = set()
-        for one in run.methods(design, cell.name, best, equal_steps(design, cell.name, lines, best)):
-            if one.key not in seen:  # a step of some methods takes as much as one of all layers
-                seen.add(one.key)
-                yield one
+
+
+def _criteria(design: Design, cell: Cell, _: Store) -> Iterator[Run]:
+    return run.scores(design, cell.name)
+
+
+def _settled(of: Callable[[Setting], Iterable[Run]]) -> Part:
+    """A part that has to know the rates."""
+
+    def part(design: Design, cell: Cell, store: Store) -> Iterator[Run]:
+        at = setting(design, cell.name, store.lines(cell.name))
+        return iter(() if at is None else of(at))
+
+    return part
+
+
+def _final(design: Design, cell: Cell, store: Store) -> Iterator[Run]:
+    lines = store.lines(cell.name)
+    at = setting(design, cell.name, lines)
+    return iter(() if at is None else (judged.run for judged in final(at, cell, lines)))
+
+
+def _matched(design: Design, cell: Cell, store: Store) -> Iterator[Run]:
+    lines = store.lines(cell.name)
+    at = setting(design, cell.name, lines)
+    return iter(() if at is None else (one.run for one in matched(at, cell, lines)))
+
+
+def _methods(design: Design, cell: Cell, store: Store) -> Iterator[Run]:
+    if cell.name not in design.method_cells:
+        return
+    lines = store.lines(cell.name)
+    best = best_rates(design, cell.name, lines)
+    yield from run.methods(design, cell.name, best, equal_steps(design, cell.name, lines, best))
+
+
+PARTS: Mapping[str, Part] = {
+    "rates": _rates, "criteria": _criteria, "oracle": _settled(run.oracle), "final": _final, "matched": _matched,
+    "methods": _methods, "more": _settled(run.more),
+}  # fmt: skip
 
 
 def taken(design: Design, cell: str, lines: Mapping[str, Any], seed: int) -> dict[str, tuple[float, ...]]:
@@ -89,39 +142,79 @@ def within(values: Sequence[float], costs: Costs, share: float) -> tuple[int, ..
         return ()
 
 
-def final(design: Design, cell: Cell, lines: Mapping[str, Any]) -> Iterator[Judged]:
-    """The choices of every criterion and rule at equal count; the other budgets of those that are compared in the end."""
-    keep, name = design.oracle.keep, cell.name
+def final(at: Setting, cell: Cell, lines: Mapping[str, Any]) -> Iterator[Judged]:
+    """The choices of every criterion and rule at equal count and at equal time; the other budgets of those that are compared in
+    the end."""
+    design, compared = at.design, cell.name in at.design.final.cells
+    few = f", {design.oracle.keep}"
     for seed in design.oracle.seeds:
-        for criterion, values in taken(design, name, lines, seed).items():
-            yield Judged(criterion, "count", layers_run(design, name, top(values, keep), seed))
-        for one in run.scores(design, name):
+        choices = {c: top(v, design.oracle.keep) for c, v in taken(design, cell.name, lines, seed).items()}
+        for one in run.scores(design, cell.name):
             if one.kind == "choose" and one.seed == seed and one.key in lines:
-                yield Judged(one.select["name"], "count", layers_run(design, name, lines[one.key]["layers"], seed))
-    for seed in design.final.seeds if name in design.final.cells else ():
-        yield from _compared(design, cell, taken(design, name, lines, seed), seed)
+                choices[one.select["name"]] = tuple(lines[one.key]["layers"])
+        for name, layers in choices.items():
+            yield Judged(name, "count", at.run(layers, seed))
+            if compared:
+                yield Judged(f"{name}{few}", "time", at.run(layers, seed, steps=paid(at, cell, layers)))
+    for seed in design.final.seeds if compared else ():
+        yield from _compared(at, cell, taken(design, cell.name, lines, seed), seed)
 
 
-def _compared(design: Design, cell: Cell, scores: Mapping[str, Sequence[float]], seed: int) -> Iterator[Judged]:
-    name, keep, half, asked = cell.name, design.oracle.keep, design.final.half, design.training
-    everyone, costs = range(design.layers(cell.name)), cell.costs
+def paid(at: Setting, cell: Cell, layers: Sequence[int]) -> int:
+    """As many steps as the operations of all layers' steps pay for."""
+    costs = cell.costs
+    return at.design.steps(cell.name) * costs.of(range(at.design.layers(cell.name))) // costs.of(layers)
 
-    def steps(layers: Sequence[int]) -> int:
-        """As many as the operations of all layers' steps pay for."""
-        return asked.steps * costs.of(everyone) // costs.of(layers)
 
-    yield Judged("all", "count", layers_run(design, name, everyone, seed))
-    yield Judged("all", "parameters", layers_run(design, name, everyone, seed, max(1, asked.r * keep // len(everyone))))
+def _compared(at: Setting, cell: Cell, scores: Mapping[str, Sequence[float]], seed: int) -> Iterator[Judged]:
+    design, keep, half, r = at.design, at.design.oracle.keep, at.design.final.half, at.design.training.r
+    everyone = range(design.layers(cell.name))
+    yield Judged("all", "count", at.run(everyone, seed))
+    yield Judged("all", "parameters", at.run(everyone, seed, max(1, r * keep // len(everyone))))
     for criterion in (c for c in design.final.criteria if c in scores):
         values = scores[criterion]
         few, many = top(values, keep), top(values, half)
-        yield Judged(criterion, "parameters", layers_run(design, name, few, seed))
-        yield Judged(f"{criterion}, {half}", "parameters", layers_run(design, name, many, seed, asked.r * keep // half))
+        yield Judged(f"{criterion}, {keep}", "parameters", at.run(few, seed))
+        yield Judged(f"{criterion}, {half}", "parameters", at.run(many, seed, r * keep // half))
         choices = {f"{criterion}, {keep}": few, f"{criterion}, {half}": many}
-        choices |= {f"{criterion}, time: {share:.0%}": within(values, costs, share) for share in design.final.shares}
-        for said, layers in ((said, layers) for said, layers in choices.items() if layers):
-            yield Judged(said, "steps", layers_run(design, name, layers, seed))
-            yield Judged(said, "time", layers_run(design, name, layers, seed, steps=steps(layers)))
+        shares = {f"{criterion}, time: {s:.0%}": within(values, cell.costs, s) for s in design.final.shares}
+        for said, layers in ((said, layers) for said, layers in (choices | shares).items() if layers):
+            yield Judged(said, "steps", at.run(layers, seed))
+            yield Judged(said, "time", at.run(layers, seed, steps=paid(at, cell, layers)))
+
+
+@dataclass(frozen=True)
+class Length:
+    """So many epochs of a choice. Operations of all its steps: with states kept below the lowest layer that trains, and without."""
+
+    name: str
+    epochs: int
+    run: Run
+    kept: float
+    whole: float
+
+
+def matched(at: Setting, cell: Cell, lines: Mapping[str, Any]) -> Iterator[Length]:
+    """All layers for some epochs, and every other choice for each of the lengths."""
+    asked, name = at.design.matched, cell.name
+    everyone = tuple(range(at.design.layers(name)))
+    for seed in asked.seeds if name in asked.cells else ():
+        scores = taken(at.design, name, lines, seed)
+        yield _length(at, cell, "all", everyone, seed, asked.epochs)
+        for said, choice in at.design.choices.items():
+            if choice.criterion in scores:
+                kept = replace(cell.costs, whole=1 / asked.epochs)
+                values = scores[choice.criterion]
+                layers = top(values, choice.count) if choice.count else within(values, kept, choice.share)
+                for epochs in asked.lengths if layers else ():
+                    yield _length(at, cell, said, layers, seed, epochs)
+
+
+def _length(at: Setting, cell: Cell, said: str, layers: Sequence[int], seed: int, epochs: int) -> Length:
+    asked = at.design.matched
+    steps, costs = epochs * asked.steps, cell.costs
+    one = at.run(layers, seed, steps=steps, epoch=asked.steps)
+    return Length(said, epochs, one, steps * replace(costs, whole=1 / epochs).of(layers), steps * costs.of(layers))
 
 
 def best_rates(design: Design, cell: str, lines: Mapping[str, Any]) -> dict[str, float]:
@@ -131,15 +224,15 @@ def best_rates(design: Design, cell: str, lines: Mapping[str, Any]) -> dict[str,
     for name, method in design.methods.items():
         own = [one for one in tried if one.key in {mine.key for mine in run.rates_of(design, cell, method)}]
         if len(own) == len(method.rates):
-            found[name] = min(own, key=lambda one: lines[one.key]["after"]["loss"]).lr
+            found[name] = _best(own, lines)
     return found
 
 
 def equal_steps(design: Design, cell: str, lines: Mapping[str, Any], best: Mapping[str, float]) -> dict[str, int]:
-    """How many steps of every method the operations of the first one's steps pay for, as they were counted at its best rate."""
+    """How many steps of every method the operations of the first one's steps pay for, as they were counted."""
     found = {}
-    for name, lr in best.items():
-        line = lines[run.of_method(design, cell, design.methods[name], run.TUNING, lr).key]
+    for name in best:
+        line = lines[run.counted(design, cell, design.methods[name]).key]
         found[name] = line.get("step", {}).get("operations")
     first = found.get(next(iter(design.methods)))
-    return {n: max(1, round(design.training.steps * first / own)) for n, own in found.items() if first and own}
+    return {n: max(1, round(design.steps(cell) * first / own)) for n, own in found.items() if first and own}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ class Source:
     """A model: `shipped` in the package, or `made` here as this shape, by some steps on the text of pre-training."""
 
     shipped: str | None = None
-    made: Literal["bert", "gpt2"] | None = None
+    made: Literal["modernbert", "gpt2"] | None = None
     layers: int = 12
     width: int = 128
     heads: int = 4
@@ -35,7 +36,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of JSONL files, `text` a template; with `label`, the column of classes. `rows` of a batch, `held_out` rows evaluated."""
+    """Rows of JSONL files, `text` a template; with `label`, the column of classes. `rows` of a batch, `held_out` rows evaluated;
+    `steps` where a run has others than elsewhere."""
 
     train: str
     eval: str
@@ -44,14 +46,15 @@ class Task:
     length: int
     held_out: int
     label: str | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)
 class Training:
-    """LoRA on the chosen layers: rank, learning rate, steps."""
+    """LoRA on the chosen layers: rank, the learning rates that are tried, steps."""
 
     r: int
-    lr: float
+    rates: Sequence[float]
     steps: int
 
 
@@ -86,6 +89,26 @@ class Final:
     half: int
     shares: Sequence[float] = ()
     criteria: Sequence[str] = ()
+    cells: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers by a criterion: the best `count`, or the best set within a `share` of the operations of all layers."""
+
+    criterion: str
+    count: int = 0
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What choices need for the loss that all layers reach in `epochs` of `steps` batches each: runs of so many epochs."""
+
+    seeds: Sequence[int]
+    steps: int
+    epochs: int
+    lengths: Sequence[int]
     cells: Sequence[str] = ()
 
 
@@ -130,9 +153,12 @@ class Design:
     oracle: Oracle
     criteria: Criteria
     final: Final
+    choices: Mapping[str, Choice]
+    matched: Matched
     methods: Mapping[str, Method]
     retention: Retention
     pretraining: Pretraining
+    method_cells: Sequence[str] = ()
     changed: Sequence[Any] = ()
 
     def of(self, cell: str) -> tuple[Source, Task]:
@@ -144,14 +170,22 @@ class Design:
         """How many layers the model of a cell has."""
         return self.of(cell)[0].layers
 
+    def steps(self, cell: str) -> int:
+        """How many steps a run of a cell has."""
+        return self.of(cell)[1].steps or self.training.steps
+
     def num_sets(self, cell: str) -> int:
-        """How many sets of the quarter are drawn."""
-        return int(self.oracle.more.get(cell, self.oracle.sets))
+        """How many sets of the quarter are drawn in all."""
+        return max(self.oracle.sets, int(self.oracle.more.get(cell, 0)))
+
+    def sizes(self, cell: str) -> tuple[int, ...]:
+        """The numbers of layers for which rates are tuned, ascending."""
+        return (self.oracle.keep, self.final.half, self.layers(cell))
 
 
-TABLES = {"models": Source, "tasks": Task, "methods": Method}
+TABLES = {"models": Source, "tasks": Task, "choices": Choice, "methods": Method}
 BLOCKS = {
-    "training": Training, "oracle": Oracle, "criteria": Criteria, "final": Final, "retention": Retention,
+    "training": Training, "oracle": Oracle, "criteria": Criteria, "final": Final, "matched": Matched, "retention": Retention,
     "pretraining": Pretraining,
 }  # fmt: skip
 
@@ -185,7 +219,8 @@ def load(path: Path = DESIGN) -> Design:
 
 
 def _check(design: Design, problems: Problems) -> None:
-    for cell in (*design.cells, *design.oracle.pairs, *design.oracle.more, *design.final.cells):
+    parts = (design.oracle.pairs, design.oracle.more, design.final.cells, design.matched.cells, design.method_cells)
+    for cell in (*design.cells, *chain.from_iterable(parts)):
         model, _, task = cell.partition("/")
         if model not in design.models:
             problems.add(f"{cell}: {unknown('model', model, list(design.models))}")
@@ -201,6 +236,13 @@ def _check(design: Design, problems: Problems) -> None:
     known = [*design.criteria.scores, *design.criteria.products]
     for name in (name for name in design.final.criteria if name not in known):
         problems.add(f"final.criteria: {unknown('criterion', name, known)}")
+    for name, choice in design.choices.items():
+        if choice.criterion not in known:
+            problems.add(f"choices.{name}: {unknown('criterion', choice.criterion, known)}")
+        if (choice.count > 0) == (choice.share > 0):
+            problems.add(f"choices.{name}: give one of count and share")
+    if not design.training.rates:
+        problems.add("training.rates: none given")
     for name, method in design.methods.items():
         if not method.rates:
             problems.add(f"methods.{name}.rates: none given")

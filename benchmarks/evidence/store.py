@@ -50,13 +50,14 @@ class Store:
             os.fsync(file.fileno())
 
     @contextmanager
-    def claim(self, run: Run) -> Iterator[bool]:
-        """Whether this process may make a run: it is not there, and nobody else is at it. A claim ends with its process."""
+    def claim(self, run: Run, wait: bool = False) -> Iterator[bool]:
+        """Whether this process may make a run: it is not there, and nobody else is at it (or, where it waits, is any more). A
+        claim ends with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self.folder / f".{run.cell.replace('/', '-')}.{abs(hash_of(run)):x}.claim"
         with place.open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return

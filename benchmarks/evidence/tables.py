@@ -1,234 +1,317 @@
-"""Tables of what has run: markdown, with numbers of runs and 95 % intervals over seeds."""
+"""Tables of what has run: markdown or JSON, with 95 % intervals over seeds, by cell and over all cells."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import chosen, run, stats
-from benchmarks.evidence.cell import Cell
+from benchmarks.evidence.correlated import added, correlations, mean
 from benchmarks.evidence.design import Design
-from benchmarks.evidence.stats import Span, interval, said
+from benchmarks.evidence.found import BySeed, Found, cells
+from benchmarks.evidence.stats import Span, Statistic, across, interval, said
 from benchmarks.evidence.store import Store
 from benchmarks.table import markdown
 from layerpeft.recipe.tasks.metrics import spearman
+from layerpeft.text import ranges
+
+Row = list[Any]  # of text, numbers and spans; None where nothing is known
+Part = tuple[Sequence[int], Statistic]
 
 
-@dataclass(frozen=True)
-class Found:
-    """A cell with its lines."""
-
-    cell: Cell
-    lines: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def design(self) -> Design:
-        return self.cell.design
-
-    @property
-    def count(self) -> int:
-        return self.design.layers(self.cell.name)
-
-    def gain(self, one: run.Run) -> float | None:
-        """How much lower the held-out loss is after a run; None where it has not run."""
-        line = self.lines.get(one.key)
-        return None if line is None else line["before"]["loss"] - line["after"]["loss"]
-
-    def gains(self, layers: Sequence[int], seeds: Sequence[int]) -> dict[int, float]:
-        """By seed, as far as it has run."""
-        runs = {seed: chosen.layers_run(self.design, self.cell.name, layers, seed) for seed in seeds}
-        return {seed: gain for seed, one in runs.items() if (gain := self.gain(one)) is not None}
-
-    def alone(self) -> tuple[list[int], dict[int, dict[int, float]]]:
-        """Seeds of which every layer has run by itself, and gains by layer and seed."""
-        found = {i: self.gains([i], self.design.oracle.seeds) for i in range(self.count)}
-        return [s for s in self.design.oracle.seeds if all(s in by for by in found.values())], found
-
-    def drawn(self) -> tuple[list[int], dict[tuple[int, ...], dict[int, float]]]:
-        """The same of the drawn sets."""
-        sets = run.sets(self.design, self.cell.name)
-        found = {layers: self.gains(layers, self.design.oracle.seeds) for layers in sets}
-        return [s for s in self.design.oracle.seeds if all(s in by for by in found.values())], found
+def of(by_seed: BySeed) -> Part:
+    """The mean of what is known by seed, as a part of an interval."""
+    return list(by_seed), lambda seeds: mean(by_seed, seeds)
 
 
-def _cells(design: Design, store: Store, data: Path | None, models: Path) -> Iterator[Found]:
-    for name in design.cells:
-        lines = store.lines(name)
-        if lines:
-            yield Found(Cell(design, name, data, models), lines)
+def over(found: Sequence[Any]) -> str:
+    """The name of all cells that a row is about."""
+    return f"all {len(found)}"
 
 
-def oracle(found: Found) -> list[list[str]]:
-    """A line for every layer: what it gains alone, what it adds to a set, and what all layers gain."""
-    seeds, alone = found.alone()
-    several, drawn = found.drawn()
+def overall(rows: Sequence[Row]) -> list[Row]:
+    """Those over all cells; where there is but one cell, its own."""
+    return [row for row in rows if row[0].startswith("all ")] or [row for row in rows if row[0] == rows[0][0]]
+
+
+def oracle(founds: Sequence[Found]) -> list[Row]:
+    """A line for every layer: what it gains alone, what it adds to a set; what all layers gain, and the last of them."""
     rows = []
-    for layer in range(found.count):
-        own = interval(seeds, lambda s, at=layer: _mean(alone[at], s)) if seeds else None
-        added = interval(several, lambda s, at=layer: float(_effects(drawn, s, found.count)[at])) if several else None
-        rows.append([found.cell.name, str(layer), own and said(own, 3) or "", added and said(added, 3) or ""])
-    every = found.gains(range(found.count), found.design.oracle.seeds)
-    if every:
-        rows.append([found.cell.name, "all", said(interval(list(every), lambda s: _mean(every, s)), 3), ""])
+    for found in founds:
+        (seeds, alone), (several, drawn) = found.alone, found.drawn
+        for layer in range(found.count):
+            own = interval(*of({s: alone[layer][s] for s in seeds})) if seeds else None
+            adds = (
+                interval(several, lambda s, at=layer, f=found, d=drawn: added(d, s, f.count)[at]) if several else None
+            )
+            rows.append([found.name, str(layer), own, adds])
+        keep = found.design.oracle.keep
+        last = found.gains(range(found.count - keep, found.count), found.design.oracle.seeds)
+        for name, by in (("all", found.all_layers), (f"last {keep}", last)):
+            if by:
+                rows.append([found.name, name, interval(*of(by)), None])
     return rows
 
 
-def _mean(by_seed: Mapping[int, float], seeds: Sequence[int]) -> float:
-    return statistics.fmean(by_seed[s] for s in seeds)
-
-
-def _effects(drawn: Mapping[tuple[int, ...], Mapping[int, float]], seeds: Sequence[int], count: int) -> Any:
-    return stats.effects(list(drawn), [_mean(by, seeds) for by in drawn.values()], count)
-
-
-def criteria(found: Found) -> list[list[str]]:
-    """A line for every criterion: rank correlation with what layers gain alone and add to sets, and what it costs."""
-    return [
-        [found.cell.name, name, _or(one.alone), _or(one.sets), f"{one.seconds:.1f}" if one.seconds else "0", one.passes]
-        for name, one in _correlations(found).items()
-    ]
-
-
-@dataclass(frozen=True)
-class Correlated:
-    """A criterion in a cell: rank correlations, seconds of its scores, passes through the model as text."""
-
-    alone: Span | None
-    sets: Span | None
-    seconds: float
-    passes: str
-
-
-def _correlations(found: Found) -> dict[str, Correlated]:
-    design, name = found.design, found.cell.name
-    by_seed = {s: chosen.taken(design, name, found.lines, s) for s in design.criteria.seeds}
-    seeds, alone = found.alone()
-    several, drawn = found.drawn()
-    spent: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for one in run.scores(design, name):
-        if one.kind == "score" and one.key in found.lines:
-            spent[one.select["name"]].append(found.lines[one.key])
-    known: dict[str, Correlated] = {}
-    for criterion in (*design.criteria.scores, *design.criteria.products):
-        scored = [s for s, names in by_seed.items() if criterion in names]
-        if not scored:
+def pairs(founds: Sequence[Found]) -> list[Row]:
+    """A line for every pair: its gain, and how far that is beyond its layers' own; how well the gains of drawn sets are told by
+    those of layers alone, and with the effects of pairs."""
+    rows = []
+    for found in founds:
+        (seeds, alone), (shared, gains), (several, drawn) = found.alone, found.pairs, found.drawn
+        both = [s for s in shared if s in seeds]
+        if not both:
             continue
-
-        def with_what(
-            gains: Callable[[Sequence[int]], Sequence[float]],
-            over: Sequence[int],
-            c: str = criterion,
-            by: Sequence[int] = tuple(scored),
-        ) -> Span | None:
-            def statistic(pairs: Sequence[int]) -> float:
-                own = [by[i % len(by)] for i in pairs]
-                scores = chosen.together([by_seed[s][c] for s in own])
-                return spearman(scores, gains([over[i % len(over)] for i in pairs]))
-
-            return interval(range(len(over)), statistic) if over else None
-
-        lines = spent.get(criterion, [])
-        known[criterion] = Correlated(
-            with_what(lambda s: [_mean(alone[i], s) for i in range(found.count)], seeds),
-            with_what(lambda s: list(_effects(drawn, s, found.count)), several),
-            statistics.fmean(line["seconds"] for line in lines) if lines else 0.0,
-            str(lines[0]["passes"]) if lines else "",
-        )
-    return known
-
-
-def _or(span: Span | None) -> str:
-    return "" if span is None else said(span)
-
-
-def regret(found: Found) -> list[list[str]]:
-    """A line for every choice: its gain, and how much of what all layers gain it lacks beside the best known set, by budget."""
-    gains = _judged(found)
-    if ("all", "count") not in gains:
-        return []
-    whole = statistics.fmean(gains["all", "count"].values())
-    _, drawn = found.drawn()
-    sets = [statistics.fmean(by.values()) for by in drawn.values() if by]
-    rows = []
-    for budget in chosen.BUDGETS:
-        own = {name: by for (name, b), by in gains.items() if b == budget and by and (name, b) != ("all", "count")}
-        if budget in ("steps", "time"):
-            own["all"] = gains["all", "count"]
-        means = [statistics.fmean(by.values()) for by in own.values()]
-        best = max([*means, *(sets if budget == "count" else ())], default=0.0)
-        for name, by in sorted(own.items(), key=lambda item: -statistics.fmean(item[1].values())):
-            lacks = interval(list(by), lambda s, by=by, best=best: (best - _mean(by, s)) / whole)
-            gain = interval(list(by), lambda s, by=by: _mean(by, s))
-            rows.append([found.cell.name, budget, name, said(gain, 3), said(lacks, 3), str(len(by))])
+        for pair, by in sorted(gains.items(), key=lambda item: -mean(item[1], both)):
+            beyond = {s: by[s] - alone[pair[0]][s] - alone[pair[1]][s] for s in both}
+            own = interval(*of({s: by[s] for s in both}))
+            rows.append([found.name, f"{pair[0]}, {pair[1]}", own, interval(*of(beyond))])
+        common = [s for s in both if s in several]
+        if common:
+            for name, with_pairs in (("layers alone", False), ("layers and pairs", True)):
+                span = interval(common, _foretelling(found, with_pairs))
+                rows.append([found.name, f"{len(drawn)} sets by {name}: rank correlation", span, None])
     return rows
 
 
-def _judged(found: Found) -> dict[tuple[str, str], dict[int, float]]:
-    """Gains by choice and budget, and seed."""
-    gains: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    every = found.gains(range(found.count), found.design.final.seeds)
-    if every:
-        gains["all", "count"] = every
-    for one in chosen.final(found.design, found.cell, found.lines):
-        if (gain := found.gain(one.run)) is not None:
-            gains[one.name, one.budget][one.run.seed] = gain
-    return gains
+def _foretelling(found: Found, with_pairs: bool) -> Statistic:
+    alone, gains, drawn = found.alone[1], found.pairs[1], found.drawn[1]
+
+    def statistic(seeds: Sequence[int]) -> float:
+        singles = [mean(alone[i], seeds) for i in range(found.count)]
+        both = stats.pair_effects({(p[0], p[1]): mean(by, seeds) for p, by in gains.items()}, singles)
+        effects = both if with_pairs else dict.fromkeys(both, 0.0)
+        return spearman(
+            [stats.foretold(layers, singles, effects) for layers in drawn], [mean(by, seeds) for by in drawn.values()]
+        )
+
+    return statistic
 
 
-def methods(found: Found) -> list[list[str]]:
-    """A line for every method at its best rate: held-out loss, seconds of a step."""
-    best = chosen.best_rates(found.design, found.cell.name, found.lines)
-    lines: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
-    for name, method in found.design.methods.items():
-        for seed in found.design.final.seeds if name in best else ():
-            one = run.of_method(found.design, found.cell.name, method, seed, best[name])
-            if one.key in found.lines:
-                lines[name][seed] = found.lines[one.key]
-    return [
-        [
-            found.cell.name, name, f"{best[name]:g}",
-            said(interval(list(by), lambda s, by=by: statistics.fmean(by[i]["after"]["loss"] for i in s)), 3),
-            f"{statistics.fmean(line['seconds'] for line in by.values()):.1f}", str(len(by)),
-        ]
-        for name, by in lines.items()
-    ]  # fmt: skip
+def criteria(founds: Sequence[Found]) -> list[Row]:
+    """A line for every criterion: rank correlation with what layers gain alone and add to sets, and what its scores cost."""
+    by_cell = {found.name: correlations(found) for found in founds}
+    rows = []
+    for cell, known in by_cell.items():
+        for name, one in known.items():
+            size = None if one.peak is None else round(one.peak / 2**20)
+            rows.append([cell, name, _span(one.alone), _span(one.sets), one.seconds, one.passes, size])
+    names = {name for known in by_cell.values() for name in known}
+    whole = []
+    for name in names:
+        known = [by[name] for by in by_cell.values() if name in by]
+        alone, sets = [one.alone for one in known if one.alone], [one.sets for one in known if one.sets]
+        if len(alone) > 1 and len(sets) > 1:
+            both = across(alone), across(sets)
+            whole.append([over(alone), name, *both, None, None, None])
+    return [*rows, *sorted(whole, key=lambda row: -row[2][0] - row[3][0])]
 
 
-def retention(found: Found) -> list[list[str]]:
-    """A line for every set that was judged at equal steps: how much the loss on the text of pre-training rose."""
-    kept: dict[str, dict[int, float]] = defaultdict(dict)
-    layers = {"all": range(found.count), **{f"layer {i}": [i] for i in range(found.count)}}
-    keep = found.design.oracle.keep
-    layers[f"last {keep}"] = range(found.count - keep, found.count)
-    for name, numbers in layers.items():
-        for seed in found.design.oracle.seeds:
-            line = found.lines.get(chosen.layers_run(found.design, found.cell.name, list(numbers), seed).key)
-            if line is not None and line["after"]["retained"] is not None:
-                kept[name][seed] = line["after"]["retained"] - line["before"]["retained"]
-    return [
-        [found.cell.name, name, said(interval(list(by), lambda s, by=by: _mean(by, s)), 3), str(len(by))]
-        for name, by in kept.items()
+def _span(part: Part | None) -> Span | None:
+    return None if part is None else interval(*part)
+
+
+def regret(founds: Sequence[Found]) -> list[Row]:
+    """A line for every choice: its gain, and what that lacks of the best known in parts of what all layers gain, by budget; over
+    all cells what it lacks, and what it gains beyond the last layers, as many of them."""
+    rows: list[Row] = []
+    for budget in chosen.BUDGETS:
+        for found in founds:
+            names = [n for n, b in found.judged if b == budget and (n, b) != ("all", "count")]
+            for name in sorted(names, key=lambda n: statistics.fmean(found.regret(n, budget).values())):
+                by = found.regret(name, budget)
+                gain = interval(*of(found.gains_of(name, budget)))
+                rows.append([found.name, budget, name, gain, interval(*of(by)), None, len(by)])
+        rows += _over_cells(founds, budget)
+    return rows
+
+
+def _over_cells(founds: Sequence[Found], budget: str) -> list[Row]:
+    judged = [found for found in founds if any(b == budget and n != "all" for n, b in found.judged)]
+    shared = set.intersection(*({n for n, b in f.judged if b == budget} for f in judged)) if len(judged) > 1 else set()
+    rows = []
+    for name in shared - ({"all"} if budget == "count" else set()):
+        parts = [of(found.regret(name, budget)) for found in judged]
+        beyond = [of(by) for found in judged if (by := _beyond_last(found, name, budget))]
+        gained = across(beyond) if len(beyond) == len(judged) else None
+        rows.append([over(judged), budget, name, None, across(parts), gained, None])
+    return sorted(rows, key=lambda row: row[4][0])
+
+
+def _beyond_last(found: Found, name: str, budget: str) -> dict[int, float]:
+    """What a choice gains beyond the last layers, as many of them, in parts of what all layers gain; seed by seed."""
+    keep, whole = found.design.oracle.keep, statistics.fmean(found.all_layers.values())
+    last = found.gains_of("depth" if budget == "count" else f"depth, {keep}", budget)
+    own = found.gains_of(name, budget)
+    return {seed: (own[seed] - last[seed]) / whole for seed in own if seed in last}
+
+
+def matched(founds: Sequence[Found]) -> list[Row]:
+    """A line for every choice: the operations that it needs for the loss of all layers, in parts of those of all layers."""
+    rows = []
+    for found in founds:
+        for name, seeds in _lengths(found).items():
+            layers = run_layers(found, name)
+            kept, whole = (interval(seeds, _needed(found, name, kept)) for kept in (True, False))
+            everyone = found.cell.costs.of(range(found.count))
+            later = replace(found.cell.costs, whole=0.0).of(layers) / everyone
+            rows.append([found.name, name, ranges(layers), whole, kept, round(later, 2), len(seeds)])
+    for name in dict.fromkeys(row[1] for row in rows):
+        parts = [(found, by[name]) for found in founds if name in (by := _lengths(found))]
+        if len(parts) > 1:
+            kept, whole = (across([(s, _needed(f, name, kept)) for f, s in parts]) for kept in (True, False))
+            rows.append([over(parts), name, None, whole, kept, None, None])
+    return rows
+
+
+def _lengths(found: Found) -> dict[str, list[int]]:
+    """Seeds of which all lengths of a choice have run, and all layers; by choice."""
+    by: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    for one in chosen.matched(found.setting, found.cell, found.lines) if found.setting else ():
+        by[one.name, one.run.seed].append(one.run.key in found.lines)
+    done = [pair for pair, there in by.items() if all(there) and all(by.get(("all", pair[1]), [False]))]
+    names = dict.fromkeys(name for name, _ in done if name != "all")
+    return {name: [seed for n, seed in done if n == name] for name in names}
+
+
+def run_layers(found: Found, name: str) -> Sequence[int]:
+    """The layers of a choice, with its first seed."""
+    assert found.setting is not None
+    every = chosen.matched(found.setting, found.cell, found.lines)
+    return next(one.run.select for one in every if one.name == name)
+
+
+def curve(found: Found, name: str, kept: bool, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Operations of a choice, in parts of those of all layers, and held-out losses: means over seeds, a point for every length."""
+    assert found.setting is not None
+    every = list(chosen.matched(found.setting, found.cell, found.lines))
+    unit = next(one.whole for one in every if one.name == "all")
+    by: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for one in every:
+        if one.name == name and one.run.seed in seeds:
+            taken = (one.kept if kept else one.whole) / unit
+            by[one.epochs][one.run.seed] = taken, found.lines[one.run.key]["after"]["loss"]
+    points = [[[p[s][at] for s in seeds] for at in (0, 1)] for _, p in sorted(by.items())]
+    return [statistics.fmean(p[0]) for p in points], [statistics.fmean(p[1]) for p in points]
+
+
+def _needed(found: Found, name: str, kept: bool) -> Statistic:
+    def statistic(seeds: Sequence[int]) -> float:
+        wanted = curve(found, "all", False, seeds)[1][0]
+        return stats.reached(*curve(found, name, kept, seeds), wanted)
+
+    return statistic
+
+
+def methods(founds: Sequence[Found]) -> list[Row]:
+    """A line for every method at its best rate: what it gains at equal steps, and in as many operations as LoRA on all layers."""
+    rows = []
+    for found in founds:
+        best = chosen.best_rates(found.design, found.name, found.lines)
+        steps = chosen.equal_steps(found.design, found.name, found.lines, best)
+        for name, method in found.design.methods.items():
+            if name not in best:
+                continue
+            row: Row = [found.name, name, f"{best[name]:g}", steps.get(name)]
+            for count in (0, steps.get(name, 0)):
+                runs = {
+                    s: run.of_method(found.design, found.name, method, s, best[name], count)
+                    for s in found.design.final.seeds
+                }
+                row += _gained(found, runs)
+            rows.append(row)
+    return rows
+
+
+def _gained(found: Found, runs: Mapping[int, run.Run]) -> Row:
+    """What runs gain, and how much the loss on the text of pre-training rises."""
+    gains = {s: gain for s, one in runs.items() if (gain := found.gain(one)) is not None}
+    rises = {s: rise for s, one in runs.items() if (rise := found.rise(one)) is not None}
+    return [interval(*of(by)) if by else None for by in (gains, rises)]
+
+
+def retention(founds: Sequence[Found]) -> list[Row]:
+    """A line for every choice at equal steps: what it gains, and how much the loss on the text of pre-training rises; over all
+    cells the rise in parts of that of all layers."""
+    shares: dict[str, list[Part]] = defaultdict(list)
+    rows = []
+    for found in founds:
+        if (at := found.setting) is None:
+            continue
+        whole = _rises(found, {s: at.run(range(found.count), s) for s in found.all_layers})
+        for name, runs in _kept(found, at):
+            if not (rises := _rises(found, runs)):
+                continue
+            rows.append([found.name, name, *_gained(found, runs), None, len(rises)])
+            if whole and (unit := statistics.fmean(whole.values())) > 0:
+                shares[name].append(of({s: rise / unit for s, rise in rises.items()}))
+    most = max(map(len, shares.values()), default=0)
+    spans = {name: across(parts) for name, parts in shares.items() if len(parts) == most > 1}
+    return rows + [
+        [over(shares[name]), name, None, None, span, None]
+        for name, span in sorted(spans.items(), key=lambda i: i[1][0])
     ]
 
 
-TABLES: Mapping[str, tuple[Callable[[Found], list[list[str]]], tuple[str, ...]]] = {
+def _rises(found: Found, runs: Mapping[int, run.Run]) -> dict[int, float]:
+    return {s: rise for s, one in runs.items() if (rise := found.rise(one)) is not None}
+
+
+def _kept(found: Found, at: run.Setting) -> Iterable[tuple[str, Mapping[int, run.Run]]]:
+    """Choices at equal steps: every layer alone, all, halves, what criteria choose."""
+    for layer in range(found.count):
+        yield f"layer {layer}", {s: at.run([layer], s) for s in found.design.oracle.seeds}
+    for name, budget in found.judged:
+        if budget == "count" or (budget == "steps" and name not in {n for n, b in found.judged if b == "count"}):
+            yield name, {seed: one.run for seed, one in found.judged[name, budget].items()}
+
+
+TABLES: Mapping[str, tuple[Callable[[Sequence[Found]], list[Row]], tuple[str, ...]]] = {
     "oracle": (oracle, ("cell", "layer", "gains alone", "adds to a set")),
-    "criteria": (criteria, ("cell", "criterion", "alone", "in sets", "seconds", "passes")),
-    "regret": (regret, ("cell", "budget", "choice", "gain", "regret, of what all layers gain", "seeds")),
-    "methods": (methods, ("cell", "method", "rate", "held-out loss", "seconds", "seeds")),
-    "retention": (retention, ("cell", "trained", "loss on the text of pre-training", "seeds")),
+    "pairs": (pairs, ("cell", "pair", "gain", "beyond its layers alone")),
+    "criteria": (criteria, ("cell", "criterion", "alone", "in sets", "seconds", "passes", "MiB")),
+    "regret": (regret, ("cell", "budget", "choice", "gain", "regret", "beyond last", "seeds")),
+    "matched": (matched, ("cell", "choice", "layers", "operations", "with states kept", "a later step", "seeds")),
+    "methods": (
+        methods,
+        ("cell", "method", "rate", "equal steps", "gain", "forgets", "gain, equal operations", "forgets then"),
+    ),
+    "retention": (retention, ("cell", "trained", "gain", "forgets", "of what all layers forget", "seeds")),
 }
 
 
 def table(design: Design, store: Store, name: str, data: Path | None, models: Path, as_json: bool = False) -> str:
-    """A table of all cells that have begun, as markdown or as JSON."""
+    """A table of all cells that have begun, as markdown or as JSON, where an interval is a list of mean, low and high end."""
     make, head = TABLES[name]
-    rows = [row for found in _cells(design, store, data, models) for row in make(found)]
+    rows = make(cells(design, store, data, models))
+    if as_json:
+        plain = [dict(zip(head, map(_plain, row), strict=True)) for row in rows]
+        return json.dumps(plain, indent=1)
+    return markdown(head, [[_text(value) for value in row] for row in rows])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return said(value)
+    return f"{value:.1f}" if isinstance(value, float) and value > 3 else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON knows: no number that is none, none that is infinite."""
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
     return (
-        json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=1) if as_json else markdown(head, rows)
+        round(value, 4)
+        if isinstance(value, float) and math.isfinite(value)
+        else None
+        if isinstance(value, float)
+        else value
     )

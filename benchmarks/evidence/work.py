@@ -14,13 +14,13 @@ from benchmarks import count
 from benchmarks.arm import Ready
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.losses import measured, of_language
-from benchmarks.evidence.run import TUNING, Run
+from benchmarks.evidence.run import Run, counts
 from benchmarks.healing import share_of_rate
 from layerpeft.integrations.files import version_of
 from layerpeft.selection.choose import choose_among
 
 VERSIONS = ("layerpeft", "torch", "transformers", "peft")
-COUNTED = 4  # steps, of a run whose layers change
+COUNTED = 3  # steps, of a run whose layers change
 ENDS = ("embed_tokens", "wte", "word_embeddings", "norm", "ln_f", "lm_head")
 
 
@@ -76,8 +76,7 @@ def _train(cell: Cell, run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     wrapped = _wrapped(cell, run, model)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    counts = run.seed in (cell.design.oracle.seeds[0], TUNING)  # which is slow, and says the same of every seed
-    seconds, counted = _learn(cell, run, wrapped, counts)
+    seconds, counted = _learn(cell, run, wrapped, counts(cell.design, run))
     after = measured(wrapped, cell.held_out) | {"retained": _retained(cell, wrapped)}
     found = {"before": before, "after": after, "trainable": trainable, "seconds": seconds}
     if counted:
@@ -108,9 +107,9 @@ def _learn(cell: Cell, run: Run, model: Any, counts: bool) -> tuple[float, list[
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, run.lr, weight_decay=0.0)
     ready, seconds, counted = Ready(model, optimizer), 0.0, []
-    number = min(run.steps, 1 if isinstance(run.select, list | str) else COUNTED) * counts
+    number = min(run.steps, 1 if isinstance(run.select, str) else COUNTED) * counts
     looked = {(2 * i + 1) * run.steps // (2 * number) for i in range(number)}
-    for step, batch in enumerate(cell.batches(run.seed, run.steps)):
+    for step, batch in enumerate(cell.batches(run.seed, run.steps, run.epoch)):
         for group in optimizer.param_groups:
             group["lr"] = run.lr * share_of_rate(step, run.steps)
         if step in looked:
@@ -130,7 +129,7 @@ def _retained(cell: Cell, wrapped: Any) -> float | None:
     own = wrapped.get_base_model() if isinstance(wrapped, peft.PeftModel) else wrapped
     if not cell.classes:
         return of_language(cell.source, wrapped, cell.tokenizer, cell.retained)
-    language, prefix = cell.language, own.base_model_prefix
+    language, prefix = cell.language, str(own.base_model_prefix)
     trunk = getattr(language, prefix)
     setattr(language, prefix, getattr(own, prefix))
     try:

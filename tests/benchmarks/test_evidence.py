@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import chosen, made, run, stats
+from benchmarks.evidence import charts, chosen, made, run, stats, tables
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.design import DESIGN, load
 from benchmarks.evidence.store import Store
@@ -24,8 +24,8 @@ models:
 tasks:
   words: {train: rows.jsonl, eval: rows.jsonl, text: "{a} {b}", rows: 2, length: 16, held_out: 4}
 cells: [gpt/words]
-training: {r: 4, lr: 0.01, steps: 2}
-oracle: {seeds: [0, 1], keep: 1, sets: 2, pairs: [gpt/words]}
+training: {r: 4, rates: [0.01], steps: 2}
+oracle: {seeds: [0, 1], keep: 1, sets: 2, more: {gpt/words: 3}, pairs: [gpt/words]}
 criteria:
   seeds: [0, 1]
   num_batches: 2
@@ -33,6 +33,14 @@ criteria:
   products: {both: [depth, gradient norm]}
   rules: {first and last: {by: depth, pick: outside}}
 final: {seeds: [0, 1], half: 2, shares: [0.5, 0.97], criteria: [both], cells: [gpt/words]}
+matched:
+  seeds: [0, 1]
+  steps: 2
+  epochs: 2
+  lengths: [1, 2]
+  cells: [gpt/words]
+choices: {half: {criterion: depth, count: 2}, part: {criterion: both, share: 0.9}}
+method_cells: [gpt/words]
 methods:
   GaLore: {method: galore, select: "stride:1", options: {r: 4, update_proj_gap: 2}, rates: [0.001, 0.01]}
 retention: {text: books.txt, rows: 2, length: 16}
@@ -55,6 +63,7 @@ def words(place, *more):
     return [*own, "--made", str(place / "made"), *more]
 
 
+@pytest.mark.pictures
 def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsys, monkeypatch):
     monkeypatch.setattr(stats, "DRAWS", 20)
     assert main(words(place, "run")) == 2 and "gpt is not made yet" in capsys.readouterr().err
@@ -84,7 +93,11 @@ def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsy
         if line != torn.splitlines()[-1]
     ]
     assert len(keys) == len(set(keys)) == len(store.lines(CELL))
-    wanted = {one.key for part in (run.scores, run.oracle, run.tuned, run.pairs) for one in part(design, CELL)}
+    at = chosen.setting(design, CELL, store.lines(CELL))
+    assert at is not None and set(at.rates) == {1, 2, 3} and set(at.rates.values()) == {0.01}
+    assert at.run([0], 0).lr == at.rates[1] and at.run([0, 2], 0).lr == at.rates[2]
+    wanted = {one.key for part in (run.scores, run.tuned) for one in part(design, CELL)}
+    wanted |= {one.key for part in (run.oracle, run.more) for one in part(at)}
     assert wanted < set(keys)
     judged = {
         (line["run"]["seed"], len(line["run"]["select"]), line["run"]["r"])
@@ -94,12 +107,23 @@ def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsy
     assert {(0, 2, 2), (1, 3, 1)} <= judged, "half of the layers at half the rank, all at a third"
     capsys.readouterr()
     assert main(words(place, "run")) == 0 and store.path(CELL).read_text() == text
-    for name in ("oracle", "criteria", "regret", "methods", "retention"):
+    for name in tables.TABLES:
         assert main(words(place, "table", name)) == 0
         assert f"| {CELL} |" in capsys.readouterr().out
     assert main(words(place, "table", "regret", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["budget"] for row in rows} == set(chosen.BUDGETS) and all(row["seeds"] == "2" for row in rows)
+    assert {row["budget"] for row in rows} == set(chosen.BUDGETS) and all(row["seeds"] == 2 for row in rows)
+    pictures = place / "pictures"
+    assert main(words(place, "chart", "--out", str(pictures))) == 0
+    assert {path.name for path in pictures.iterdir()} == {f"evidence-{name}.png" for name in charts.CHARTS}
+    assert main(words(place, "advice", "--out", str(place / "advice.json"))) == 0
+    told = json.loads((place / "advice.json").read_text())
+    assert [one["name"] for one in told["criteria"]] == ["depth", "gradient norm"] or len(told["criteria"]) == 2
+    assert [one["name"] for one in told["methods"]] == ["GaLore"] and told["methods"][0]["steps"] == [1.0, 1.0, 1.0]
+    kept = {one["rule"]: one for one in told["kept"]}
+    assert kept["all"]["steps"] == kept["all"]["time"] == [1.0, 1.0, 1.0]
+    last = [row for row in rows if row["choice"] == "depth" and row["budget"] == "count"]
+    assert [row["cell"] for row in last] == [CELL]
 
 
 def test_two_processes_share_the_runs(place):
@@ -118,7 +142,8 @@ def test_the_design_that_ships_is_sound(tmp_path):
     for cell in design.cells:
         assert len(run.sets(design, cell)) == len(set(run.sets(design, cell))) == design.num_sets(cell)
     assert run.sets(design, "llama/gsm8k") == run.sets(design, "llama/gsm8k") != run.sets(design, "llama/mr")
-    keys = [one.key for part in (run.oracle, run.pairs) for one in part(design, "llama/gsm8k")]
+    at = run.Setting(design, "llama/gsm8k", {12: 0.01})
+    keys = [one.key for part in (run.oracle, run.more) for one in part(at)]
     assert len(set(keys)) >= 3 * (1 + 12 + 60 + 66)
     data = parse(DESIGN.read_text()).data
     assert set(data["final"]["criteria"]) <= {*data["criteria"]["scores"], *data["criteria"]["products"]}
@@ -145,6 +170,10 @@ def test_numbers_by_hand():
     mean, low, high = stats.interval([0, 1, 2, 3], lambda s: sum(s) / len(s))
     assert mean == 1.5 and 0 <= low < 1.5 < high <= 3
     assert stats.said(stats.interval([0], lambda s: 2.0)) == "2.00"
+    assert stats.across([([0, 0], lambda s: 1.0), ([1, 1], lambda s: 4.0)]) == (2.5, 2.5, 2.5)
+    assert stats.reached([1, 2, 4], [3.0, 2.0, 1.0], 1.5) == 3 and stats.reached([1, 2], [3.0, 2.0], 3.5) == 1
+    assert stats.said(stats.interval([0, 1], lambda s: stats.reached([1], [3.0], 1.0))) == "never (never to never)"
+    assert stats.foretold((2, 0), [1.0, 5.0, 2.0], {(0, 1): 9.0, (0, 2): -0.5, (1, 2): 9.0}) == 2.5
     assert chosen.top([0.1, 0.9, 0.9, 0.2], 2) == (1, 2) and chosen.top([1, 1, 1], 2) == (0, 1)
     assert chosen.together([[1, 2, 3], [3, 2, 1]]) == (1.0, 1.0, 1.0) and chosen.ranks([5, 1, 5]) == [1.5, 0.0, 1.5]
 

@@ -1,0 +1,142 @@
+"""What `layerpeft advise` is told of the experiment: which criteria hold up, and what choices by a rule gained."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import chosen, tables
+from benchmarks.evidence.correlated import correlations
+from benchmarks.evidence.found import Found
+from layerpeft.errors import ConfigError
+from layerpeft.recipe.evidence import FILE
+from layerpeft.recipe.tasks.metrics import spearman
+
+CRITERIA = 3
+ALIKE = 0.95  # a rank correlation
+# the rules that advice chooses among, by the choice that stands for each: of the three criteria together, or of depth
+RULES: Mapping[str, str] = {
+    "time": "{together}, time: 75%",
+    "quarter": "{together}, {keep}",
+    "half": "{together}, {half}",
+    "last": "depth, {keep}",
+    "last half": "depth, {half}",
+    "all": "all",
+}
+
+
+def write(founds: Sequence[Found], path: Path = FILE) -> Path:
+    """Writes what the package ships. Raises: ConfigError where too little has run."""
+    judged = [found for found in founds if ("all", "time") in found.judged]
+    if not judged:
+        raise ConfigError("no cell has its final runs: python -m benchmarks.evidence --data DIR run --part final")
+    data = {
+        "source": _source(founds, judged),
+        "criteria": _criteria(founds),
+        "kept": _kept(judged),
+        "methods": _methods(founds),
+    }
+    path.write_text(_lines(data), encoding="utf-8")
+    return path
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """JSON with a line for every row."""
+    parts = [
+        f"{json.dumps(name)}: " + (json.dumps(rows) if isinstance(rows, str) else f"[\n{_rows(rows)}\n]")
+        for name, rows in data.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ",\n".join(f"  {json.dumps(row)}" for row in rows)
+
+
+def _source(founds: Sequence[Found], judged: Sequence[Found]) -> str:
+    cells, final = ", ".join(f.name for f in founds), ", ".join(f.name for f in judged)
+    design = founds[0].design
+    return (
+        f"benchmarks/evidence, {design.registered}: models of 12 layers and 6 million weights or fewer, LoRA, criteria on {cells}; "
+        f"gains on {final}"
+    )
+
+
+def _criteria(founds: Sequence[Found]) -> list[dict[str, Any]]:
+    """Those with the highest sum of both correlations over all cells; of two that order layers alike, the better one."""
+    scores = founds[0].design.criteria.scores
+    rows = [r for r in tables.overall(tables.criteria(founds)) if r[1] in scores and r[2] and r[3]]
+    rows.sort(key=lambda row: -row[2][0] - row[3][0])
+    found: list[dict[str, Any]] = []
+    cells = sum(bool(one.sets) for f in founds for name, one in correlations(f).items() if name == "depth")
+    taken: list[str] = []
+    for row in rows:
+        new = row[1] != "random" and all(_alike(founds, row[1], other) < ALIKE for other in taken)
+        if new and len(found) < CRITERIA:
+            taken.append(row[1])
+            said = {"name": row[1].removesuffix(" (ours)"), "select": dict(scores[row[1]])}
+            found.append({**said, "alone": _numbers(row[2]), "sets": _numbers(row[3]), "cells": cells})
+    return found
+
+
+def _alike(founds: Sequence[Found], one: str, other: str) -> float:
+    """The rank correlation of two criteria's scores, in the mean over cells."""
+    by_cell = [[chosen.taken(f.design, f.name, f.lines, s) for s in f.design.oracle.seeds] for f in founds]
+    both = [[s for s in seeds if one in s and other in s] for seeds in by_cell]
+    return statistics.fmean(
+        spearman(*(chosen.together([s[name] for s in seeds]) for name in (one, other))) for seeds in both if seeds
+    )
+
+
+def _kept(judged: Sequence[Found]) -> list[dict[str, Any]]:
+    design = judged[0].design
+    words = {"together": next(n for n in design.final.criteria if n in design.criteria.products)}
+    words |= {"keep": str(design.oracle.keep), "half": str(design.final.half)}
+    found = []
+    for rule, choice in RULES.items():
+        name = choice.format(**words)
+        spans = {budget: [_share(f, name, budget) for f in judged] for budget in ("steps", "time")}
+        if all(not math.isnan(v) for values in spans.values() for v in values):
+            found.append({"rule": rule, **{b: _over(values) for b, values in spans.items()}, "cells": len(judged)})
+    return found
+
+
+def _methods(founds: Sequence[Found]) -> list[dict[str, Any]]:
+    """What methods gain, in parts of what the first one does at equal steps; of those that have run in every cell of methods."""
+    begun = [f for f in founds if f.name in f.design.method_cells and tables.methods([f])]
+    found = []
+    for name in begun[0].design.methods if begun else ():
+        spans = {"steps": [_gained(f, name, 4) for f in begun], "time": [_gained(f, name, 6) for f in begun]}
+        if all(not math.isnan(v) for values in spans.values() for v in values):
+            found.append({"name": name, **{b: _over(values) for b, values in spans.items()}, "cells": len(begun)})
+    return found
+
+
+def _gained(found: Found, name: str, column: int) -> float:
+    """Of a method in a cell: its mean gain at equal steps (column 4 of the table) or equal operations (6)."""
+    rows = {row[1]: row for row in tables.methods([found])}
+    first = next(iter(found.design.methods))
+    own, whole = rows.get(name), rows.get(first)
+    if own is None or whole is None or own[column] is None or whole[4] is None:
+        return math.nan
+    return own[column][0] / whole[4][0]
+
+
+def _share(found: Found, name: str, budget: str) -> float:
+    """The mean gain of a choice, in parts of that of all layers."""
+    gains = found.gains_of(name, budget)
+    whole = statistics.fmean(found.all_layers.values())
+    return statistics.fmean(gains.values()) / whole if gains else math.nan
+
+
+def _over(values: Sequence[float]) -> list[float]:
+    """Mean, least and most over cells."""
+    return [round(v, 3) for v in (statistics.fmean(values), min(values), max(values))]
+
+
+def _numbers(span: Sequence[float]) -> list[float | None]:
+    return [round(v, 3) if math.isfinite(v) else None for v in span]
