@@ -25,7 +25,7 @@ from layerpeft.model.precisions import KEPT, PLAIN, Storage
 from layerpeft.quantization.picture import write_bits
 from layerpeft.saving.manifest import BITS
 from layerpeft.selection.typecheck import read_fields
-from layerpeft.text import grid, size_text
+from layerpeft.text import grid, ranges, size_text
 
 FORMAT = 1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -270,7 +270,7 @@ def _lines(found: Quantized) -> list[str]:
     body = [("layers", "linears", "asked", "got", "bits", "bytes")]
     several = len({stack for stack, *_ in groups if stack}) > 1
     for (stack, asked, got, ends), rows in groups.items():
-        where = _ranges({int(m[0]) for r in rows if (m := _NUMBER.findall(r.name))}) or _few([r.name for r in rows])
+        where = ranges({int(m[0]) for r in rows if (m := _NUMBER.findall(r.name))}) or _few([r.name for r in rows])
         where = f"{stack} {where}" if several and stack else where
         size, weights = sum(r.bytes for r in rows), sum(r.weights for r in rows)
         body.append((where, ", ".join(ends), asked, got, f"{8 * size / weights:.2f}", size_text(size)))
@@ -291,17 +291,6 @@ def _stack(block: str) -> str:
     """The name of what the layers of a block's kind are in; empty for a linear outside of layers."""
     match = _NUMBER.search(f"{block}.")
     return block[: match.start()].rstrip(".") if match else ""
-
-
-def _ranges(numbers: set[int]) -> str:
-    """Numbers as people write them: 0-8, 11."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _few(names: list[str]) -> str:
