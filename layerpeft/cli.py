@@ -1,5 +1,4 @@
-"""The command `layerpeft`: init, import, train, plan, preview, prefill, score, compare, report, generate, predict, eval,
-merge, export, recipes, env.
+"""The command `layerpeft`, and the parser of what follows it.
 
 Errors of ours end in one message and exit code 2.
 """
@@ -30,7 +29,7 @@ from layerpeft.using.export.limits import TARGETS
 # top of this file: help, recipes and every misspelt word would wait seconds for torch.
 RUNS = {
     name: f"layerpeft.recipe.commands:{name}"
-    for name in ("init", "train", "plan", "preview", "prefill", "score", "compare", "report", "merge", "env")
+    for name in ("init", "train", "plan", "preview", "prefill", "score", "advise", "compare", "report", "merge", "env")
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 RUNS["import"] = "layerpeft.recipe.commands:import_"  # a word of Python's
@@ -158,6 +157,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     _looking(looking)
     add("prefill", "fill what enters the lowest trained layer ahead, with one layer in memory at a time", recipe=True)
     scoring = add("score", "score the layers of a recipe's model, without training", recipe=True)
+    advising = add("advise", "which layers to train, what that spares, and what is known of such choices", recipe=True)
     comparing = add("compare", "train a recipe beside other choices of layers and other methods", recipe=True)
     _comparing(comparing)
     reporting = add("report", "write the page (report.html) and the card of what was trained or compared again")
@@ -172,7 +172,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     shipped.add_argument("name", nargs="?", help="name of a recipe")
     shipped.add_argument("dest", nargs="?", help="where to copy it (default: NAME.yaml here)")
     environment = add("env", "versions and devices, to paste into an issue")
-    for sub in (planning, looking, scoring, comparing, exporting, shipped, environment):
+    for sub in (planning, looking, scoring, advising, comparing, exporting, shipped, environment):
         sub.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
     return parser, list(commands.choices)
 

@@ -22,7 +22,8 @@ from layerpeft.integrations.distributed import first_where, rank
 from layerpeft.integrations.files import version_of
 from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
-from layerpeft.recipe.advice import advise
+from layerpeft.recipe.advice_text import told as advice_told
+from layerpeft.recipe.advise import advise as advise_on
 from layerpeft.recipe.compare import Fairly
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.comparing.arms import parse_arms
@@ -32,6 +33,7 @@ from layerpeft.recipe.importing.convert import import_file
 from layerpeft.recipe.init import Wanted, guess, look
 from layerpeft.recipe.init import init as write_recipe
 from layerpeft.recipe.keys import present
+from layerpeft.recipe.launching import suggest_launch
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.page.page import report as report_on
 from layerpeft.recipe.plan import forecast
@@ -56,7 +58,7 @@ RUN_CODE = "a plan runs none without the option --run-code; train, score and com
 
 def train(args: argparse.Namespace) -> None:
     recipe = _load(args, "train")
-    advise(recipe)
+    suggest_launch(recipe)
     run(recipe, _say)
 
 
@@ -163,6 +165,12 @@ def score(args: argparse.Namespace) -> None:
         selection = score_layers(_load(args, "score"), _say)
     if args.json and is_first():
         print(json.dumps(selection.to_dict()))
+
+
+def advise(args: argparse.Namespace) -> None:
+    with _aside(args.json):
+        found = advise_on(_load(args, "score"))
+    _say(json.dumps(found.to_dict()) if args.json else advice_told(found))
 
 
 def compare(args: argparse.Namespace) -> None:

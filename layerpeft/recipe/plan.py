@@ -115,7 +115,7 @@ def forecast(
     found = plan(model, config, **options) if limit is None else fit(model, config, limit, **options)
     changed = found.settings if isinstance(found, Fit) else {}
     before = command_of(recipe, changed, "prefill") if isinstance(found, Fit) and found.apart is not None else None
-    return Forecast(recipe, found, command_of(recipe, changed), _rows(recipe, setup, options, found), before)
+    return Forecast(recipe, found, command_of(recipe, changed), rows_of(recipe, setup, options, found), before)
 
 
 def asked(
@@ -149,7 +149,7 @@ def told(recipe: Recipe, setup: Setup, accelerator: bool, elsewhere: bool = Fals
     return options | {"step": replace(options["step"], beside=besides)}
 
 
-def _rows(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan | Fit) -> Rows | None:
+def rows_of(recipe: Recipe, setup: Setup, options: Mapping[str, Any], found: Plan | Fit) -> Rows | None:
     """How a training goes over the rows of a recipe; None where they are prepared elsewhere."""
     parts = zip(WHAT.values(), (setup.train, setup.held_out), strict=True)
     read = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from benchmarks.ranks import as_accelerators
 from layerpeft.cli import main
 from layerpeft.recipe import compare
-from layerpeft.recipe.advice import launched
+from layerpeft.recipe.launching import launched
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import launch_files
 from tests.helpers.launching import environment
@@ -160,14 +160,14 @@ def test_that_is_said_once_by_two(tmp_path, monkeypatch):
 
 
 def test_one_process_beside_several_accelerators_is_told_the_command_for_all(monkeypatch, tmp_path, capsys):
-    from layerpeft.recipe import advice
+    from layerpeft.recipe import launching
 
     recipe = load_recipe("quickstart", [f"output_dir={tmp_path / 'out'}"], "train")
     monkeypatch.delenv("LAYERPEFT_QUIET", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    monkeypatch.setattr(advice, "training_arguments", lambda _: type("Arguments", (), {"use_cpu": False}))
-    advice.advise(recipe)
+    monkeypatch.setattr(launching, "training_arguments", lambda _: type("Arguments", (), {"use_cpu": False}))
+    launching.suggest_launch(recipe)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("[layerpeft] 4 accelerators are here") and line.endswith(launched(recipe, 4))
     assert f"--config_file {FILES['accelerate/ddp']} --num_processes 4 -m layerpeft train quickstart" in line

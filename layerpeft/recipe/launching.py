@@ -12,7 +12,7 @@ from layerpeft.recipe.shipped import launch_files
 from layerpeft.text import note
 
 
-def advise(recipe: Recipe) -> None:
+def suggest_launch(recipe: Recipe) -> None:
     """Says the command that uses all accelerators that are here, where this process is alone."""
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if count < 2 or world_size() > 1 or training_arguments(recipe).use_cpu:

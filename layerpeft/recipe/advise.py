@@ -1,0 +1,246 @@
+"""`layerpeft advise`: before training, which layers to train, what that spares, and what is known about how well it does.
+
+Layers are scored by the criteria that the shipped evidence holds up, on a few batches. Candidate sets go by the mean of their
+ranks; of those the one is recommended that the evidence has as the best in equal time, and `plan` counts what each takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from layerpeft.errors import ElsewhereError, Problems, RecipeError, SelectionError
+from layerpeft.integrations.distributed import rank, world_size
+from layerpeft.planning.plan import plan
+from layerpeft.recipe.evidence import Criterion, Evidence, Kept, evidence
+from layerpeft.recipe.plan import asked, rows_of
+from layerpeft.recipe.recipe import Recipe, command_of, layer_config
+from layerpeft.recipe.shorter import shortened_apart
+from layerpeft.recipe.trainer import Setup, first_batches, load_model, prepare, tokenized
+from layerpeft.selection.choose import candidates, choose_among
+from layerpeft.selection.scores import Scores
+from layerpeft.selection.scoring import needs_batches
+from layerpeft.selection.select import Select
+from layerpeft.text import note, ranges
+
+BATCHES = 8  # that each criterion sees: with two that go through the model both ways 16 passes, no optimizer among them
+PLACES = ("layers", "exclude", "stack")  # what a recipe's `select` says of the candidates
+# rules that advice chooses among, by the name that the evidence gives them: what `keep` says, or a grammar
+Sets = Mapping[tuple[int, ...], tuple[str, ...]]
+RULES: Mapping[str, Mapping[str, Any]] = {
+    "quarter": {"keep": "25%"},
+    "half": {"keep": "50%"},
+    "time": {"keep": {"time": "75%"}},
+    "last": {"layers": "last:25%"},
+    "last half": {"layers": "last:50%"},
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of layers, and the rules that choose it. `flops`: operations of a step; `kept_states`: those of all epochs, where
+    states below are kept, beside the same without; None where they cannot be, or no row comes again; `peak`: bytes; `kept`: what
+    the evidence says, of the rule that it says most of."""
+
+    rules: tuple[str, ...]
+    layers: tuple[int, ...]
+    trainable: int
+    flops: int
+    kept_states: float | None
+    peak: int
+    kept: Kept | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`ranks`: of every candidate layer (its number) by criterion, from 1; `passes` and `seconds`: what scoring took;
+    `recommended`: the layers of one of the choices, of which `agreed` are in the upper half by every criterion; `method`: the
+    recipe's; `commands`: to compare and to train it."""
+
+    names: tuple[str, ...]
+    ranks: Mapping[int, tuple[int, ...]]
+    choices: tuple[Choice, ...]
+    recommended: tuple[int, ...]
+    agreed: int
+    method: str
+    evidence: Evidence
+    passes: int
+    seconds: float
+    commands: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def advise(recipe: Recipe) -> Advice:
+    """Advice for a recipe that its `select` has no part in, but for which layers may be chosen; trains and writes nothing.
+
+    Raises: RecipeError where smaller units than layers are chosen, or fewer than two layers may be; in several processes
+    (ElsewhereError in all but the first); LayerpeftError.
+    """
+    if rank() > 0:
+        raise ElsewhereError()
+    asks = recipe.config.choosing
+    _refuse(recipe, asks)
+    known = evidence()
+    places = _places(asks)
+    with contextlib.redirect_stdout(sys.stderr):
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, shortened_apart(_within(recipe, folder)) as setup:
+            model, scores, passes = _scored(setup, known.criteria, places)
+            took = time.perf_counter() - began
+            mean, ranks = _together(model, setup, scores, places)
+            sets = _sets(model, setup, mean, places)
+            del model
+        choices = _planned(recipe, sets, known)
+    best = _best(choices)
+    return Advice(
+        tuple(criterion.name for criterion in known.criteria), ranks, choices, best.layers, _agreed(best, ranks),
+        recipe.method, known, passes, took, _commands(recipe, best),
+    )  # fmt: skip
+
+
+def _refuse(recipe: Recipe, asks: Select) -> None:
+    problems = Problems(f"advise {recipe.source}")
+    if world_size() > 1:
+        problems.add(
+            f"advise runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun"
+        )
+    if asks.unit != "layer":
+        problems.add(f"select.unit: {asks.unit}: advice is about whole layers; leave it out")
+    problems.raise_if_any(RecipeError)
+
+
+def _within(recipe: Recipe, folder: str) -> Setup:
+    """Rows as tokens; what trainers make to write into lies in a folder that goes away."""
+    setup = tokenized(prepare(recipe))
+    values = {**setup.recipe.values, "output_dir": folder}
+    return replace(setup, recipe=replace(setup.recipe, values=values))
+
+
+def _places(select: Select) -> dict[str, Any]:
+    """What a choice says of the candidates: where it is one by place, the whole stack."""
+    by_place = select.by == "depth" and select.keep is None
+    return {k: v for k in PLACES if (v := getattr(select, k)) is not None and not (by_place and k == "layers")}
+
+
+def _scored(
+    setup: Setup, criteria: Sequence[Criterion], places: Mapping[str, Any]
+) -> tuple[nn.Module, list[Scores], int]:
+    """The model, its scores by every criterion on the same batches, and how many passes forward and back that took."""
+    note(f"loading the model {setup.recipe['model_name_or_path']}")
+    model = load_model(setup)
+    batches, _ = first_batches(setup, model, BATCHES)
+    scores, passes = [], 0
+    for criterion in criteria:
+        config = layer_config(setup.recipe, {**places, **criterion.select, "keep": 1, "num_batches": BATCHES})
+        found = config.examine(model)
+        measured = needs_batches(found.select)
+        chosen = choose_among(model, found.select, found.layers, found.targets, batches if measured else None)
+        assert chosen.scores is not None
+        scores.append(chosen.scores)
+        passes += len(batches) * measured
+    return model, scores, passes
+
+
+def _together(
+    model: nn.Module, setup: Setup, scores: Sequence[Scores], places: Mapping[str, Any]
+) -> tuple[Scores, dict[int, tuple[int, ...]]]:
+    """Scores that are the share of other candidates a layer is ranked before, the mean over criteria; and its ranks, from 1."""
+    found = layer_config(setup.recipe, {**places, "by": scores[0], "keep": "all"}).examine(model)
+    among = candidates(found.select, found.layers, found.targets)
+    if len(among) < 2:
+        raise RecipeError(f"select: {len(among)} layer may be chosen, so there is no choice to advise on")
+    orders = [[i for i in one.ranked() if i in set(among)] for one in scores]
+    ranks = {i: tuple(order.index(i) + 1 for order in orders) for i in among}
+    most = len(among)
+    values = [0.0] * len(scores[0].values)
+    for i, places_of in ranks.items():
+        values[i] = sum((most - rank) / (most - 1) for rank in places_of) / len(orders)
+    return replace(scores[0], values=tuple(values), by="mean of ranks", options={}, targets={}, overlaps=()), ranks
+
+
+def _sets(model: nn.Module, setup: Setup, mean: Scores, places: Mapping[str, Any]) -> Sets:
+    """Sets of layers, each with the rules that choose it; that of the recipe too, where it names layers."""
+    recipe = setup.recipe
+    found: dict[tuple[int, ...], tuple[str, ...]] = {}
+    wanted = {"all": {"keep": "all"}, **RULES}
+    own = recipe.config.choosing
+    if own.by == "depth" and not own.is_all and not own.is_scheduled:
+        wanted = {"own": {k: v for k, v in own.to_dict().items() if k in (*PLACES, "by", "keep", "pick")}, **wanted}
+    for rule, says in wanted.items():
+        by = {} if "layers" in says or rule == "own" else {"by": mean}
+        examined = layer_config(recipe, {**places, **by, **_counted(says, recipe)}).examine(model)
+        try:
+            chosen = choose_among(model, examined.select, examined.layers, examined.targets, costs=examined.costs)
+        except SelectionError as error:  # a share that holds no layer
+            note(f"left out: {error}")
+            continue
+        found[chosen.layers] = (*found.get(chosen.layers, ()), rule)
+    return found
+
+
+def _counted(says: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """With the length of rows, and the epochs over which later ones are cheaper, where a rule weighs time."""
+    keep = says.get("keep")
+    if not isinstance(keep, Mapping):
+        return dict(says)
+    length, cached = recipe.get("max_length"), recipe.config.caching is not None
+    epochs = {"epochs": float(recipe["num_train_epochs"])} if cached and recipe["max_steps"] <= 0 else {}
+    return {**says, "keep": {**keep, **({"length": length} if length else {})}, **epochs}
+
+
+def _planned(recipe: Recipe, sets: Sets, known: Evidence) -> tuple[Choice, ...]:
+    """What every set takes, by a plan."""
+    _, empty, options, setup = asked(recipe.source, recipe.settings, None, None)
+    found = []
+    for layers, rules in sets.items():
+        note(f"planning layers {ranges(layers)}")
+        planned = plan(empty, layer_config(recipe, {"layers": list(layers), **_stack(recipe)}), **options)
+        states, rows = planned.prefix, rows_of(recipe, setup, options, planned)
+        ratio = None
+        if states is not None and states.why is None and rows is not None and rows.epochs > 1:
+            ratio = rows.ratio(states)
+        own = max((one for rule in rules if (one := known.of(rule))), key=lambda one: one.time[0], default=None)
+        found.append(Choice(rules, layers, planned.trainable, planned.flops, ratio, planned.peak_bytes, own))
+    return tuple(found)
+
+
+def _stack(recipe: Recipe) -> dict[str, Any]:
+    stack = recipe.config.choosing.stack
+    return {} if stack is None else {"stack": stack}
+
+
+def _best(choices: Sequence[Choice]) -> Choice:
+    """The one whose rule the evidence has as the best in equal time; where it knows none, the cheapest."""
+    judged = [choice for choice in choices if choice.kept is not None]
+    if judged:
+        return max(judged, key=lambda choice: (choice.kept.time[0] if choice.kept else 0.0, -choice.flops))
+    return min(choices, key=lambda choice: choice.flops)
+
+
+def _agreed(best: Choice, ranks: Mapping[int, tuple[int, ...]]) -> int:
+    half = (len(ranks) + 1) // 2
+    return sum(all(rank <= half for rank in ranks[layer]) for layer in best.layers if layer in ranks)
+
+
+def _commands(recipe: Recipe, best: Choice) -> tuple[str, ...]:
+    select: Any = ranges(best.layers, ",") if len(best.layers) > 1 else min(best.layers)
+    stack = _stack(recipe)
+    changed: dict[str, Any] = {"layerpeft.select": {"layers": select, **stack} if stack else select}
+    comparing = (
+        ()
+        if recipe.values.get("eval_dataset") is None
+        else (f"{command_of(recipe, changed, 'compare')} --arms random:3,last,all",)
+    )
+    if best.kept_states is not None and recipe.config.caching is None:
+        changed |= {"layerpeft.prefix_cache": "memory"}
+    return (*comparing, command_of(recipe, changed))
