@@ -95,8 +95,7 @@ def matched(founds: Sequence[Found], path: Path) -> Path:
     for axis, found in zip(axes, asked, strict=False):
         by_name = {row[1]: row for row in tables.matched([found])}
         seeds = found.design.matched.seeds
-        wanted = tables.curve(found, "all", False, seeds)[1][0]
-        axis.axhline(wanted, color=INK, linewidth=0.9, linestyle="--", label="all layers")
+        axis.axhline(tables.wanted(found, seeds), color=INK, linewidth=0.9, linestyle="--", label="all layers")
         for index, name in enumerate(by_name):
             xs, ys = tables.curve(found, name, True, seeds)
             axis.plot(xs, ys, marker="o", markersize=3.5, linewidth=1.6, color=LINES[index % len(LINES)], label=name)

@@ -103,12 +103,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Matched:
-    """What choices need for the loss that all layers reach in `epochs` of `steps` batches each: runs of so many epochs."""
+    """What choices need for the loss that all layers reach in `epochs` of `steps` batches each: runs of so many epochs. That loss
+    may lack `within` of the gain of all layers."""
 
     seeds: Sequence[int]
     steps: int
     epochs: int
     lengths: Sequence[int]
+    within: float = 0.0
     cells: Sequence[str] = ()
 
 

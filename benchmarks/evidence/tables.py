@@ -201,12 +201,16 @@ def curve(found: Found, name: str, kept: bool, seeds: Sequence[int]) -> tuple[li
     return [statistics.fmean(p[0]) for p in points], [statistics.fmean(p[1]) for p in points]
 
 
-def _needed(found: Found, name: str, kept: bool) -> Statistic:
-    def statistic(seeds: Sequence[int]) -> float:
-        wanted = curve(found, "all", False, seeds)[1][0]
-        return stats.reached(*curve(found, name, kept, seeds), wanted)
+def wanted(found: Found, seeds: Sequence[int]) -> float:
+    """The held-out loss that counts as that of all layers."""
+    assert found.setting is not None
+    every = (one for one in chosen.matched(found.setting, found.cell, found.lines) if one.name == "all")
+    gains = {one.run.seed: found.gain(one.run) or 0.0 for one in every}
+    return curve(found, "all", False, seeds)[1][0] + found.design.matched.within * mean(gains, seeds)
 
-    return statistic
+
+def _needed(found: Found, name: str, kept: bool) -> Statistic:
+    return lambda seeds: stats.reached(*curve(found, name, kept, seeds), wanted(found, seeds))
 
 
 def methods(founds: Sequence[Found]) -> list[Row]:
