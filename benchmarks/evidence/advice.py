@@ -106,14 +106,17 @@ def _kept(judged: Sequence[Found]) -> list[dict[str, Any]]:
 
 
 def _methods(founds: Sequence[Found]) -> list[dict[str, Any]]:
-    """What methods gain, in parts of what the first one does at equal steps; of those that have run in every cell of methods."""
-    begun = [f for f in founds if f.name in f.design.method_cells and tables.methods([f])]
+    """What methods gain, in parts of what the first one does at equal steps, once all of them have run in a cell of methods."""
+    whole = [f for f in founds if f.name in f.design.method_cells and _all_methods(f)]
     found = []
-    for name in begun[0].design.methods if begun else ():
-        spans = {"steps": [_gained(f, name, 4) for f in begun], "time": [_gained(f, name, 6) for f in begun]}
-        if all(not math.isnan(v) for values in spans.values() for v in values):
-            found.append({"name": name, **{b: _over(values) for b, values in spans.items()}, "cells": len(begun)})
+    for name in whole[0].design.methods if whole else ():
+        spans = {"steps": [_gained(f, name, 4) for f in whole], "time": [_gained(f, name, 6) for f in whole]}
+        found.append({"name": name, **{b: _over(values) for b, values in spans.items()}, "cells": len(whole)})
     return found
+
+
+def _all_methods(found: Found) -> bool:
+    return not any(math.isnan(_gained(found, name, at)) for name in found.design.methods for at in (4, 6))
 
 
 def _gained(found: Found, name: str, column: int) -> float:

@@ -219,13 +219,8 @@ def _length(at: Setting, cell: Cell, said: str, layers: Sequence[int], seed: int
 
 def best_rates(design: Design, cell: str, lines: Mapping[str, Any]) -> dict[str, float]:
     """The rate of every method with the lowest held-out loss, once all its rates were tried."""
-    found = {}
-    tried = [one for one in run.tuned(design, cell) if one.key in lines]
-    for name, method in design.methods.items():
-        own = [one for one in tried if one.key in {mine.key for mine in run.rates_of(design, cell, method)}]
-        if len(own) == len(method.rates):
-            found[name] = _best(own, lines)
-    return found
+    tried = {name: list(run.rates_of(design, cell, method)) for name, method in design.methods.items()}
+    return {name: _best(own, lines) for name, own in tried.items() if all(one.key in lines for one in own)}
 
 
 def equal_steps(design: Design, cell: str, lines: Mapping[str, Any], best: Mapping[str, float]) -> dict[str, int]:
