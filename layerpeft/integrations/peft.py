@@ -159,7 +159,7 @@ def factors_of(layer: Any, adapter: str) -> Factors | None:
 def scale_of(config: Any, name: str, rank: int) -> float:
     """By what PEFT multiplies the factors of a module (by its name in the base) that have this rank."""
     alphas = getattr(config, "alpha_pattern", None) or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
 
 

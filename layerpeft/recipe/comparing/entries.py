@@ -99,12 +99,12 @@ def _of_recipe(
     setup: Setup, model: nn.Module, name: str, recipe: Recipe, examined: Examined | None = None
 ) -> tuple[Entry, Selection | None]:
     """A recipe as it stands; and its choice, where that is made once."""
-    examined = examined or recipe.config.examine(model)
-    select, size = examined.select, len(examined.layers)
+    looked: Examined = recipe.config.examine(model) if examined is None else examined
+    select, size = looked.select, len(looked.layers)
     if select.is_scheduled:
-        schedule = schedule_of(select, examined.layers, examined.targets)
+        schedule = schedule_of(select, looked.layers, looked.targets)
         again = partial(_keeping, schedule.pool, select.to_dict())
-        keep = _keep(select, examined, schedule.among)
+        keep = _keep(select, looked, schedule.among)
         whole = keep is not None and select.within is None
         entry = Entry(
             name,
@@ -119,14 +119,14 @@ def _of_recipe(
         )
         return entry, None
     batches, _ = batches_for(setup, model, recipe.select)
-    kept = choice(model, examined, select, batches)
+    kept = choice(model, looked, select, batches)
     count = len(kept.layers)
     at_end = kept.layers == tuple(range(size - count, size))  # which can be of more layers, too
     again: Again | None = partial(_nearest_output, kept, at_end) if select.keep is None else None
     most = size if at_end else count
     if kept.scores is not None and select.within is None and select.budget is None:
         plain = {**among_of(select), "by": kept.scores, "pick": "bottom" if select.rule == "bottom" else "top"}
-        again, most = partial(_of_choice, partial(choice, model, examined), plain), len(kept.scores.values)
+        again, most = partial(_of_choice, partial(choice, model, looked), plain), len(kept.scores.values)
     entry = Entry(name, recipe, kept.layers, as_chosen(recipe, kept), count, size, select.unit, most, again)
     return entry, kept
 

@@ -20,7 +20,8 @@ ASK = "name a folder that holds its config.json (--model FOLDER)"
 def depth(given: Given, name: Any) -> int | None:
     """How many layers the model's text stack has, by its config; None where that is not here, which is not fetched either."""
     found = _config(given, name)
-    inner = found.get("text_config") if isinstance(found.get("text_config"), dict) else found
+    text = found.get("text_config")
+    inner = text if isinstance(text, dict) else found
     return next((n for key in DEPTHS if isinstance(n := inner.get(key), int) and n > 0), None)
 
 

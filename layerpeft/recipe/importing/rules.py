@@ -140,7 +140,7 @@ def fitted(setting: Setting, value: Any) -> Any:
     """The value as the setting takes it: numbers and switches may be text, and a switch a number."""
     if complaint(setting, value) is None:
         return value
-    tries = [flag(value)] if value in ("yes", "no", "on", "off", "1", "0", 0, 1) else []
+    tries: list[Any] = [flag(value)] if value in ("yes", "no", "on", "off", "1", "0", 0, 1) else []
     if isinstance(value, str):
         tries.append(parse(f"value: {value}", 0).data.get("value"))
     return next((new for new in tries if new is not None and complaint(setting, new) is None), value)

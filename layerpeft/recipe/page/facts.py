@@ -57,7 +57,9 @@ class Facts:
         standing = self.manifest.get("schedule") or {}
         try:
             with as_written("no schedule"):
-                found = [(a, b, layers, scores) for a, b, layers, scores, _ in spans(standing)] if standing else []
+                found: list[Span] = (
+                    [(a, b, layers, scores) for a, b, layers, scores, _ in spans(standing)] if standing else []
+                )
                 return found, int(standing.get("step") or 0)
         except SaveError:
             return [], 0

@@ -223,7 +223,7 @@ def _arms(found: Facts) -> str:
     measure = {"eval_loss": "held-out loss"}.get(str(kept.get("measure")), str(kept.get("measure") or "value"))
     drawn = charts.arms(groups, finite(kept.get("before")), measure)
     head = ("arm", measure, "seconds", f"{found.unit}s")
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for run in runs:
         layers = text.some([str(layer) for layer in run.get("layers") or []], 8)
         seconds = finite(run.get("seconds"))

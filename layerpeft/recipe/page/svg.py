@@ -39,12 +39,12 @@ def picture(height: float, inside: Iterable[str], title: str, about: str) -> str
 def path(boxes: Iterable[tuple[float, float, float, float]], **given: object) -> str:
     """Many boxes (x, y, width, height) as one element; nothing for none."""
     drawn = "".join(f"M{_text(x)} {_text(y)}h{_text(w)}v{_text(h)}h-{_text(w)}z" for x, y, w, h in boxes if w > 0 < h)
-    return element("path", d=drawn, **given) if drawn else ""
+    return element("path", "", d=drawn, **given) if drawn else ""
 
 
 def line(points: Sequence[tuple[float, float]], **given: object) -> str:
     """A line through points of the picture."""
-    return element("polyline", points=" ".join(f"{_text(x)},{_text(y)}" for x, y in points), **given)
+    return element("polyline", "", points=" ".join(f"{_text(x)},{_text(y)}" for x, y in points), **given)
 
 
 @dataclass(frozen=True)
