@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerpeft.errors import nearest
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # A name is fetched from its place when it is first used: `import layerpeft`, and with it the command, loads no library.
 _PLACES = {
     "LayerFullConfig": "tuners.full.config",

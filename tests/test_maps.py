@@ -133,3 +133,10 @@ def test_the_notebook_trains_three_layers_which_plain_peft_loads(tmp_path, monke
     assert sorted(row.layer for row in rows if row.chosen) == sorted(space["scores"].ranked()[:3])
     assert all((row.change > 0) == row.chosen for row in rows if row.change is not None)
     assert space["same"] and float(space["loss"]) < 3.8 and "the same answers: True" in capsys.readouterr().out
+
+
+def test_the_version_is_the_same_everywhere_and_has_its_section():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert layerpeft.__version__ == version
+    assert re.search(rf"^## \[Unreleased\]\n(.*\n)*?## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, re.M)
