@@ -132,7 +132,8 @@ def judge(runs: Sequence[Run], lower: bool, what: str) -> Verdict:
     kind = "better" if gain > margin else "worse" if gain < -margin else "no difference"
     rests = "one run" if seeds == 1 else f"{seeds} seeds"
     alone = f", and all this rests on {rests} over one set of rows" if kind == "better" else ""
-    return Verdict(kind, f"{HEADS[kind]}: {facts}{alone}{_beside(runs, ours, margin, lower)}.")
+    beside = _beside(runs, ours, margin, lower) if seeds == 1 else ""  # several seeds tell more of them, in pairs
+    return Verdict(kind, f"{HEADS[kind]}: {facts}{alone}{beside}.")
 
 
 def _beside(runs: Sequence[Run], ours: Run, margin: float, lower: bool) -> str:
