@@ -22,8 +22,8 @@ from tests.helpers.blocks import PAGES, ROOT, Block, blocks, commands, ours, spo
 from tests.helpers.shown import Names
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-OTHERS = {
-    "python", "python3", "pip", ".", "pytest", "accelerate", "torchrun", "lm_eval", "xdg-open", "hf",
+OTHERS = {  # a loop's body is read by itself
+    "python", "python3", "pip", ".", "pytest", "accelerate", "torchrun", "lm_eval", "xdg-open", "hf", "for", "done",
     *(f".venv/bin/{name}" for name in ("pip", "python", "pytest", "ruff", "pyright")),
 }  # fmt: skip
 PYTHON = blocks("python")
