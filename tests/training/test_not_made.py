@@ -36,7 +36,7 @@ def test_a_choice_that_nothing_measured_is_an_error_however_the_training_ends(tm
     (listens,) = [c() for c in trainer.DEFAULT_CALLBACKS if c.__name__ == "LayerPeftCallback"]
     args = SimpleNamespace(output_dir=str(tmp_path), report_to=[])
     for steps, fails in ((0, False), (3, True)):
-        state = SimpleNamespace(stateful_callbacks={}, global_step=0)
+        state = SimpleNamespace(stateful_callbacks={}, global_step=0, is_world_process_zero=True)
         listens.on_train_begin(args, state, None, model=model)
         state.global_step = steps
         if fails:
