@@ -15,6 +15,7 @@ POINTS = 400  # of a curve
 EACH = 128  # bars that say their numbers where a pointer rests on them; more are drawn as one
 DOWN, ACROSS = 96, 240  # cells of a map; more layers or steps than that share cells
 SHADES = 8
+LETTER = 6.6  # how wide one is
 Points = Sequence[tuple[float, float]]
 Span = tuple[int, int, Sequence[int], Sequence[float | None] | None]  # from a step to another: layers, and scores
 
@@ -221,7 +222,7 @@ def arms(groups: Mapping[str, Sequence[float]], before: float | None, measure: s
     if not values:
         return ""
     room = 0.08 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 0.5
-    height, left = 34.0 * len(groups) + 50.0, 92.0
+    height, left = 34.0 * len(groups) + 50.0, 16.0 + LETTER * max(len(name[:16]) for name in groups)
     plot = Plot((min(values) - room, max(values) + room), (-0.5, len(groups) - 0.5), height, left=left)
     names = {float(len(groups) - 1 - i): name[:16] for i, name in enumerate(groups)}
     parts = [plot.axes(measure, rows=names)]

@@ -225,7 +225,7 @@ def _arms(found: Facts) -> str:
     head = ("arm", measure, "seconds", f"{found.unit}s")
     table: list[tuple[str, ...]] = [head]
     for run in runs:
-        layers = text.some([str(layer) for layer in run.get("layers") or []], 8)
+        layers = text.ranges(run.get("layers") or [])
         seconds = finite(run.get("seconds"))
         table.append((str(run.get("arm")), f"{run['value']:.4f}", "" if seconds is None else f"{seconds:.0f}", layers))
     verdicts = filter(None, ((kept.get(key) or {}).get("sentence") for key in ("arms", "verdict")))

@@ -36,6 +36,7 @@ polyline.first { stroke: var(--first); } polyline.second { stroke: var(--second)
   outline: 3px solid var(--first); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+td:last-child { white-space: normal; }
 th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; } tr.on td { font-weight: 600; }
 pre { margin: .3rem 0; padding: .6rem; background: var(--back); border: 1px solid var(--rule); border-radius: .4rem; overflow: auto;
   max-height: 30rem; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
