@@ -104,7 +104,7 @@ def advise(recipe: Recipe) -> Advice:
     best = _best(choices)
     return Advice(
         tuple(criterion.name for criterion in known.criteria), ranks, choices, best.layers, _agreed(best, ranks),
-        recipe.method, known, passes, took, _commands(recipe, best),
+        recipe.method, known, passes, took, _commands(recipe, best, sorted(ranks)),
     )  # fmt: skip
 
 
@@ -232,14 +232,23 @@ def _agreed(best: Choice, ranks: Mapping[int, tuple[int, ...]]) -> int:
     return sum(all(rank <= half for rank in ranks[layer]) for layer in best.layers if layer in ranks)
 
 
-def _commands(recipe: Recipe, best: Choice) -> tuple[str, ...]:
+def _arms(best: Choice, among: Sequence[int]) -> list[str]:
+    """What to compare with of these candidates: nothing that is the choice itself."""
+    if best.layers == tuple(among):
+        return []
+    last = best.layers == tuple(among)[-len(best.layers) :]
+    return ["random:3", *["last"] * (not last), "all"]
+
+
+def _commands(recipe: Recipe, best: Choice, among: Sequence[int]) -> tuple[str, ...]:
     select: Any = ranges(best.layers, ",") if len(best.layers) > 1 else min(best.layers)
     stack = _stack(recipe)
     changed: dict[str, Any] = {"layerpeft.select": {"layers": select, **stack} if stack else select}
+    arms = _arms(best, among)
     comparing = (
         ()
-        if recipe.values.get("eval_dataset") is None
-        else (f"{command_of(recipe, changed, 'compare')} --arms random:3,last,all",)
+        if recipe.values.get("eval_dataset") is None or not arms
+        else (f"{command_of(recipe, changed, 'compare')} --arms {','.join(arms)}",)
     )
     if best.kept_states is not None and recipe.config.caching is None:
         changed |= {"layerpeft.prefix_cache": "memory"}

@@ -285,7 +285,7 @@ def _loading(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> l
             f"Without `layerpeft`{'' if there else ', from inside of this folder'}:",
             "```python\nfrom peft import PeftModel\n"
             f"from transformers import {kind}\n\n"
-            f"base = {kind}.from_pretrained({json.dumps(base.name)}{told})\n"
+            f"base = {kind}.from_pretrained({json.dumps(base.name)}{told}){'  # the folder where it lies' * base.local}\n"
             f"model = PeftModel.from_pretrained(base, {place})\n```",
         ]
     if manifest:

@@ -70,6 +70,7 @@ def test_the_printed_commands_run(known, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     comparing, training = (shlex.split(command)[1:] for command in advise(ask()).commands)
     assert comparing[0] == "compare" and training[0] == "train"
+    assert comparing[-2:] == ["--arms", "random:3,all"], "the last ones are what is recommended"
     assert main(["plan", *comparing[1 : comparing.index("--arms")]]) == 0 and main(training) == 0
     kept = json.loads((tmp_path / "outputs" / "quickstart" / "layerpeft.json").read_text())
     assert kept["selection"]["layers"] == list(range(6, 12))

@@ -27,7 +27,9 @@ from layerpeft.saving import owned
 from layerpeft.saving.manifest import MANIFEST, read_manifest
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Selection
+from layerpeft.tuners.load import adapter_config
 from layerpeft.tuners.merge import merge
+from tests.conftest import LLAMA
 from tests.helpers.short import short_home, short_llama
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -324,3 +326,13 @@ def test_a_quantized_folder_of_other_types(tmp_path, changes, llama):
         layerpeft.load(tmp_path / "q")
     with pytest.raises(LayerpeftError):
         merge(tmp_path / "q", tmp_path / "m")
+
+
+def test_an_adapter_that_is_cut_short_is_told(tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(LLAMA), "r": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((1000).to_bytes(8, "little") + b'{"a": ')
+    for command in (["generate", "--prompt", "a"], ["export", "--to", "vllm"]):
+        with pytest.raises(SaveError, match="adapter_model.safetensors is truncated"):
+            adapter_config(tmp_path)
+        assert main([command[0], str(tmp_path), *command[1:]]) == 2

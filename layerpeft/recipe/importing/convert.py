@@ -40,11 +40,11 @@ def import_file(
     Raises: UsageError with every problem: what cannot be read, and what decides what trains and cannot be said here.
     """
     path, target = expanded(source), expanded(out)
+    draft = drafted(path, target, tool, model)
     if target.exists() and not force:
         raise UsageError(f"--out: {out} exists already; name another file, or write over it (--force)")
     if not target.parent.is_dir():
         raise UsageError(f"--out: no folder {str(target.parent)!r}")
-    draft = drafted(path, target, tool, model)
     text = written(draft, path, target)
     try:
         with target.open("w" if force else "x", encoding="utf-8") as file:
