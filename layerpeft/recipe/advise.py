@@ -38,8 +38,8 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "quarter": {"keep": "25%"},
     "half": {"keep": "50%"},
     "time": {"keep": {"time": "75%"}},
-    "last": {"layers": "last:25%"},
-    "last half": {"layers": "last:50%"},
+    "last": {"by": "depth", "keep": "25%"},
+    "last half": {"by": "depth", "keep": "50%"},
 }
 
 
@@ -177,7 +177,7 @@ def _sets(model: nn.Module, setup: Setup, mean: Scores, places: Mapping[str, Any
     if own.by == "depth" and not own.is_all and not own.is_scheduled:
         wanted = {"own": {k: v for k, v in own.to_dict().items() if k in (*PLACES, "by", "keep", "pick")}, **wanted}
     for rule, says in wanted.items():
-        by = {} if "layers" in says or rule == "own" else {"by": mean}
+        by = {} if {"by", "layers"} & says.keys() or rule == "own" else {"by": mean}
         examined = layer_config(recipe, {**places, **by, **_counted(says, recipe)}).examine(model)
         try:
             chosen = choose_among(model, examined.select, examined.layers, examined.targets, costs=examined.costs)
@@ -204,7 +204,10 @@ def _planned(recipe: Recipe, sets: Sets, known: Evidence) -> tuple[Choice, ...]:
     found = []
     for layers, rules in sets.items():
         note(f"planning layers {ranges(layers)}")
-        planned = plan(empty, layer_config(recipe, {"layers": list(layers), **_stack(recipe)}), **options)
+        config = layer_config(recipe, {"layers": list(layers), **_stack(recipe)})
+        if len(layers) == len(config.examine(empty).layers) and config.quantize_frozen and not config.quantize_trained:
+            config = config.changed(quantize_frozen=None)
+        planned = plan(empty, config, **options)
         states, rows = planned.prefix, rows_of(recipe, setup, options, planned)
         ratio = None
         if states is not None and states.why is None and rows is not None and rows.epochs > 1:

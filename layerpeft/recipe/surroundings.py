@@ -30,7 +30,7 @@ from layerpeft.recipe.tasks.shape import problems_of
 from layerpeft.recipe.trainers.row import Row
 from layerpeft.recipe.trainers.table import task_of
 from layerpeft.saving.checkpoints import checkpoint_troubles, last_checkpoint
-from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST
+from layerpeft.saving.manifest import ADAPTER_FILES, MANIFEST, SHORTER
 from layerpeft.saving.owned import RECORD, completed, files_below, strangers
 from layerpeft.text import some
 from layerpeft.tuners.config import QUANT_FIELDS, LayerLoraConfig
@@ -38,7 +38,7 @@ from layerpeft.tuners.merge import TOKENIZER
 from layerpeft.tuners.precision import batches_wanted
 
 # what each command writes into output_dir
-SHORTER, SHORTER_RECORD = "shorter", "shorter.json"  # the folder of a model that lost layers, and the record of which
+SHORTER_RECORD = f"{SHORTER}.json"  # of what a shortened model lost
 SCORED, COMPARED = ("scores.json", "scores.csv", "scores.png"), ("compare.json", "compare.png", "report.html")
 RUNS = "compare.jsonl"  # of a comparison, as they end: its lines say themselves that they are ours
 TRAINED = (

@@ -16,7 +16,7 @@ from typing import Any
 from layerpeft.errors import SaveError
 from layerpeft.integrations.files import read_json, replace_file, version_of
 from layerpeft.saving.classes import class_named
-from layerpeft.saving.manifest import CONFIG, MANIFEST
+from layerpeft.saving.manifest import CONFIG, MANIFEST, SHORTER
 from layerpeft.saving.naming import Name, named
 from layerpeft.text import grid, note, size_text, some
 
@@ -279,13 +279,13 @@ def _loading(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> l
     parts = ["## How to load it"]
     if base is not None:
         kind = class_named(config) or "AutoModel"
-        told = "".join(_told(base, manifest))
         place = json.dumps(there or ".")
+        elsewhere = "  # or the folder where it lies" if base.local and not manifest.get("dropped") else ""
         parts += [
             f"Without `layerpeft`{'' if there else ', from inside of this folder'}:",
             "```python\nfrom peft import PeftModel\n"
             f"from transformers import {kind}\n\n"
-            f"base = {kind}.from_pretrained({json.dumps(base.name)}{told}){'  # the folder where it lies' * base.local}\n"
+            f"base = {kind}.from_pretrained({_place(base, manifest, there)}){elsewhere}\n"
             f"model = PeftModel.from_pretrained(base, {place})\n```",
         ]
     if manifest:
@@ -296,6 +296,14 @@ def _loading(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> l
             f"```python\nimport layerpeft\n{first}\nmodel = layerpeft.load({where})\nprint(layerpeft.layer_report(model))\n```",
         ]
     return parts + _serving(config, manifest, run)
+
+
+def _place(base: Name, manifest: Plain, there: str | None) -> str:
+    """Where the base is: of a shortened model beside the adapter, since that of this name has more layers."""
+    if manifest.get("dropped"):
+        own = Name(f"{there}" if there else SHORTER)
+        return json.dumps(own.name) + f', subfolder="{SHORTER}"' * bool(there) + "".join(_told(own, manifest))
+    return json.dumps(base.name) + "".join(_told(base, manifest))
 
 
 def _told(base: Name, manifest: Plain) -> Iterable[str]:

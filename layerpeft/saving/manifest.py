@@ -25,6 +25,7 @@ from layerpeft.selection.typecheck import read_fields
 
 FORMAT = 1
 MANIFEST = "layerpeft.json"
+SHORTER = "shorter"  # in the folder of a run: the model that lost layers before
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICTURES = ("layers.csv", "layers.png")
@@ -128,6 +129,20 @@ class Written:
 
 
 # ---- verifying ------------------------------------------------------------------------------------------------------
+
+
+def check_depth(manifest: Mapping[str, Any], config: Any, base: str) -> None:
+    """Raises: SaveError for an adapter of a shortened model whose base, by its config, has another number of layers: their numbers
+    mean other layers there."""
+    chosen = manifest.get("selection") or {}
+    if not manifest.get("dropped") or (chosen.get("unit") or "layer") != "layer":
+        return
+    there = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if there not in (None, chosen.get("num_layers")):
+        raise SaveError(
+            f"the adapter belongs on a model of {chosen.get('num_layers')} layers, out of which others were taken before it was "
+            f"trained, and {base} has {there}: name the shorter model, which lies in the folder `{SHORTER}` of that run"
+        )
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:

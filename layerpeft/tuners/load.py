@@ -29,7 +29,16 @@ from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.saving.classes import MODELS, class_named
-from layerpeft.saving.manifest import CONFIG, MANIFEST, STATES, WEIGHTS, has_weights, keys_in, read_manifest
+from layerpeft.saving.manifest import (
+    CONFIG,
+    MANIFEST,
+    STATES,
+    WEIGHTS,
+    check_depth,
+    has_weights,
+    keys_in,
+    read_manifest,
+)
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.typecheck import read_fields
 from layerpeft.text import note, some
@@ -294,6 +303,8 @@ def _placed(
             loaded = _load_with_base(folder, config, classes_of(folder, kwargs))
         else:
             _check_base(folder, model, manifest)
+            if hasattr(model, "config"):
+                check_depth(manifest, model.config, "this one")
             with as_written(f"{folder} cannot be put on this model"):
                 loaded = peft.PeftModel.from_pretrained(model, str(folder.absolute()), **kwargs)
     _check_keys(folder, loaded, kwargs.get("adapter_name", "default"), left)

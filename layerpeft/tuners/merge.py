@@ -23,7 +23,7 @@ from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.classes import MODELS, class_named
-from layerpeft.saving.manifest import MANIFEST, keys_in, read_manifest
+from layerpeft.saving.manifest import MANIFEST, check_depth, keys_in, read_manifest
 from layerpeft.text import note
 from layerpeft.training.method import Fold
 from layerpeft.training.record import read_record
@@ -167,6 +167,8 @@ def _merge_files(
         with as_written("it cannot be read piece by piece", NotPiecewise):
             model = MODELS.get(config.get("task_type") or "")
             plan = plan_merge(source, where, model, kwargs.get("dtype"), options, how.fold, how.weights, how.stack)
+            if how.recorded:
+                check_depth(read_manifest(source), plan.model.config, str(where))
             if not named and _more_words(source, plan.model):
                 raise NotPiecewise("the tokenizer has more words than the base")
     except NotPiecewise as why:

@@ -26,7 +26,7 @@ from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
 from layerpeft.saving.classes import class_named
-from layerpeft.saving.manifest import CONFIG, MANIFEST, read_manifest
+from layerpeft.saving.manifest import CONFIG, MANIFEST, check_depth, read_manifest
 from layerpeft.text import note
 from layerpeft.tuners.load import adapter_config, classes_of, load, load_model, load_stock
 
@@ -109,10 +109,11 @@ def _adapter(path: Path, model: str | None) -> Trained:
     said = adapter_config(path)
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     base = model or said.get("base_model_name_or_path")
-    cure = f"name it: --model MODEL (was {base!r})" if model is None else "name another one"
+    cure = f"name it: --model MODEL, or --base MODEL of export (was {base!r})" if model is None else "name another one"
     if not base:
         raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --model MODEL")
     config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
+    check_depth(manifest, config, f"{base!r}")
     task = dict(manifest.get("task") or {})
     trainer = task.get("trainer") or _values(path).get("trainer")
     kind = class_named(said)

@@ -94,6 +94,18 @@ def test_what_it_refuses(known):
             advise(ask(*more, name=name))
 
 
+def test_layers_that_the_recipe_leaves_out_are_not_recommended(known):
+    found = advise(ask("layerpeft.select={layers: 0-5, by: gradient_norm, keep: 2}"))
+    assert set(found.ranks) == set(range(6)) and all(max(c.layers) <= 5 for c in found.choices)
+    assert found.recommended == (3, 4, 5)
+
+
+def test_frozen_layers_in_fewer_bits_are_planned_where_some_are_left(known):
+    found = advise(ask("layerpeft.quantize_frozen=nf4"))
+    every = next(choice for choice in found.choices if "all" in choice.rules)
+    assert every.layers == tuple(range(12)) and min(c.peak for c in found.choices) < every.peak
+
+
 def test_a_share_that_holds_no_layer_is_left_out(known, monkeypatch, capsys):
     monkeypatch.setattr(advising, "RULES", {"time": {"keep": {"time": "10%"}}, "last": {"layers": "last:25%"}})
     found = advise(ask())

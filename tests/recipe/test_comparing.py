@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import layerpeft
 from layerpeft.cli import main
-from layerpeft.errors import RecipeError
+from layerpeft.errors import LayerpeftError, RecipeError
 from layerpeft.recipe import compare as comparing
 from layerpeft.recipe.comparing.arms import Arm, arm_recipes, parse_arms
 from layerpeft.recipe.comparing.budgets import (
@@ -28,7 +29,7 @@ from layerpeft.recipe.comparing.budgets import (
 )
 from layerpeft.recipe.comparing.entries import Entry, entries_of
 from layerpeft.recipe.comparing.rates import parse_rates
-from layerpeft.recipe.comparing.runs import Kept, Run
+from layerpeft.recipe.comparing.runs import Kept, Run, key_of
 from layerpeft.recipe.comparing.verdict import interval, judge_arms, standings
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.trainer import Setup, load_model, prepare
@@ -81,6 +82,28 @@ def test_every_problem_of_the_arms_is_told_at_once_before_weights_load(
         "5 problems" in said and "other: learning_rate: expected a number" in said and "Did you mean 'select'?" in said
     )
     assert "finercut: drop: takes layers out of the model" in said and "change: " in said and "ist: " not in said
+
+
+def test_a_run_is_known_by_what_its_model_holds_and_not_by_where_it_lies(setup: Setup, place: Path) -> None:
+    copies = [Path(shutil.copytree(short_llama(), place / name)) for name in ("one", "two", "other")]
+    weights = copies[2] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    entry = entries_of(setup, load_model(setup), [], {})[0]
+    keys = []
+    for copy in copies:
+        values = {**entry.recipe.values, "model_name_or_path": str(copy)}
+        keys.append(key_of(replace(entry, recipe=replace(entry.recipe, values=values)), setup))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_arm_is_called_as_its_file_or_the_folder_of_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first/recipe.yaml", "second/recipe.yaml", "random:7.yaml"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("trainer: dpo\nlayerpeft: {method: lora, select: last:1}\n")
+    arms = parse_arms("first/recipe.yaml,second/recipe.yaml")
+    assert [arm.name for arm in arms] == ["first", "second"]
+    with pytest.raises(LayerpeftError, match="a colon stands for draws"):
+        parse_arms("random:7.yaml")
 
 
 def test_an_arm_takes_how_another_recipe_trains_and_nothing_else(setup: Setup, place: Path) -> None:

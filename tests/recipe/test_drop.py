@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import layerpeft
 from layerpeft.cli import main
-from layerpeft.errors import RecipeError
+from layerpeft.errors import RecipeError, SaveError
 from layerpeft.model.layers import find_module
 from layerpeft.recipe.compare import compare
 from layerpeft.recipe.comparing.arms import parse_arms
@@ -96,7 +96,7 @@ def test_a_plan_counts_the_shorter_model():
     assert "as if the layers 3, 4 did" in shorter.recipe.notices[-1]
 
 
-def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place):
+def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place, monkeypatch):
     settings = _settings("drop={keep: 60%, num_batches: 1, exclude: 0}")
     assert main(["train", "quickstart", *settings]) == 0
     record = json.loads((place / "out/shorter.json").read_text())["dropped"]
@@ -121,6 +121,20 @@ def test_a_run_goes_from_the_whole_model_to_the_shorter_one(place):
         assert torch.equal(named(IDS).logits, healed)
         assert torch.allclose(merged(IDS).logits, healed, atol=1e-5) and merged.config.num_hidden_layers == LAYERS - 2
     assert json.loads((place / "out/layerpeft.json").read_text())["dropped"]["layers"] == gone
+    # the card's code, in the folder
+    code = (place / "out/README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(place / "out")
+    told: dict[str, Any] = {}
+    exec(code, told)
+    with torch.no_grad():
+        assert torch.allclose(told["model"].eval().float()(IDS).logits, healed, atol=1e-5)
+    monkeypatch.chdir(place)
+    # the whole model has other layers under the same numbers
+    home = str(short_llama())
+    for command in (["export", "out", "--to", "vllm", "--base", home], ["merge", "out", "no", "--base", home]):
+        assert main(command) == 2 and not (place / "no").exists()
+    with pytest.raises(SaveError, match="3 layers, out of which others were taken .* and this one has 5"):
+        layerpeft.load(place / "out", _loaded(short_llama()))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from layerpeft.recipe.shipped import beside, expanded, recipes
 from layerpeft.recipe.yaml import Document, parse
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Select
+from layerpeft.text import note
 
 PLACES = ("random", "last", "first", "all")
 AMONG = ("layers", "exclude", "stack", "unit")  # what `select` says of the candidates
@@ -72,7 +73,15 @@ def _arm(part: str, draws: int, problems: Problems) -> Arm | None:
         if not expanded(part).is_file():
             problems.add(f"no recipe file {part!r} (looked for {expanded(part).absolute()})")
             return None
-        return Arm(Path(part).stem, source=part)
+        stem = Path(part).stem
+        if stem == "recipe":  # as every run calls its own
+            stem = expanded(part).absolute().parent.name
+        if ":" in stem:
+            problems.add(
+                f"{part!r}: an arm is called as its file, and in such names a colon stands for draws; name it otherwise"
+            )
+            return None
+        return Arm(stem, source=part)
     kind, colon, number = part.partition(":")
     criteria = [name for name in plugins.names(SCORERS) if name not in ("depth", *PLACES)]
     if kind not in (*PLACES, *criteria, *recipes()):
@@ -102,7 +111,7 @@ def arm_recipes(recipe: Recipe, arms: Sequence[Arm]) -> dict[str, Recipe]:
         if arm.source is None and not arm.scores:
             continue
         try:
-            changed = _by_criterion(recipe, arm) if arm.source is None else _of_source(arm.source)
+            changed = _by_criterion(recipe, arm) if arm.source is None else _of_source(arm.source, recipe.trainer)
         except LayerpeftError as error:
             for problem in error.problems:
                 problems.add(f"{arm.name}: {problem.text}")
@@ -129,7 +138,7 @@ def _by_criterion(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     return {"layerpeft.select": {**among_of(recipe.config.choosing), "by": arm.kind, "keep": arm.keep or 1}}
 
 
-def _of_source(source: str) -> dict[str, Any]:
+def _of_source(source: str, trainer: str) -> dict[str, Any]:
     """What an arm's recipe says of how it trains, as settings over another. Raises: RecipeError."""
     problems = Problems(source)
     path = recipes().get(source, expanded(source))
@@ -145,6 +154,10 @@ def _of_source(source: str) -> dict[str, Any]:
     if not document.faults and not isinstance(data.get("layerpeft"), Mapping):
         problems.add("layerpeft: missing; this block says which layers and how")
     problems.raise_if_any(RecipeError)
+    if data.get("trainer", trainer) != trainer:
+        note(
+            f"arm {source}: its recipe is for trainer: {data['trainer']}; it trains by {trainer}, with that method and rate"
+        )
     return {"layerpeft": _block(document, path.parent)} | {k: data[k] for k in OWN if k in data}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,7 +80,8 @@ def parse_budget(text: str) -> Budget:
 
 def _number(text: str) -> int | None:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE]\+?[0-9]+)?)([kKMGBT]?)", text.strip())
-    return int(float(found[1]) * _MANY[found[2]]) if found else None
+    amount = float(found[1]) * _MANY[found[2]] if found else math.inf
+    return int(amount) if math.isfinite(amount) else None
 
 
 class Counter:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import LayerpeftError, RecipeError
 from layerpeft.integrations.files import digest_of, fingerprint, parse_json, replace_file, versions_of
 from layerpeft.recipe.comparing.entries import Entry
+from layerpeft.recipe.model import model_path
 from layerpeft.recipe.recipe import to_yaml
 from layerpeft.recipe.trainer import Setup
 
@@ -78,10 +80,20 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in found}
 
 
+@cache
+def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A digest of files, which is taken once for each state of them."""
+    return digest_of({file.name: fingerprint(file) for file, _, _ in files})
+
+
 def key_of(entry: Entry, setup: Setup) -> str:
     """What a run is made of: its recipe but for the folder, its layers, seed, rows and versions."""
     values = {k: v for k, v in entry.recipe.values.items() if k not in ("output_dir", "overwrite_output_dir")}
     files = [file for source in setup.sources or () if source is not None for file in source.files]
+    place = Path(model_path(entry.recipe))
+    if place.is_dir():  # the same weights elsewhere are the same model, and others in their place are not
+        found = [f for f in sorted(place.iterdir()) if f.suffix in (".safetensors", ".bin", ".json", ".jinja")]
+        values["model_name_or_path"] = _content(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in found))
     recipe = to_yaml(replace(entry.recipe, values=values))
     made = {"recipe": recipe, "select": entry.select, "layers": list(entry.layers)}
     made |= {"rows": [fingerprint(Path(file)) for file in files], "versions": versions_of(VERSIONS)}

@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
         try:
             found = json.loads(text)
             data = found if isinstance(found, dict) else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.add(f"not readable as JSON ({error})")
     else:
         document = parse(text)

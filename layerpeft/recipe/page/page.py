@@ -219,7 +219,8 @@ def _arms(found: Facts) -> str:
         return ""
     groups: dict[str, list[float]] = {}
     for run in runs:
-        groups.setdefault(str(run.get("arm")).partition(":")[0], []).append(float(run["value"]))
+        arm = str(run.get("arm"))
+        groups.setdefault("random" if arm.startswith("random:") else arm, []).append(float(run["value"]))
     measure = {"eval_loss": "held-out loss"}.get(str(kept.get("measure")), str(kept.get("measure") or "value"))
     drawn = charts.arms(groups, finite(kept.get("before")), measure)
     head = ("arm", measure, "seconds", f"{found.unit}s")

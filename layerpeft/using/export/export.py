@@ -87,6 +87,8 @@ def _adds(found: Trained) -> bool:
 def _beside(folder: Path, to: str) -> Path:
     """FOLDER-TARGET; beside the current folder, where that is the one."""
     named = folder if folder.name not in ("", "..") else folder.resolve()
+    if (home := named.resolve()).name.startswith("checkpoint-"):
+        return home.parent.with_name(f"{home.parent.name}-{home.name}-{to}")
     return named.with_name(f"{named.name}-{to}")
 
 
