@@ -19,8 +19,8 @@ WRITES = "CAUSAL_LM"  # PEFT's name for models that write text on and on
 
 
 def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str, Any], above: int | None) -> list[str]:
-    """What was trained in use, and what else there is of it. `template`: it talks; `example`: a row, {} without one; `above`: of a
-    model of which nothing below this layer was loaded."""
+    """What was trained in use, and what else there is of it. `template`: its tokenizer knows turns; `example`: a row, {} without
+    one; `above`: of a model of which nothing below this layer was loaded."""
     if above is not None:
         return _whole(folder)
     lines = _use(recipe, folder, template, example)
@@ -41,8 +41,11 @@ def _use(recipe: Recipe, folder: Path, template: bool, example: Mapping[str, Any
     """Of what the trainer's row says that works."""
     used, lines = recipe.row.used, []
     if "generate" in used:
-        asked = ["--chat"] if template else ["--prompt", _prompt(example)]
-        lines.append(f"{_line('generate', folder, *asked)}    # {'talk with it' if template else 'text from it'}")
+        talks = template and not any(
+            isinstance(example.get(name), str) for name in ASKED
+        )  # turns were learned, not text
+        asked = ["--chat"] if talks else ["--prompt", _prompt(example)]
+        lines.append(f"{_line('generate', folder, *asked)}    # {'talk with it' if talks else 'text from it'}")
     place = _place(recipe)
     if place and "predict" in used:
         lines.append(

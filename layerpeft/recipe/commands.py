@@ -43,7 +43,7 @@ from layerpeft.recipe.preview_text import Screen, told
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
-from layerpeft.recipe.shipped import expanded
+from layerpeft.recipe.shipped import expanded, resolve
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.train import run
 from layerpeft.text import is_first, on_screen
@@ -202,9 +202,14 @@ def merge(args: argparse.Namespace) -> None:
                 )
             target = add_difference(args.folder, args.into, args.plus, args.minus, args.weights)
         else:
-            quantized, weights = args.into_quantized, args.weights
+            quantized, weights, base = args.into_quantized, args.weights, args.base and resolve(args.base)
             target = merge_adapter(
-                args.folder, args.into, base=args.base, dtype=dtype, into_quantized=quantized, weights=weights
+                args.folder,
+                args.into,
+                base=args.base and resolve(args.base),
+                dtype=dtype,
+                into_quantized=quantized,
+                weights=weights,
             )
     plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
     _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load loads'}")

@@ -9,6 +9,7 @@ import pytest
 
 from layerpeft.cli import main
 from layerpeft.recipe import shipped
+from layerpeft.recipe.after import commands
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import recipes
 from layerpeft.recipe.trainers.table import ROWS
@@ -59,3 +60,9 @@ def test_what_was_trained_is_used_as_it_says(
 def test_every_trainer_has_been_tried() -> None:
     found = {recipes()[name].read_text().partition("\ntrainer: ")[2].split()[0] for name in one_each()}
     assert found == set(ROWS)
+
+
+def test_text_is_gone_on_from_and_turns_are_talked_to():
+    recipe = load_recipe("quickstart", [])
+    for row, said in (({"prompt": "a b", "completion": "c"}, "--prompt 'a b'"), ({"messages": []}, "--chat")):
+        assert commands(recipe, Path("out"), True, row, None)[0].startswith(f"layerpeft generate out {said} ")
