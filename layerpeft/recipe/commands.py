@@ -206,7 +206,7 @@ def merge(args: argparse.Namespace) -> None:
             target = merge_adapter(
                 args.folder,
                 args.into,
-                base=args.base and resolve(args.base),
+                base=base,
                 dtype=dtype,
                 into_quantized=quantized,
                 weights=weights,
