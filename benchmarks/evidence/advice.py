@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.evidence import chosen, tables
 from benchmarks.evidence.correlated import correlations
 from benchmarks.evidence.found import Found
+from benchmarks.evidence.run import Run
 from layerpeft.errors import ConfigError
 from layerpeft.recipe.evidence import FILE
 from layerpeft.recipe.tasks.metrics import spearman
@@ -107,26 +108,29 @@ def _kept(judged: Sequence[Found]) -> list[dict[str, Any]]:
 
 def _methods(founds: Sequence[Found]) -> list[dict[str, Any]]:
     """What methods gain, in parts of what the first one does at equal steps, once all of them have run in a cell of methods."""
-    whole = [f for f in founds if f.name in f.design.method_cells and _all_methods(f)]
+    known = [_of_methods(f) for f in founds if f.name in f.design.method_cells]
+    shares = [one for one in known if one is not None]
     found = []
-    for name in whole[0].design.methods if whole else ():
-        spans = {"steps": [_gained(f, name, 4) for f in whole], "time": [_gained(f, name, 6) for f in whole]}
-        found.append({"name": name, **{b: _over(values) for b, values in spans.items()}, "cells": len(whole)})
+    for name in shares[0] if shares else ():
+        spans = {budget: _over([one[name][at] for one in shares]) for at, budget in enumerate(("steps", "time"))}
+        found.append({"name": name, **spans, "cells": len(shares)})
     return found
 
 
-def _all_methods(found: Found) -> bool:
-    return not any(math.isnan(_gained(found, name, at)) for name in found.design.methods for at in (4, 6))
+def _of_methods(found: Found) -> dict[str, tuple[float, float]] | None:
+    """Mean gains of every method, at equal steps and at equal operations, in parts of the first one's at equal steps; None where
+    some have not run."""
+    means = {name: (_mean(found, one.equal), _mean(found, one.longer)) for name, one in tables.tried(found).items()}
+    if set(means) < set(found.design.methods) or any(math.isnan(mean) for both in means.values() for mean in both):
+        return None
+    unit = means[next(iter(found.design.methods))][0]
+    return {name: (steps / unit, time / unit) for name, (steps, time) in means.items()}
 
 
-def _gained(found: Found, name: str, column: int) -> float:
-    """Of a method in a cell: its mean gain at equal steps (column 4 of the table) or equal operations (6)."""
-    rows = {row[1]: row for row in tables.methods([found])}
-    first = next(iter(found.design.methods))
-    own, whole = rows.get(name), rows.get(first)
-    if own is None or whole is None or own[column] is None or whole[4] is None:
-        return math.nan
-    return own[column][0] / whole[4][0]
+def _mean(found: Found, runs: Mapping[int, Run]) -> float:
+    """The mean gain of runs; not a number where one is missing."""
+    gains = [found.gain(one) for one in runs.values()]
+    return statistics.fmean(math.nan if gain is None else gain for gain in gains)
 
 
 def _share(found: Found, name: str, budget: str) -> float:

@@ -32,8 +32,8 @@ class Judged:
 
 
 def runs(design: Design, cell: Cell, store: Store, part: str) -> Iterator[Run]:
-    """Those of a part of the experiment, each once; what rests on others' results comes once those are there."""
-    seen: set[str] = set()
+    """What is missing of a part of the experiment, each once; what rests on others' results comes once those are there."""
+    seen = set(store.lines(cell.name))
     for one in PARTS[part](design, cell, store):
         if one.key not in seen:
             seen.add(one.key)

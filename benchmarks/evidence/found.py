@@ -110,6 +110,11 @@ class Found:
         return {seed: gain for seed, one in runs.items() if (gain := self.gain(one.run)) is not None}
 
     @cached_property
+    def lengths(self) -> list[chosen.Length]:
+        """All layers, and every length of the other choices."""
+        return [] if self.setting is None else list(chosen.matched(self.setting, self.cell, self.lines))
+
+    @cached_property
     def best(self) -> dict[str, float]:
         """By budget the largest mean gain that is known: of a choice, at equal count of a drawn set too."""
         found: dict[str, float] = {}

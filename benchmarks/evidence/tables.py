@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def matched(founds: Sequence[Found]) -> list[Row]:
 def _lengths(found: Found) -> dict[str, list[int]]:
     """Seeds of which all lengths of a choice have run, and all layers; by choice."""
     by: dict[tuple[str, int], list[bool]] = defaultdict(list)
-    for one in chosen.matched(found.setting, found.cell, found.lines) if found.setting else ():
+    for one in found.lengths:
         by[one.name, one.run.seed].append(one.run.key in found.lines)
     done = [pair for pair, there in by.items() if all(there) and all(by.get(("all", pair[1]), [False]))]
     names = dict.fromkeys(name for name, _ in done if name != "all")
@@ -182,18 +182,14 @@ def _lengths(found: Found) -> dict[str, list[int]]:
 
 def run_layers(found: Found, name: str) -> Sequence[int]:
     """The layers of a choice, with its first seed."""
-    assert found.setting is not None
-    every = chosen.matched(found.setting, found.cell, found.lines)
-    return next(one.run.select for one in every if one.name == name)
+    return next(one.run.select for one in found.lengths if one.name == name)
 
 
 def curve(found: Found, name: str, kept: bool, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
     """Operations of a choice, in parts of those of all layers, and held-out losses: means over seeds, a point for every length."""
-    assert found.setting is not None
-    every = list(chosen.matched(found.setting, found.cell, found.lines))
-    unit = next(one.whole for one in every if one.name == "all")
+    unit = next(one.whole for one in found.lengths if one.name == "all")
     by: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
-    for one in every:
+    for one in found.lengths:
         if one.name == name and one.run.seed in seeds:
             taken = (one.kept if kept else one.whole) / unit
             by[one.epochs][one.run.seed] = taken, found.lines[one.run.key]["after"]["loss"]
@@ -203,9 +199,7 @@ def curve(found: Found, name: str, kept: bool, seeds: Sequence[int]) -> tuple[li
 
 def wanted(found: Found, seeds: Sequence[int]) -> float:
     """The held-out loss that counts as that of all layers."""
-    assert found.setting is not None
-    every = (one for one in chosen.matched(found.setting, found.cell, found.lines) if one.name == "all")
-    gains = {one.run.seed: found.gain(one.run) or 0.0 for one in every}
+    gains = {one.run.seed: found.gain(one.run) or 0.0 for one in found.lengths if one.name == "all"}
     return curve(found, "all", False, seeds)[1][0] + found.design.matched.within * mean(gains, seeds)
 
 
@@ -213,30 +207,41 @@ def _needed(found: Found, name: str, kept: bool) -> Statistic:
     return lambda seeds: stats.reached(*curve(found, name, kept, seeds), wanted(found, seeds))
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A method in a cell: its best rate, the steps that equal operations give it, and its runs at equal steps and at those."""
+
+    rate: float
+    steps: int | None
+    equal: Mapping[int, run.Run]
+    longer: Mapping[int, run.Run]
+
+
+def tried(found: Found) -> dict[str, Tried]:
+    """By method, of those whose rates were all tried."""
+    best = chosen.best_rates(found.design, found.name, found.lines)
+    steps = chosen.equal_steps(found.design, found.name, found.lines, best)
+
+    def runs(name: str, count: int) -> dict[int, run.Run]:
+        method, seeds = found.design.methods[name], found.design.final.seeds
+        return {s: run.of_method(found.design, found.name, method, s, best[name], count) for s in seeds}
+
+    return {n: Tried(best[n], steps.get(n), runs(n, 0), runs(n, steps.get(n, 0))) for n in best}
+
+
 def methods(founds: Sequence[Found]) -> list[Row]:
     """A line for every method at its best rate: what it gains at equal steps, and in as many operations as LoRA on all layers."""
-    rows = []
-    for found in founds:
-        best = chosen.best_rates(found.design, found.name, found.lines)
-        steps = chosen.equal_steps(found.design, found.name, found.lines, best)
-        for name, method in found.design.methods.items():
-            if name not in best:
-                continue
-            row: Row = [found.name, name, f"{best[name]:g}", steps.get(name)]
-            for count in (0, steps.get(name, 0)):
-                runs = {
-                    s: run.of_method(found.design, found.name, method, s, best[name], count)
-                    for s in found.design.final.seeds
-                }
-                row += _gained(found, runs)
-            rows.append(row)
-    return rows
+    return [
+        [found.name, name, f"{one.rate:g}", one.steps, *_gained(found, one.equal), *_gained(found, one.longer)]
+        for found in founds
+        for name, one in tried(found).items()
+    ]
 
 
 def _gained(found: Found, runs: Mapping[int, run.Run]) -> Row:
     """What runs gain, and how much the loss on the text of pre-training rises."""
     gains = {s: gain for s, one in runs.items() if (gain := found.gain(one)) is not None}
-    rises = {s: rise for s, one in runs.items() if (rise := found.rise(one)) is not None}
+    rises = _rises(found, runs)
     return [interval(*of(by)) if by else None for by in (gains, rises)]
 
 
