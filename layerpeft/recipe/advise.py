@@ -19,9 +19,10 @@ from torch import nn
 from layerpeft.errors import ElsewhereError, Problems, RecipeError, SelectionError
 from layerpeft.integrations.distributed import rank, world_size
 from layerpeft.planning.plan import plan
+from layerpeft.recipe.comparing.arms import AMONG, among_of
 from layerpeft.recipe.evidence import Criterion, Evidence, Kept, evidence
 from layerpeft.recipe.plan import asked, rows_of
-from layerpeft.recipe.recipe import Recipe, command_of, layer_config
+from layerpeft.recipe.recipe import Recipe, command_of, layer_config, unpacked
 from layerpeft.recipe.shorter import shortened_apart
 from layerpeft.recipe.trainer import Setup, first_batches, load_model, prepare, tokenized
 from layerpeft.selection.choose import candidates, choose_among
@@ -31,9 +32,8 @@ from layerpeft.selection.select import Select
 from layerpeft.text import note, ranges
 
 BATCHES = 8  # that each criterion sees: with two that go through the model both ways 16 passes, no optimizer among them
-PLACES = ("layers", "exclude", "stack")  # what a recipe's `select` says of the candidates
-# rules that advice chooses among, by the name that the evidence gives them: what `keep` says, or a grammar
 Sets = Mapping[tuple[int, ...], tuple[str, ...]]
+# rules that advice chooses among, by the name that the evidence gives them; by the mean of ranks where they name no criterion
 RULES: Mapping[str, Mapping[str, Any]] = {
     "quarter": {"keep": "25%"},
     "half": {"keep": "50%"},
@@ -91,7 +91,7 @@ def advise(recipe: Recipe) -> Advice:
     asks = recipe.config.choosing
     _refuse(recipe, asks)
     known = evidence()
-    places = _places(asks)
+    places = among_of(asks)
     with contextlib.redirect_stdout(sys.stderr):
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, shortened_apart(_within(recipe, folder)) as setup:
@@ -124,12 +124,6 @@ def _within(recipe: Recipe, folder: str) -> Setup:
     setup = tokenized(prepare(recipe))
     values = {**setup.recipe.values, "output_dir": folder}
     return replace(setup, recipe=replace(setup.recipe, values=values))
-
-
-def _places(select: Select) -> dict[str, Any]:
-    """What a choice says of the candidates: where it is one by place, the whole stack."""
-    by_place = select.by == "depth" and select.keep is None
-    return {k: v for k in PLACES if (v := getattr(select, k)) is not None and not (by_place and k == "layers")}
 
 
 def _scored(
@@ -175,9 +169,9 @@ def _sets(model: nn.Module, setup: Setup, mean: Scores, places: Mapping[str, Any
     wanted = {"all": {"keep": "all"}, **RULES}
     own = recipe.config.choosing
     if own.by == "depth" and not own.is_all and not own.is_scheduled:
-        wanted = {"own": {k: v for k, v in own.to_dict().items() if k in (*PLACES, "by", "keep", "pick")}, **wanted}
+        wanted = {"own": {k: v for k, v in own.to_dict().items() if k in (*AMONG, "by", "keep", "pick")}, **wanted}
     for rule, says in wanted.items():
-        by = {} if {"by", "layers"} & says.keys() or rule == "own" else {"by": mean}
+        by = {} if "by" in says or rule == "own" else {"by": mean}
         examined = layer_config(recipe, {**places, **by, **_counted(says, recipe)}).examine(model)
         try:
             chosen = choose_among(model, examined.select, examined.layers, examined.targets, costs=examined.costs)
@@ -201,13 +195,11 @@ def _counted(says: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 def _planned(recipe: Recipe, sets: Sets, known: Evidence) -> tuple[Choice, ...]:
     """What every set takes, by a plan."""
     _, empty, options, setup = asked(recipe.source, recipe.settings, None, None)
-    found = []
+    count, found = len(recipe.config.examine(empty).layers), []
     for layers, rules in sets.items():
         note(f"planning layers {ranges(layers)}")
         config = layer_config(recipe, {"layers": list(layers), **_stack(recipe)})
-        if len(layers) == len(config.examine(empty).layers) and config.quantize_frozen and not config.quantize_trained:
-            config = config.changed(quantize_frozen=None)
-        planned = plan(empty, config, **options)
+        planned = plan(empty, unpacked(config) if len(layers) == count else config, **options)
         states, rows = planned.prefix, rows_of(recipe, setup, options, planned)
         ratio = None
         if states is not None and states.why is None and rows is not None and rows.epochs > 1:

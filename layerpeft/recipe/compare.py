@@ -20,7 +20,7 @@ from layerpeft.recipe.comparing.arms import Arm, arm_recipes
 from layerpeft.recipe.comparing.budgets import Budget, Counter, Given, Left, fitted, given, room_of
 from layerpeft.recipe.comparing.entries import OURS, Entry, entries_of
 from layerpeft.recipe.comparing.rates import SEED, Rates
-from layerpeft.recipe.comparing.runs import Kept, Run, key_of
+from layerpeft.recipe.comparing.runs import Kept, Run, group_of, key_of
 from layerpeft.recipe.comparing.shown import Comparison, arms_table, draw, numbers, table
 from layerpeft.recipe.comparing.verdict import judge, judge_arms, standings
 from layerpeft.recipe.page.page import PAGE, write_page
@@ -164,7 +164,7 @@ def _rated(setup: Setup, entries: Sequence[Entry], course: _Course) -> list[Entr
     best: dict[str, float] = {}
     found = []
     for entry in entries:
-        arm = OURS if entry is entries[0] else "random" if entry.arm.startswith("random:") else entry.arm
+        arm = OURS if entry is entries[0] else group_of(entry.arm)
         tried = course.fairly.rates.of(arm, float(entry.recipe["learning_rate"]))
         if tried and arm not in best:
             values = {}

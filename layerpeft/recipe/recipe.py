@@ -88,6 +88,13 @@ def layer_config(recipe: Recipe, select: Any = None, batches: Any = None) -> Lay
     return config.with_batches(batches)
 
 
+def unpacked(config: LayerLoraConfig) -> LayerLoraConfig:
+    """A config under which every layer trains: with nothing frozen there is nothing to pack."""
+    if config.quantize_frozen is None or config.quantize_trained is not None:
+        return config
+    return config.changed(quantize_frozen=None)
+
+
 def as_chosen(recipe: Recipe, kept: Selection) -> dict[str, Any]:
     """What says a recorded choice again: its places, and its scores where ranks or learning rates go by them."""
     scored = kept.scores is not None and any(getattr(recipe.config, name) is not None for name in BY_SCORE)

@@ -107,7 +107,7 @@ def test_frozen_layers_in_fewer_bits_are_planned_where_some_are_left(known):
 
 
 def test_a_share_that_holds_no_layer_is_left_out(known, monkeypatch, capsys):
-    monkeypatch.setattr(advising, "RULES", {"time": {"keep": {"time": "10%"}}, "last": {"layers": "last:25%"}})
+    monkeypatch.setattr(advising, "RULES", {"time": {"keep": {"time": "10%"}}, "last": {"by": "depth", "keep": "25%"}})
     found = advise(ask())
     assert [choice.rules for choice in found.choices] == [("all",), ("last",)]
     assert found.recommended == tuple(range(12)), "of those that are known"

@@ -11,7 +11,7 @@ from torch import nn
 
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.comparing.arms import AMONG, OWN, PLACES, Arm, among_of
-from layerpeft.recipe.recipe import Recipe, as_chosen
+from layerpeft.recipe.recipe import Recipe, as_chosen, unpacked
 from layerpeft.recipe.trainer import Setup, batches_for
 from layerpeft.selection.choose import choose_among, lowest
 from layerpeft.selection.examined import Examined
@@ -277,12 +277,9 @@ def _drawn(choose: Choose, select: Mapping[str, Any], layers: Layers, own: Entry
 
 def _unpacked(entry: Entry) -> Entry:
     """An arm in which every layer trains: with nothing frozen there is nothing to pack."""
-    recipe = entry.recipe
-    block = recipe.block
-    if len(entry.layers) < entry.num_layers or block.get("quantize_frozen") is None:
-        return entry
-    if block.get("quantize_trained") is not None:
+    recipe, config = entry.recipe, unpacked(entry.recipe.config)
+    if len(entry.layers) < entry.num_layers or config is recipe.config:
         return entry
     note(f"quantize_frozen: with all layers trained none is left to pack; the arm {entry.arm} stays in 16 bit")
-    kept = {k: v for k, v in block.items() if k != "quantize_frozen"}
-    return replace(entry, recipe=replace(recipe, block=kept, config=recipe.config.changed(quantize_frozen=None)))
+    kept = {k: v for k, v in recipe.block.items() if k != "quantize_frozen"}
+    return replace(entry, recipe=replace(recipe, block=kept, config=config))

@@ -19,6 +19,11 @@ from layerpeft.recipe.trainer import Setup
 VERSIONS = ("layerpeft", "torch", "transformers", "peft", "trl")
 
 
+def group_of(arm: str) -> str:
+    """The name under which runs of an arm stand together: draws are one arm."""
+    return "random" if arm.startswith("random:") else arm
+
+
 @dataclass(frozen=True)
 class Run:
     """One trained model: its arm and layers, trainable parameters, the number on held-out rows that arms are compared by, seconds
@@ -37,7 +42,7 @@ class Run:
     @property
     def group(self) -> str:
         """The arm, of which a draw is one run of several."""
-        return "random" if self.arm.startswith("random:") else self.arm
+        return group_of(self.arm)
 
 
 class Kept:

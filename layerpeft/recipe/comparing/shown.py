@@ -11,7 +11,7 @@ from typing import Any
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.comparing.budgets import Budget, Given, Left
-from layerpeft.recipe.comparing.runs import Run
+from layerpeft.recipe.comparing.runs import Run, group_of
 from layerpeft.recipe.comparing.verdict import HEADS, Standing, Verdict, averaged
 from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.text import grid, size_text
@@ -67,7 +67,7 @@ def arms_table(found: Comparison) -> str:
     heads += [NAMES[found.measure], "gain", "seconds"]
     rows = [heads]
     for standing in found.standings:
-        given = [g for arm, g in found.given.items() if arm == standing.arm or _is_draw(arm, standing.arm)]
+        given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
         steps = [run.steps for run in found.runs if run.group == standing.arm]
         rows.append(
             [
@@ -110,10 +110,6 @@ def _of(numbers: Sequence[Any], form: str = "{:,}") -> str:
         return "-"
     texts = list(dict.fromkeys(form.format(n) for n in (known[0], known[-1])))
     return " to ".join(texts)
-
-
-def _is_draw(arm: str, group: str) -> bool:
-    return group == "random" and arm.startswith("random:")
 
 
 def numbers(layers: Sequence[int], count: int) -> str:
@@ -177,7 +173,7 @@ def _dots(axes: Any, found: Comparison, groups: Mapping[str, Sequence[Run]]) -> 
 
 def _against(axes: Any, found: Comparison, what: str) -> None:
     for place, standing in enumerate(found.standings):
-        given = [g for arm, g in found.given.items() if arm == standing.arm or _is_draw(arm, standing.arm)]
+        given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
         taken = (
             standing.seconds if what.startswith("seconds") else statistics.fmean(g.peak_bytes for g in given) / 2**20
         )

@@ -12,6 +12,7 @@ from layerpeft import text
 from layerpeft.errors import SaveError
 from layerpeft.integrations.files import as_written, replace_file
 from layerpeft.quantization.picture import COLOURS
+from layerpeft.recipe.comparing.runs import group_of
 from layerpeft.recipe.page import charts
 from layerpeft.recipe.page.charts import finite
 from layerpeft.recipe.page.facts import Facts, facts
@@ -219,8 +220,7 @@ def _arms(found: Facts) -> str:
         return ""
     groups: dict[str, list[float]] = {}
     for run in runs:
-        arm = str(run.get("arm"))
-        groups.setdefault("random" if arm.startswith("random:") else arm, []).append(float(run["value"]))
+        groups.setdefault(group_of(str(run.get("arm"))), []).append(float(run["value"]))
     measure = {"eval_loss": "held-out loss"}.get(str(kept.get("measure")), str(kept.get("measure") or "value"))
     drawn = charts.arms(groups, finite(kept.get("before")), measure)
     head = ("arm", measure, "seconds", f"{found.unit}s")
