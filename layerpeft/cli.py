@@ -319,7 +319,13 @@ def _using(add: Callable[..., Any]) -> None:
     writing.add_argument("--json", action="store_true", help="a JSON line for each answer")
     saying_what, judging = _asking(add, folder)
     for sub in (writing, saying_what, judging):
-        sub.add_argument("--model", metavar="MODEL", help="base of the adapter (default: what it was trained on)")
+        sub.add_argument(
+            "--base",
+            "--model",
+            dest="base",
+            metavar="MODEL",
+            help="folder or name of the base (default: what the adapter says)",
+        )
 
 
 def _asking(add: Callable[..., Any], folder: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

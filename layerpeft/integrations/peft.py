@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType
+from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.lora import Linear as LoraLinear
@@ -154,6 +155,13 @@ def factors_of(layer: Any, adapter: str) -> Factors | None:
     if adapter in layer.lora_embedding_A:
         return Factors(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], scale)
     return Factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scale)
+
+
+def changes_weights(kind: str) -> bool:
+    """Whether adapters of a type of PEFT's change what weights compute; others add to what the model reads."""
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)  # type: ignore[call-overload]
+    reads = config is not None and (issubclass(config, PromptLearningConfig) or config.__name__ == "CPTConfig")
+    return not reads and kind != PeftType.ADAPTION_PROMPT
 
 
 def scale_of(config: Any, name: str, rank: int) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from layerpeft.errors import RecipeError, unknown
 from layerpeft.recipe.toys import place
+from layerpeft.saving.naming import SHIPS
 
-SCHEME = "layerpeft://"
+SCHEME = SHIPS
 _HERE = Path(__file__).resolve().parent
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from layerpeft.errors import SaveError
 from layerpeft.integrations.files import read_json, replace_file, version_of
 from layerpeft.saving.classes import class_named
-from layerpeft.saving.manifest import CONFIG, MANIFEST, SHORTER
-from layerpeft.saving.naming import Name, named
+from layerpeft.saving.manifest import CONFIG, MANIFEST
+from layerpeft.saving.naming import ADDRESS, SHIPS, Name, named
+from layerpeft.saving.usage import how_to_use
 from layerpeft.text import grid, note, size_text, some
 
 CARD = "README.md"
@@ -69,7 +70,7 @@ def card(config: Plain, manifest: Plain, run: Plain) -> str:
         *_layers(manifest, selection),
         *_reached(run),
         *_rows(manifest, run),
-        *_loading(base, config, manifest, run),
+        *how_to_use(base, config, manifest, run),
         *_recipe(run),
         _versions(manifest),
     ]
@@ -101,7 +102,7 @@ def _gaps() -> int:
 
 def _front(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> Iterable[str]:
     """Lines of YAML, whose texts are quoted as JSON quotes them."""
-    if base is not None:
+    if base is not None and ADDRESS.fullmatch(base.name):
         yield f"base_model: {json.dumps(base.name)}"
     yield "library_name: peft"
     if (licence := _said(manifest, run).get("license")) is not None:
@@ -171,7 +172,7 @@ def _about(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> str
     more += [f"licence {said['license']}"] if said.get("license") else []
     lines = [f"An adapter ({config.get('peft_type', 'PEFT')}) for {of}{_bracketed(more)}."]
     if said.get("ships") and base is not None:
-        lines.append(f"`{base.name}` ships with `layerpeft`, whose recipes call it `layerpeft://{base.name}`.")
+        lines.append(f"`{base.name}` ships with `layerpeft`, whose recipes call it `{SHIPS}{base.name}`.")
     elif base is not None and base.local:
         lines.append(f"`{base.name}` was a local folder where this was trained; any copy of it will do.")
     quant = manifest.get("quant") or {}
@@ -270,67 +271,7 @@ def _rows(manifest: Plain, run: Plain) -> list[str]:
     return ["## Rows", "\n".join(lines)] if lines else []
 
 
-# ---- how to use it --------------------------------------------------------------------------------------------------
-
-
-def _loading(base: Name | None, config: Plain, manifest: Plain, run: Plain) -> list[str]:
-    """With PEFT alone, and with layerpeft: from the hub where the name there is known, else from inside of the folder."""
-    there = run.get("hub")
-    parts = ["## How to load it"]
-    if base is not None:
-        kind = class_named(config) or "AutoModel"
-        place = json.dumps(there or ".")
-        elsewhere = "  # or the folder where it lies" if base.local and not manifest.get("dropped") else ""
-        parts += [
-            f"Without `layerpeft`{'' if there else ', from inside of this folder'}:",
-            "```python\nfrom peft import PeftModel\n"
-            f"from transformers import {kind}\n\n"
-            f"base = {kind}.from_pretrained({_place(base, manifest, there)}){elsewhere}\n"
-            f"model = PeftModel.from_pretrained(base, {place})\n```",
-        ]
-    if manifest:
-        where = f"snapshot_download({json.dumps(there)})" if there else '"."'
-        first = "from huggingface_hub import snapshot_download\n" if there else ""
-        parts += [
-            "With it, checked file by file, and with the record of what was chosen and why:",
-            f"```python\nimport layerpeft\n{first}\nmodel = layerpeft.load({where})\nprint(layerpeft.layer_report(model))\n```",
-        ]
-    return parts + _serving(config, manifest, run)
-
-
-def _place(base: Name, manifest: Plain, there: str | None) -> str:
-    """Where the base is: of a shortened model beside the adapter, since that of this name has more layers."""
-    if manifest.get("dropped"):
-        own = Name(f"{there}" if there else SHORTER)
-        return json.dumps(own.name) + f', subfolder="{SHORTER}"' * bool(there) + "".join(_told(own, manifest))
-    return json.dumps(base.name) + "".join(_told(base, manifest))
-
-
-def _told(base: Name, manifest: Plain) -> Iterable[str]:
-    """What loading the base needs besides its name."""
-    if base.revision and not base.local:
-        yield f", revision={json.dumps(base.revision)}"
-    if labels := (manifest.get("head") or {}).get("id2label"):
-        yield f", num_labels={len(labels)}"
-
-
-def _serving(config: Plain, manifest: Plain, run: Plain) -> list[str]:
-    """Commands, in the folder itself."""
-    used = run.get("used")
-    writes = "generate" in used if used is not None else config.get("task_type") == "CAUSAL_LM"
-    lines = [("layerpeft generate . --prompt 'Hello'", "text from it")] if writes else []
-    lines += [("layerpeft predict . rows.jsonl --out answers.csv", "an answer for each row")] * (
-        "predict" in (used or ())
-    )
-    lines += [("layerpeft export . --to vllm", "what serves it, checked, with the command")] if writes else []
-    lines.append(("layerpeft merge . merged", "a full model, for where adapters cannot go"))
-    return ["## How to use and serve it", "```bash\n" + "\n".join(grid_of(lines)) + "\n```"]
-
-
-def grid_of(lines: Sequence[tuple[str, str]]) -> list[str]:
-    """Commands with what they do, as comments in a column."""
-    wide = max(len(command) for command, _ in lines)
-    return [f"{command:<{wide}}  # {what}" for command, what in lines]
+# ---- the end ----------------------------------------------------------------------------------------------------------
 
 
 def _recipe(run: Plain) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 _CACHED = re.compile(r"(models|datasets)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{7,64})[/\\]?$")
-_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SHIPS = "layerpeft://"  # before the name of what comes with the package
+ADDRESS = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def named(place: str | os.PathLike[str]) -> Name:
     scheme, _, rest = text.partition("://")
     if rest:
         return Name(rest.rstrip("/").rpartition("/")[2] or scheme)
-    if _HUB.fullmatch(text) and not os.path.exists(text):
+    if ADDRESS.fullmatch(text) and not os.path.exists(text):
         return Name(text, False)
     last = PureWindowsPath(text).name if "\\" in text else Path(text).name
     return Name(last or Path(text).absolute().name)

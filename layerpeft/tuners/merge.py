@@ -18,6 +18,7 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
 from layerpeft.integrations.merging import merge_in_place, weigh
+from layerpeft.integrations.peft import changes_weights
 from layerpeft.integrations.sentences import parts_in
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
@@ -145,7 +146,7 @@ def _how(source: Path, weights: Asked | None) -> _How:
 def _check_mergeable(source: Path) -> None:
     """Raises: SaveError for an adapter of plain PEFT's that changes no weight."""
     config: Any = peft.PeftConfig.from_pretrained(str(source.absolute()))
-    if config.is_prompt_learning or config.peft_type == peft.PeftType.ADAPTION_PROMPT:
+    if not changes_weights(config.peft_type):
         raise SaveError(
             f"{source} is an adapter of the kind {config.peft_type.value}, which adds to what the model reads and changes no "
             "weight: there is nothing to merge"

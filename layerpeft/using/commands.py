@@ -134,4 +134,4 @@ def _by(args: argparse.Namespace, found: Trained) -> str | None:
 def _found(args: argparse.Namespace) -> Trained:
     """The folder that is named; until the command ends, a hub that cannot be reached is not asked again."""
     args.until_the_end.enter_context(hub.settled())
-    return find(args.folder, args.model)
+    return find(args.folder, args.base)

@@ -84,7 +84,7 @@ def find(folder: str, model: str | None = None) -> Trained:
     if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
         return _adapter(path, model)
     if model is not None:
-        raise UsageError(f"--model names the base of an adapter, and {folder} is none (it has no {CONFIG})")
+        raise UsageError(f"--base names the base of an adapter, and {folder} is none (it has no {CONFIG})")
     if path.is_dir() and not (path / "config.json").is_file():
         raise SaveError(f"{folder} holds no model (config.json) and no adapter ({CONFIG}){_below(path)}")
     if not path.is_dir() and (path.exists() or path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
@@ -109,9 +109,9 @@ def _adapter(path: Path, model: str | None) -> Trained:
     said = adapter_config(path)
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     base = model or said.get("base_model_name_or_path")
-    cure = f"name it: --model MODEL, or --base MODEL of export (was {base!r})" if model is None else "name another one"
+    cure = f"name it: --base MODEL (was {base!r})" if model is None else "name another one"
     if not base:
-        raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --model MODEL")
+        raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --base MODEL")
     config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
     check_depth(manifest, config, f"{base!r}")
     task = dict(manifest.get("task") or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM
 
 from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft.cli import main
 from layerpeft.saving.card import CARD, GAP, card, is_ours, write_card
 from layerpeft.saving.naming import Name, named
 from tests.helpers.hub import refused
@@ -113,14 +115,61 @@ def test_a_base_of_the_hub_and_a_run_are_told_in_full() -> None:
     assert "layerpeft generate" not in text
 
 
-def test_what_peft_is_told_to_load_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter().save_pretrained(str(tmp_path))
+def test_code_and_commands_work_in_the_folder_whose_base_was_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "it's mine").symlink_to(short_llama(2))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "llama").symlink_to(short_llama(2))
-    for code in re.findall(r"```python\n(.*?)```", (tmp_path / CARD).read_text(), re.S):
+    model = AutoModelForCausalLM.from_pretrained("bases/it's mine")
+    get_peft_model(model, LayerLoraConfig(**LORA)).save_pretrained("my run")
+    text = Path("my run", CARD).read_text()
+    assert "base_model:" not in text, "it is no address of the hub"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "my run").rename(tmp_path / "elsewhere" / "my run")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "my run")
+    assert "`it's mine` stands for the folder of the base" in text
+    Path("it's mine").symlink_to(short_llama(2))
+    codes, commands = (re.findall(rf"```{kind}\n(.*?)```", text, re.S) for kind in ("python", "bash"))
+    for code in codes:
         known: dict[str, Any] = {}
         exec(code, known)
         assert isinstance(known["model"], peft.PeftModel)
+    assert len(codes) == 2 and 'layerpeft.load(".", base)' in codes[1]
+    lines = [shlex.split(line, comments=True) for line in commands[0].splitlines()]
+    assert [words[1] for words in lines] == ["generate", "export", "merge"]
+    for words in lines:
+        more = ["max_new_tokens=2"] if words[1] == "generate" else []
+        assert main([*words[1:], *more]) == 0, words
+    assert AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers == 2
+
+
+def test_bases_that_are_had_elsewhere_are_given_as_they_are_called_there() -> None:
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "/x/llama-6m"}
+    manifest = {"method": "lora", "base": {"name": "llama-6m", "local": True}}
+    ships = card(config, manifest, {"base": {"name": "llama-6m", "local": True, "ships": True}, "used": ["predict"]})
+    assert 'from_pretrained(resolve("layerpeft://llama-6m"))' in ships and "`llama-6m` stands" not in ships
+    assert "layerpeft merge . merged --base layerpeft://llama-6m" in ships
+    assert "predict . rows.jsonl --out answers.csv --base" in ships and "a file of yours" in ships
+    shorter = card(config, manifest | {"dropped": {"layers": [1]}, "quant": {"why": "nf4"}}, {})
+    assert 'from_pretrained("shorter")' in shorter and "merge . merged --base shorter" in shorter
+    assert 'layerpeft.quantize(base, ".")' in shorter
+    cached = card(config | {"base_model_name_or_path": "/c/models--a--b/snapshots/0123abcdef"}, {}, {})
+    assert (
+        'from_pretrained("a/b", revision="0123abcdef")' in cached and "generate . --prompt Hello --base a/b" in cached
+    )
+    plain = card(config | {"base_model_name_or_path": "a/b"}, {}, {})
+    assert "--base" not in plain and 'from_pretrained("a/b")' in plain
+    unknown = card({"peft_type": "PROMPT_TUNING"}, {}, {})
+    assert "has no name here" in unknown and "merge" not in unknown
+    taken = card(config | {"base_model_name_or_path": "./merged"}, {}, {})
+    assert "merge . merged-model --base merged" in taken, "it goes into another folder than the base's"
+    t5 = card(
+        {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "a/t5"},
+        {},
+        {"used": ["generate"]},
+    )
+    assert "layerpeft generate" in t5 and "vllm" not in t5
 
 
 @pytest.mark.slow

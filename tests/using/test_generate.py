@@ -133,8 +133,8 @@ def test_a_base_that_is_not_there_can_be_given(folder, tmp_path, capsys):
     (lost / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": "/gone/model"}))
     words = ["generate", str(lost), "--prompt", PROMPT, "max_new_tokens=3", "do_sample=false"]
     assert main(words) == 2
-    assert "'/gone/model'" in (err := capsys.readouterr().err) and "--model MODEL" in err
-    assert main([*words, "--model", str(short_llama())]) == 0
+    assert "'/gone/model'" in (err := capsys.readouterr().err) and "--base MODEL" in err
+    assert main([*words, "--base", str(short_llama())]) == 0
     assert capsys.readouterr().out == plain(folder, PROMPT, 3) + "\n"
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert str(lost) in capsys.readouterr().err

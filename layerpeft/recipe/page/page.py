@@ -18,9 +18,10 @@ from layerpeft.recipe.page.charts import finite
 from layerpeft.recipe.page.facts import Facts, facts
 from layerpeft.recipe.page.style import STYLE
 from layerpeft.recipe.page.svg import element
-from layerpeft.saving.card import CARD, base_told, grid_of, write_card
+from layerpeft.saving.card import CARD, base_told, write_card
 from layerpeft.saving.manifest import CONFIG
 from layerpeft.saving.owned import completed, put_on_record, strangers
+from layerpeft.saving.usage import grid_of
 
 PAGE = "report.html"
 ROWS = 512  # of the table of layers
