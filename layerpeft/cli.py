@@ -34,6 +34,7 @@ RUNS = {
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 RUNS["import"] = "layerpeft.recipe.commands:import_"  # a word of Python's
 Command = Callable[[argparse.Namespace], None]
+REPLACED = "replace an earlier merge or export, and nothing that layerpeft did not write"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -281,6 +282,7 @@ def _merging(merging: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="with --minus: FOLDER is a full model, to which the difference of two others is added",
     )
+    merging.add_argument("--overwrite", action="store_true", help=REPLACED)
     merging.add_argument("--minus", metavar="MODEL", help="as --plus an instruction-tuned model, and its base here")
 
 
@@ -295,6 +297,7 @@ def _exporting(exporting: argparse.ArgumentParser) -> None:
     exporting.add_argument(
         "--base", metavar="MODEL", help="folder or name of the base (default: what the adapter says)"
     )
+    exporting.add_argument("--overwrite", action="store_true", help=REPLACED)
     exporting.add_argument("--whole", action="store_true", help="the whole model, also where an adapter would go")
     exporting.add_argument(
         "--from",

@@ -11,7 +11,7 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from layerpeft.errors import LayerpeftError, SaveError, mentions, told
+from layerpeft.text import note
 
 MOST = 256 << 20  # bytes of a text that is read back: more than any that layerpeft and Trainer write
 LARGEST = 2**63  # of whole numbers that are read back
@@ -32,28 +33,57 @@ _FOREIGN = (
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, gives_way: Collection[str] = ()) -> Iterator[Path]:
     """A new folder beside `target` to write into, which takes its place at the end; on an error nothing is left.
 
-    `target` must be new, or an empty folder, or a link to such. Raises: SaveError where it is no longer at the end: what was
-    written then stays where it is.
+    `target` must be new, or an empty folder, or a link to such; or it holds the files in `gives_way` (paths below it), which are
+    removed, while others stay. Raises: SaveError where it is no longer so at the end: what was written then stays where it is.
     """
     target = Path(os.path.realpath(target))
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{end}") for end in ("partial", "old"))
+    made = [folder for folder in target.parents if not folder.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
         raise
     try:
-        if target.is_dir():
+        if gives_way and target.is_dir():
+            target.rename(old)
+        elif target.is_dir():
             target.rmdir()
         partial.rename(target)
     except OSError as error:
+        if old.is_dir() and not target.exists():
+            old.rename(target)
         raise SaveError(
             f"{target} has been filled meanwhile ({error.strerror}); all of it lies in {partial}"
         ) from error
+    if old.is_dir():
+        _clear(old, target, gives_way)
+
+
+def _clear(old: Path, new: Path, gives_way: Collection[str]) -> None:
+    """Removes these files of a folder that was replaced; whatever else lay there goes on to the new one, if it has room for it."""
+    for at, folders, names in os.walk(old, topdown=False):
+        for name in (*names, *(n for n in folders if Path(at, n).is_symlink())):
+            path = Path(at, name)
+            below = path.relative_to(old)
+            if os.fspath(below) in gives_way:
+                path.unlink()
+            elif not os.path.lexists(new / below):
+                (new / below.parent).mkdir(parents=True, exist_ok=True)
+                path.rename(new / below)
+        if not os.listdir(at):
+            os.rmdir(at)
+    if old.is_dir():
+        note(
+            f"{new} holds files of the same names as what lay there before and was not layerpeft's, which now lies in {old}"
+        )
 
 
 def must_be_new(target: Path) -> str | None:

@@ -200,7 +200,7 @@ def merge(args: argparse.Namespace) -> None:
                 raise UsageError(
                     "--base, --dtype and --into-quantized merge an adapter, --plus and --minus add up full models"
                 )
-            target = add_difference(args.folder, args.into, args.plus, args.minus, args.weights)
+            target = add_difference(args.folder, args.into, args.plus, args.minus, args.weights, args.overwrite)
         else:
             quantized, weights, base = args.into_quantized, args.weights, args.base and resolve(args.base)
             target = merge_adapter(
@@ -210,6 +210,7 @@ def merge(args: argparse.Namespace) -> None:
                 dtype=dtype,
                 into_quantized=quantized,
                 weights=weights,
+                overwrite=args.overwrite,
             )
     plain = not is_saved(target) or read_manifest(target, verify=False)["plain_transformers"]
     _say(f"{target}: a full model, which {'transformers loads by itself' if plain else 'layerpeft.load loads'}")

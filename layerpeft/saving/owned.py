@@ -19,12 +19,12 @@ VOUCHERS = (RECORD, MANIFEST, "scores.json", "compare.json")
 def strangers(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of these names (paths below the folder) under which something lies that layerpeft did not write as it is now."""
     there = [name for name in names if os.path.lexists(folder / name)]
-    known = [_listed(folder / name) for name in VOUCHERS] if there else []
+    known = [listed(folder / name) for name in VOUCHERS] if there else []
     return [name for name in there if not _is_ours(folder / name, [said[name] for said in known if name in said])]
 
 
 def _is_ours(path: Path, known: list[Any]) -> bool:
-    if path.name in VOUCHERS and _listed(path) and not path.is_symlink():
+    if path.name in VOUCHERS and listed(path) and not path.is_symlink():
         return True
     try:
         return not path.is_symlink() and path.is_file() and bool(known) and fingerprint(path) in known
@@ -39,7 +39,7 @@ def room(folder: Path, names: Iterable[str]) -> Path:
 
 def completed(folder: Path) -> set[str]:
     """The folders in it whose files were put on record."""
-    return {Path(name).parts[0] for name in _listed(folder / RECORD) if len(Path(name).parts) > 1}
+    return {Path(name).parts[0] for name in listed(folder / RECORD) if len(Path(name).parts) > 1}
 
 
 def files_below(folder: Path, part: str) -> list[str]:
@@ -60,7 +60,7 @@ def recording(folder: Path) -> Iterator[None]:
 
 def put_on_record(folder: Path, names: Iterable[str]) -> None:
     """Adds files that were written just now to those that are known; those that are gone are forgotten."""
-    known = {name: said for name, said in _listed(folder / RECORD).items() if (folder / name).is_file()}
+    known = {name: said for name, said in listed(folder / RECORD).items() if (folder / name).is_file()}
     known |= {name: fingerprint(folder / name) for name in names}
     vouch(folder / RECORD, {"format": 1}, known)
 
@@ -78,7 +78,7 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
 
 
-def _listed(path: Path) -> dict[str, Any]:
+def listed(path: Path) -> dict[str, Any]:
     """The files that a record or a manifest vouches for, where nobody has touched it since; nothing where there is none."""
     try:
         found = read_json(path)

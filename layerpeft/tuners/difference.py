@@ -18,11 +18,12 @@ from torch import nn
 
 from layerpeft.errors import LayerMapError, Problems, SaveError
 from layerpeft.integrations.empty import empty_model
-from layerpeft.integrations.files import as_written, fingerprint, must_be_new, read_json, written_whole
+from layerpeft.integrations.files import as_written, fingerprint, read_json
 from layerpeft.model.layers import layer_map
 from layerpeft.model.weights import PIECE
 from layerpeft.saving.manifest import CONFIG
 from layerpeft.saving.shards import INDEX, Checkpoint, open_checkpoint, write_one_by_one
+from layerpeft.saving.whole import refusal, writing_whole
 from layerpeft.text import some
 from layerpeft.tuners.layer_weights import Asked, LayerWeights, WeightOf, added
 from layerpeft.tuners.merge import TOKENIZER, folder_of
@@ -45,16 +46,17 @@ def add_difference(
     plus: str | os.PathLike[str],
     minus: str | os.PathLike[str],
     weights: Asked | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Writes `folder + w · (plus − minus)`, each the folder or name of a full model in safetensors, in the type of the first.
 
     `weights`: w by layer (`LayerWeights.parse`), 1 where nothing is said. The files, the config and their names are those of
     `folder`, the tokenizer and generation_config.json those of `plus`, and layerpeft_merge.json says what was merged. The target
-    folder must be empty or new, and is written last, at once. Raises, before anything is written: SaveError naming all that does
-    not fit; ConfigError for weights of layers that are not there.
+    folder must be empty or new, or with `overwrite` an earlier merge or export, and is written last, at once. Raises, before
+    anything is written: SaveError naming all that does not fit; ConfigError for weights of layers that are not there.
     """
     target = Path(into)
-    if why := must_be_new(target):
+    if why := refusal(target, overwrite, (folder, plus, minus)):
         raise SaveError(why)
     asked = LayerWeights.parse(weights) if weights is not None else LayerWeights()
     sides = {role: _side(name, role) for role, name in zip(ROLES, (folder, plus, minus), strict=True)}
@@ -63,7 +65,7 @@ def add_difference(
     names = _layers(trained)
     weight_of = asked.placed(names)
     said = _said(sides, names, weight_of)
-    with written_whole(target) as partial:
+    with writing_whole(target, "merge") as partial:
         for file, held in trained.weights.files.items():
             entries = {name: trained.weights.entries[name] for name in held}
             write_one_by_one(partial / file, entries, lambda name: _sum(name, sides, weight_of(name)))

@@ -16,7 +16,7 @@ from torch import nn
 
 from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
-from layerpeft.integrations.files import as_written, inside, must_be_new, read_json, written_whole
+from layerpeft.integrations.files import as_written, inside, read_json
 from layerpeft.integrations.merging import merge_in_place, weigh
 from layerpeft.integrations.peft import changes_weights
 from layerpeft.integrations.sentences import parts_in
@@ -24,7 +24,8 @@ from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
 from layerpeft.quantization.save import is_saved, load_saved, save_model
 from layerpeft.saving.classes import MODELS, class_named
-from layerpeft.saving.manifest import MANIFEST, check_depth, keys_in, read_manifest
+from layerpeft.saving.manifest import CONFIG, MANIFEST, check_depth, keys_in, read_manifest
+from layerpeft.saving.whole import refusal, writing_whole
 from layerpeft.text import note
 from layerpeft.training.method import Fold
 from layerpeft.training.record import read_record
@@ -58,6 +59,7 @@ def merge(
     dtype: torch.dtype | None = None,
     into_quantized: bool = False,
     weights: Asked | None = None,
+    overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
     """Writes the base model with the adapter of `folder` merged into its weights, in their dtype, and the tokenizer beside it.
@@ -66,13 +68,42 @@ def merge(
     without it; `kwargs` go to `from_pretrained`. A base in safetensors is read and written module by module; the peak is one file
     of it. `into_quantized`: the base is quantized and stays so, its weights rounded once more. `weights`: by how much what was
     trained in a layer counts (`LayerWeights.parse`): base + w · change, 1 where nothing is said. The target folder must be empty
-    or new, and is written last, at once.
+    or new, or with `overwrite` an earlier merge or export, whose files are replaced; it is written last, at once.
     Raises: SaveError for a damaged adapter, a base that does not fit or is quantized, or a folder that holds something; ConfigError
     for weights of layers that are not there.
     """
-    target, source = Path(into), Path(folder)
-    if why := must_be_new(target):
+    target = Path(into)
+    reads = (folder, base or (named_base(Path(folder)) if model is None else None))
+    if why := refusal(target, overwrite, reads):
         raise SaveError(why)
+    with writing_whole(target, "merge") as partial:
+        merge_into(
+            folder, partial, model, base=base, dtype=dtype, into_quantized=into_quantized, weights=weights, **kwargs
+        )
+    return target
+
+
+def named_base(folder: Path) -> str | None:
+    """The base that an adapter names; None where it does not say so, whatever the reason."""
+    try:
+        return read_json(folder / CONFIG).get("base_model_name_or_path")
+    except SaveError:
+        return None
+
+
+def merge_into(
+    folder: str | os.PathLike[str],
+    empty: Path,
+    model: nn.Module | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    into_quantized: bool = False,
+    weights: Asked | None = None,
+    **kwargs: Any,
+) -> None:
+    """What `merge` does, in a folder that is empty."""
+    source = Path(folder)
     how = _how(source, weights)
     config = adapter_config(source)
     where = None if model is not None else folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
@@ -89,17 +120,15 @@ def merge(
             "the adapter was trained over a base that was rounded to fewer bits, and is merged into the unrounded one: what it "
             "computes differs by the rounding"
         )
-    with written_whole(target) as partial:
-        if into_quantized:
-            _merge_quantized(source, where, model, config, kwargs, partial, how)
-        elif where is None or not _merge_files(source, where, config, base is not None, kwargs, partial, how):
-            _merge_whole(source, model, base, config, kwargs, partial, how)
-        for file in beside:
-            shutil.copyfile(file, partial / file.name)
-        for name in parts:
-            (partial / name).parent.mkdir(exist_ok=True, parents=True)
-            shutil.copyfile(source / name, partial / name)
-    return target
+    if into_quantized:
+        _merge_quantized(source, where, model, config, kwargs, empty, how)
+    elif where is None or not _merge_files(source, where, config, base is not None, kwargs, empty, how):
+        _merge_whole(source, model, base, config, kwargs, empty, how)
+    for file in beside:
+        shutil.copyfile(file, empty / file.name)
+    for name in parts:
+        (empty / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(source / name, empty / name)
 
 
 @dataclass(frozen=True)
@@ -191,7 +220,12 @@ def _merge_whole(
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
-    loaded: Any = how.load(source, model, **kwargs)
+    try:
+        loaded: Any = how.load(source, model, **kwargs)
+    except SaveError as error:
+        if model is not None:
+            raise
+        raise SaveError(f"{error}\nOr say where the base is: --base MODEL, base=…") from error
     _refuse(_packed_names(loaded))
     if how.kind.works_by.restates:
         how.kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)

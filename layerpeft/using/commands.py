@@ -108,7 +108,8 @@ def eval(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
-        found = write_export(args.folder, args.to, args.out, base=args.base, whole=args.whole, start=args.start)
+        more = {"base": args.base, "whole": args.whole, "start": args.start, "overwrite": args.overwrite}
+        found = write_export(args.folder, args.to, args.out, **more)
     print(json.dumps(found.to_dict()) if args.json else on_screen(str(found), sys.stdout))
 
 

@@ -146,8 +146,11 @@ def test_tensors_that_need_no_other_scale_stay_as_they_are(bases, tmp_path, monk
     torch.save(old, weights.with_suffix(".bin"))
     weights.unlink()
     (tmp_path / "a" / "layerpeft.json").unlink()
-    with pytest.raises(ExportError, match="read safetensors; `layerpeft export .* --whole` goes"):
-        export(str(tmp_path / "a"), "vllm", str(tmp_path / "b"))
+    for to in ("vllm", "gguf"):  # the cure is the same export, but for what is wrong with it
+        with pytest.raises(
+            ExportError, match=f"read safetensors; `layerpeft export .* --to {to} --whole --out .*b` goes"
+        ):
+            export(str(tmp_path / "a"), to, str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
 
@@ -213,6 +216,7 @@ def test_what_vllm_does_not_take_is_said_at_once_and_the_cure_works(name, bases,
     assert main(["export", str(tmp_path / "a"), "--to", "vllm"]) == 2
     said = capsys.readouterr().err
     assert all(fragment in said for fragment in fragments), said
+    assert "goes to vllm as a whole model" in said and "cannot" not in said
     assert not (tmp_path / "a-vllm").exists()
     cure = shlex.split(re.findall(r"`(layerpeft export [^`]+)`", said)[0])
     assert cure[-1] == "--whole"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import ExportError, Problems, UsageError, unknown
-from layerpeft.integrations.files import must_be_new, written_whole
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.shipped import resolve
+from layerpeft.saving.whole import refusal, writing_whole
 from layerpeft.text import note
 from layerpeft.tuners.load import adapter_config, kind_of
-from layerpeft.tuners.merge import merge
+from layerpeft.tuners.merge import merge_into
 from layerpeft.using.export import gguf, ollama, vllm
 from layerpeft.using.export.adapter import is_plain, read_adapter
 from layerpeft.using.export.limits import TARGETS
@@ -33,27 +34,29 @@ def export(
     base: str | None = None,
     whole: bool = False,
     start: str | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes what was trained as a server reads it, into a new folder (`out`: its name; FOLDER-TARGET without it).
 
     `to`: one of `TARGETS`. LoRA goes as an adapter, and as a whole model with `whole`; whatever else changes weights (projection,
     full weights, heads, scales) goes as a whole model. `base`: that of an adapter, where it has moved; `start`: what Ollama's FROM
-    is to name. Raises: ExportError naming all that the server does not take, before anything is written; SaveError for a damaged
-    folder; UsageError.
+    is to name; `overwrite`: an earlier merge or export gives way. Raises: ExportError naming all that the server does not take,
+    before anything is written; SaveError for a damaged folder; UsageError.
     """
     if to not in TARGETS:
         raise UsageError(f"--to: {unknown('target', to, TARGETS)}")
     if start is not None and to != "ollama":
         raise UsageError("--from names what a Modelfile begins with: it goes with --to ollama alone")
     found = find(folder, base)
-    subject = _subject(folder, found, whole or to == MERGED, base, start)
+    more = ("--out", out) * bool(out) + ("--overwrite",) * overwrite
+    subject = _subject(Subject(folder, found, None, base, start, more), whole or to == MERGED, to)
     goes = found.base is not None or to in WRITTEN  # whether anything is to be written
     target = (Path(out).expanduser() if out else _beside(found.folder, to)) if goes else found.folder
-    if out is not None and not goes:
+    if more and not goes:
         raise UsageError(
-            f"--out {out}: {folder} is a whole model, and nothing is written: it is served from where it lies"
+            f"{shlex.join(more)}: {folder} is a whole model, and nothing is written: it is served from where it lies"
         )
-    _check(subject, to, target if goes else None)
+    _check(subject, to, target if goes else None, overwrite)
     if found.quant is not None and subject.adapter is not None:  # merging says it itself
         note(
             "it was trained over a base that was rounded to fewer bits, and goes with the unrounded one: the two differ by that"
@@ -64,18 +67,18 @@ def export(
     return Exported(to, kind, target, about, tuple(_commands(subject, to, target, name)))
 
 
-def _subject(given: str, found: Trained, whole: bool, base: str | None, start: str | None) -> Subject:
-    """Raises: ExportError for weights that are not in safetensors."""
-    alone = Subject(given, found, None, base, start)
+def _subject(alone: Subject, whole: bool, to: str) -> Subject:
+    """With the adapter, where it goes as one. Raises: ExportError for weights that are not in safetensors."""
+    found = alone.found
     if whole or found.base is None or not _adds(found):
         return alone
     adapter = read_adapter(found.folder, adapter_config(found.folder))
     if adapter is None:
-        cure = alone.command("--to", "vllm", "--whole")
+        cure = alone.command("--to", to, "--whole")
         raise ExportError(
-            f"{given} holds its weights in adapter_model.bin, and servers read safetensors; `{cure}` goes"
+            f"{alone.given} holds its weights in adapter_model.bin, and servers read safetensors; `{cure}` goes"
         )
-    return Subject(given, found, adapter, base, start)
+    return replace(alone, adapter=adapter)
 
 
 def _adds(found: Trained) -> bool:
@@ -102,10 +105,11 @@ def name_of(folder: Path) -> str:
 # ---- before anything is written -------------------------------------------------------------------------------------
 
 
-def _check(subject: Subject, to: str, target: Path | None) -> None:
+def _check(subject: Subject, to: str, target: Path | None, overwrite: bool) -> None:
     """Raises: ExportError naming every problem."""
     found = _problems(subject, to)
-    blocked = must_be_new(target) if target is not None else None
+    reads = (subject.found.folder, subject.found.base)
+    blocked = refusal(target, overwrite, reads) if target is not None else None
     problems = Problems(_title(subject, to) if found else f"{subject.given} cannot be exported")
     for text in [*found, *([f"{blocked} (--out DIR)"] if blocked else [])]:
         problems.add(text)
@@ -136,15 +140,15 @@ def _base_problems(subject: Subject) -> list[str]:
 
 
 def _title(subject: Subject, to: str) -> str:
-    """What cannot be done, and which command does something else with it that can."""
-    what = "a model" if subject.adapter is None else "an adapter"
-    said = f"{subject.given} cannot go to {to} as {what}"
-    if subject.adapter is not None and not _problems(alone := replace(subject, adapter=None, start=None), to):
-        return f"{said} (`{alone.command('--to', to, '--whole')}` writes the whole model, which can)"
+    """Which command does something else with it that goes, and what does not."""
     plain = replace(subject, adapter=None, start=None)
+    if subject.adapter is not None and not _problems(plain, to):
+        cure = plain.command("--to", to, "--whole")
+        return f"{subject.given} goes to {to} as a whole model (`{cure}`), and not as an adapter"
     if to != MERGED and not _problems(plain, MERGED):
-        return f"{said} (`{plain.command('--to', MERGED)}` writes the whole model for transformers)"
-    return said
+        cure = plain.command("--to", MERGED)
+        return f"{subject.given} goes to transformers as a whole model (`{cure}`), and not to {to}"
+    return f"{subject.given} cannot go to {to}"
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -153,9 +157,9 @@ def _title(subject: Subject, to: str) -> str:
 def _write(subject: Subject, to: str, target: Path, name: str) -> str:
     """Writes the folder. Returns what it is, in words."""
     folder = subject.found.folder
-    with written_whole(target) as partial:
+    with writing_whole(target, "export") as partial:
         if subject.adapter is None and subject.found.base is not None:
-            merge(folder, partial, base=resolve(subject.base) if subject.base else None)
+            merge_into(folder, partial, base=resolve(subject.base) if subject.base else None)
         if to in WRITTEN:
             return ollama.write(subject, partial, name)
         if subject.adapter is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerpeft.saving.owned import RECORD
 from layerpeft.using.export.adapter import Adapter
 from layerpeft.using.folder import Trained
 
@@ -16,13 +17,15 @@ TEMPLATE = "chat_template.jinja"
 @dataclass(frozen=True)
 class Subject:
     """`given`: the folder's name as it was typed; `found`: what lies in it; `adapter`: as which it goes, None where as a whole
-    model; `base`: another one, if it was named; `start`: what Ollama's FROM is to name."""
+    model; `base`: another one, if it was named; `start`: what Ollama's FROM is to name; `more`: words of the command that go with
+    any target."""
 
     given: str
     found: Trained
     adapter: Adapter | None
     base: str | None = None
     start: str | None = None
+    more: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -50,7 +53,7 @@ class Subject:
     def command(self, *words: str) -> str:
         """The same export with other words, to paste into a shell."""
         base = ["--base", self.base] if self.base else []
-        return shlex.join(["layerpeft", "export", self.given, *words, *base])
+        return shlex.join(["layerpeft", "export", self.given, *words, *base, *self.more])
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Exported:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        files = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        files = sorted(path.name for path in there if path.name != RECORD)
         lines = [{"command": shlex.join(c.words), "about": c.about} for c in self.commands]
         return {"to": self.target, "kind": self.kind, "folder": str(self.folder), "files": files, "commands": lines}
 
