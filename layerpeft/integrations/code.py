@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from layerpeft.errors import ConfigError, told
+from layerpeft.integrations.places import meant
 from layerpeft.text import is_first, some
 
 MOST = 1 << 20  # bytes of a file of code
@@ -57,7 +58,7 @@ def file_beside(name: str | os.PathLike[str], folder: Path, asked: str) -> tuple
     if not path.is_relative_to(home):
         raise ConfigError(f"{asked}: code is taken from beside the recipe alone ({home}), and this is {path}")
     if not path.is_file() or path.stat().st_size > MOST:
-        raise ConfigError(f"{asked}: {path} is no file of code")
+        raise ConfigError(f"{asked}: {path} is no file of code{meant(path)}")
     return path, path.read_bytes()
 
 

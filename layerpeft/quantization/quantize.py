@@ -12,6 +12,7 @@ from torch import nn
 from layerpeft.errors import ConfigError, QuantizationError
 from layerpeft.integrations.files import read_json
 from layerpeft.integrations.peft import LayerPeftType, register
+from layerpeft.integrations.places import meant
 from layerpeft.model.home import home_of, known_of
 from layerpeft.model.layers import base_of
 from layerpeft.quantization import apply
@@ -75,7 +76,7 @@ def recorded(place: str | os.PathLike[str]) -> Quantized:
     path = Path(place)
     path = path / MANIFEST if path.is_dir() else path
     if not path.exists():
-        raise QuantizationError(f"no record of precisions at {path}: there is no such file")
+        raise QuantizationError(f"no record of precisions at {path}: there is no such file{meant(path)}")
     found = read_json(path, QuantizationError).get("quant")
     if found is None:
         raise QuantizationError(f"{path} records no precisions: its base was not quantized by layer")

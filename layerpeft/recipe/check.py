@@ -11,12 +11,13 @@ from typing import Any
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, told, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import code_beside
+from layerpeft.integrations.places import expanded, missing
 from layerpeft.planning import layers as layers  # choices of recipes know by it what layers cost
 from layerpeft.recipe import cures, foreign, keys, model, shorter, sources, surroundings
 from layerpeft.recipe.choice import BLOCK, choice_problems
 from layerpeft.recipe.exits import exit_problems
 from layerpeft.recipe.recipe import Recipe, made
-from layerpeft.recipe.shipped import beside, expanded, looked_for
+from layerpeft.recipe.shipped import beside
 from layerpeft.recipe.strange import unknown_field, unknown_key
 from layerpeft.recipe.tasks import seeing
 from layerpeft.recipe.trainers.table import DEFAULT as USUAL
@@ -254,7 +255,7 @@ def _placed(select: Any, home: Path, path: tuple[str, ...]) -> tuple[Any, list[P
             return select, [Problem((*path, "by"), change.NO_RUN)]
         found = {**select, "of": beside(run, home)}
         there = expanded(found["of"]).is_dir()
-        lost = Problem((*path, "of"), f"of: no folder {run!r} ({looked_for(run, home)})")
+        lost = Problem((*path, "of"), f"of: {missing('folder', run, home)}")
     elif not isinstance(by, str) or not by.endswith((".json", ".py")) or not by.isprintable():
         return select, []
     elif by.endswith(".py"):
@@ -266,7 +267,7 @@ def _placed(select: Any, home: Path, path: tuple[str, ...]) -> tuple[Any, list[P
     else:
         found = {**select, "by": beside(by, home)}
         there = expanded(found["by"]).is_file()
-        lost = Problem((*path, "by"), f"by: no file {by!r} ({looked_for(by, home)})")
+        lost = Problem((*path, "by"), f"by: {missing('file', by, home)}")
     return found, [] if there else [lost]
 
 

@@ -20,6 +20,7 @@ from layerpeft.integrations import hub
 from layerpeft.integrations.code import kept_out
 from layerpeft.integrations.distributed import first_where, rank
 from layerpeft.integrations.files import version_of
+from layerpeft.integrations.places import expanded
 from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.advice_text import told as advice_told
@@ -43,7 +44,7 @@ from layerpeft.recipe.preview_text import Screen, told
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.score import score as score_layers
-from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.surroundings import on_hub
 from layerpeft.recipe.train import run
 from layerpeft.text import is_first, on_screen

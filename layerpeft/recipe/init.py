@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from layerpeft.errors import LayerpeftError, Problems, UsageError, unknown
+from layerpeft.integrations.places import expanded, missing
 from layerpeft.planning.fit import Fit
 from layerpeft.recipe import keys, rows
 from layerpeft.recipe.forms import read_by, taken
 from layerpeft.recipe.plan import Forecast, forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import SAMPLE_BY
-from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.tasks.seeing import sees
 from layerpeft.recipe.tasks.tokenizing import tokenizer
 from layerpeft.recipe.trainer import prepare
@@ -112,7 +112,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
     if expanded(wanted.out).exists():
         problems.add(f"--out: {wanted.out} exists already; name another file")
     elif not expanded(wanted.out).parent.is_dir():
-        problems.add(f"--out: no folder {str(expanded(wanted.out).parent)!r}")
+        problems.add(f"--out: {missing('folder', str(expanded(wanted.out).parent))}")
     if wanted.room is not None and size_of(wanted.room) is None:
         problems.add(f"--fit: {wanted.room!r} is no size; write 24GB, 16GiB or a number of bytes")
     document = override(parse("{}"), wanted.settings)

@@ -20,8 +20,9 @@ from layerpeft.integrations import empty
 from layerpeft.integrations.code import admit
 from layerpeft.integrations.code import named as file_named
 from layerpeft.integrations.files import as_written
+from layerpeft.integrations.places import expanded, neither
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.trainers.row import named
 
 # what from_pretrained is told about reading weights; every other key of model_init_kwargs is one of the model's config
@@ -97,11 +98,20 @@ def _mappings(parts: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
 
 def from_hub(recipe: Recipe, call: Any, *args: Any, **options: Any) -> Any:
     """What transformers loads. Raises: RecipeError in one sentence when it cannot."""
+    return loaded("model_name_or_path", recipe["model_name_or_path"], recipe.path.parent, call, *args, **options)
+
+
+def loaded(key: str, name: str, home: Path, call: Any, *args: Any, **options: Any) -> Any:
+    """What transformers loads for the `key` that names a model. Raises: RecipeError, which says of a name that is nothing here
+    what is called much like it."""
     try:
-        with as_written(f"model_name_or_path: cannot load {recipe['model_name_or_path']!r}", RecipeError):
+        with as_written(f"{key}: cannot load {name!r}", RecipeError):
             return call(*args, **options)
     except RecipeError as error:
-        raise error.under("model_name_or_path") from error.__cause__
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not expanded(resolve(name)).exists():
+            error = RecipeError(f"{key}: {neither('folder', name, home)}: {told(cause, 400)}")
+        raise error.under(key) from cause
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.integrations.peft import HEADS
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe import keys
 from layerpeft.recipe.foreign import RENAMED
-from layerpeft.recipe.shipped import SCHEME, expanded, resolve
+from layerpeft.recipe.shipped import SCHEME, resolve
 from layerpeft.recipe.tasks.task import Task
 from layerpeft.recipe.trainers.row import Row
 from layerpeft.recipe.trainers.table import row_of, task_of

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from layerpeft.errors import Problems, RecipeError, first_line, hint, told
 from layerpeft.integrations.files import version_of
+from layerpeft.integrations.places import ADDRESS, expanded, missing, neither
 from layerpeft.recipe import media
 from layerpeft.recipe.reading import LINE, Broken, Row, plain, read, text_of
-from layerpeft.recipe.shipped import expanded, looked_for, resolve
+from layerpeft.recipe.shipped import resolve
 from layerpeft.text import some
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -33,7 +34,6 @@ SPEAKERS = {
     "observation": "tool",
     "function_call": "assistant",
 }  # as ShareGPT calls them
-HUB = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # what an address on the hub looks like
 READ_AHEAD = 64 * 2**20  # bytes of a file that are looked through before training; the loader sees the rest
 SMALL = 16 * 2**20  # bytes of rows that are kept in memory; more than that goes to the cache of `datasets`
 FIRST = 1000  # rows that are looked at for the names of columns
@@ -137,7 +137,7 @@ def local_files(name: str | list[str], home: Path | None = None) -> list[Path] |
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
         path = expanded(resolve(item))
-        hub = re.fullmatch(HUB, item) and not path.exists()
+        hub = ADDRESS.fullmatch(item) and not path.exists()
         if path.suffix not in READERS and (path.is_dir() or (hub and not isinstance(name, list))):
             return None
         matches = _matches(path)
@@ -147,7 +147,7 @@ def local_files(name: str | list[str], home: Path | None = None) -> list[Path] |
             elif match.is_dir():
                 problems.add(f"{item!r} is a folder (of a folder, name the files in it: {match}/*.jsonl)")
             elif not match.is_file():
-                problems.add(f"no file {item!r} ({looked_for(str(match), home)})")
+                problems.add(missing("file", item, home))
         found += matches
     if len({READERS.get(path.suffix) for path in found}) > 1:
         problems.add("files of different kinds in one list; use one kind")
@@ -294,13 +294,23 @@ def load(
             source = _of_hub(name, config, split, optional, by) if source is None else source
         except Exception as error:  # the loader raises many kinds, some of them private; one line says it all
             why = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # a package that is lacking
-            raise RecipeError(f"cannot load the data {name!r} (split {split!r}): {first_line(why)}") from error
+            raise RecipeError(_unread(name, split, why)) from error
         if source is None or (optional and not source.files and source.data is None):
             return None
     for path in source.files:
         columns_of(path, source.read)  # an empty one is an error
     held = tuple(source) if source.files and source.small else None
     return replace(source, held=held)
+
+
+def _unread(name: str, split: str, why: BaseException) -> str:
+    """What to say of a folder, or of a name that may be one on the hub, which gave no rows."""
+    folder = expanded(name)
+    if not folder.exists() and isinstance(why, OSError):
+        return f"{neither('file or folder', name)}: {first_line(why)}"
+    if folder.is_dir() and not any(path.suffix in READERS for path in folder.rglob("*")):
+        return f"the folder {name!r} holds no rows: no file in it can be read ({', '.join(READERS)})"
+    return f"cannot load the data {name!r} (split {split!r}): {first_line(why)}"
 
 
 def _saved(name: str, split: str, optional: bool) -> Source | None:

@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from layerpeft.errors import RecipeError, unknown
+from layerpeft.integrations.places import expanded, missing, near
 from layerpeft.recipe.toys import place
 from layerpeft.saving.naming import SHIPS
 
@@ -25,27 +26,12 @@ def resolve(address: str) -> str:
     return str(_HERE / "data" / name)
 
 
-def expanded(text: str) -> Path:
-    """The path that a person wrote: `~` is home, and stays as it is for somebody unknown."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
-
-
 def beside(name: str, home: Path) -> str:
     """A path as it is found from the current folder, else beside the recipe (in `home`); as it was written if it is in neither."""
     path = expanded(name)
     if name.startswith(SCHEME) or path.is_absolute() or _is_there(path) or not _is_there(home / path):
         return name
     return str(home / path)
-
-
-def looked_for(name: str, home: Path | None) -> str:
-    """Where a path was looked for, to stand in a sentence."""
-    path = expanded(name)
-    places = dict.fromkeys(str(p.absolute()) for p in ([path] if home is None else [path, home / path]))
-    return f"looked for {' and '.join(places)}"
 
 
 def _is_there(path: Path) -> bool:
@@ -99,4 +85,6 @@ def find_recipe(source: str) -> Path:
         return known[source]
     if path.is_dir():
         raise RecipeError(f"{source!r} is a folder; name the recipe file in it")
-    raise RecipeError("no such file, and " + unknown("recipe", source.removesuffix(".yaml"), known))
+    if near(source) is not None:
+        raise RecipeError(f"{missing('file', source)} Or name a recipe that ships: {', '.join(sorted(known))}")
+    raise RecipeError(f"{missing('file', source)}, and {unknown('recipe', source.removesuffix('.yaml'), known)}")

@@ -17,6 +17,7 @@ from layerpeft.errors import LayerpeftError, Problem, Problems, RecipeError, men
 from layerpeft.integrations import sentences
 from layerpeft.integrations.engines.engine import Engine
 from layerpeft.integrations.engines.known import asked_for
+from layerpeft.integrations.places import ADDRESS, expanded, missing
 from layerpeft.model.precisions import missing_packages, named
 from layerpeft.planning import optimizer_bytes
 from layerpeft.quantization.config import LayerQuantConfig, used
@@ -25,7 +26,7 @@ from layerpeft.recipe.beside import losses, rewards, teachers
 from layerpeft.recipe.beside.models import place_of
 from layerpeft.recipe.forms import other_trainer
 from layerpeft.recipe.recipe import Recipe, training_arguments
-from layerpeft.recipe.shipped import beside, expanded, looked_for, resolve
+from layerpeft.recipe.shipped import beside, resolve
 from layerpeft.recipe.tasks.shape import problems_of
 from layerpeft.recipe.trainers.row import Row
 from layerpeft.recipe.trainers.table import task_of
@@ -88,7 +89,7 @@ def on_hub(good: Mapping[str, Any]) -> bool:
         named += sources.paths(value) if isinstance(value, str) or sources.several(value) else []
     named += [item for item in rewards.listed(good.get("rewards")) if isinstance(item, str) and "/" in item]
     return any(
-        isinstance(n, str) and re.fullmatch(rows.HUB, n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
+        isinstance(n, str) and ADDRESS.fullmatch(n) and not Path(n).exists() and Path(n).suffix not in rows.READERS
         for n in named
     )
 
@@ -288,8 +289,8 @@ def _model(good: Mapping[str, Any], home: Path | None, key: str = MODEL) -> tupl
             return [], f"{path} has no weights (*.safetensors)"
     elif path.is_file():
         sentence = f"{name!r} is a file; name the folder that holds config.json and the weights"
-    elif not re.fullmatch(rows.HUB, name):
-        sentence = f"no folder {name!r} ({looked_for(name, home)})"
+    elif not ADDRESS.fullmatch(name):
+        sentence = missing("folder", name, home)
     return ([_of(key, sentence)] if sentence else []), ""
 
 
@@ -307,7 +308,7 @@ def _output(good: Mapping[str, Any], purpose: str, home: Path | None) -> tuple[l
             found.append(_of(again, f"there is no complete checkpoint in {folder}"))
     elif isinstance(resume, str):
         if not expanded(resume).is_dir():
-            found.append(_of(again, f"no folder {resume!r} ({looked_for(resume, home)}; `true` takes the newest)"))
+            found.append(_of(again, f"{missing('folder', resume, home)} (`true` takes the newest)"))
         elif troubles := checkpoint_troubles(expanded(resume)):
             found.append(_of(again, f"{resume} is not complete: {'; '.join(troubles)}"))
     elif purpose in ("train", "plan") and not good.get("overwrite_output_dir") and folder.is_dir():

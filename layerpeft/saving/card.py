@@ -15,9 +15,10 @@ from typing import Any
 
 from layerpeft.errors import SaveError
 from layerpeft.integrations.files import read_json, replace_file, version_of
+from layerpeft.integrations.places import ADDRESS
 from layerpeft.saving.classes import class_named
 from layerpeft.saving.manifest import CONFIG, MANIFEST
-from layerpeft.saving.naming import ADDRESS, SHIPS, Name, named
+from layerpeft.saving.naming import SHIPS, Name, named
 from layerpeft.saving.usage import how_to_use
 from layerpeft.text import grid, note, size_text, some
 

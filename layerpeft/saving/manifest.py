@@ -20,6 +20,7 @@ from layerpeft.integrations.files import (
     tensors_trouble,
     versions_of,
 )
+from layerpeft.integrations.places import meant
 from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import read_fields
 
@@ -181,7 +182,7 @@ def selection_of(folder: str | os.PathLike[str]) -> Selection:
 def _parse_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as it stands, after its format is checked."""
     if not folder.is_dir():
-        raise SaveError(f"{folder} is not a folder")
+        raise SaveError(f"{folder} is not a folder{meant(folder)}")
     path = folder / MANIFEST
     if not path.is_file():
         inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))

@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from layerpeft.integrations.places import ADDRESS
+
 _CACHED = re.compile(r"(models|datasets)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{7,64})[/\\]?$")
 SHIPS = "layerpeft://"  # before the name of what comes with the package
-ADDRESS = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import nn
 from layerpeft.errors import LayerMapError, Problems, SaveError
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, fingerprint, read_json
+from layerpeft.integrations.places import meant
 from layerpeft.model.layers import layer_map
 from layerpeft.model.weights import PIECE
 from layerpeft.saving.manifest import CONFIG
@@ -95,7 +96,7 @@ def _side(name: str | os.PathLike[str], role: str) -> Side:
     """Raises: SaveError for what is no full model in safetensors, in numbers."""
     where = folder_of(os.fspath(name), {}, {})
     if where is None:
-        raise SaveError(f"{role}: {os.fspath(name)} is no folder, nor a model that can be had")
+        raise SaveError(f"{role}: {os.fspath(name)} is no folder, nor a model that can be had{meant(name)}")
     if (where / CONFIG).is_file():
         raise SaveError(
             f"{role}: {where} holds an adapter: merge it first (layerpeft merge {where} NEW), and give that"

@@ -11,6 +11,7 @@ import yaml
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problems, told
 from layerpeft.integrations.files import read_text
+from layerpeft.integrations.places import meant
 from layerpeft.model.names import place_among
 from layerpeft.model.weights import PIECE, widest
 from layerpeft.selection.grammar import check_grammar, layer_numbers
@@ -111,7 +112,7 @@ def _pairs(asked: Asked, problems: Problems) -> list[tuple[Any, Any]]:
             found.append((",".join(before), weight.strip()))
             before = []
     if before or any(not layers.strip() or "=" in weight for layers, weight in found):
-        problems.add(f"cannot read {text!r}, which is no file either", "weights")
+        problems.add(f"cannot read {text!r}, which is no file either{meant(text)}", "weights")
         return []
     return found
 

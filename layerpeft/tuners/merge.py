@@ -19,6 +19,7 @@ from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, read_json
 from layerpeft.integrations.merging import merge_in_place, weigh
 from layerpeft.integrations.peft import changes_weights
+from layerpeft.integrations.places import ADDRESS, missing, neither
 from layerpeft.integrations.sentences import parts_in
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
@@ -355,5 +356,11 @@ def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, 
     kind = class_named(config)
     if kind is None or not hasattr(transformers, kind):
         raise SaveError(f"{source} names no model class that transformers has; give the model itself: merge(…, model)")
-    with as_written(f"the base model {os.fspath(base)!r} cannot be loaded"):
+    name = os.fspath(base)
+    lost = not os.path.exists(name)
+    if lost and not ADDRESS.fullmatch(name):
+        raise SaveError(f"the base model is not there: {missing('folder', name)}")
+    with as_written(
+        f"the base model: {neither('folder', name)}" if lost else f"the base model {name!r} cannot be loaded"
+    ):
         return getattr(transformers, kind).from_pretrained(os.fspath(base), **{"trust_remote_code": False} | kwargs)

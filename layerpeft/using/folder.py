@@ -14,15 +14,16 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from layerpeft.errors import SaveError, UsageError, hint, told
+from layerpeft.errors import SaveError, UsageError, told
 from layerpeft.integrations.files import read_text
+from layerpeft.integrations.places import ADDRESS, expanded, looked_for, meant, neither
 from layerpeft.integrations.sentences import modules_of
 from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.recipe.model import auto_class, loading
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
 from layerpeft.saving.classes import class_named
@@ -83,18 +84,14 @@ def find(folder: str, model: str | None = None) -> Trained:
     path = expanded(folder)
     if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
         return _adapter(path, model)
+    if not path.is_dir() and (path.exists() or not ADDRESS.fullmatch(folder)):
+        raise SaveError(f"{folder} is not a folder{meant(folder)}")
     if model is not None:
         raise UsageError(f"--base names the base of an adapter, and {folder} is none (it has no {CONFIG})")
     if path.is_dir() and not (path / "config.json").is_file():
         raise SaveError(f"{folder} holds no model (config.json) and no adapter ({CONFIG}){_below(path)}")
-    if not path.is_dir() and (path.exists() or path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
-        near = [str(p) for p in path.parent.glob("*/")] if path.parent.is_dir() else []
-        raise SaveError(f"{folder} is not a folder.{hint(str(path), near)}")
     place = str(path) if path.is_dir() else folder
-    here = (
-        "is no model that transformers can load" if path.is_dir() else "is no folder here, and no model that can be had"
-    )
-    config = _config(place, f"{folder} {here}")
+    config = _config(place, f"{folder} is no model that transformers can load" if path.is_dir() else None)
     kind = (VECTORS if modules_of(place) else _kind_of(config)) or _unknown(folder)
     recipe, said = _recipe(path, kind, place, {})
     return Trained(path if path.is_dir() else Path(folder), None, kind, recipe, config, said)
@@ -112,7 +109,10 @@ def _adapter(path: Path, model: str | None) -> Trained:
     cure = f"name it: --base MODEL (was {base!r})" if model is None else "name another one"
     if not base:
         raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --base MODEL")
-    config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
+    lost = f"the base model {base!r} of {path} is not there"
+    if not ADDRESS.fullmatch(base) and not expanded(base).exists():
+        raise SaveError(f"{lost} ({looked_for(base)}); {cure}{meant(base)}")
+    config = _config(base, f"{lost}; {cure}", said.get("revision"))
     check_depth(manifest, config, f"{base!r}")
     task = dict(manifest.get("task") or {})
     trainer = task.get("trainer") or _values(path).get("trainer")
@@ -127,11 +127,13 @@ def _adapter(path: Path, model: str | None) -> Trained:
     return Trained(path, base, kind, recipe, config, task, manifest.get("quant"), bool(manifest), method)
 
 
-def _config(place: str, wrong: str, revision: str | None = None) -> Any:
+def _config(place: str, wrong: str | None, revision: str | None = None) -> Any:
+    """Raises: SaveError, which says what is `wrong` and why; None of what is no folder here, and may be a name on the hub."""
     try:
         return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # what lies there, and the hub, fail in many ways
-        raise SaveError(f"{wrong} ({told(error, 300)})") from error
+        why = told(error, 300)
+        raise SaveError(f"{wrong} ({why})" if wrong is not None else f"{neither('folder', place)}: {why}") from error
 
 
 def _kind_of(config: Any, named: str | None = None) -> str | None:

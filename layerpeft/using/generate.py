@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.generation.streamers import TextStreamer
 
 from layerpeft.errors import UsageError, hint, told
 from layerpeft.integrations.files import parse_json, read_text
+from layerpeft.integrations.places import expanded, meant
 from layerpeft.model.layers import base_of
 from layerpeft.text import on_screen
 from layerpeft.using.folder import Trained
@@ -130,9 +130,9 @@ def longest(model: Any) -> int | None:
 def read_prompts(place: str) -> list[Prompt]:
     """Prompts of a file, or of standard input (-): one a line, or JSON lines with `prompt` or `messages`. Raises: UsageError."""
     try:
-        text = sys.stdin.read() if place == "-" else read_text(Path(place).expanduser())
+        text = sys.stdin.read() if place == "-" else read_text(expanded(place))
     except OSError as error:
-        raise UsageError(f"--prompts {place}: {error.strerror}") from error
+        raise UsageError(f"--prompts {place}: {error.strerror}{meant(place)}") from error
     except ValueError as error:
         raise UsageError(f"--prompts {place}: {told(error)}") from error
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -11,6 +11,7 @@ from typing import Any
 
 from layerpeft.errors import UsageError, hint
 from layerpeft.integrations.files import replacing
+from layerpeft.integrations.places import meant
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 Rows = Sequence[Mapping[str, Any]]
@@ -30,7 +31,7 @@ def check_new(path: Path, overwrite: bool) -> None:
     if path.is_dir() or path.exists() and not overwrite:
         raise UsageError(f"--out {path}: is there already{'' if path.is_dir() else '; --overwrite replaces it'}")
     if not path.parent.is_dir():
-        raise UsageError(f"--out {path}: there is no folder {path.parent}")
+        raise UsageError(f"--out {path}: there is no folder {path.parent}{meant(path.parent)}")
 
 
 def short(value: Any) -> Any:

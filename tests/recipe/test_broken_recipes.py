@@ -398,8 +398,8 @@ def test_without_a_network_the_hub_is_asked_once(place: Path, capsys: pytest.Cap
     message = capsys.readouterr().err
     for fragment in (
         "3 problems",
-        "line 2: model_name_or_path: cannot load",
-        "line 3: dataset_name: cannot load",
+        "line 2: model_name_or_path: no folder 'nobody/nothing'",
+        "line 3: dataset_name: no file or folder 'nobody/rows'",
         "line 7",
     ):
         assert fragment in message

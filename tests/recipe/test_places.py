@@ -8,6 +8,7 @@ from layerpeft.cli import main
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.read import load_recipe
 from layerpeft.selection.scores import Scores
+from tests.conftest import LLAMA
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -153,3 +154,50 @@ def test_what_is_wrong_with_a_scorer(
     assert main(["train", str(home / "recipe.yaml"), f"layerpeft.select.by={by}"]) == 2
     text = capsys.readouterr().err
     assert said in text and "Traceback" not in text
+
+
+MEANT = [
+    (["train", "recpe.yaml"], "recipe.yaml"),
+    (["compare", "recipe.yaml", "--arms", "./recpe.yaml"], "recipe.yaml"),
+    (["plan", "recipe.yaml", "model_name_or_path=models/lama-6m"], "models/llama-6m"),
+    (["plan", "recipe.yaml", "dataset_name=data/gogn"], "data/gone"),
+    (["plan", "recipe.yaml", "output_dir=new", "resume_from_checkpoint=models/lama-6m"], "models/llama-6m"),
+    (["init", "--model", "lamas", "--data", "rows.jsonl", "--out", "new.yaml"], "llama"),
+    (["init", "--model", "./lamas", "--data", "rows.jsonl", "--out", "new.yaml"], "llama"),
+    (["init", "--model", "layerpeft://llama-6m", "--data", "rowz", "--out", "new.yaml"], "rows.jsonl"),
+    (["init", "--model", "layerpeft://llama-6m", "--data", "rows.jsonl", "--out", "modls/new.yaml"], "models"),
+    (["import", "recpe.yaml"], "recipe.yaml"),
+    (["generate", "lamas", "--prompt", "x"], "llama"),
+    (["generate", "./modls/llama-6m", "--prompt", "x"], "models/llama-6m"),
+    (["predict", "models/llama-6m", "rowz.jsonl", "--out", "out.csv"], "rows.jsonl"),
+    (["predict", "models/llama-6m", "rows.jsonl", "--out", "modls/out.csv"], "models"),
+    (["generate", "models/llama-6m", "--prompts", "rowz.jsonl"], "rows.jsonl"),
+    (["export", "models/lama-6m", "--to", "merged"], "models/llama-6m"),
+    (["report", "models/lama-6m"], "models/llama-6m"),
+    (["merge", "models/lama-6m", "new"], "models/llama-6m"),
+    (["merge", "models/llama-6m", "new", "--plus", "lamas", "--minus", "lamas"], "llama"),
+    (["merge", "models/llama-6m", "new", "--weights", "rowz.jsonl"], "rows.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("words", "found"), MEANT, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_what_is_misspelt_is_asked_for(
+    home: Path, words: list[str], found: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    for place in ("models/llama-6m", "llama", "data/gone"):
+        Path(place).mkdir(parents=True)
+    for file in LLAMA.iterdir():
+        (Path("models/llama-6m") / file.name).symlink_to(file)
+    Path("recipe.yaml").write_text(RECIPE % "gradient_norm")
+    before = sorted(Path().rglob("*"))
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"Did you mean {found!r}?" in said and "Traceback" not in said and sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_without_rows_is_no_address(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("docs").mkdir()
+    Path("docs/page.md").write_text("# No rows\n")
+    assert main(["plan", str(home / "recipe.yaml"), "layerpeft.select=last:2", "dataset_name=docs"]) == 2
+    assert "dataset_name: the folder 'docs' holds no rows: no file in it can be read (.jsonl" in capsys.readouterr().err

@@ -7,10 +7,10 @@ from typing import Any
 import transformers
 
 from layerpeft.errors import Problem, RecipeError
-from layerpeft.integrations.files import as_written
-from layerpeft.recipe.model import allow, code_of
+from layerpeft.integrations.places import expanded
+from layerpeft.recipe.model import allow, code_of, loaded
 from layerpeft.recipe.recipe import Recipe
-from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.shipped import resolve
 
 
 def place_of(name: str) -> str:
@@ -24,11 +24,7 @@ def load(recipe: Recipe, key: str, call: Any, name: str, **options: Any) -> Any:
     place, trusted = place_of(name), recipe["trust_remote_code"]
     if trusted:
         allow(key, f"trust_remote_code: true ({key})", code_of(place, options.get("revision")))
-    try:
-        with as_written(f"{key}: cannot load {name!r}", RecipeError):
-            return call(place, trust_remote_code=trusted, **options)
-    except RecipeError as error:
-        raise error.under(key) from error.__cause__
+    return loaded(key, name, recipe.path.parent, call, place, trust_remote_code=trusted, **options)
 
 
 def vocabulary(config: Any) -> int:

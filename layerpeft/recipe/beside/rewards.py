@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +14,8 @@ import transformers
 
 from layerpeft.errors import ConfigError, LayerpeftError, Problem, hint, unknown
 from layerpeft.integrations.code import code_beside, file_beside, ran
+from layerpeft.integrations.places import ADDRESS, expanded
 from layerpeft.recipe.beside.models import load, place_of, tokenizer, wrong
-from layerpeft.recipe.rows import HUB
-from layerpeft.recipe.shipped import expanded
 from layerpeft.tuners.load import load as with_adapter
 
 KEY = "rewards"
@@ -94,7 +92,7 @@ def _check(reward: Reward, home: Path) -> None:
     elif (place := expanded(place_of(reward.asked))).is_dir():
         if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(f"{place} has no config.json, so it is no model")
-    elif not ("/" in reward.asked and re.fullmatch(HUB, reward.asked)):
+    elif not ("/" in reward.asked and ADDRESS.fullmatch(reward.asked)):
         known = of_trl()
         raise ConfigError(
             f"{unknown('reward', reward.name, known)} Or a function of a file beside the recipe (./rewards.py:correct_answer), or "

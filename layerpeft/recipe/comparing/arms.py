@@ -10,10 +10,11 @@ from typing import Any
 
 from layerpeft.errors import LayerpeftError, Problems, RecipeError, unknown
 from layerpeft.integrations.files import read_text
+from layerpeft.integrations.places import expanded, missing
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.read import MOST, examine
 from layerpeft.recipe.recipe import Recipe, settings_of
-from layerpeft.recipe.shipped import beside, expanded, recipes
+from layerpeft.recipe.shipped import beside, recipes
 from layerpeft.recipe.yaml import Document, parse
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Select
@@ -71,7 +72,7 @@ def parse_arms(text: str, draws: int = 3) -> tuple[Arm, ...]:
 def _arm(part: str, draws: int, problems: Problems) -> Arm | None:
     if part.endswith((".yaml", ".yml")) or "/" in part:
         if not expanded(part).is_file():
-            problems.add(f"no recipe file {part!r} (looked for {expanded(part).absolute()})")
+            problems.add(missing("recipe file", part))
             return None
         stem = Path(part).stem
         if stem == "recipe":  # as every run calls its own

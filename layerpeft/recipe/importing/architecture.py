@@ -8,9 +8,10 @@ import transformers
 
 from layerpeft.errors import LayerpeftError
 from layerpeft.integrations.empty import empty_model
+from layerpeft.integrations.places import expanded
 from layerpeft.model.layers import stacks_of
 from layerpeft.recipe.importing.draft import Given
-from layerpeft.recipe.shipped import beside, expanded, resolve
+from layerpeft.recipe.shipped import beside, resolve
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer")
 OUTSIDE = ["embed_tokens", "norm", "lm_head"]  # as Llama and its kin call them

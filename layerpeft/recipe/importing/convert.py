@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerpeft.errors import UsageError
+from layerpeft.integrations.places import expanded, missing
 from layerpeft.recipe import keys
 from layerpeft.recipe.importing.draft import Draft, Given, said
 from layerpeft.recipe.importing.rules import translate
@@ -15,7 +16,6 @@ from layerpeft.recipe.importing.settle import settle
 from layerpeft.recipe.importing.shell import PROGRAM
 from layerpeft.recipe.importing.source import read
 from layerpeft.recipe.importing.tools import whose
-from layerpeft.recipe.shipped import expanded
 from layerpeft.recipe.written import recipe_text, wrapped
 
 LEFT = "left out, and why:"
@@ -44,7 +44,7 @@ def import_file(
     if target.exists() and not force:
         raise UsageError(f"--out: {out} exists already; name another file, or write over it (--force)")
     if not target.parent.is_dir():
-        raise UsageError(f"--out: no folder {str(target.parent)!r}")
+        raise UsageError(f"--out: {missing('folder', str(target.parent))}")
     text = written(draft, path, target)
     try:
         with target.open("w" if force else "x", encoding="utf-8") as file:

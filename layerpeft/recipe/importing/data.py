@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe import rows
 from layerpeft.recipe.importing.draft import Draft, Given, flag, number, said, whole
-from layerpeft.recipe.shipped import SCHEME, expanded
+from layerpeft.recipe.shipped import SCHEME
 
 TURNS, ALPACA, TEXT, ASKED, PAIRS, LIKED = "conversations", "alpaca", "text", "prompts", "pairs", "likes"
 SPLIT = "train"

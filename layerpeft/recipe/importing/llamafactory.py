@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe import cures
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ALPACA, ASKED, LIKED, PAIRS, TEXT, TURNS, Rows
 from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, number, said, whole, words
 from layerpeft.recipe.importing.rules import ELSEWHERE, KERNEL, Rule, lora, on, out, to, together
-from layerpeft.recipe.shipped import expanded
 
 MARKS = (
     "stage",

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ASKED, TEXT, TURNS, Rows
 from layerpeft.recipe.importing.draft import Draft, flag, number, said, whole
 from layerpeft.recipe.importing.rules import ELSEWHERE, Rule, lora, on, out, to, together
 from layerpeft.recipe.importing.shell import PROGRAM
-from layerpeft.recipe.shipped import beside, expanded
+from layerpeft.recipe.shipped import beside
 
 MARKS = (
     "dataset_path",

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerpeft.errors import Problems, UsageError
 from layerpeft.integrations.files import read_text
+from layerpeft.integrations.places import missing
 from layerpeft.recipe.importing import shell
 from layerpeft.recipe.yaml import parse
 
@@ -20,7 +21,7 @@ _INSIDE = re.compile(r"\$\{([\w.]+)\}")
 def read(path: Path) -> dict[str, Any]:
     """Its keys. Raises: UsageError with everything that keeps it from being read."""
     if not path.is_file():
-        raise UsageError(f"no file {str(path)!r}")
+        raise UsageError(missing("file", str(path)))
     try:
         text = read_text(path, MOST)
     except (OSError, ValueError) as error:

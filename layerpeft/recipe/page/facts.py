@@ -10,6 +10,7 @@ from typing import Any
 
 from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import as_written, read_json, read_text
+from layerpeft.integrations.places import meant
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.picture import cells
 from layerpeft.recipe.outcome import read_run
@@ -79,7 +80,7 @@ class Facts:
 def facts(folder: Path) -> Facts:
     """What lies in a folder. Raises: SaveError where that is neither an adapter nor a comparison."""
     if not folder.is_dir():
-        raise SaveError(f"{folder} is not a folder")
+        raise SaveError(f"{folder} is not a folder{meant(folder)}")
     if not any((folder / name).is_file() for name in (CONFIG, MANIFEST, COMPARISON)):
         raise SaveError(
             f"{folder} holds no adapter ({CONFIG}) and no comparison ({COMPARISON}), so there is nothing to report"

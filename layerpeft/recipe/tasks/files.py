@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe.rows import Unfit
-from layerpeft.recipe.shipped import expanded
 
 
 def held(name: str, value: Any, homes: Sequence[str]) -> dict[str, Any]:

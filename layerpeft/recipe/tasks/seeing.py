@@ -9,11 +9,12 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from layerpeft.errors import LayerpeftError
+from layerpeft.integrations.places import expanded
 from layerpeft.recipe import tokens
 from layerpeft.recipe.model import from_hub, model_path
 from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.rows import TURNS, Source, Unfit, columns_here
-from layerpeft.recipe.shipped import expanded, resolve
+from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.sources import paths
 from layerpeft.recipe.tasks import cell, files, turns
 from layerpeft.recipe.tasks.task import Head, Known, Part, Task
