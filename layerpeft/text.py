@@ -94,6 +94,11 @@ def _written_over(c: str) -> bool:
     return bool(unicodedata.combining(c)) or unicodedata.category(c) in ("Mn", "Me")
 
 
+def measured(value: float) -> str:
+    """A number that was measured: four places, or powers of ten where these say nothing or take a line."""
+    return f"{value:.4f}" if not value or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
 def size_of(text: str) -> int | None:
     """Bytes in a text such as "6GB" (powers of 1000), "6GiB" (of 1024) or "512"; None where it is no size."""
     found = _SIZE.fullmatch(text)

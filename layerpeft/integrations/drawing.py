@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from layerpeft.errors import told
 from layerpeft.integrations.files import replace_file
+from layerpeft.text import note
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +27,24 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def write_figure(figure: Any, path: str | os.PathLike[str], dpi: int = 100) -> None:
-    """Swaps the file for the figure as a PNG, the same bytes for the same picture."""
+def write_figure(figure: Any, path: str | os.PathLike[str], dpi: int = 100) -> bool:
+    """Swaps the file for the figure as a PNG, the same bytes for the same picture. False, said, where matplotlib cannot draw it,
+    as where an axis spans more than a number can say."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    try:
+        figure.savefig(picture, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    except (ValueError, ArithmeticError) as error:
+        note(f"{path} is left out: {told(error, 200)}")
+        return False
     replace_file(Path(path), picture.getvalue())
+    return True
+
+
+def count_whole(axes: Any) -> None:
+    """The horizontal axis has whole numbers alone, which are steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 @functools.cache

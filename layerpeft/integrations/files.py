@@ -221,15 +221,16 @@ def read_json(
         raise error(f"{path} is truncated or altered: {told(why, 300)}") from why
 
 
-def read_text(path: str | os.PathLike[str], most: int = MOST) -> str:
-    """A text file in UTF-8. Raises: OSError; ValueError for another encoding, for what is no file, and for too much."""
+def read_text(path: str | os.PathLike[str], most: int = MOST, errors: str = "strict") -> str:
+    """A text file in UTF-8. Raises: OSError; ValueError for another encoding (`errors`: as those of `bytes.decode`), for what is no
+    file, and for too much."""
     if not (path := Path(path)).is_file() and path.exists() and not path.is_dir():
         raise ValueError("it is no ordinary file")
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it holds more than {most:,} bytes")
-    return data.decode("utf-8-sig")
+    return data.decode("utf-8-sig", errors)
 
 
 def parse_json(text: str, finite: bool = True, kind: Any = dict) -> Any:

@@ -64,5 +64,4 @@ def write_bits(found: Bits, path: str | os.PathLike[str]) -> bool:
     used = [name for name in PRECISIONS if name in set(table.values())]
     patches = [Patch(fc=COLOURS[name], ec="#999999", label=name) for name in used]
     axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    write_figure(figure, path)
-    return True
+    return write_figure(figure, path)

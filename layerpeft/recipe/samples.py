@@ -11,6 +11,9 @@ from torch import nn
 
 from layerpeft.integrations.engines.generating import generating
 
+ANSWERS = ("before", "after")  # fields that the model has written
+SILENT = "the model wrote nothing"
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -21,7 +21,7 @@ from layerpeft.errors import LayerpeftError, RecipeError, SaveError, differences
 from layerpeft.integrations import hub
 from layerpeft.integrations.code import file_beside
 from layerpeft.integrations.distributed import everywhere, from_first
-from layerpeft.integrations.drawing import new_figure, write_figure
+from layerpeft.integrations.drawing import count_whole, new_figure, write_figure
 from layerpeft.integrations.files import disk_is_full, replace_file
 from layerpeft.integrations.peft import whole_state
 from layerpeft.model.layers import base_of
@@ -33,7 +33,7 @@ from layerpeft.recipe.exits import exit_numbers, write_exits
 from layerpeft.recipe.outcome import RUN, Memory, Reached, outcome, write_run
 from layerpeft.recipe.page.page import PAGE, write_page
 from layerpeft.recipe.recipe import Recipe, as_chosen, checkpoint_of, command_of, layer_config, to_yaml
-from layerpeft.recipe.samples import Sample, generate, prompt_of, show
+from layerpeft.recipe.samples import ANSWERS, SILENT, Sample, generate, prompt_of, show
 from layerpeft.recipe.shorter import shorten
 from layerpeft.recipe.surroundings import SHORTER_RECORD, TRAINED, checkpoints_in
 from layerpeft.recipe.tasks.metrics import NAMES
@@ -56,7 +56,7 @@ from layerpeft.saving.manifest import MANIFEST, read_manifest, selection_of
 from layerpeft.saving.owned import files_below, put_on_record, recording, room, strangers
 from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Selection
-from layerpeft.text import is_first, note, size_text, some
+from layerpeft.text import is_first, measured, note, size_text, some
 from layerpeft.training.exits import depths_of
 from layerpeft.training.prefix.source import source_of
 from layerpeft.training.record import record_of
@@ -377,11 +377,12 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o")):
         points = [(record["step"], record[key]) for record in history if key in record]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+            axes.plot(*zip(*points, strict=True), style if len(points) > 1 else "o", label=label)
     if not axes.lines:
         note("no loss was logged (logging_steps), so there is no picture of it")
         return
     axes.set(xlabel="optimizer step", ylabel="loss", title="loss")
+    count_whole(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, path, dpi=120)
@@ -396,15 +397,16 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
         say(found.told(what))
     for key, name in NAMES.items():
         if key in result.after:
-            say(f"{name}: {result.before[key]:.4f} before, {result.after[key]:.4f} after")
+            say(f"{name}: {measured(result.before[key])} before, {measured(result.after[key])} after")
             for depth, numbers in result.exits.items():
-                say(f"  of the first {depth} layers: {numbers[key]:.4f} after")
+                say(f"  of the first {depth} layers: {measured(numbers[key])} after")
     if not result.after:
         say("no held-out rows (eval_dataset), so nothing was measured before and after")
     say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")
     for sample in result.samples:
         for title, text in vars(sample).items():
-            say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[:12]))
+            lines = text.splitlines()[:12] or [SILENT] * (title in ANSWERS)
+            say(f"\n{title}:\n" + "\n".join(f"  {line}" for line in lines))
     say(f"\n{result.report}")
     if result.above is not None:
         say(

@@ -20,7 +20,7 @@ from layerpeft.saving.classes import class_named
 from layerpeft.saving.manifest import CONFIG, MANIFEST
 from layerpeft.saving.naming import SHIPS, Name, named
 from layerpeft.saving.usage import how_to_use
-from layerpeft.text import grid, note, size_text, some
+from layerpeft.text import grid, measured, note, size_text, some
 
 CARD = "README.md"
 MARK = re.compile(r"<!-- written by layerpeft, ([0-9a-f]{12}): [^\n]* -->\n")
@@ -240,7 +240,7 @@ def _reached(run: Plain) -> list[str]:
     before, after = run.get("before") or {}, run.get("after") or {}
     names = run.get("names") or {}
     numbers = [
-        (names.get(k, k), f"{before[k]:.4f}" if k in before else "", f"{after[k]:.4f}") for k in names if k in after
+        (names.get(k, k), measured(before[k]) if k in before else "", measured(after[k])) for k in names if k in after
     ]
     facts = []
     if run.get("seconds") is not None:
@@ -248,9 +248,9 @@ def _reached(run: Plain) -> list[str]:
         facts.append(f"Time: {steps}{run['seconds']:.0f} s of training on {run.get('device', 'cpu')}.")
     if run.get("trainable"):
         facts.append(f"Trainable: {run['trainable']:,} of {run['total']:,} parameters.")
-    measured = (run.get("memory") or {}).get("measured") or {}
-    if measured:
-        facts.append(f"Memory: {', '.join(f'{k} {size_text(v)}' for k, v in measured.items())}.")
+    memory = (run.get("memory") or {}).get("measured") or {}
+    if memory:
+        facts.append(f"Memory: {', '.join(f'{k} {size_text(v)}' for k, v in memory.items())}.")
     if not numbers and not facts:
         return []
     table = [_table([("on held-out rows", "before", "after"), *numbers], "<>>")] if numbers else []

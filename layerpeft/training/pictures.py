@@ -67,8 +67,7 @@ def write_heatmap(standing: Plain, report: LayerReport, path: str | os.PathLike[
         below.step(*zip(*points, (steps, points[-1][1]), strict=True), where="post", color="#1f61a6")
     below.set(xlabel="optimizer step", ylabel="active", ylim=(0, number + 0.5))
     below.grid(alpha=0.3)
-    write_figure(figure, path)
-    return True
+    return write_figure(figure, path)
 
 
 def write_csv(rows: Iterable[Row], path: str | os.PathLike[str], unit: str = "layer") -> None:
@@ -90,9 +89,7 @@ def write_png(rows: Iterable[Row], path: str | os.PathLike[str], title: str, uni
     """Draw scores (or a strip of the chosen layers) and any known changes; False when nothing could be drawn."""
     rows = sorted(rows, key=lambda row: row.layer)
     figure = (_grid if unit == HEAD else _figure)(rows, title, unit) if rows else None
-    if figure is not None:
-        write_figure(figure, path)
-    return figure is not None
+    return figure is not None and write_figure(figure, path)
 
 
 def _grid(rows: Sequence[Row], title: str, unit: str) -> Any:

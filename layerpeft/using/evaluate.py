@@ -219,8 +219,7 @@ def draw_confusion(found: Found, path: Path) -> bool:
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="found", ylabel="wanted", title=f"{found.rows} rows, accuracy {found.numbers['accuracy']:.3f}")
-    write_figure(figure, path, dpi=120)
-    return True
+    return write_figure(figure, path, dpi=120)
 
 
 # ---- the loss of text -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from layerpeft.cli import main
 from layerpeft.recipe.page import charts
 from layerpeft.recipe.page.facts import Facts, facts
 from layerpeft.recipe.page.page import PAGE, page, write_page
-from layerpeft.recipe.page.svg import ticks
+from layerpeft.recipe.page.svg import around, ticks
 from layerpeft.saving import owned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -208,6 +208,55 @@ def test_precisions_are_drawn(tmp_path: Path) -> None:
     quant = {"format": 1, "modules": {}, "storage": {}, "rows": [stored(i) for i in range(3)]}
     text = write_page(folder(tmp_path, MANIFEST | {"quant": quant})).read_text()
     assert "Precision by layer: 1 linears in 16bit, 2 linears in nf4" in text and "5.00 bits a weight" in text
+
+
+def test_numbers_at_the_ends_of_what_a_number_can_say_are_drawn(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for values in (
+        (1e308, -1e308, 1.7e308),
+        (5e-324, 1e-323, 0.0),
+        (1e-14, 3e-14, 2e-14),
+        (-1.7e308, -1.6e308, 5e-324),
+    ):
+        rows = [{"layer": i, "name": "a", "score": v, "chosen": i == 0, "change": v} for i, v in enumerate(values)]
+        log = [{"step": i, "loss": v, "eval_loss": -v} for i, v in enumerate(values)]
+        runs = [{"arm": arm, "value": v, "seconds": 3.0, "layers": [i]} for arm, i, v in zip("aab", range(3), values)]
+        ends = {"before": {"eval_loss": values[0]}, "after": {"eval_loss": values[1]}}
+        found = Facts(
+            "x", manifest=MANIFEST | {"report": rows}, log=log, run=RUN | ends, comparison=COMPARED | {"runs": runs}
+        )
+        text = page(found)
+        read(text)
+        places = re.findall(r' (?:points|d|x|y|cx|cy|width|height)="([^"]*)"', text)
+        assert places and not re.search("nan|inf", " ".join(places)), values
+        assert "Loss over" in text and "of every arm" in text and max(map(len, re.findall(r"\d+", text))) < 40
+        wide = [float(x) for x in re.findall(r'<text x="([^"]*)"', text)]
+        assert all(-1 < x < 400 for x in wide)
+        for drawn in (ticks(min(values), max(values)), ticks(*around(values, 0.05, 0.5))):
+            assert 1 < len(drawn) < 12 and len(set(drawn)) == len(drawn)
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"seconds": 10**400, "steps": 10**400}))
+    read(write_page(tmp_path).read_text())
+
+
+def test_a_log_that_was_cut_loses_its_last_line_alone(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "log.jsonl"
+    for cut in (
+        '{"step": 41, "lo',
+        '{"step": 41, "loss": 9, "note": "é'.encode()[:-1].decode(errors="surrogateescape"),
+        "[41]\n",
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole + cut.encode(errors="surrogateescape"))
+        assert "training from 4.95 to 3;" in write_page(tmp_path).read_text()
+        path.write_bytes(whole)
+
+
+def test_a_model_that_wrote_nothing_is_said_to_have_written_nothing(tmp_path: Path) -> None:
+    text = write_page(folder(tmp_path)).read_text()
+    assert "<h3>before training</h3><p class=soft>the model wrote nothing</p>" in text
+    bare = RUN | {"samples": [{"prompt": "p", "wanted": "", "after": " \n"}]}
+    shown = page(Facts("x", run=bare))
+    assert "before training" not in shown and "wanted" not in shown and shown.count("wrote nothing") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from layerpeft.quantization.picture import COLOURS
-from layerpeft.recipe.page.svg import LEFT, RIGHT, TOP, WIDE, Plot, element, line, path, picture, short, words
-from layerpeft.text import size_text
+from layerpeft.recipe.page.svg import LEFT, RIGHT, TOP, WIDE, Plot, around, element, line, path, picture, short, words
+from layerpeft.text import measured, size_text
 
 POINTS = 400  # of a curve
 EACH = 128  # bars that say their numbers where a pointer rests on them; more are drawn as one
@@ -26,8 +26,7 @@ def curves(training: Points, held_out: Points) -> str:
     if not everything:
         return ""
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
-    room = 0.05 * (max(ys) - min(ys)) or 0.5
-    plot = Plot((min(0.0, *xs), max(*xs, 1.0)), (min(ys) - room, max(ys) + room), 220.0)
+    plot = Plot((min(0.0, *xs), max(*xs, 1.0)), around(ys, 0.05, 0.5), 220.0)
     parts = [plot.axes("optimizer step", whole=True)]
     if len(training) > 1:
         parts.append(line([plot.at(*p) for p in _thinned(training)], class_="first"))
@@ -45,7 +44,7 @@ def _named(training: Points, held_out: Points) -> Iterator[tuple[str, Points]]:
 
 def _dot(plot: Plot, point: tuple[float, float], kind: str, size: float, what: str) -> str:
     x, y = plot.at(*point)
-    told = element("title", f"step {short(point[0])}: {what} {point[1]:.4f}")
+    told = element("title", f"step {short(point[0])}: {what} {measured(point[1])}")
     return element("circle", told, cx=x, cy=y, r=size, class_=f"dot {kind}")
 
 
@@ -53,16 +52,21 @@ def _thinned(points: Points) -> Points:
     """At most so many points: the mean of those that stand together."""
     every = math.ceil(len(points) / POINTS)
     groups = [points[i : i + every] for i in range(0, len(points), every)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    return [(_mean([x for x, _ in g]), _mean([y for _, y in g])) for g in groups]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(value / len(values) for value in values)  # a sum of them all may be more than a number can say
 
 
 def bars(values: Sequence[float | None], chosen: Sequence[bool], unit: str, what: str, percent: bool = False) -> str:
     """A bar for every layer, or unit, those that were chosen in a colour of their own. `percent`: the values are shares."""
+    scale = 100.0 if percent else 1.0
+    values = [None if value is None else finite(value * scale) for value in values]
     known = [v for v in values if v is not None]
     if not known:
         return ""
-    scale = 100.0 if percent else 1.0
-    most, least = max(0.0, *known) * scale, min(0.0, *known) * scale
+    most, least = max(0.0, *known), min(0.0, *known)
     plot = Plot((-0.5, len(values) - 0.5), (least, most or 1.0), 170.0)
     wide = (WIDE - RIGHT - LEFT) / len(values)
     boxes: dict[bool, list[tuple[float, float, float, float]]] = {True: [], False: []}
@@ -70,18 +74,18 @@ def bars(values: Sequence[float | None], chosen: Sequence[bool], unit: str, what
     for place, value in enumerate(values):
         if value is None:
             continue
-        ends = sorted((plot.down(value * scale), plot.down(0.0)))
+        ends = sorted((plot.down(value), plot.down(0.0)))
         inset = min(0.12 * wide, 2.0)
         box = (plot.across(place) - wide / 2 + inset, ends[0], wide - 2 * inset, max(ends[1] - ends[0], 0.5))
         boxes[bool(chosen[place])].append(box)
-        told[bool(chosen[place])].append(f"{unit} {place}: {value * scale:.4g}{'%' if percent else ''}")
+        told[bool(chosen[place])].append(f"{unit} {place}: {value:.4g}{'%' if percent else ''}")
     parts = [plot.axes(unit, whole=True)]
     for kind, name in ((True, "first"), (False, "rest")):
         each = len(values) <= EACH
         parts += [_box(box, text, name) for box, text in zip(boxes[kind], told[kind])] if each else []
         parts.append("" if each else path(boxes[kind], class_=f"fill {name}"))
     highest = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: -(values[i] or 0.0))[:5]
-    about = f"highest at {', '.join(f'{unit} {i} ({(values[i] or 0.0) * scale:.3g})' for i in highest)}"
+    about = f"highest at {', '.join(f'{unit} {i} ({values[i] or 0.0:.3g})' for i in highest)}"
     return picture(170.0, parts, f"{what} by {unit}", about)
 
 
@@ -221,26 +225,31 @@ def arms(groups: Mapping[str, Sequence[float]], before: float | None, measure: s
     values = [v for found in groups.values() for v in found]
     if not values:
         return ""
-    room = 0.08 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 0.5
     height, left = 34.0 * len(groups) + 50.0, 16.0 + LETTER * max(len(name[:16]) for name in groups)
-    plot = Plot((min(values) - room, max(values) + room), (-0.5, len(groups) - 0.5), height, left=left)
+    ends = around(values, 0.08, 0.05 * abs(values[0]) or 0.5)
+    plot = Plot(ends, (-0.5, len(groups) - 0.5), height, left=left)
     names = {float(len(groups) - 1 - i): name[:16] for i, name in enumerate(groups)}
     parts = [plot.axes(measure, rows=names)]
     for row, (name, found) in zip(names, groups.items(), strict=True):
         kind = "second" if row == len(groups) - 1 else "first"
         for value in found:
             x, y = plot.at(value, row)
-            told = element("title", f"{escape(name)}: {value:.4f}")
+            told = element("title", f"{escape(name)}: {measured(value)}")
             parts.append(element("circle", told, cx=x, cy=y, r=5, class_=f"dot {kind}"))
         if len(found) > 1:
-            x, y = plot.at(sum(found) / len(found), row)
+            x, y = plot.at(_mean(found), row)
             parts.append(line([(x, y - 11), (x, y + 11)], class_=kind))
-    said = "; ".join(f"{name} {sum(found) / len(found):.4f}" for name, found in groups.items())
-    more = f"; {before:.4f} before training" if before is not None else ""
+    said = "; ".join(f"{name} {measured(_mean(found))}" for name, found in groups.items())
+    more = f"; {measured(before)} before training" if before is not None else ""
     return picture(height, parts, f"{measure} of every arm", said + more)
 
 
 def finite(value: Any) -> float | None:
     """A number that can be drawn; None of anything else."""
-    found = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if found else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of more digits than that
+        return None
+    return found if math.isfinite(found) else None

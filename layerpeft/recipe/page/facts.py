@@ -108,8 +108,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _log(folder: Path) -> list[Mapping[str, Any]]:
+    """Lines of the log that are whole; of a checkpoint those that its trainer has."""
     try:
-        lines = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError):
-        lines = _read(folder / STATE).get("log_history") or []
-    return [line for line in lines if isinstance(line, Mapping)]
+        lines = read_text(folder / "log.jsonl", errors="replace").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    found = [line for line in map(_line, lines) if line is not None]
+    return found or [line for line in _read(folder / STATE).get("log_history") or [] if isinstance(line, Mapping)]
+
+
+def _line(text: str) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, Mapping) else None

@@ -18,6 +18,7 @@ from layerpeft.recipe.page.charts import finite
 from layerpeft.recipe.page.facts import Facts, facts
 from layerpeft.recipe.page.style import STYLE
 from layerpeft.recipe.page.svg import element
+from layerpeft.recipe.samples import ANSWERS, SILENT
 from layerpeft.saving.card import CARD, base_told, write_card
 from layerpeft.saving.manifest import CONFIG
 from layerpeft.saving.owned import completed, put_on_record, strangers
@@ -112,7 +113,7 @@ def _numbers(found: Facts) -> str:
     for key, name in names.items():
         if (last := finite(after.get(key))) is not None:
             first = finite(before.get(key))
-            items.append((str(name), f"{first:.4f} → {last:.4f}" if first is not None else f"{last:.4f}"))
+            items.append((str(name), " → ".join(text.measured(v) for v in (first, last) if v is not None)))
     if (seconds := finite(run.get("seconds"))) is not None:
         items.append(("time", _time(seconds)))
     if finite(run.get("steps")):
@@ -229,7 +230,9 @@ def _arms(found: Facts) -> str:
     for run in runs:
         layers = text.ranges(run.get("layers") or [])
         seconds = finite(run.get("seconds"))
-        table.append((str(run.get("arm")), f"{run['value']:.4f}", "" if seconds is None else f"{seconds:.0f}", layers))
+        table.append(
+            (str(run.get("arm")), text.measured(run["value"]), "" if seconds is None else f"{seconds:.0f}", layers)
+        )
     verdicts = filter(None, ((kept.get(key) or {}).get("sentence") for key in ("arms", "verdict")))
     return "".join(f"<p>{escape(str(verdict))}</p>" for verdict in verdicts) + _figure(drawn) + _rows_of(table, "<>><")
 
@@ -237,12 +240,18 @@ def _arms(found: Facts) -> str:
 def _samples(found: Facts) -> str:
     parts = []
     for sample in found.run.get("samples") or []:
-        shown = [(title, str(sample.get(key) or "")) for key, title in TITLES.items()]
-        inside = "".join(
-            f"<div><h3>{title}</h3><pre>{escape(said[:LONG])}</pre></div>" for title, said in shown if said
-        )
+        shown = [(title, _said(sample, key)) for key, title in TITLES.items()]
+        inside = "".join(f"<div><h3>{title}</h3>{said}</div>" for title, said in shown if said)
         parts.append(f'<div class="answers">{inside}</div>')
     return "".join(parts)
+
+
+def _said(sample: Mapping[str, Any], key: str) -> str:
+    """What a sample holds; of a model that answered nothing, that."""
+    said = str(sample.get(key) or "")
+    if said.strip():
+        return f"<pre>{escape(said[:LONG])}</pre>"
+    return f"<p class=soft>{SILENT}</p>" if key in ANSWERS and key in sample else ""
 
 
 TITLES = {"prompt": "prompt", "wanted": "wanted", "before": "before training", "after": "after training"}

@@ -7,11 +7,13 @@ is a phone's width: it is never shown smaller than it was drawn.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDE = 344.0
+SMALL, LARGE = 1e-290, 2.0**64  # steps below the first have lost digits; times the second they have not
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 8.0, 34.0  # margins around a plot
 
 
@@ -93,18 +95,31 @@ class Plot:
 
 def _share(value: float, ends: tuple[float, float]) -> float:
     least, most = ends
+    if math.isinf(most - least):  # numbers of which a picture shows no more than their order
+        value, least, most = value / 2, least / 2, most / 2
     return (value - least) / (most - least) if most > least else 0.5
+
+
+def around(values: Sequence[float], share: float, least: float) -> tuple[float, float]:
+    """The ends of an axis with room at both: a share of what the values span, or `least` where they are all one."""
+    low, high = min(values), max(values)
+    room = share * high - share * low or least
+    return max(low - room, -sys.float_info.max), min(high + room, sys.float_info.max)
 
 
 def ticks(least: float, most: float, number: int = 5) -> list[float]:
     """About so many round numbers from `least` to `most`."""
     if not most > least:
         return [least]
+    if math.isinf(most - least):
+        return [found for tick in ticks(least / 4, most / 4, number) if math.isfinite(found := tick * 4)]
     rough = (most - least) / number
+    if rough < SMALL:
+        return list(dict.fromkeys(tick / LARGE for tick in ticks(least * LARGE, most * LARGE, number)))
     size = 10 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * 0.999)
+    step = next((size * m for m in (1, 2, 5) if size * m >= rough * 0.999), size * 10)
     first = math.ceil(least / step - 1e-9)
-    return [round(step * n, 12) for n in range(first, math.floor(most / step + 1e-9) + 1)]
+    return [float(f"{step * n:.12g}") for n in range(first, math.floor(most / step + 1e-9) + 1)]
 
 
 def short(value: float) -> str:
