@@ -20,7 +20,7 @@ from layerpeft.integrations.files import (
     tensors_trouble,
     versions_of,
 )
-from layerpeft.integrations.places import meant
+from layerpeft.saving.instead import lacking
 from layerpeft.selection.select import Selection
 from layerpeft.selection.typecheck import read_fields
 
@@ -181,13 +181,10 @@ def selection_of(folder: str | os.PathLike[str]) -> Selection:
 
 def _parse_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as it stands, after its format is checked."""
-    if not folder.is_dir():
-        raise SaveError(f"{folder} is not a folder{meant(folder)}")
     path = folder / MANIFEST
     if not path.is_file():
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
-        if inside and not (folder / CONFIG).exists():
-            raise SaveError(f"{folder} holds adapters in folders of their own; name one of them: {', '.join(inside)}")
+        if not (folder / CONFIG).is_file():
+            raise SaveError(lacking(folder, CONFIG))
         raise SaveError(
             f"{folder} has no {MANIFEST}: it was not saved by layerpeft, or saving was cut short. To load it all the "
             f"same, unchecked and without the record: peft.PeftModel.from_pretrained(model, {str(folder)!r})"

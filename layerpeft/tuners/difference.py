@@ -6,6 +6,7 @@ model is read at a time, and no more than a piece of it is computed at once.
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from layerpeft.integrations.files import as_written, fingerprint, read_json
 from layerpeft.integrations.places import meant
 from layerpeft.model.layers import layer_map
 from layerpeft.model.weights import PIECE
+from layerpeft.saving.instead import lacking
 from layerpeft.saving.manifest import CONFIG
 from layerpeft.saving.shards import INDEX, Checkpoint, open_checkpoint, write_one_by_one
 from layerpeft.saving.whole import refusal, writing_whole
@@ -99,10 +101,10 @@ def _side(name: str | os.PathLike[str], role: str) -> Side:
         raise SaveError(f"{role}: {os.fspath(name)} is no folder, nor a model that can be had{meant(name)}")
     if (where / CONFIG).is_file():
         raise SaveError(
-            f"{role}: {where} holds an adapter: merge it first (layerpeft merge {where} NEW), and give that"
+            f"{role}: {where} holds an adapter: merge it first (layerpeft merge {shlex.quote(str(where))} NEW), and give that"
         )
     if not (where / "config.json").is_file():
-        raise SaveError(f"{role}: {where} holds no config.json")
+        raise SaveError(f"{role}: {lacking(where, 'config.json')}")
     weights = open_checkpoint(where)
     if weights is None:
         raise SaveError(f"{role}: {where} holds no weights in safetensors")

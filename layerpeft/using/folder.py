@@ -27,6 +27,7 @@ from layerpeft.recipe.shipped import resolve
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.yaml import parse
 from layerpeft.saving.classes import class_named
+from layerpeft.saving.instead import lacking
 from layerpeft.saving.manifest import CONFIG, MANIFEST, check_depth, read_manifest
 from layerpeft.text import note
 from layerpeft.tuners.load import adapter_config, classes_of, load, load_model, load_stock
@@ -85,21 +86,16 @@ def find(folder: str, model: str | None = None) -> Trained:
     if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
         return _adapter(path, model)
     if not path.is_dir() and (path.exists() or not ADDRESS.fullmatch(folder)):
-        raise SaveError(f"{folder} is not a folder{meant(folder)}")
+        raise SaveError(lacking(path, CONFIG, "config.json"))
     if model is not None:
         raise UsageError(f"--base names the base of an adapter, and {folder} is none (it has no {CONFIG})")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise SaveError(f"{folder} holds no model (config.json) and no adapter ({CONFIG}){_below(path)}")
+        raise SaveError(lacking(path, CONFIG, "config.json"))
     place = str(path) if path.is_dir() else folder
     config = _config(place, f"{folder} is no model that transformers can load" if path.is_dir() else None)
     kind = (VECTORS if modules_of(place) else _kind_of(config)) or _unknown(folder)
     recipe, said = _recipe(path, kind, place, {})
     return Trained(path if path.is_dir() else Path(folder), None, kind, recipe, config, said)
-
-
-def _below(path: Path) -> str:
-    found = sorted(str(p.parent) for name in (CONFIG, "config.json") for p in path.glob(f"*/{name}"))
-    return f"; name one of: {', '.join(found)}" if found else ""
 
 
 def _adapter(path: Path, model: str | None) -> Trained:

@@ -93,7 +93,10 @@ def test_the_command_merges_over_a_base_that_has_moved(trained, base, tmp_path, 
 def test_the_command_says_what_is_wrong(trained, tmp_path, capsys):
     for words, says in (
         ([str(trained[0]), str(tmp_path / "a"), "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
-        ([str(trained[0]), str(tmp_path / "a"), "--base", str(tmp_path / "nowhere")], "the base model is not there: no folder"),
+        (
+            [str(trained[0]), str(tmp_path / "a"), "--base", str(tmp_path / "nowhere")],
+            "the base model is not there: no folder",
+        ),
         ([str(tmp_path / "nothing"), str(tmp_path / "a")], "nothing"),
     ):
         assert main(["merge", *words]) == 2

@@ -10,11 +10,11 @@ from typing import Any
 
 from layerpeft.errors import LayerpeftError, SaveError
 from layerpeft.integrations.files import as_written, read_json, read_text
-from layerpeft.integrations.places import meant
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.picture import cells
 from layerpeft.recipe.outcome import read_run
 from layerpeft.recipe.page.charts import Points, Span, finite
+from layerpeft.saving.instead import lacking
 from layerpeft.saving.manifest import CONFIG, MANIFEST
 from layerpeft.training.pictures import spans
 
@@ -79,12 +79,8 @@ class Facts:
 
 def facts(folder: Path) -> Facts:
     """What lies in a folder. Raises: SaveError where that is neither an adapter nor a comparison."""
-    if not folder.is_dir():
-        raise SaveError(f"{folder} is not a folder{meant(folder)}")
     if not any((folder / name).is_file() for name in (CONFIG, MANIFEST, COMPARISON)):
-        raise SaveError(
-            f"{folder} holds no adapter ({CONFIG}) and no comparison ({COMPARISON}), so there is nothing to report"
-        )
+        raise SaveError(f"nothing to report: {lacking(folder, CONFIG, COMPARISON)}")
     name = folder.absolute().name
     config, manifest = (_read(folder / file) for file in (CONFIG, MANIFEST))
     rows = manifest.get("report")
