@@ -31,6 +31,7 @@ from layerpeft.recipe.comparing.arms import parse_arms
 from layerpeft.recipe.comparing.budgets import parse_budget
 from layerpeft.recipe.comparing.rates import parse_rates
 from layerpeft.recipe.importing.convert import import_file
+from layerpeft.recipe.importing.trying import note_down, tried
 from layerpeft.recipe.init import Wanted, guess, look
 from layerpeft.recipe.init import init as write_recipe
 from layerpeft.recipe.keys import present
@@ -113,18 +114,23 @@ def _asked(given: Wanted, out: bool) -> Wanted:
 
 
 def import_(args: argparse.Namespace) -> None:
-    with _aside():
+    with _aside(), kept_out(RUN_CODE):
         found = import_file(args.file, args.out, vars(args)["from"], args.model, args.force)
+        planned = tried(found.path)
+    note_down(planned, found.path)
     lines = [f"left out: {key} -- {why}" for key, why in found.left]
     place = shlex.quote(str(found.path))
     what = f"{found.path}: {found.mapped} keys of {found.tool}, with what each was called there"
     told = f"; {len(found.left)} left out, each with the reason" if found.left else ""
+    then = "Mend that, then" if planned.problems else "Look at it, then"
     _say(
         "\n".join(
             [
                 *lines,
                 *[""] * bool(lines),
-                f"{what}{told}. Look at it, then",
+                f"{what}{told}",
+                *planned.told,
+                then,
                 f"  layerpeft plan {place}",
                 f"  layerpeft train {place}",
             ]

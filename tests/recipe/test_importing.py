@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import UsageError
+from layerpeft.model.precisions import missing_packages
 from layerpeft.recipe.importing.convert import import_file
 from layerpeft.recipe.importing.shell import PROGRAM
 from layerpeft.recipe.importing.tools import TOOLS
@@ -26,6 +28,7 @@ from layerpeft.recipe.recipe import Recipe, layer_config, made
 from layerpeft.recipe.yaml import parse
 from tests.helpers.fulling import trains
 from tests.helpers.loops import llama
+from tests.helpers.repeating import some
 
 FILES = Path(__file__).parents[1] / "fixtures" / "importing"
 DEPTH = 4
@@ -52,12 +55,10 @@ def model(depth: int = DEPTH, words: int = 64) -> Any:
     return llama(num_hidden_layers=depth, vocab_size=words)
 
 
-def imported(file: str, four: Path, *more: str) -> Recipe:
-    """The recipe of a file, planned without a problem on that model."""
-    assert main(["import", file, "--out", "recipe.yaml", "--force", *more]) == 0
-    asked = f"model_name_or_path={four}"
-    assert main(["plan", "recipe.yaml", asked]) == 0
-    return load_recipe("recipe.yaml", [asked], "plan")
+def imported(file: str, four: Path, model: str | None = None) -> Recipe:
+    """The recipe of a file, without a problem on that model as far as no row is looked at."""
+    import_file(file, model=model)
+    return load_recipe("recipe.yaml", [f"model_name_or_path={four}"], "plan")
 
 
 def names(depth: int = DEPTH) -> list[str]:
@@ -73,6 +74,49 @@ def trained(recipe: Recipe) -> set[str]:
 def said(text: str) -> str:
     """Comments as one runs on, without the signs of a comment."""
     return " ".join(text.replace("#", " ").split())
+
+
+KINDS = ("ranks.yaml", "spectrum.yaml", "freeze.yaml", "badam.yaml", "components.yaml", "llama_pro.yaml", "swift.sh")
+
+
+@pytest.mark.parametrize("file", some(KINDS, 1))
+def test_plan_takes_what_import_writes_as_import_says(
+    file: str, four: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", file, "--model", str(four)]) == 0
+    said, text = capsys.readouterr().out, Path("recipe.yaml").read_text()
+    needs = "quantization_config" in text and missing_packages(("nf4",))
+    assert ("`layerpeft plan` takes it\nLook at it, then\n  layerpeft plan recipe.yaml" in said) == (not needs)
+    assert main(["plan", "recipe.yaml"]) == (2 if needs else 0)
+    assert "refuses" not in text or needs
+
+
+def test_what_plan_will_refuse_is_said_when_it_is_written(
+    four: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "bitsandbytes" else there(name, *of)
+    )
+    Path("rows.jsonl").write_text('{"body": "text"}\n' * 4)
+    Path("four.yaml").write_text(
+        f"base_model: {four}\nadapter: qlora\nload_in_4bit: true\ndatasets: [{{path: rows.jsonl, type: alpaca}}]\n"
+    )
+    assert main(["import", "four.yaml"]) == 0
+    shown, text = capsys.readouterr().out, Path("recipe.yaml").read_text()
+    assert main(["plan", "recipe.yaml"]) == 2
+    refused = capsys.readouterr().err
+    told = [line.removeprefix("  - ") for line in shown.splitlines() if line.startswith("  - ")]
+    assert told and all(line in refused and line[-40:] in said(text) for line in told), (told, refused)
+    assert "`layerpeft plan` refuses it as things are here:" in shown and "Mend that, then" in shown
+    assert any("pip install bitsandbytes" in line for line in told) and any("instruction" in line for line in told)
+    assert not parse(text).faults
+    Path("hub.yaml").write_text(AXOLOTL + "adapter: lora\n")
+    assert main(["import", "hub.yaml", "--force", "--model", str(four)]) == 0
+    assert (
+        "`layerpeft plan` takes it, as far as is known without the rows, which are on the hub"
+        in capsys.readouterr().out
+    )
 
 
 # ---- what six kinds of files would train, by the rule of each tool ---------------------------------------------------
@@ -177,7 +221,7 @@ def test_added_layers_of_llama_pro(four: Path, capsys: pytest.CaptureFixture[str
     assert main(["import", "llama_pro.yaml"]) == 2  # how many layers there are is not in the file
     assert "use_llama_pro: which layers were added follows from how many there are" in capsys.readouterr().err
     assert not Path("recipe.yaml").exists()
-    recipe = imported("llama_pro.yaml", four, "--model", str(four))
+    recipe = imported("llama_pro.yaml", four, str(four))
     stride = DEPTH // 2  # LLaMA-Factory: the last layer of each of so many groups
     assert trained(recipe) == by_parts(range(stride - 1, DEPTH + stride - 1, stride), [""], [])
     assert (recipe.trainer, recipe["beta"], recipe["loss_weights"]) == ("dpo", 0.2, [1.0, 0.5])
@@ -200,7 +244,7 @@ def test_added_layers_of_llama_pro(four: Path, capsys: pytest.CaptureFixture[str
 )
 def test_patterns_mean_what_they_mean_there(patterns: list[str]) -> None:
     Path("patterns.yaml").write_text(f"{AXOLOTL}unfrozen_parameters: {patterns}\n")
-    assert main(["import", "patterns.yaml"]) == 0
+    import_file("patterns.yaml")
     block = parse(Path("recipe.yaml").read_text()).data["layerpeft"]
     config = made("sft", block.pop("method"), block.pop("select"), block)
     wrapped: Any = layerpeft.get_peft_model(model(12), config)
@@ -214,7 +258,7 @@ def test_all_weights_and_those_outside_of_the_layers(four: Path) -> None:
         ("lisa_n_layers: 1\nlisa_step_interval: 3", [n for n in names() if "layers." not in n]),
     ):
         Path("whole.yaml").write_text(f"{AXOLOTL}{text}\n".replace("base_model: a/b", f"base_model: {four}"))
-        assert main(["import", "whole.yaml", "--force"]) == 0
+        import_file("whole.yaml", force=True)
         block = parse(Path("recipe.yaml").read_text()).data["layerpeft"]
         wrapped: Any = layerpeft.get_peft_model(model(), made("sft", block.pop("method"), block.pop("select"), block))
         assert trains(wrapped) == set(names())  # of LISA the pool, out of which layers are drawn
@@ -225,7 +269,7 @@ def test_all_weights_and_those_outside_of_the_layers(four: Path) -> None:
 
 
 def test_a_command_of_ms_swift(four: Path) -> None:
-    assert main(["import", "swift.sh"]) == 0
+    import_file("swift.sh")
     recipe = load_recipe("recipe.yaml", [f"model_name_or_path={four}"], "plan")
     assert trained(recipe) == {f"model.layers.{i}.self_attn.{n}_proj" for i in range(DEPTH) for n in "qv"}
     assert (recipe.block["r"], recipe.block["lora_alpha"], recipe.block["lora_dropout"]) == (4, 16, 0.05)
@@ -235,7 +279,7 @@ def test_a_command_of_ms_swift(four: Path) -> None:
 
 
 def test_a_script_of_lmflow() -> None:
-    assert main(["import", "lisa.sh"]) == 0
+    import_file("lisa.sh")
     found = parse(text := Path("recipe.yaml").read_text()).data
     assert found["layerpeft"]["select"] == {"pick": "uniform", "keep": 2, "reselect_steps": 20}
     assert found["layerpeft"]["modules_to_save"] == ["embed_tokens", "norm", "lm_head"]
@@ -347,7 +391,7 @@ def at(found: Any, key: str) -> Any:
 def test_what_files_mean(text: str) -> None:
     file = "given.sh" if text.startswith("#!") else "given.yaml"
     Path(file).write_text(text)
-    assert main(["import", file]) == 0
+    import_file(file)
     found = parse(Path("recipe.yaml").read_text())
     assert not found.faults
     assert {key: at(found.data, key) for key in MEANT[text]} == MEANT[text]
@@ -426,8 +470,7 @@ def test_whatever_stands_at_a_key_is_said_or_refused(tool: str) -> None:
 def test_nothing_goes_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     """Every key of a file stands in the recipe: as a key, beside one, or among those that were left out."""
     for file in sorted(FILES.glob("*.yaml")):
-        model = ["--model", "layerpeft://llama-6m"] if file.stem == "llama_pro" else []
-        assert main(["import", file.name, "--force", *model]) == 0
+        import_file(file.name, model="layerpeft://llama-6m" if file.stem == "llama_pro" else None, force=True)
         text = Path("recipe.yaml").read_text()
         lost = [key for key in parse(file.read_text()).data if not re.search(rf"\b{key}\b", text)]
         assert not lost, file.name
@@ -471,6 +514,6 @@ def test_a_recipe_elsewhere_finds_rows_beside_the_file(
     away = tmp_path / "away"
     away.mkdir()
     monkeypatch.chdir(away)
-    assert main(["import", "../freeze.yaml", "--model", str(four)]) == 0
+    import_file("../freeze.yaml", model=str(four))
     assert parse(Path("recipe.yaml").read_text()).data["dataset_name"] == "../data/lessons.jsonl"
     assert load_recipe("recipe.yaml", purpose="plan")["eval_dataset"] == "25%"

@@ -90,7 +90,9 @@ def test_what_cannot_be_merged_says_why(tmp_path, capsys):
         merge(folder, tmp_path / "m")
     (folder / "adapter_config.json").unlink()
     assert main(["merge", str(folder), str(tmp_path / "m")]) == 2
-    assert "adapter_model.safetensors lies there without it" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    assert (
+        "adapter_model.safetensors lies there without it" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    )
 
 
 @pytest.mark.slow
