@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ RUNS = {
 }
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 RUNS["import"] = "layerpeft.recipe.commands:import_"  # a word of Python's
+MANY = 1_000_000_000  # rows: more than anybody means
 Command = Callable[[argparse.Namespace], None]
 REPLACED = "replace an earlier merge or export, and nothing that layerpeft did not write"
 
@@ -40,6 +42,29 @@ REPLACED = "replace an earlier merge or export, and nothing that layerpeft did n
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n{self.format_usage().strip()}")
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number of a command line within these ends."""
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most:,}, got {text!r}")
+
+    return read
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    """A number of a command line between these, which do not belong to it."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low < float(text) < high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"expected a number between {low:g} and {high:g}, got {text!r}")
+
+    return read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,7 +246,7 @@ def _comparing(comparing: argparse.ArgumentParser) -> None:
     )
     comparing.add_argument(
         "--seeds",
-        type=int,
+        type=_whole(1, 9_999),
         metavar="N",
         help="training seeds of every arm, and draws of `random` where --arms names no number (default: one seed, three draws)",
     )
@@ -240,7 +265,7 @@ def _comparing(comparing: argparse.ArgumentParser) -> None:
 
 
 def _looking(looking: argparse.ArgumentParser) -> None:
-    looking.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    looking.add_argument("--rows", type=_whole(1, MANY), default=3, metavar="N", help="how many rows (default: 3)")
     looking.add_argument("--full", action="store_true", help="nothing is left out of long rows")
     looking.add_argument("--run-code", action="store_true", help="let code that comes with the model run")
 
@@ -254,7 +279,10 @@ def _planning(planning: argparse.ArgumentParser) -> None:
         "--measure", action="store_true", help="run one real step, and print what was predicted beside what was counted"
     )
     planning.add_argument(
-        "--processes", type=int, metavar="N", help="also what one of N cards holds, and what passes between them"
+        "--processes",
+        type=_whole(1, 1_000_000),
+        metavar="N",
+        help="also what one of N cards holds, and what passes between them",
     )
     planning.add_argument("--engine", metavar="NAME", help=f"of those processes: {', '.join(ENGINES)} (default: ddp)")
     planning.add_argument(
@@ -347,10 +375,14 @@ def _asking(add: Callable[..., Any], folder: str) -> tuple[argparse.ArgumentPars
     judging.add_argument("--answers", action="store_true", help="generate answers, and count the exact ones")
     saying_what.add_argument("--out", metavar="FILE", required=True, help=".csv, .tsv, .jsonl or .parquet")
     saying_what.add_argument("--keep", metavar="COLUMN", action="append", help="a column to copy (may be given again)")
-    saying_what.add_argument("--threshold", type=float, default=0.5, help="of several labels (default: %(default)s)")
+    saying_what.add_argument(
+        "--threshold", type=_between(0, 1), default=0.5, help="of several labels (default: %(default)s)"
+    )
     for sub in (saying_what, judging):
         sub.add_argument("--split", default="test", help="of a data set (default: %(default)s)")
-        sub.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at once (default: %(default)s)")
+        sub.add_argument(
+            "--batch-size", type=_whole(1, MANY), default=16, metavar="N", help="rows at once (default: %(default)s)"
+        )
         sub.add_argument(
             "--column", metavar="NAME='{column}'", action="append", help="what is what, as text='{sentence}'"
         )

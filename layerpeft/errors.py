@@ -137,7 +137,7 @@ def hint(name: object, allowed: Iterable[str], form: str = " Did you mean {!r}?"
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
     """One sentence for an unknown name: what was given, the nearest name, what is allowed."""
-    names = sorted(allowed)
+    names = sorted(set(allowed))
     return f"unknown {what} {name!r}.{hint(name, names)} Allowed: {', '.join(names)}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -104,7 +105,8 @@ def size_of(text: str) -> int | None:
     found = _SIZE.fullmatch(text)
     if found is None:
         return None
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper()))
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper())
+    return int(size) if math.isfinite(size) else None
 
 
 def size_text(size: float) -> str:

@@ -100,6 +100,38 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["env", "more"], ["unknown argument 'more'"]),
         (["compare", "quickstart", "--arms", "rnd,all:3"], ["2 problems", "unknown arm 'rnd'", "'all:3'"]),
         (["compare", "quickstart", "--seeds", "many"], ["--seeds", "'many'"]),
+        *(
+            (["compare", "quickstart", "--seeds", n], ["whole number from 1 to 9,999", f"'{n}'"])
+            for n in ("0", "-1", "nan")
+        ),
+        *(
+            (["compare", "quickstart", "--rates", n], [n, "above 0 and up to 1,000,000"])
+            for n in ("1e400", "nan", "x1e400")
+        ),
+        (["compare", "quickstart", "--budget", f"memory={'9' * 400}GB"], ["is no amount above 0; write memory=24GB"]),
+        (["compare", "quickstart", "--budget", "time=1e400"], ["is no amount above 0"]),
+        (["compare", "quickstart", "--arms", f"random:{'9' * 5000}"], ["has no whole number from 1 to 9,999"]),
+        (["plan", "quickstart", "--fit", f"{'9' * 400}GB"], ["is no size"]),
+        *((["plan", "quickstart", "--processes", n], ["expected a whole number from 1"]) for n in ("0", "1e400", "-3")),
+        *(
+            (["preview", "quickstart", "--rows", n], ["expected a whole number from 1"])
+            for n in ("0", "inf", "9" * 5000)
+        ),
+        *(
+            (["predict", "x", "y", "--out", "o.csv", "--threshold", n], ["between 0 and 1"])
+            for n in ("nan", "1e400", "0", "-1")
+        ),
+        *(
+            (["predict", "x", "y", "--out", "o.csv", "--batch-size", n], ["--batch-size", "from 1"])
+            for n in ("0", "nan")
+        ),
+        *((["eval", "x", "y", "--batch-size", n], ["--batch-size", "from 1"]) for n in ("-1", "1.5")),
+        *((["eval", "x", "y", f"temperature={n}"], ["temperature: expected"]) for n in (".nan", "1e400", "-1")),
+        (
+            ["generate", "x", "top_p=1.5", "repetition_penalty=.inf"],
+            ["top_p: expected a number from 0 to 1", "2 problems"],
+        ),
+        *((["train", "quickstart", f"seed={n}"], ["seed: expected"]) for n in ("-1", "4294967296", ".nan")),
         (["score", "last_layers"], ["chooses by place", "gradient_norm"]),
         (["compare", "quickstart", "layerpeft.select=all"], ["trains all 5 layers", "no choice to compare"]),
     ],

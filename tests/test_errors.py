@@ -13,7 +13,7 @@ import pytest
 
 import layerpeft
 from layerpeft import LayerFullConfig, LayerGaloreConfig, LayerLoraConfig, LayerQuantConfig
-from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems, SelectionError
+from layerpeft.errors import ConfigError, LayerpeftError, Problem, Problems, SelectionError, unknown
 from layerpeft.selection.grammar import how_many
 from layerpeft.selection.select import Select
 
@@ -164,3 +164,8 @@ def test_no_sentence_is_read_back() -> None:
         for node in readings(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not found, "\n".join(found)
+
+
+def test_a_list_of_what_is_allowed_names_nothing_twice() -> None:
+    """As `outliers`, which is a criterion and a recipe."""
+    assert unknown("arm", "outlier", ("random", "outliers", "outliers")).endswith(" Allowed: outliers, random.")

@@ -139,10 +139,8 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
-    if args.rows < 1:
-        raise UsageError(f"--rows {args.rows}: expected at least 1")
     with _aside(), contextlib.nullcontext() if args.run_code else kept_out(RUN_CODE):
-        found = look_at(_load(args, "plan"), args.rows)
+        found = look_at(_load(args, "preview"), args.rows)
     _say(json.dumps(found.to_dict()) if args.json else told(found, _screen(args.full)))
 
 

@@ -55,8 +55,9 @@ AT_LEAST: dict[str, int | None] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 1,
     "num_train_epochs": None, "learning_rate": None, "max_train_samples": 1, "max_eval_samples": 1, "sample_tokens": 0,
     "max_target_length": 1, "stride": 0, "mlm_probability": None, "max_seconds": None,
-    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
+AT_MOST = dict.fromkeys(("seed", "data_seed"), 2**32 - 1)  # which numpy takes
 
 
 @cache

@@ -53,8 +53,6 @@ def generate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     options, out = read_options(args.settings), check_out(args.out, args.overwrite)
-    if args.batch_size < 1 or not 0 < args.threshold < 1:
-        raise UsageError("--batch-size is a whole number above zero, --threshold lies between 0 and 1")
     found = _found(args)
     kind = way_of(found)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
@@ -73,8 +71,6 @@ def eval(args: argparse.Namespace) -> None:
     out = Path(args.out).expanduser() if args.out else None
     if out is not None:
         check_new(out, args.overwrite)
-    if args.batch_size < 1:
-        raise UsageError("--batch-size is a whole number above zero")
     found = _found(args)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
         there = source_of(args.rows, args.split, _by(args, found)).columns

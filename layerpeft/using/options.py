@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from layerpeft.recipe.yaml import Document, override
 
 MOST = 256  # new tokens, where nobody says how many
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+_LARGEST = 10**9  # of what is counted: more than anybody means
+_WHOLE = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_beams": 1, "top_k": 0}
+_NUMBERS = {"temperature": math.inf, "repetition_penalty": math.inf, "top_p": 1, "min_p": 1, "typical_p": 1}
 # what changes the kind of what comes back, and not the text
 _OTHER = (
     "return_dict_in_generate", "num_return_sequences", "output_scores", "output_logits", "output_attentions",
@@ -60,6 +64,16 @@ def of_training(options: Options, values: Mapping[str, Any]) -> Options:
     return Options({**{k: v for k, v in told.items() if v is not None}, **options.given}, options.seed)
 
 
+def _wanted(name: str, value: Any) -> str | None:
+    """What a number should have been; None of one that may be so."""
+    if name in _WHOLE and not (type(value) is int and _WHOLE[name] <= value <= _LARGEST):
+        return f"a whole number from {_WHOLE[name]} to {_LARGEST:,}"
+    if name in _NUMBERS and not (type(value) in (int, float) and math.isfinite(value) and 0 <= value <= _NUMBERS[name]):
+        most = _NUMBERS[name]
+        return "a number that is not below zero" if math.isinf(most) else f"a number from 0 to {most}"
+    return "a finite number" if type(value) is float and not math.isfinite(value) else None
+
+
 def read_options(settings: Sequence[str]) -> Options:
     """Options as they stand on a command line. Raises: UsageError naming every one that is unknown or cannot be."""
     document = override(Document(), settings)
@@ -79,11 +93,8 @@ def read_options(settings: Sequence[str]) -> Options:
             GenerationConfig(**drawn).validate()
     except (ValueError, TypeError) as error:
         problems.add(told(error, 300))
-    for name in ("max_new_tokens", "min_new_tokens", "num_beams", "top_k"):
-        if name in given and (type(given[name]) is not int or given[name] < (name in ("max_new_tokens", "num_beams"))):
-            problems.add(f"{name}: expected a whole number above zero, got {given[name]!r}")
-    for name in ("temperature", "top_p", "repetition_penalty"):
-        if name in given and (type(given[name]) not in (int, float) or given[name] < 0):
-            problems.add(f"{name}: expected a number that is not below zero, got {given[name]!r}")
+    for name, value in given.items():
+        if wanted := _wanted(name, value):
+            problems.add(f"{name}: expected {wanted}, got {value!r}")
     problems.raise_if_any(UsageError)
     return Options(given, seed)

@@ -168,7 +168,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     made = json.loads(capsys.readouterr().out)
     assert made["counts"]["training"]["cut"] == 3 and len(made["rows"]) == 3
     assert main(["preview", "r.yaml", "--fulll"]) == 2 and "'--full'" in capsys.readouterr().err
-    assert main(["preview", "r.yaml", "--rows", "0"]) == 2 and "at least 1" in capsys.readouterr().err
+    assert main(["preview", "r.yaml", "--rows", "0"]) == 2 and "a whole number from 1 to" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

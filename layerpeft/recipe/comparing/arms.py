@@ -11,6 +11,7 @@ from typing import Any
 from layerpeft.errors import LayerpeftError, Problems, RecipeError, unknown
 from layerpeft.integrations.files import read_text
 from layerpeft.integrations.places import expanded, missing
+from layerpeft.recipe.comparing.names import OURS
 from layerpeft.recipe.foreign import RENAMED
 from layerpeft.recipe.read import MOST, examine
 from layerpeft.recipe.recipe import Recipe, settings_of
@@ -20,12 +21,14 @@ from layerpeft.selection import plugins
 from layerpeft.selection.select import SCORERS, Select
 from layerpeft.text import note
 
+MOST_RUNS = 9_999  # draws, and layers, that an arm may ask for
 PLACES = ("random", "last", "first", "all")
 AMONG = ("layers", "exclude", "stack", "unit")  # what `select` says of the candidates
 # what an arm has of its own besides its block; model, rows, steps and their schedule are those of the recipe that is compared
 OWN = (
     "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
+TAKEN = {OURS: f"{OURS!r} is the recipe that is compared", "random": "'random' are draws of layers"}
 OTHER_MODEL = {"drop": "takes layers out of the model", "exits": "trains a model for every exit"}
 
 
@@ -55,8 +58,6 @@ def parse_arms(text: str, draws: int = 3) -> tuple[Arm, ...]:
     place, then a criterion, then a recipe that ships. Raises: RecipeError naming every problem."""
     problems = Problems("--arms")
     found: list[Arm] = []
-    if draws < 1:
-        problems.add(f"--seeds: expected a whole number from 1, got {draws}")
     for part in filter(None, (p.strip() for p in text.split(","))):
         arm = _arm(part, draws, problems)
         if arm is not None and arm.name in [other.name for other in found]:
@@ -77,19 +78,20 @@ def _arm(part: str, draws: int, problems: Problems) -> Arm | None:
         stem = Path(part).stem
         if stem == "recipe":  # as every run calls its own
             stem = expanded(part).absolute().parent.name
-        if ":" in stem:
-            problems.add(
-                f"{part!r}: an arm is called as its file, and in such names a colon stands for draws; name it otherwise"
-            )
+        if ":" in stem or stem in TAKEN:
+            taken = TAKEN.get(stem, "in such names a colon stands for draws and layers")
+            problems.add(f"{part!r}: an arm is called as its file, and {taken}; name it otherwise")
             return None
         return Arm(stem, source=part)
     kind, colon, number = part.partition(":")
     criteria = [name for name in plugins.names(SCORERS) if name not in ("depth", *PLACES)]
     if kind not in (*PLACES, *criteria, *recipes()):
         problems.add(unknown("arm", kind, (*PLACES, *criteria, *recipes())))
-    elif colon and (kind not in (*PLACES, *criteria) or kind == "all" or not re.fullmatch(r"[1-9]\d*", number)):
+    elif colon and (kind not in (*PLACES, *criteria) or kind == "all" or not re.fullmatch(r"[1-9][0-9]{0,3}", number)):
         sentence = (
-            "takes no number" if kind not in (*PLACES, *criteria) or kind == "all" else "has no whole number from 1"
+            "takes no number"
+            if kind not in (*PLACES, *criteria) or kind == "all"
+            else f"has no whole number from 1 to {MOST_RUNS:,}"
         )
         problems.add(f"{part!r}: {kind} {sentence} (random:3 draws three times, last:3 trains three layers)")
     elif kind == "random":

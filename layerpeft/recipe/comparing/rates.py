@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerpeft.errors import Problems, RecipeError, unknown
-from layerpeft.recipe.comparing.entries import OURS
+from layerpeft.recipe.comparing.names import OURS
 
 SEED = 10_007  # what is added to the recipe's seed where rates are tried
+HIGHEST = 1_000_000
 _RATE = r"x?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 
 
@@ -19,6 +20,11 @@ class Rates:
 
     all: tuple[str, ...] = ()
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def tried(self) -> bool:
+        """Whether any are."""
+        return bool(self.all or self.own)
 
     def of(self, arm: str, rate: float) -> tuple[float, ...]:
         """Those to try for an arm whose own rate is this; none where it keeps that."""
@@ -37,9 +43,10 @@ def parse_rates(texts: Sequence[str], arms: Sequence[str]) -> Rates:
     for text in texts:
         arm, equals, given = text.rpartition("=")
         rates = tuple(part.strip() for part in given.split(","))
-        wrong = [r for r in rates if not re.fullmatch(_RATE, r) or float(r.removeprefix("x")) <= 0]
+        wrong = [r for r in rates if not re.fullmatch(_RATE, r) or not 0 < float(r.removeprefix("x")) <= HIGHEST]
         for rate in wrong:
-            problems.add(f"{rate!r} is no learning rate; write them as 1e-3,3e-3, or as x0.3,x1,x3 of the arm's own")
+            text = "write them as 1e-3,3e-3, or as x0.3,x1,x3 of the arm's own"
+            problems.add(f"{rate!r} is no learning rate above 0 and up to {HIGHEST:,}; {text}")
         if equals and arm not in (OURS, *arms):
             problems.add(unknown("arm", arm, (OURS, *arms)))
         elif arm in own or not equals and whole:
