@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,6 @@ from layerpeft.errors import RecipeError
 from layerpeft.integrations.files import digest_of
 from layerpeft.recipe import outcome, shipped
 from layerpeft.recipe.comparing.arms import Arm, parse_arms
-from layerpeft.recipe.comparing.runs import Run
-from layerpeft.recipe.comparing.verdict import judge
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.samples import generate, prompt_of
 from layerpeft.recipe.tasks.metrics import class_metrics
@@ -430,52 +427,6 @@ def test_arms_are_read() -> None:
     for text in ("", "random:0", "all:2", "lisa:2", "random,random", "none", "random:x", "depth", "no/such.yaml"):
         with pytest.raises(RecipeError, match="--arms"):
             parse_arms(text)
-
-
-def runs(ours: float, draws: Sequence[float], last: float | None = None) -> list[Run]:
-    found = [Run("gradient_norm", (0,), 1, ours, 1.0, {})]
-    found += [Run(f"random:{i}", (i,), 1, value, 1.0, {}) for i, value in enumerate(draws)]
-    return found + ([Run("last", (11,), 1, last, 1.0, {})] if last is not None else [])
-
-
-@pytest.mark.parametrize(
-    ("ours", "draws", "lower", "kind"),
-    [
-        (2.00, [2.10, 2.11, 2.12], True, "better"),  # margin: 4.303 · 0.01 · sqrt(4/3) = 0.0497
-        (2.065, [2.10, 2.11, 2.12], True, "no difference"),  # beyond every draw, and still within chance
-        (2.11, [2.10, 2.11, 2.12], True, "no difference"),
-        (2.17, [2.10, 2.11, 2.12], True, "worse"),
-        (0.50, [0.40, 0.41, 0.42], False, "better"),
-        (0.30, [0.40, 0.41, 0.42], False, "worse"),
-        (0.43, [0.40, 0.41, 0.42], False, "no difference"),
-        (2.0, [2.1, 2.1, 2.1], True, "unknown"),
-        (2.0, [2.1], True, "unknown"),
-        (2.0, [], True, "unknown"),
-    ],
-)
-def test_the_verdict_does_not_overclaim(ours: float, draws: list[float], lower: bool, kind: str) -> None:
-    verdict = judge(runs(ours, draws), lower, "loss")
-    assert verdict.kind == kind
-    start = {"better": "Better than random here", "worse": "Random was better", "no difference": "No difference shown"}
-    assert verdict.sentence.startswith(start.get(kind, "Nothing can be said"))
-
-
-def test_the_interval_holds_what_it_says() -> None:
-    """With one more random draw in the recipe's place, 19 in 20 verdicts are "no difference"."""
-    generator = torch.Generator().manual_seed(0)
-    trials = 4000
-    wrong = 0
-    for _ in range(trials):
-        values = torch.randn(4, generator=generator, dtype=torch.float64).tolist()
-        wrong += judge(runs(values[0], values[1:]), True, "loss").kind != "no difference"
-    assert 0.04 < wrong / trials < 0.06
-
-
-def test_the_verdict_names_the_end() -> None:
-    draws = [2.10, 2.11, 2.12]
-    assert "from the end: 1.9000, clearly better" in judge(runs(2.0, draws, 1.9), True, "loss").sentence
-    assert "from the end: 2.0100, no clear difference" in judge(runs(2.0, draws, 2.01), True, "loss").sentence
-    assert "from the end: 2.2000, clearly worse" in judge(runs(2.0, draws, 2.2), True, "loss").sentence
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from layerpeft.errors import ElsewhereError, RecipeError
-from layerpeft.integrations.distributed import rank, world_size
+from layerpeft.errors import RecipeError
 from layerpeft.recipe.comparing.arms import Arm, arm_recipes
 from layerpeft.recipe.comparing.budgets import Budget, Counter, Given, Left, fitted, given, room_of
-from layerpeft.recipe.comparing.entries import OURS, Entry, entries_of
+from layerpeft.recipe.comparing.entries import Entry, entries_of
+from layerpeft.recipe.comparing.names import OURS, group_of, is_draw, label_of
 from layerpeft.recipe.comparing.rates import SEED, Rates
-from layerpeft.recipe.comparing.runs import Kept, Run, group_of, key_of
+from layerpeft.recipe.comparing.runs import Kept, Run, key_of
 from layerpeft.recipe.comparing.shown import Comparison, arms_table, draw, numbers, table
-from layerpeft.recipe.comparing.verdict import judge, judge_arms, standings
+from layerpeft.recipe.comparing.verdict import Basis, judge, judge_arms, standings
+from layerpeft.recipe.launching import refuse_several
 from layerpeft.recipe.page.page import PAGE, write_page
 from layerpeft.recipe.recipe import Recipe, to_yaml
 from layerpeft.recipe.shorter import shortened_apart
@@ -60,13 +61,10 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print, fairly: Fairl
 
     Raises: RecipeError when nothing is held out, an arm cannot be read, or the recipe leaves nothing to choose, and in several
     processes (ElsewhereError in all but the first)."""
-    if rank() > 0:
-        raise ElsewhereError()
-    if world_size() > 1:
-        raise RecipeError(
-            f"compare runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun; arms that "
-            "no one card takes are recipes of their own to train (layerpeft.select=…, one output_dir each)"
-        )
+    refuse_several(
+        "compare",
+        "arms that no one card takes are recipes of their own to train (layerpeft.select=…, one output_dir each)",
+    )
     refuse_strangers(recipe.output_dir, COMPARED)
     kept = Kept(recipe.output_dir / RUNS)
     with contextlib.redirect_stdout(sys.stderr):
@@ -97,11 +95,7 @@ def _compared(
         model = load_model(setup)
         entries = entries_of(setup, model, arms, others)
         del model
-        several = (
-            fairly.seeds > 1
-            or any(arm.source is not None for arm in arms)
-            or bool(fairly.rates.all or fairly.rates.own)
-        )
+        several = fairly.seeds > 1 or any(arm.source is not None for arm in arms) or fairly.rates.tried
         amount, left, counted = None, [], {}
         if several or fairly.budget is not None:
             entries, left, counted, amount = _equal(setup, entries, fairly.budget)
@@ -113,12 +107,13 @@ def _compared(
     }
     runs, before = _runs(setup, entries, course)
     lower, name = setup.measure == "eval_loss", NAMES[setup.measure]
-    verdict = judge(runs, lower=lower, what=name)
-    found = Comparison(setup.measure, before, tuple(runs), verdict, entries[0].num_layers, entries[0].unit)
+    basis = Basis(fairly.seeds, len(setup.held_out), fairly.rates.tried)
+    verdict = judge(runs, lower, name, basis, alone=not counted)
+    found = Comparison(setup.measure, before, tuple(runs), verdict, entries[0].num_layers, entries[0].unit, basis)
     if counted:
         stand = tuple(standings(runs, lower))
         found = replace(found, budget=fairly.budget, room=amount, given=counted, standings=stand, left_out=tuple(left))
-        found = replace(found, arms=judge_arms(stand, fairly.seeds))
+        found = replace(found, arms=judge_arms(stand, basis, lower))
     folder = _write(asked, found)
     say("\n" + _told(found))
     say(f"\nwritten: {folder / 'compare.png'}, compare.json, {RUNS}, {PAGE}")
@@ -130,7 +125,7 @@ def _told(found: Comparison) -> str:
     if found.arms is None:
         return f"{table(found)}\n\n{found.verdict.sentence}"
     text = arms_table(found) + f"\n\n{found.arms.sentence}"
-    drawn = any(run.arm.startswith("random:") for run in found.runs)
+    drawn = any(is_draw(run.arm) for run in found.runs)
     return f"{text}\n\n{found.verdict.sentence}" if drawn else text
 
 
@@ -205,7 +200,7 @@ def _runs(setup: Setup, entries: Sequence[Entry], course: _Course) -> tuple[list
         runs.append(run)
         seed = f", seed {run.seed}" if seeds > 1 else ""
         shown = f"{entry.unit}s {numbers(run.layers, entry.num_layers)}"
-        done = f"[{len(runs)}/{len(asked)}] {arm}{seed}: {shown}: {name} {run.value:.4f}"
+        done = f"[{len(runs)}/{len(asked)}] {label_of(arm)}{seed}: {shown}: {name} {run.value:.4f}"
         course.say(f"{done} ({run.seconds:.0f} s)")
     return runs, first
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerpeft.errors import RecipeError
 from layerpeft.recipe.comparing.arms import AMONG, OWN, PLACES, Arm, among_of
+from layerpeft.recipe.comparing.names import DRAW, OURS
 from layerpeft.recipe.recipe import Recipe, as_chosen, unpacked
 from layerpeft.recipe.trainer import Setup, batches_for
 from layerpeft.selection.choose import choose_among, lowest
@@ -19,7 +20,6 @@ from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
 from layerpeft.text import note
 
-OURS = "recipe"  # what the recipe's own arm is called where its choice does not name it
 Layers = tuple[int, ...]
 Choose = Callable[..., Selection]  # of a way to choose
 Again = Callable[
@@ -50,16 +50,32 @@ class Entry:
         return replace(self, layers=layers, select=select, count=count)
 
 
+@dataclass(frozen=True)
+class _Ground:
+    """What arms that are other choices are made on: the recipe's setup, its model, the targets that it examined there, its own arm,
+    and the recipes of arms that are criteria, by name."""
+
+    setup: Setup
+    model: nn.Module
+    examined: Examined
+    own: Entry
+    others: Mapping[str, Recipe]
+
+    @property
+    def choose(self) -> Choose:
+        """What a way to choose means among the recipe's targets."""
+        return partial(choice, self.model, self.examined)
+
+
 def entries_of(setup: Setup, model: nn.Module, arms: Sequence[Arm], others: Mapping[str, Recipe]) -> list[Entry]:
     """Every arm on this model, that of the setup's recipe first; `others`: as `arm_recipes` found them.
     Raises: RecipeError where arms are other choices and there is nothing to choose."""
     recipe = setup.recipe
     examined = recipe.config.examine(model)
     own, kept = _of_recipe(setup, model, _own_name(recipe), recipe, examined)
-    choose = partial(choice, model, examined)
     choices = [arm for arm in arms if arm.source is None]
     made = (_scheduled if examined.select.is_scheduled else _chosen)(
-        setup, model, choose, examined, own, choices, others
+        _Ground(setup, model, examined, own, others), choices
     )
     if kept is not None and kept.scores is not None:
         own = replace(own, arm=str(kept.scores.by))
@@ -138,20 +154,12 @@ def _keep(select: Select, examined: Examined, among: Sequence[int]) -> int | Non
     return int(select.keep) if select.within else len(lowest(select, examined.layers, among))  # type: ignore[arg-type]
 
 
-def _chosen(
-    setup: Setup,
-    model: nn.Module,
-    choose: Choose,
-    examined: Examined,
-    own: Entry,
-    arms: Sequence[Arm],
-    others: Mapping[str, Recipe],
-) -> dict[str, list[Entry]]:
+def _chosen(ground: _Ground, arms: Sequence[Arm]) -> dict[str, list[Entry]]:
     """The choices of layers beside the recipe's own, of as many layers where none names a number.
     Raises: RecipeError when there is nothing to choose."""
     if not arms:
         return {}
-    select = examined.select
+    select, own, choose = ground.examined.select, ground.own, ground.choose
     among = among_of(select)
     keep: Any = len(own.layers)
     everything = choose({**among, "layers": among.get("layers", f"0-{own.num_layers - 1}")}).layers
@@ -166,51 +174,35 @@ def _chosen(
         if arm.kind == "all":
             found[arm.name] = [replace(own, arm="all", **_placed_as(select, everything), again=None)]
         elif arm.kind == "random":
-            found[arm.name] = _draws(choose, {**among, "by": "random", "keep": keep}, arm.draws, own, len(everything))
+            found[arm.name] = _draws(ground, {**among, "by": "random", "keep": keep}, arm.draws, len(everything))
         else:
             given = {**among, "keep": arm.keep or keep}
             if arm.kind in PLACES:
                 given |= {"by": "depth", "pick": "top" if arm.kind == "last" else "bottom"}
             else:
                 given["by"] = arm.kind
-            entry = _choice_of(setup, model, choose, arm, given, own, others)
+            entry = _choice_of(ground, arm, given)
             free = arm.keep is None and "within" not in given
             found[arm.name] = [replace(entry, most=len(everything), again=entry.again if free else None)]
     return found
 
 
-def _choice_of(
-    setup: Setup,
-    model: nn.Module,
-    choose: Choose,
-    arm: Arm,
-    given: Mapping[str, Any],
-    own: Entry,
-    others: Mapping[str, Recipe],
-) -> Entry:
-    batches = None
+def _choice_of(ground: _Ground, arm: Arm, given: Mapping[str, Any]) -> Entry:
+    batches, setup, choose = None, ground.setup, ground.choose
     if arm.scores:
-        theirs = transplanted(setup.recipe, others[arm.name])
-        batches, _ = batches_for(replace(setup, recipe=theirs), model, given)
+        theirs = transplanted(setup.recipe, ground.others[arm.name])
+        batches, _ = batches_for(replace(setup, recipe=theirs), ground.model, given)
     kept = choose(given, batches)
     by = {**given, "by": kept.scores} if arm.scores and kept.scores is not None else given
     again = partial(_of_choice, choose, by)
     placed = _placed_as(Select.parse(given), kept.layers)
-    return replace(own, arm=arm.name, **placed, again=again, spreads=arm.kind in ("last", "first"))
+    return replace(ground.own, arm=arm.name, **placed, again=again, spreads=arm.kind in ("last", "first"))
 
 
-def _scheduled(
-    setup: Setup,
-    model: nn.Module,
-    choose: Choose,
-    examined: Examined,
-    own: Entry,
-    arms: Sequence[Arm],
-    others: Mapping[str, Recipe],
-) -> dict[str, list[Entry]]:
+def _scheduled(ground: _Ground, arms: Sequence[Arm]) -> dict[str, list[Entry]]:
     """As `_chosen`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
     Raises: RecipeError where the number of layers at a time is left to the scores."""
-    select, pool = examined.select, own.layers
+    select, own, pool = ground.examined.select, ground.own, ground.own.layers
     if own.count is None and any(arm.keep is None and arm.kind != "all" for arm in arms):
         raise RecipeError(
             f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
@@ -224,7 +216,7 @@ def _scheduled(
         if arm.kind == "random":
             uniform = [clock | {"pick": "uniform", "seed": select.seed + s} for s in range(1, arm.draws + 1)]
             found[arm.name] = [
-                replace(own, arm=f"random:{s}", select=how, again=own.again and partial(_keeping, pool, how))
+                replace(own, arm=f"{DRAW}{s}", select=how, again=own.again and partial(_keeping, pool, how))
                 for s, how in enumerate(uniform, 1)
             ]
         elif arm.kind == "all":
@@ -232,7 +224,7 @@ def _scheduled(
         else:
             pick = {"pick": "bottom"} if arm.kind == "first" else {"pick": "top"}
             given = {**among, "by": "depth" if arm.kind in PLACES else arm.kind, "keep": arm.keep or own.count, **pick}
-            entry = _choice_of(setup, model, choose, arm, given, own, others)
+            entry = _choice_of(ground, arm, given)
             found[arm.name] = [entry if arm.keep is None and select.within is None else replace(entry, again=None)]
     return found
 
@@ -257,22 +249,23 @@ def _of_choice(choose: Choose, given: Mapping[str, Any], count: int) -> tuple[La
     return kept.layers, kept.placed
 
 
-def _draws(choose: Choose, select: Mapping[str, Any], number: int, own: Entry, most: int) -> list[Entry]:
+def _draws(ground: _Ground, select: Mapping[str, Any], number: int, most: int) -> list[Entry]:
     """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
     found: dict[Layers, int] = {}
     for seed in range(100 * number):
-        found.setdefault(choose({**select, "seed": seed}).layers, seed)
+        found.setdefault(ground.choose({**select, "seed": seed}).layers, seed)
         if len(found) == number:
-            return [_drawn(choose, {**select, "seed": seed}, layers, own, most) for layers, seed in found.items()]
+            drawn = (({**select, "seed": seed}, layers) for layers, seed in found.items())
+            return [_drawn(ground, how, layers, place, most) for place, (how, layers) in enumerate(drawn, 1)]
     raise RecipeError(
         f"--arms: there are only {len(found)} different choices of {select['keep']} {select.get('unit', 'layer')}s, not {number}"
     )
 
 
-def _drawn(choose: Choose, select: Mapping[str, Any], layers: Layers, own: Entry, most: int) -> Entry:
-    again = None if "within" in select else partial(_of_choice, choose, select)
+def _drawn(ground: _Ground, select: Mapping[str, Any], layers: Layers, place: int, most: int) -> Entry:
+    again = None if "within" in select else partial(_of_choice, ground.choose, select)
     placed = _placed_as(Select.parse(select), layers)
-    return replace(own, arm=f"random:{select['seed']}", **placed, most=most, again=again)
+    return replace(ground.own, arm=f"{DRAW}{place}", **placed, most=most, again=again)
 
 
 def _unpacked(entry: Entry) -> Entry:

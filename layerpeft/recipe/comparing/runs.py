@@ -12,16 +12,12 @@ from typing import Any
 from layerpeft.errors import LayerpeftError, RecipeError
 from layerpeft.integrations.files import digest_of, fingerprint, parse_json, replace_file, versions_of
 from layerpeft.recipe.comparing.entries import Entry
+from layerpeft.recipe.comparing.names import group_of
 from layerpeft.recipe.model import model_path
 from layerpeft.recipe.recipe import to_yaml
 from layerpeft.recipe.trainer import Setup
 
 VERSIONS = ("layerpeft", "torch", "transformers", "peft", "trl")
-
-
-def group_of(arm: str) -> str:
-    """The name under which runs of an arm stand together: draws are one arm."""
-    return "random" if arm.startswith("random:") else arm
 
 
 @dataclass(frozen=True)

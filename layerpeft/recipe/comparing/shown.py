@@ -11,15 +11,16 @@ from typing import Any
 
 from layerpeft.integrations.drawing import new_figure, write_figure
 from layerpeft.recipe.comparing.budgets import Budget, Given, Left
-from layerpeft.recipe.comparing.runs import Run, group_of
-from layerpeft.recipe.comparing.verdict import HEADS, Standing, Verdict, averaged
+from layerpeft.recipe.comparing.names import group_of, is_draw, label_of
+from layerpeft.recipe.comparing.runs import Run
+from layerpeft.recipe.comparing.verdict import Basis, Standing, Verdict, averaged, headline
 from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.text import grid, size_text
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs (the recipe's first), the number they are compared by, its value before training, and the verdict.
+    """All runs (the recipe's first), the number they are compared by, its value before training, the verdict, and its basis.
 
     Where arms have a budget, train otherwise or have several seeds, also: what each was given (by arm, each draw by itself), how
     arms stand over their seeds, those that were left out, and `arms`: the verdict on them.
@@ -31,6 +32,7 @@ class Comparison:
     verdict: Verdict
     num_layers: int
     unit: str = "layer"
+    basis: Basis = Basis()
     budget: Budget | None = None
     room: float | None = None
     given: Mapping[str, Given] = field(default_factory=dict)
@@ -52,8 +54,8 @@ def table(found: Comparison) -> str:
     rows: list[tuple[str, ...]] = [heads, ("before training", "", "", f"{found.before:.4f}", "")]
     for run in averaged(found.runs):
         layers = _shown(run, found)
-        rows.append((run.arm, layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
-    draws = [run.value for run in averaged(found.runs) if run.arm.startswith("random:")]
+        rows.append((label_of(run.arm), layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
+    draws = [run.value for run in averaged(found.runs) if is_draw(run.arm)]
     if len(draws) > 1:
         spread = f"  {min(draws):.4f} to {max(draws):.4f}, sd {statistics.stdev(draws):.4f}"
         rows.append(("random, mean", "", "", f"{statistics.fmean(draws):.4f}", spread))
@@ -71,7 +73,7 @@ def arms_table(found: Comparison) -> str:
         steps = [run.steps for run in found.runs if run.group == standing.arm]
         rows.append(
             [
-                f"{standing.arm} ({len(given)} draws)" if len(given) > 1 else standing.arm,
+                standing.title,
                 _of([g.count for g in given]),
                 _of([g.rank for g in given]),
                 _of(steps),
@@ -127,44 +129,58 @@ def _shown(run: Run, found: Comparison) -> str:
 def draw(found: Comparison, path: Path) -> None:
     """One row per arm, one dot per run, the random draws with their mean; with a budget, other methods or seeds also the number
     against seconds of training and bytes of a step, each with its 95 % interval."""
-    groups: dict[str, list[Run]] = {}
-    for run in found.runs:
-        groups.setdefault(run.group, []).append(run)
     wide = bool(found.given)
-    figure = new_figure(17 if wide else 8, 1.6 + max(0.5 * len(groups), 3.2 if wide else 0))
+    figure = new_figure(17 if wide else 8, 1.6 + max(0.5 * len(_groups(found)), 3.2 if wide else 0))
     if figure is None:
         return
     axes = figure.subplots(1, 3 if wide else 1, squeeze=False)[0]
-    _dots(axes[0], found, groups)
+    _dots(axes[0], found)
     if wide:
         _against(axes[1], found, "seconds of training")
         _against(axes[2], found, "MiB at the peak of a step, as planned")
     write_figure(figure, path, dpi=120)
 
 
-def _dots(axes: Any, found: Comparison, groups: Mapping[str, Sequence[Run]]) -> None:
-    labels = []
-    for place, (arm, runs) in enumerate(groups.items()):
+def labels(found: Comparison) -> list[str]:
+    """What stands beside the dots of each arm: its name, and which layers."""
+    return [f"{arm}\n{_place(found, arm, runs)}" for arm, runs in _groups(found).items()]
+
+
+def _groups(found: Comparison) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in found.runs:
+        groups.setdefault(run.group, []).append(run)
+    return groups
+
+
+def _place(found: Comparison, arm: str, runs: Sequence[Run]) -> str:
+    layers, given = runs[0].layers, found.given.get(arm)
+    if given is not None and given.count is not None and given.count < len(layers):
+        return f"{given.count} of {len(layers)} {found.unit}s at a time"
+    if not is_draw(runs[0].arm):
+        return numbers(layers, found.num_layers)
+    if (draws := len({run.arm for run in runs})) == 1:
+        return f"one draw: {numbers(layers, found.num_layers)}"
+    each = _of([len(run.layers) for run in runs])
+    return f"{draws} draws of {each} {found.unit}{'' if each == '1' else 's'}"
+
+
+def _dots(axes: Any, found: Comparison) -> None:
+    for place, runs in enumerate(_groups(found).values()):
         values = [run.value for run in runs]
         axes.plot(values, [place] * len(values), "o", color=_colour(place, found), markersize=8, alpha=0.85)
         if len(values) > 1:
             axes.plot(
                 [statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color=_colour(place, found), linewidth=2
             )
-        layers, draws = runs[0].layers, len({run.arm for run in runs})
-        each = _of([len(run.layers) for run in runs])
-        shown = f"{draws} draws of {each} {found.unit}s" if draws > 1 else numbers(layers, found.num_layers)
-        given = found.given.get(arm)
-        if given is not None and given.count is not None and given.count < len(layers):
-            shown = f"{given.count} of {len(layers)} {found.unit}s at a time"
-        labels.append(f"{arm}\n{shown}")
+    beside = labels(found)
     ours = statistics.fmean(run.value for run in found.runs if run.arm == found.runs[0].arm)
     axes.axvline(ours, color=_colour(0, found), linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(beside)), beside)
+    axes.set_ylim(len(beside) - 0.5, -0.5)
     axes.set_xlabel(_measure(found, f"; {found.before:.3f} before"))
     if found.arms is None:
-        axes.set_title(f"{HEADS[found.verdict.kind]} ({found.runs[0].arm} against other choices)")
+        axes.set_title(f"{headline(found.verdict.kind, found.basis)} ({found.runs[0].arm} against other choices)")
     else:
         equal = f"equal {found.budget.kind}" if found.budget is not None else "no equal budget"
         axes.set_title(f"{equal}, {len({run.seed for run in found.runs})} training seeds")

@@ -12,7 +12,7 @@ from layerpeft import text
 from layerpeft.errors import SaveError
 from layerpeft.integrations.files import as_written, replace_file
 from layerpeft.quantization.picture import COLOURS
-from layerpeft.recipe.comparing.runs import group_of
+from layerpeft.recipe.comparing.names import group_of, label_of
 from layerpeft.recipe.page import charts
 from layerpeft.recipe.page.charts import finite
 from layerpeft.recipe.page.facts import Facts, facts
@@ -231,7 +231,12 @@ def _arms(found: Facts) -> str:
         layers = text.ranges(run.get("layers") or [])
         seconds = finite(run.get("seconds"))
         table.append(
-            (str(run.get("arm")), text.measured(run["value"]), "" if seconds is None else f"{seconds:.0f}", layers)
+            (
+                label_of(str(run.get("arm"))),
+                text.measured(run["value"]),
+                "" if seconds is None else f"{seconds:.0f}",
+                layers,
+            )
         )
     verdicts = filter(None, ((kept.get(key) or {}).get("sentence") for key in ("arms", "verdict")))
     return "".join(f"<p>{escape(str(verdict))}</p>" for verdict in verdicts) + _figure(drawn) + _rows_of(table, "<>><")
