@@ -60,6 +60,7 @@ def told(found: Advice) -> str:
 
 def _ranks(found: Advice) -> list[str]:
     """A line for every layer, the uppermost first: its ranks, and how many criteria have it in their upper half."""
+    most = len(found.ranks)
     half = (len(found.ranks) + 1) // 2
     rows = [
         (
@@ -70,7 +71,8 @@ def _ranks(found: Advice) -> list[str]:
         )
         for layer, ranks in sorted(found.ranks.items(), reverse=True)
     ]
-    return grid([("layer", *found.names, "upper half by", "recommended"), *rows], ">")
+    head = ("layer", *(f"rank by {name}" for name in found.names), "upper half by", "recommended")
+    return [f"ranks of {most} layers: 1 is the layer to train first, {most} the last one", *grid([head, *rows], ">")]
 
 
 def _choices(found: Advice) -> list[str]:

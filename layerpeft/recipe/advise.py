@@ -7,6 +7,7 @@ ranks; of those the one is recommended that the evidence has as the best in equa
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import tempfile
 import time
@@ -16,20 +17,20 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import ElsewhereError, Problems, RecipeError, SelectionError
-from layerpeft.integrations.distributed import rank, world_size
+from layerpeft.errors import RecipeError, SelectionError
 from layerpeft.planning.plan import plan
 from layerpeft.recipe.comparing.arms import AMONG, among_of
 from layerpeft.recipe.evidence import Criterion, Evidence, Kept, evidence
+from layerpeft.recipe.launching import refuse_several
 from layerpeft.recipe.plan import asked, rows_of
-from layerpeft.recipe.recipe import Recipe, command_of, layer_config, unpacked
+from layerpeft.recipe.recipe import Recipe, command_of, is_compared, layer_config, unpacked
 from layerpeft.recipe.shorter import shortened_apart
 from layerpeft.recipe.trainer import Setup, first_batches, load_model, prepare, tokenized
 from layerpeft.selection.choose import candidates, choose_among
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.scoring import needs_batches
-from layerpeft.selection.select import Select
 from layerpeft.text import note, ranges
+from layerpeft.tuners.soft import BY_SCORE
 
 BATCHES = 8  # that each criterion sees: with two that go through the model both ways 16 passes, no optimizer among them
 Sets = Mapping[tuple[int, ...], tuple[str, ...]]
@@ -86,10 +87,10 @@ def advise(recipe: Recipe) -> Advice:
     Raises: RecipeError where smaller units than layers are chosen, or fewer than two layers may be; in several processes
     (ElsewhereError in all but the first); LayerpeftError.
     """
-    if rank() > 0:
-        raise ElsewhereError()
+    refuse_several("advise")
     asks = recipe.config.choosing
-    _refuse(recipe, asks)
+    if asks.unit != "layer":
+        raise RecipeError(f"select.unit: {asks.unit}: advice is about whole layers; leave it out")
     known = evidence()
     places = among_of(asks)
     with contextlib.redirect_stdout(sys.stderr):
@@ -98,25 +99,14 @@ def advise(recipe: Recipe) -> Advice:
             model, scores, passes = _scored(setup, known.criteria, places)
             took = time.perf_counter() - began
             mean, ranks = _together(model, setup, scores, places)
-            sets = _sets(model, setup, mean, places)
+            sets, count = _sets(model, setup, mean, places), len(mean.values)
             del model
         choices = _planned(recipe, sets, known)
     best = _best(choices)
     return Advice(
         tuple(criterion.name for criterion in known.criteria), ranks, choices, best.layers, _agreed(best, ranks),
-        recipe.method, known, passes, took, _commands(recipe, best, sorted(ranks)),
+        recipe.method, known, passes, took, _commands(recipe, best, sorted(ranks), count),
     )  # fmt: skip
-
-
-def _refuse(recipe: Recipe, asks: Select) -> None:
-    problems = Problems(f"advise {recipe.source}")
-    if world_size() > 1:
-        problems.add(
-            f"advise runs in one process, and there are {world_size()}: start it without accelerate launch or torchrun"
-        )
-    if asks.unit != "layer":
-        problems.add(f"select.unit: {asks.unit}: advice is about whole layers; leave it out")
-    problems.raise_if_any(RecipeError)
 
 
 def _within(recipe: Recipe, folder: str) -> Setup:
@@ -228,22 +218,33 @@ def _agreed(best: Choice, ranks: Mapping[int, tuple[int, ...]]) -> int:
 
 
 def _arms(best: Choice, among: Sequence[int]) -> list[str]:
-    """What to compare with of these candidates: nothing that is the choice itself."""
+    """What to compare with of these candidates: nothing that is the choice itself, and no more draws than there are choices."""
     if best.layers == tuple(among):
         return []
     last = best.layers == tuple(among)[-len(best.layers) :]
-    return ["random:3", *["last"] * (not last), "all"]
+    draws = min(3, math.comb(len(among), len(best.layers)))
+    return [f"random:{draws}", *["last"] * (not last), "all"]
 
 
-def _commands(recipe: Recipe, best: Choice, among: Sequence[int]) -> tuple[str, ...]:
-    select: Any = ranges(best.layers, ",") if len(best.layers) > 1 else min(best.layers)
-    stack = _stack(recipe)
-    changed: dict[str, Any] = {"layerpeft.select": {"layers": select, **stack} if stack else select}
-    arms = _arms(best, among)
-    comparing = (
-        ()
-        if recipe.values.get("eval_dataset") is None or not arms
-        else (f"{command_of(recipe, changed, 'compare')} --arms {','.join(arms)}",)
+def _chosen(recipe: Recipe, best: Choice, among: Sequence[int], count: int) -> dict[str, Any]:
+    """Settings that choose it among the same candidates of so many layers, so that arms that are drawn keep to those, too; without
+    what goes by scores, or packs what is frozen where nothing is."""
+    places, config = among_of(recipe.config.choosing), recipe.config
+    layers: Any = ranges(best.layers, ",") if len(best.layers) > 1 else min(best.layers)
+    limited = places.get("layers", "all") != "all"
+    outside = ranges(set(range(count)) - set(among), ",") if limited else places.get("exclude")
+    kept = {k: v for k, v in (("exclude", outside), ("stack", places.get("stack"))) if v not in (None, "")}
+    left = [name for name in BY_SCORE if getattr(config, name) is not None]
+    left += ["quantize_frozen"] * (len(best.layers) == count and unpacked(config) is not config)
+    select = {"layers": layers, **kept} if kept else layers
+    return {"layerpeft.select": select, **{f"layerpeft.{name}": None for name in left}}
+
+
+def _commands(recipe: Recipe, best: Choice, among: Sequence[int], count: int) -> tuple[str, ...]:
+    """To compare the choice, where there is something to compare it with and by, and to train it."""
+    changed, arms = _chosen(recipe, best, among, count), _arms(best, among)
+    comparing = [f"{command_of(recipe, changed, 'compare')} --arms {','.join(arms)}"] * (
+        is_compared(recipe) and bool(arms)
     )
     if best.kept_states is not None and recipe.config.caching is None:
         changed |= {"layerpeft.prefix_cache": "memory"}

@@ -40,6 +40,8 @@ PLACES = (
     "output_dir",
     "resume_from_checkpoint",
 )
+NO_BF16 = "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
+TRAIN = ("train", "compare", "plan")  # purposes for which it matters how a step is computed
 MOST = 10**9  # of what is counted: tokens, rows, steps of a batch, ranks
 
 
@@ -92,9 +94,7 @@ class Check:
         )
         if bf16_by_default and not self.accelerator and not surroundings.has_bf16():
             good["bf16"] = False  # TRL's default is true, and refuses to start without a device for it
-            done.notices.append(
-                "bf16 is off, because there is no device for it here (bf16: true with use_cpu: true forces it)"
-            )
+            done.notices += [NO_BF16] * (self.purpose in TRAIN)
         self.sees = seeing.sees(good, trainer)
         block = counted(good.get("layerpeft"), _said(good, known, trainer))
         method, select, fields, config = self.block(block, trainer, path.parent)
@@ -302,8 +302,8 @@ def _out_of_bounds(key: str, value: Any) -> str | None:
             return f"expected a number above 0, got {value}"
         if least is not None and value < least:
             return f"expected at least {least}, got {value}"
-        if value > MOST:
-            return f"expected at most {MOST:,}, got {value}"
+        if value > (most := keys.AT_MOST.get(key, MOST)):
+            return f"expected at most {most:,}, got {value}"
     return None
 
 

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers.utils import cached_file
 
 from layerpeft.errors import LayerpeftError, Problem, RecipeError, SaveError
-from layerpeft.integrations.distributed import world_size
 from layerpeft.integrations.files import disk_is_full
 from layerpeft.integrations.trainer import seeing
 from layerpeft.model.layers import base_of
@@ -29,6 +28,7 @@ from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved
 from layerpeft.recipe.calls import Calls, calls_of
 from layerpeft.recipe.choice import BLOCK
+from layerpeft.recipe.launching import refuse_several
 from layerpeft.recipe.model import INIT, auto_class, from_hub, loading, model_config, model_path
 from layerpeft.recipe.plan import empty
 from layerpeft.recipe.recipe import Recipe, command_of, layer_config, training_arguments
@@ -146,8 +146,7 @@ def _asked(recipe: Recipe) -> Setting:
         again = command_of(recipe, {"layerpeft.prefix_cache": "disk"}, "prefill")
         given = "it is not set" if setting is None else "memory goes with its process"
         raise _refusal("prefix_cache", f"prefix_cache: {given}; say where on disk states are to lie:\n  {again}")
-    if world_size() > 1:
-        raise RecipeError("prefill runs in one process; the training afterwards may have several")
+    refuse_several("prefill", "the training afterwards may have several")
     if recipe[KEY] is not None:
         text = (
             "drop: a model is shortened whole; run this once (max_steps: 1 will do), then name the folder `shorter` of its "

@@ -35,7 +35,7 @@ class Examined:
 def load_recipe(source: str, settings: Sequence[str] = (), purpose: str = "train") -> Recipe:
     """Reads a recipe (a path, or the name of a shipped one) with `key=value` settings laid over it.
 
-    `purpose`: "train", "plan", "score" or "compare", which ask for different things of data and output folder.
+    `purpose`: "train", "plan", "preview", "score", "compare" or "prefill", which ask for different things of rows and folders.
     Raises: RecipeError that lists every problem with its line.
     """
     return examine(source, settings, purpose).sound()

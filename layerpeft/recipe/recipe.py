@@ -70,6 +70,12 @@ class Recipe:
         return expanded(self.values["output_dir"])
 
 
+def is_compared(recipe: Recipe) -> bool:
+    """Whether there are held-out rows, as far as a recipe says, and its trainer measures them: what arms are compared by."""
+    said = recipe.values.get("eval_dataset") is not None or "dataset_test_split" in recipe.values
+    return said and recipe.row.evaluates
+
+
 def training_arguments(recipe: Recipe, **changes: Any) -> Any:
     """The settings of a recipe's trainer, as trl.SFTConfig or transformers.TrainingArguments.
     The order of the rows hangs on `data_seed` alone, so that arms of a comparison see the same batches."""

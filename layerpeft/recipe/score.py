@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe.recipe import Recipe, command_of
+from layerpeft.recipe.comparing.arms import AMONG
+from layerpeft.recipe.recipe import Recipe, command_of, is_compared
 from layerpeft.recipe.shorter import KEY, chosen_on, shortened_apart
 from layerpeft.recipe.surroundings import SCORED, refuse_strangers
 from layerpeft.recipe.train import Say
 from layerpeft.recipe.trainer import batches_for, load_model, prepare, tokenized
 from layerpeft.saving.owned import room, vouch
+from layerpeft.selection import plugins
 from layerpeft.selection.choose import choose_among
 from layerpeft.selection.drop import measures, parse_drop
-from layerpeft.selection.select import Selection
+from layerpeft.selection.select import PICKS, Select, Selection
+from layerpeft.selection.typecheck import settings_of
 from layerpeft.text import grid, is_first, note
 from layerpeft.training.pictures import write_csv, write_png
 from layerpeft.training.report import Row
@@ -67,13 +71,23 @@ def _write_scores(recipe: Recipe, selection: Selection, key: str, say: Say) -> N
         say(line)
     say(selection.why)
     say(f"\nwritten: {folder / 'scores.json'}, scores.csv" + (", scores.png" if drawn else ""))
-    own = {
-        k: v
-        for k, v in selection.select.items()
-        if k in ("keep", "unit", "within", *("layers", "exclude") * (key == KEY))
-    }
-    select = {"by": str(folder / "scores.json"), **own}
+    said = _of_drop(selection) if key == KEY else _of_choice(recipe.config.choosing)
+    select = {"by": str(folder / "scores.json"), **said}
     say("\nnext:")
     say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', key: select})}")
-    if key != KEY:
+    if key != KEY and is_compared(recipe):
         say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")
+
+
+def _of_drop(selection: Selection) -> dict[str, Any]:
+    """What says again, with scores, which layers are dropped."""
+    return {k: v for k in ("keep", "unit", "within", "layers", "exclude") if (v := selection.select.get(k)) is not None}
+
+
+def _of_choice(select: Select) -> dict[str, Any]:
+    """What a choice says besides of its scores, and of when it is made again: candidates, how many, and the rule."""
+    usual, fixed = Select(), not select.is_scheduled
+    names = ("keep", "per", "epochs", *AMONG, "within", "seed", *("pick",) * fixed)
+    said = {k: v for k in names if (v := getattr(select, k)) != getattr(usual, k)}
+    rule = settings_of(plugins.get(PICKS, select.rule).Options) if fixed else {}
+    return said | {k: v for k, v in select.options.items() if k in rule}

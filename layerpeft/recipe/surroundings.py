@@ -265,8 +265,10 @@ def folder_problems(good: Mapping[str, Any], purpose: str, home: Path | None = N
     """What is wrong with the model's folder and the output folder, and what is only worth a word before training."""
     model, lacking = _model(good, home)
     output, full = _output(good, purpose, home)
-    if purpose == "plan":
-        return model + output, [f"{lacking}; a plan needs none, training does"] * bool(lacking) + [full] * bool(full)
+    if purpose in ("plan", "preview"):
+        return model + output, [f"{lacking}; a {purpose} needs none, training does"] * bool(lacking) + [full] * bool(
+            full
+        )
     model += [_of("model_name_or_path", lacking)] if lacking else []
     return model + output + ([Problem(("output_dir",), full)] if full else []), []
 

@@ -432,6 +432,8 @@ def _next(setup: Setup, result: Result) -> list[str]:
     compare = shlex.join(["layerpeft", "compare", str(folder / "recipe.yaml")])
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
+        if not result.after:
+            return lines
         return [*lines, f"{compare} {choice} --arms random:3,last,all    # are fewer layers enough?"]
     if result.after:  # without held-out rows there is nothing to compare
         lines.append(f"{compare} --arms random:3,last,all    # is the choice worth anything?")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks.ranks import as_accelerators
 from layerpeft.cli import main
-from layerpeft.recipe import compare
+from layerpeft.recipe import launching
 from layerpeft.recipe.launching import launched
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import launch_files
@@ -146,7 +146,7 @@ def test_embeddings_train_where_each_process_holds_the_model_and_one_saves(tmp_p
 
 
 def test_arms_are_compared_in_one_process_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "world_size", lambda: 2)
+    monkeypatch.setattr(launching, "world_size", lambda: 2)
     assert main(["compare", "quickstart", f"output_dir={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err
     assert "compare runs in one process, and there are 2: start it without accelerate launch" in said

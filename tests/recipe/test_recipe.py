@@ -388,6 +388,8 @@ def test_bf16_is_turned_off_where_no_device_has_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("layerpeft.recipe.surroundings.has_bf16", lambda: False)
     recipe = load_recipe("r.yaml")
     assert training_arguments(recipe).bf16 is False and any("bf16 is off" in notice for notice in recipe.notices)
+    for purpose in ("score", "preview", "prefill"):  # no step is computed
+        assert not any("bf16" in notice for notice in load_recipe("r.yaml", purpose=purpose).notices)
     monkeypatch.setattr("layerpeft.recipe.surroundings.has_bf16", lambda: True)
     assert "bf16" not in load_recipe("r.yaml", ["use_cpu=true"]).values
 
