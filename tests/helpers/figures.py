@@ -45,7 +45,8 @@ def untied(text: str, made: Iterable[str], said: Iterable[str] = ()) -> list[str
             lost.append(f"not there: {piece}")
         rest = rest.replace(piece, "…")
     return lost + [
-        f"from no result: {rest[max(0, m.start() - 30) : m.end() + 30]}" for m in re.finditer(r"(?<![A-Za-z\d])\d[\d.,]*", rest)
+        f"from no result: {rest[max(0, m.start() - 30) : m.end() + 30]}"
+        for m in re.finditer(r"(?<![A-Za-z\d])\d[\d.,]*", rest)
     ]
 
 

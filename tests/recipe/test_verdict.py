@@ -59,18 +59,19 @@ def test_the_verdict_does_not_overclaim(ours: float, draws: list[float], lower: 
 
 
 def test_the_interval_holds_what_it_says() -> None:
-    """With one more random draw in the recipe's place, 19 in 20 verdicts are "no difference", of one seed and of three."""
+    """With one more random draw in the recipe's place, 19 in 20 verdicts are "no difference", of one seed and of two."""
     generator = torch.Generator().manual_seed(0)
     trials, wrong, apart = 4000, 0, 0
-    for values in torch.randn(trials, 4, 3, generator=generator, dtype=torch.float64).tolist():
+    for place, values in enumerate(torch.randn(trials, 4, 2, generator=generator, dtype=torch.float64).tolist()):
         wrong += judge(chosen(values[0][0], [v[0] for v in values[1:]]), True, "loss").kind != "no difference"
-        several = runs(norm=values[0], random_1=values[1], random_2=values[2], random_3=values[3])
-        stands = standings(several, lower=True)
-        assert stands[1].kind == {"better": "worse", "worse": "better"}.get(
-            kind := judge(several, True, "loss").kind, kind
-        )
-        apart += stands[1].kind != "no difference"
-    assert 0.04 < wrong / trials < 0.06 and 0.04 < apart / trials < 0.06
+        if place % 4 == 0:
+            several = runs(norm=values[0], random_1=values[1], random_2=values[2], random_3=values[3])
+            kind, ours = standings(several, lower=True)[1].kind, judge(several, True, "loss", Basis(2)).kind
+            assert kind == {"better": "worse", "worse": "better"}.get(ours, ours), (
+                "of the draws, and of the recipe's arm"
+            )
+            apart += kind != "no difference"
+    assert 0.04 < wrong / trials < 0.06 and 0.03 < apart / (trials / 4) < 0.07
 
 
 def test_of_one_seed_no_arm_is_said_to_be_better_or_worse() -> None:
