@@ -9,13 +9,16 @@ import argparse
 import contextlib
 import errno
 import importlib
+import itertools
 import json
+import os
 import re
+import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from layerpeft import __version__
 from layerpeft.errors import ElsewhereError, LayerpeftError, RecipeError, UsageError, mentions, nearest, told, unknown
@@ -68,7 +71,37 @@ def _between(low: float, high: float) -> Callable[[str], float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted."""
+    """Runs one command. Returns the exit code: 0, 2 for an error that names its cause, 130 when interrupted, 141 where whoever
+    read what is printed has gone (`| head`)."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _is_broken(stream)]
+        if not gone:  # another pipe
+            raise
+        for stream in gone:  # whatever is left in it is flushed at the end, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+
+
+def _is_broken(stream: TextIO) -> bool:
+    """Whether nobody reads it any more."""
+    try:
+        stream.flush()  # what could not be written before is still in it, if it keeps anything
+        asked = select.poll()
+        asked.register(stream.fileno(), select.POLLOUT)
+        return any(flags & (select.POLLERR | select.POLLHUP) for _, flags in asked.poll(0))
+    except BrokenPipeError:
+        return True
+    except (AttributeError, OSError, ValueError):  # no such thing on this system, or no file at all
+        return False
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not (is_first() and sys.stderr.isatty()):
         saying.without_bars()
@@ -431,20 +464,25 @@ def _copy_code(recipe: Path, folder: Path) -> None:
 def _list(as_json: bool) -> None:
     found = []
     for name, path in recipes().items():
-        comments = [
-            line.lstrip("# ").rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
-        ]
-        found.append(
-            {"name": name, "about": comments[1] if len(comments) > 1 else "", "command": comments[0], "path": str(path)}
-        )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line.lstrip("# ").rstrip() for line in lines if line.startswith("#")]
+        found.append({"name": name, "about": _about(comments[1:]), "command": comments[0], "path": str(path)})
     if as_json:
         print(json.dumps(found))
         return
     width = max(len(item["name"]) for item in found)
     for item in found:
-        print(f"{item['name']:<{width}}  {item['about']}")
+        print(on_screen(f"{item['name']:<{width}}  {item['about']}", sys.stdout))
     print("\nlayerpeft train NAME    layerpeft recipes show NAME    layerpeft recipes copy NAME")
     print(f"for several processes (accelerate launch --config_file), to show and copy: {', '.join(launch_files())}")
+
+
+def _about(lines: Sequence[str]) -> str:
+    """The first of the lines that say what a recipe is, with the rest of a sentence that goes on behind it."""
+    if not lines or lines[0].endswith("."):
+        return "".join(lines[:1])
+    text = " ".join(itertools.takewhile(bool, lines))
+    return next((text[: end.end()].rstrip() for end in re.finditer(r"\.(\s|$)", text)), text)
 
 
 if __name__ == "__main__":

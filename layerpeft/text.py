@@ -14,7 +14,8 @@ from typing import TextIO
 
 logger = logging.getLogger("layerpeft")
 
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?(B))?\s*", re.IGNORECASE)
+LEAST, LEAST_WRITTEN = 1024, 1 << 20  # bytes: a number, and one in a text, below that rather lacks its unit
 
 
 def is_first() -> bool:
@@ -100,13 +101,25 @@ def measured(value: float) -> str:
     return f"{value:.4f}" if not value or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def size_of(text: str) -> int | None:
-    """Bytes in a text such as "6GB" (powers of 1000), "6GiB" (of 1024) or "512"; None where it is no size."""
-    found = _SIZE.fullmatch(text)
-    if found is None:
+def size_of(value: object) -> int | None:
+    """Bytes in a text such as "6GB" (powers of 1000), "6GiB" (of 1024) or "512B", or a whole number of them; None of what is no
+    size, and of a small number without a unit, which rather lacks it."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= LEAST:
+        return value
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found is None or found[4] is None and float(found[1]) < LEAST_WRITTEN:
         return None
     size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper())
     return int(size) if math.isfinite(size) else None
+
+
+def no_size(value: object) -> str:
+    """A sentence on what `size_of` makes nothing of."""
+    bare = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)i?\s*", str(value), re.IGNORECASE)
+    if bare is None:
+        return f"{value!r} is no size; write it as 24GB or 16GiB"
+    kind = bare[2].upper() or "G"
+    return f"{value!r} has no unit; write {bare[1]}{kind}iB, {bare[1]}{kind}B{'' if bare[2] else f', or {bare[1]}B of bytes'}"
 
 
 def size_text(size: float) -> str:

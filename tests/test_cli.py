@@ -60,7 +60,10 @@ def test_recipes_list_show_copy(place: Path, capsys: pytest.CaptureFixture[str])
     assert main(["recipes", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {item["name"]: item["command"] for item in listed}["quickstart"] == "layerpeft train quickstart"
-    assert all(item["about"] for item in listed)
+    assert all(item["about"].endswith(".") for item in listed)  # whole sentences
+    about = {item["name"]: item["about"] for item in listed}
+    assert about["ir_tuning_gsm8k"].endswith("chosen again every 10 steps, frozen layers measured as well.")
+    assert about["soft"] == "SoFT (arXiv 2309.08968): sorted fine-tuning."
     assert main(["recipes", "show", "telly"]) == 0
     assert capsys.readouterr().out == shipped.recipes()["telly"].read_text()
     assert main(["recipes", "copy", "telly"]) == 0

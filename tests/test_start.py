@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -46,6 +47,7 @@ AT_ONCE = [
     (["import"], 2, "FILE"),
     (["import", "a.yaml", "--mdel", "a"], 2, "Did you mean '--model'?"),
 ]
+GONE = [(["recipes"], ""), (["recipes", "show", "telly"], "1"), (["--help"], ""), (["trian"], ""), (["trian"], "1")]
 COMMANDS = """
 import contextlib, io, json, sys
 from layerpeft.cli import main
@@ -168,3 +170,29 @@ def test_loading_is_told_where_somebody_waits(terminal, loaded, rank, monkeypatc
 
 def test_peft_knows_our_types():
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["LAYER_LORA"] is layerpeft.LayerLoraConfig
+
+
+@pytest.mark.parametrize(("words", "at_once"), GONE, ids=str)
+def test_whoever_reads_may_leave(words: list[str], at_once: str) -> None:
+    """`| head`, of what is printed and of errors alike: no traceback, and the exit code of a broken pipe. `at_once`: nothing is
+    kept back before it is written."""
+    script = f"import sys; from layerpeft.cli import main; sys.exit(main({words!r}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = words == ["trian"]
+    out, err = (subprocess.PIPE, writer) if errors else (writer, subprocess.PIPE)
+    environment = {**os.environ, "PYTHONUNBUFFERED": at_once}
+    try:
+        found = subprocess.run([sys.executable, "-c", script], text=True, stdout=out, stderr=err, env=environment)
+    finally:
+        os.close(writer)
+    assert found.returncode == 141 and not found.stdout and not found.stderr
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError("of a tracker")
+
+    monkeypatch.setattr(cli, "_recipes", broken)
+    with pytest.raises(BrokenPipeError, match="of a tracker"):
+        cli.main(["recipes"])

@@ -1,19 +1,38 @@
 """What a person reads and writes: sizes, tables, names."""
 
+import re
+
 import pytest
 
-from layerpeft.text import grid, size_of, some
+from layerpeft.text import grid, no_size, size_of, some
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("24GB", 24 * 10**9), ("16GiB", 2**34), (" 1.5 kib ", 1536), ("2mb", 2 * 10**6), ("1TB", 10**12), ("7B", 7), ("512", 512),
+        ("24GB", 24 * 10**9), ("16GiB", 2**34), (" 1.5 kib ", 1536), ("2mb", 2 * 10**6), ("1TB", 10**12), ("7B", 7), ("512B", 512),
+        ("512", None), ("24576", None), ("2000000", 2 * 10**6), (2048, 2048), (24, None), (True, None), (2.5, None),
         (".5KB", 500), ("0GB", 0), ("", None), ("GB", None), ("5 iB", None), ("1.2.3GB", None), ("24G", None), ("-1GB", None),
     ],
 )  # fmt: skip
 def test_a_size_is_read_or_none(text, size):
     assert size_of(text) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("24", "'24' has no unit; write 24GiB, 24GB, or 24B of bytes"),
+        (24, "24 has no unit; write 24GiB, 24GB, or 24B of bytes"),
+        ("24G", "'24G' has no unit; write 24GiB, 24GB"),
+        ("500mi", "'500mi' has no unit; write 500MiB, 500MB"),
+        ("much", "'much' is no size; write it as 24GB or 16GiB"),
+    ],
+)
+def test_what_is_no_size_says_what_it_lacks(given, says):
+    assert no_size(given) == says and size_of(given) is None
+    for word in re.findall(r"\d+[A-Za-z]+", says.partition("write")[2]):
+        assert size_of(word) is not None
 
 
 def test_a_table_is_aligned_and_has_no_blanks_at_the_end():

@@ -17,7 +17,7 @@ from layerpeft.planning.prefix import Apart
 from layerpeft.planning.trace import Step
 from layerpeft.selection.scoring import needs
 from layerpeft.selection.select import PICKS, options_of
-from layerpeft.text import size_of, size_text
+from layerpeft.text import no_size, size_of, size_text
 from layerpeft.tuners.config import LayerLoraConfig
 from layerpeft.tuners.soft import BY_SCORE
 
@@ -308,5 +308,5 @@ def _said(
 def _bytes(limit: int | str) -> int:
     found = limit if isinstance(limit, int) else size_of(limit)
     if found is None:
-        raise ConfigError(f"{limit!r} is no size; write 24GB, 16GiB or a number of bytes")
+        raise ConfigError(no_size(limit))
     return found

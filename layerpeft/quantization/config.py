@@ -17,7 +17,7 @@ from layerpeft.selection.grammar import check_grammar
 from layerpeft.selection.scores import Scores
 from layerpeft.selection.select import Select
 from layerpeft.selection.typecheck import check, checked
-from layerpeft.text import size_of
+from layerpeft.text import no_size, size_of
 
 CHOICES = (2, 3, 4, 8, 16)
 
@@ -167,11 +167,9 @@ def used(config: LayerQuantConfig) -> tuple[str, ...]:
 
 def parse_bytes(value: Any) -> int:
     """Bytes from a number, or a text such as "6GB" (powers of 1000) or "6GiB" (of 1024). Raises: ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    found = size_of(value) if isinstance(value, str) and value.rstrip()[-1:].isalpha() else None
+    found = size_of(value)
     if not found:
-        raise ValueError(f"{value!r} is no size: write bytes as a number, or '6GB', '800MiB'")
+        raise ValueError(no_size(value))
     return found
 
 

@@ -296,12 +296,15 @@ def _no_place(key: str, value: Any) -> str | None:
 
 
 def _out_of_bounds(key: str, value: Any) -> str | None:
+    if key in keys.UNSET and value == keys.UNSET[key]:
+        return None
     if key in keys.AT_LEAST and isinstance(value, int | float):
+        unset = f" (or {keys.UNSET[key]}, which leaves it open)" if key in keys.UNSET else ""
         least = keys.AT_LEAST[key]
         if least is None and value <= 0:
             return f"expected a number above 0, got {value}"
         if least is not None and value < least:
-            return f"expected at least {least}, got {value}"
+            return f"expected at least {least}{unset}, got {value}"
         if value > (most := keys.AT_MOST.get(key, MOST)):
             return f"expected at most {most:,}, got {value}"
     return None

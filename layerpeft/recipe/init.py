@@ -24,7 +24,7 @@ from layerpeft.recipe.trainer import prepare
 from layerpeft.recipe.trainers.table import ROWS
 from layerpeft.recipe.written import recipe_text
 from layerpeft.recipe.yaml import override, parse
-from layerpeft.text import size_of, size_text
+from layerpeft.text import no_size, size_of, size_text
 from layerpeft.tuners.methods import DEFAULT
 
 LOOKED_AT = 200  # rows whose length is measured
@@ -114,7 +114,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
     elif not expanded(wanted.out).parent.is_dir():
         problems.add(f"--out: {missing('folder', str(expanded(wanted.out).parent))}")
     if wanted.room is not None and size_of(wanted.room) is None:
-        problems.add(f"--fit: {wanted.room!r} is no size; write 24GB, 16GiB or a number of bytes")
+        problems.add(f"--fit: {no_size(wanted.room)}")
     document = override(parse("{}"), wanted.settings)
     for fault in document.faults:
         problems.add(str(fault))
@@ -194,9 +194,9 @@ def _words(value: Any) -> str:
 def _room() -> str | None:
     """The memory of an accelerator, else half of what the machine has; None where nothing says."""
     if torch.cuda.is_available():
-        return str(torch.cuda.get_device_properties(0).total_memory)
+        return f"{torch.cuda.get_device_properties(0).total_memory}B"
     try:
-        return str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2}B"
     except (AttributeError, ValueError, OSError):
         return None
 

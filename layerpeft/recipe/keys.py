@@ -50,10 +50,16 @@ FIXED = {
     "batches": "a recipe takes batches from its training rows; take it out",
     "dataset_streaming": "streamed data sets are not supported, take it out; name files or a data set that fits on the disk",
 }
+# what means that nothing is set, of numbers that have a word for it
+UNSET = {"max_steps": -1}
 # smallest value that makes sense (None: above zero)
 AT_LEAST: dict[str, int | None] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 1,
     "num_train_epochs": None, "learning_rate": None, "max_train_samples": 1, "max_eval_samples": 1, "sample_tokens": 0,
+    "max_steps": 1, "warmup_steps": 0, "warmup_ratio": 0, "logging_steps": None, "save_steps": None, "eval_steps": None,
+    "eval_delay": 0, "eval_accumulation_steps": 1, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
+    "label_smoothing_factor": 0, "dataset_num_proc": 1, "dataloader_prefetch_factor": 1, "ddp_timeout": 1, "num_generations": 1,
+    "max_completion_length": 1, "max_new_tokens": 1, "generation_max_length": 1, "generation_num_beams": 1,
     "max_target_length": 1, "stride": 0, "mlm_probability": None, "max_seconds": None,
     "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip

@@ -218,7 +218,9 @@ def _json(path: Path, most: int | None) -> Iterator[Row]:
 
 def _row(raw: bytes, path: Path) -> dict[str, Any] | Broken:
     try:
-        return _checked(_DECODER.decode(_decoded(raw, path)))
+        return _checked(
+            _DECODER.decode(_decoded(raw, path).rstrip("\r\n"))
+        )  # or what lacks its end has it a line below
     except (ValueError, RecursionError) as error:
         return _fault(error)
 
@@ -226,7 +228,11 @@ def _row(raw: bytes, path: Path) -> dict[str, Any] | Broken:
 def _fault(error: Exception) -> Broken:
     if isinstance(error, RecursionError):
         return Broken(f"nested more than {DEEPEST} deep")
-    place = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    place = (
+        f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
     return Broken(f"not readable as JSON ({place})")
 
 

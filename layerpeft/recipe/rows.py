@@ -133,7 +133,7 @@ def _where(path: Path, line: int) -> str:
 def local_files(name: str | list[str], home: Path | None = None) -> list[Path] | None:
     """The files that a data set name means, or None for a folder or a hub id. A list always means files; `*` is expanded.
     Raises: RecipeError naming what is missing, or of a kind that cannot be read."""
-    problems = Problems("data")
+    problems = Problems("")
     found: list[Path] = []
     for item in name if isinstance(name, list) else [name]:
         path = expanded(resolve(item))

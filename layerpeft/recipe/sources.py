@@ -53,7 +53,7 @@ def named(value: Any, weighs: bool = True) -> tuple[Named, ...]:
         return ()
     if not several(value):
         return (Named(value),)
-    problems = Problems("data")
+    problems = Problems("")
     found = []
     for number, item in enumerate(value, 1):
         given = {"path": item} if isinstance(item, str) else dict(item)

@@ -179,7 +179,7 @@ def data_problems(
 
 def _files(value: Any, key: str, home: Path | None) -> list[Path]:
     """The local files of all data sets that a value names. Raises: RecipeError with what is wrong with each."""
-    problems = Problems("data")
+    problems = Problems("")
     found: list[Path] = []
     for one in sources.named(value, weighs=key == "dataset_name"):
         try:

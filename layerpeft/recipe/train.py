@@ -59,7 +59,7 @@ from layerpeft.selection.select import SCORERS, Selection
 from layerpeft.text import is_first, measured, note, size_text, some
 from layerpeft.training.exits import depths_of
 from layerpeft.training.prefix.source import source_of
-from layerpeft.training.record import record_of
+from layerpeft.training.record import as_reported, record_of
 from layerpeft.training.report import LayerReport, layer_report
 from layerpeft.tuners.exits import exit_folder
 from layerpeft.tuners.precision import wish
@@ -160,7 +160,8 @@ def _run(recipe: Recipe, say: Say) -> Result:
     if is_first():
         with _room(recipe):
             found = outcome(recipe, setup, trainer, model, memory, Reached(begin.numbers, after, samples, seconds))
-            _write(recipe, setup, model, trainer, found, folder, state)
+            with as_reported(record, report):
+                _write(recipe, setup, model, trainer, found, folder, state)
             write_exits(recipe, model, folder)
         if trainer.args.push_to_hub:
             hub.push(trainer, folder)

@@ -124,11 +124,10 @@ def _limit(of: str, value: Any) -> float | None:
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?%", value):
         value = float(value[:-1]) / 100
         return value if 0 < value < 1 else None
-    if of == "memory" and isinstance(value, str):
-        value = size_of(value)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return value if 0 < value < 1 or of == "memory" and value > 1 and value == int(value) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return value
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    return size_of(whole) or None if of == "memory" else None
 
 
 _Set = tuple[float, tuple[int, ...], tuple[int, ...]]  # value, what its layers take, layers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +76,8 @@ class Record:
     bound: Method | None = field(default=None, compare=False, repr=False)  # to the model and the adapter
     quantize: Callable[[nn.Module, Selection], Any] | None = field(default=None, compare=False, repr=False)
 
+    reported: LayerReport | None = field(default=None, compare=False, repr=False)  # of the weights as they stand
+
     @property
     def parts(self) -> list[Part]:
         """All that is saved besides the choice itself."""
@@ -107,10 +110,23 @@ def record_of(config: Any) -> Record | None:
     return getattr(config, "_layerpeft", None)
 
 
+@contextmanager
+def as_reported(record: Record | None, found: LayerReport) -> Iterator[None]:
+    """Inside, weights stand as they were reported on, and what is written need not be measured again."""
+    if record is None:
+        yield
+        return
+    record.reported = found
+    try:
+        yield
+    finally:
+        record.reported = None
+
+
 def write_record(folder: str | os.PathLike[str], model: nn.Module, record: Record, adapter: str) -> None:
     """The files of every part, then the manifest `layerpeft.json` over all files of the adapter."""
     assert record.selection is not None
-    found = report.layer_report(model, adapter)
+    found = record.reported or report.layer_report(model, adapter)
     said: dict[str, Any] = {}
     theirs = strangers(Path(folder), (*PICTURES, BITS))
     with set_aside(Path(folder, name) for name in theirs):

@@ -337,7 +337,9 @@ def test_a_budget_of_bytes_is_of_the_whole_model():
         quantize(wide(), {"budget": "4KiB"})
     with pytest.raises(ConfigError, match="cheapest choice"):
         quantize(wide(), {"mean_bits": 1.2})
-    assert [parse_bytes(s) for s in (7, "1.5 KiB", "6GB", "2mb")] == [7, 1536, 6 * 10**9, 2 * 10**6]
+    assert [parse_bytes(s) for s in (7000, "1.5 KiB", "6GB", "2mb")] == [7000, 1536, 6 * 10**9, 2 * 10**6]
+    with pytest.raises(ConfigError, match="budget=24 has no unit; write 24GiB"):
+        quantize(wide(), {"budget": 24})
 
 
 def test_the_layer_that_suffers_most_gets_the_most_bits():

@@ -84,6 +84,11 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "task_type": (block("select: last:2, task_type: SEQ_CLS"), ["line 7", "task_type", "`trainer`"]),
     # types and values
     "off_for_false": (GOOD + "bf16: off\n", ["line 8", "bf16", "true or false", "'off'", "write `false`"]),
+    "unset_wrongly": (
+        GOOD + "max_steps: -3\n",
+        ["line 8", "max_steps: expected at least 1 (or -1, which leaves it open), got -3"],
+    ),
+    "negative": (GOOD + "warmup_steps: -1\nlogging_steps: 0\n", ["2 problems", "line 8: warmup", "line 9: logging"]),
     "leading_zero": (GOOD + "max_steps: 010\n", ["line 8", "max_steps", "whole number", "write 10"]),
     "quoted_number": (GOOD + 'learning_rate: "1e-4"\n', ["line 8", "learning_rate", "a number", "quotes"]),
     "decimal_comma": (GOOD + "learning_rate: 0,1\n", ["line 8", "learning_rate", "0.1"]),

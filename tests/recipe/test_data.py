@@ -13,6 +13,7 @@ from layerpeft.errors import RecipeError
 from layerpeft.recipe import gathered
 from layerpeft.recipe.gathered import mixed
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.rows import broken_lines
 from layerpeft.recipe.sources import Named
 from layerpeft.recipe.trainer import prepare, tokenized
 
@@ -206,3 +207,29 @@ def test_folders_of_save_to_disk() -> None:
     assert len(both.train) == 4 and list(both.held_out["completion"]) == answers[1:2]
     with pytest.raises(RecipeError, match="no split 'tset', but train, test.* Did you mean 'test'"):
         setup_of("both", "dataset_train_split: tset\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"a": "b"', "Expecting ',' delimiter at column 10"),
+        ('{"a": "b",', "Expecting property name enclosed in double quotes at column 11"),
+        ('  {"a" "b"}', "Expecting ':' delimiter at column 8"),
+        ('{"a": "é', "Unterminated string starting at column 7"),
+        ('{"a": 1}}', "Extra data at column 9"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""], ids=["line", "windows", "none"])
+def test_the_column_of_a_broken_row_is_that_of_its_line(row: str, says: str, end: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f'{{"a": 1}}\n{row}{end}'.encode())
+    assert broken_lines(path) == [f"{path}, line 2: not readable as JSON ({says})"]
+
+
+def test_what_is_wrong_with_rows_is_said_with_one_key(tmp_path: Path) -> None:
+    settings = [f"output_dir={tmp_path / 'out'}", "dataset_name=gone.jsonl"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe("quickstart", settings)
+    assert [p.text.partition("(")[0] for p in error.value.problems] == [
+        "command line: dataset_name: no file 'gone.jsonl' "
+    ]

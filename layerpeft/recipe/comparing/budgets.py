@@ -16,7 +16,7 @@ from layerpeft.recipe.comparing.entries import Entry
 from layerpeft.recipe.plan import empty, told
 from layerpeft.recipe.recipe import Recipe, layer_config
 from layerpeft.recipe.trainer import Setup
-from layerpeft.text import size_of, size_text
+from layerpeft.text import no_size, size_of, size_text
 
 KINDS = ("memory", "parameters", "time")
 NEAR = 0.995  # of the budget: nearer is not looked for
@@ -74,7 +74,8 @@ def parse_budget(text: str) -> Budget:
     amount = size_of(number) if kind == "memory" else _number(number)
     if not amount:
         example = {"memory": "24GB", "parameters": "2M", "time": "1e15 (operations)"}[kind]
-        raise RecipeError(f"--budget: {number!r} is no amount above 0; write {kind}={example}")
+        lacks = f"; {no_size(number)}" if kind == "memory" and amount is None else ""
+        raise RecipeError(f"--budget: {number!r} is no amount above 0; write {kind}={example}{lacks}")
     return Budget(kind, amount)
 
 

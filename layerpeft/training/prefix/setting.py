@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import ConfigError, Problem, Problems, hint, unknown
-from layerpeft.text import size_of
+from layerpeft.text import no_size, size_of
 from layerpeft.training.prefix.folders import default_root
 
 WAYS = 'null, memory, disk, a size on disk ("20GB"), a folder, or {where: …, limit: 20GB, bits: 8}'
@@ -42,8 +42,8 @@ class Setting:
                 f"prefix_cache={where!r} is none of: {WAYS}.{hint(where, PLACES)} A folder is written as './{where}'"
             )
             problems.add(sentence, "prefix_cache")
-        if limit is not None and not _is_whole(limit := size_of(limit) if isinstance(limit, str) else limit):
-            problems.add(f"limit={given['limit']!r} is no size; say it as 20GB, 500MiB, or in bytes", "prefix_cache")
+        if limit is not None and not (limit := size_of(limit)):
+            problems.add(f"limit: {no_size(given['limit'])}", "prefix_cache")
         if bits is not None and (bits != 8 or isinstance(bits, bool)):
             problems.add(f"bits={bits!r} is not 8, or null for states as they are", "prefix_cache")
         problems.raise_if_any(ConfigError)
@@ -83,7 +83,3 @@ def parse_lower(value: Any) -> bool:
 
 def _is_path(where: str) -> bool:
     return "/" in where or os.sep in where or where.startswith("~")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
