@@ -90,7 +90,9 @@ def must_be_new(target: Path) -> str | None:
     """Why nothing can be written to a folder as a whole, or None where it is new or empty."""
     if target.is_symlink() and not target.exists():
         return f"{target} is a link that leads nowhere"
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        return f"{target} is a file: name a folder"
+    if target.exists() and any(target.iterdir()):
         return f"{target} is not empty: name a new folder"
     return None
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -76,6 +77,28 @@ def merged_alone(
     with torch.no_grad():
         merged = wrapped.merge_and_unload(safe_merge=True)
     return dict(merged.get_submodule(name).state_dict())
+
+
+def untie(model: Any) -> None:
+    """Gives tensors that several modules share, and that the adapter of a PeftModel changes in one of them, to each of these by
+    itself: merged in place, the change would be in all. The config says so from then on, as PEFT has it for whole copies.
+    """
+    base = model.get_base_model()
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                held.setdefault(id(parameter), []).append((module, name))
+    changed = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TrainableTokensLayer)]
+    own: list[Any] = [layer.get_base_layer() for layer in changed if hasattr(layer, "base_layer")]
+    shared = [id(p) for layer in own for p in layer._parameters.values() if p is not None and len(held[id(p)]) > 1]
+    for key in dict.fromkeys(shared):
+        for module, name in held[key][1:]:
+            parameter: Any = module._parameters[name]
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    if shared and hasattr(base, "config"):
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of a tensor before and after

@@ -59,7 +59,10 @@ def _nearest(folder: Path, wanted: Sequence[str]) -> str:
 
 
 def _is_one(folder: Path, wanted: Sequence[str]) -> bool:
-    return any((folder / name).is_file() for name in wanted)
+    """Whether a folder has such a file, and the weights that two of them speak of."""
+    there = [name for name in wanted if (folder / name).is_file()]
+    weights = {"adapter_config.json": "adapter_model.*", "config.json": "*.[sb]*"}
+    return any(name not in weights or any(folder.glob(weights[name])) for name in there)
 
 
 def _quoted(path: Path) -> str:

@@ -18,22 +18,24 @@ from layerpeft.text import some
 MARK = "whole"  # in the record: what wrote the folder
 
 
-def refusal(target: Path, overwrite: bool, reads: Iterable[str | os.PathLike[str] | None]) -> str | None:
+def refusal(
+    target: Path, overwrite: bool, reads: Iterable[str | os.PathLike[str] | None], other: str = "name a new folder"
+) -> str | None:
     """Why nothing can be written to a folder, or None. `overwrite`: an earlier merge or export of ours gives way; `reads`: folders
-    (names of the hub among them) that are read meanwhile, and may not."""
+    (names of the hub among them) that are read meanwhile, and may not; `other`: how another one is named."""
     why = must_be_new(target)
     if why is None or not target.is_dir():
         return why
     if not _is_whole(target):
-        return f"{target} is not empty, and no earlier merge or export of layerpeft's: name a new folder"
+        return f"{target} is not empty, and no earlier merge or export of layerpeft's: {other}"
     if not overwrite:
-        return f"{why}, or replace what was written there before (--overwrite, overwrite=True)"
+        return f"{target} is not empty: {other}, or replace what was written there before (--overwrite, overwrite=True)"
     real = target.resolve()
     for place in (Path(place) for place in reads if place is not None and Path(place).is_dir()):
         if place.resolve().is_relative_to(real):
-            return f"{target} holds {place}, which is read: name a new folder"
+            return f"{target} holds {place}, which is read: {other}"
     if changed := strangers(target, [name for name in listed(target / RECORD)]):
-        return f"{target} holds what was changed since it was written: {some(changed)}; move that away, or name a new folder"
+        return f"{target} holds what was changed since it was written: {some(changed)}; move that away, or {other}"
     return None
 
 

@@ -15,6 +15,7 @@ from layerpeft.errors import ConfigError, SaveError, SelectionError, told, unkno
 from layerpeft.integrations.empty import empty_model
 from layerpeft.integrations.files import as_written, header_of, read_json, tensors_trouble
 from layerpeft.integrations.peft import BASE_BIAS, leaving, watch_keys
+from layerpeft.integrations.places import ADDRESS, expanded, looked_for, meant
 from layerpeft.model import precisions, stacked
 from layerpeft.model.heads import holder
 from layerpeft.model.layers import base_of, stacks_of
@@ -375,6 +376,13 @@ def _check_keys(folder: Path, loaded: peft.PeftModel, adapter: str, left: str | 
         )
 
 
+def check_named(folder: Path, config: Mapping[str, Any], cure: str) -> None:
+    """Raises: SaveError where an adapter names a base by a path at which nothing lies; `cure`: what to do about it."""
+    base = config.get("base_model_name_or_path")
+    if base and not ADDRESS.fullmatch(base) and not expanded(base).exists():
+        raise SaveError(f"the base model {base!r} of {folder} is not there ({looked_for(base)}); {cure}{meant(base)}")
+
+
 def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]) -> peft.PeftModel:
     """Build the base model by the task type or class that adapter_config.json names, and put the adapter on it."""
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
@@ -385,6 +393,7 @@ def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, A
         raise SaveError(f"{folder / CONFIG} says neither task_type nor the class of the base model {base!r}; {cure}")
     if task and task not in MODELS:
         raise SaveError(f"{folder / CONFIG} has a task_type, {task!r}, without a model class; {cure}")
+    check_named(folder, config, cure)
     use = (MODELS[task].removeprefix("AutoModel") or "ForFeatureExtraction") if task else ""
     auto = getattr(peft, f"AutoPeftModel{use}")
     # not found, no such class, a class from a package that peft will not import, code that nobody has allowed

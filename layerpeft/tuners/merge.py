@@ -17,7 +17,7 @@ from torch import nn
 from layerpeft.errors import SaveError
 from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, read_json
-from layerpeft.integrations.merging import merge_in_place, weigh
+from layerpeft.integrations.merging import merge_in_place, untie, weigh
 from layerpeft.integrations.peft import changes_weights
 from layerpeft.integrations.places import ADDRESS, missing, neither
 from layerpeft.integrations.sentences import parts_in
@@ -35,6 +35,7 @@ from layerpeft.tuners.layer_weights import Asked, LayerWeights, weighed
 from layerpeft.tuners.load import (
     adapter_config,
     check_chosen,
+    check_named,
     check_stock,
     classes_of,
     kind_of,
@@ -107,6 +108,8 @@ def merge_into(
     source = Path(folder)
     how = _how(source, weights)
     config = adapter_config(source)
+    if model is None and base is None:
+        check_named(source, config, "say where it is: --base MODEL, base=…")
     where = None if model is not None else folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
     if into_quantized:
         how.refuse_quantized(config)
@@ -221,13 +224,9 @@ def _merge_whole(
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
-    try:
-        loaded: Any = how.load(source, model, **kwargs)
-    except SaveError as error:
-        if model is not None:
-            raise
-        raise SaveError(f"{error}\nOr say where the base is: --base MODEL, base=…") from error
+    loaded: Any = how.load(source, model, **kwargs)
     _refuse(_packed_names(loaded))
+    untie(loaded)
     if how.kind.works_by.restates:
         how.kind.loaded(loaded.base_model.model, "default", loaded.peft_config["default"], False, source)
     if bare_ones := without_bias(loaded, keys_in(source)):
@@ -260,6 +259,7 @@ def _merge_quantized(
     assert model is not None  # one of the two was found to be quantized
     keep_cpu_layout(model)
     loaded: Any = how.load(source, model)
+    untie(loaded)
     with torch.no_grad():
         errors = merge_in_place(loaded)
     if errors:

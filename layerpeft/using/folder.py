@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from layerpeft.errors import SaveError, UsageError, told
 from layerpeft.integrations.files import read_text
-from layerpeft.integrations.places import ADDRESS, expanded, looked_for, meant, neither
+from layerpeft.integrations.places import ADDRESS, expanded, neither
 from layerpeft.integrations.sentences import modules_of
 from layerpeft.model.layers import base_of
 from layerpeft.quantization.apply import Quantized
@@ -30,7 +30,7 @@ from layerpeft.saving.classes import class_named
 from layerpeft.saving.instead import lacking
 from layerpeft.saving.manifest import CONFIG, MANIFEST, check_depth, read_manifest
 from layerpeft.text import note
-from layerpeft.tuners.load import adapter_config, classes_of, load, load_model, load_stock
+from layerpeft.tuners.load import adapter_config, check_named, classes_of, load, load_model, load_stock
 
 # classes of transformers for a whole model, by the table that its own class stands in; the first that holds it counts
 KINDS = {
@@ -105,10 +105,8 @@ def _adapter(path: Path, model: str | None) -> Trained:
     cure = f"name it: --base MODEL (was {base!r})" if model is None else "name another one"
     if not base:
         raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --base MODEL")
-    lost = f"the base model {base!r} of {path} is not there"
-    if not ADDRESS.fullmatch(base) and not expanded(base).exists():
-        raise SaveError(f"{lost} ({looked_for(base)}); {cure}{meant(base)}")
-    config = _config(base, f"{lost}; {cure}", said.get("revision"))
+    check_named(path, {"base_model_name_or_path": base}, cure)
+    config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
     check_depth(manifest, config, f"{base!r}")
     task = dict(manifest.get("task") or {})
     trainer = task.get("trainer") or _values(path).get("trainer")

@@ -39,7 +39,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(folder).mkdir(parents=True)
     for number in (9, 10):
         Path("it's a run", f"checkpoint-{number}", CONFIG).write_text("{}")
+        Path("it's a run", f"checkpoint-{number}", "adapter_model.safetensors").touch()
     Path("it's a run", "checkpoint-11").mkdir()  # cut off while it was saved
+    Path("it's a run", "checkpoint-11", CONFIG).write_text("{}")
     Path("notes", "thesis.txt").write_text("mine")
     for name in ("config.json", "model.safetensors"):
         (Path("whole") / name).parent.mkdir(exist_ok=True)
@@ -70,12 +72,12 @@ def test_what_is_near_is_named_from_wherever_one_stands(monkeypatch: pytest.Monk
     assert "name the folder above: checkpoint-9" in lacking(Path("checkpoint-9/merged"), CONFIG)
     monkeypatch.chdir("checkpoint-9/merged")
     assert lacking(Path(), CONFIG).endswith("checkpoint-9'")
-    Path("../adapter_model.safetensors").touch()
     Path(f"../{CONFIG}").unlink()
     assert "adapter_model.safetensors lies there without it" in lacking(Path(".."), CONFIG)
     for name in ("one", "two"):
         Path(name).mkdir()
         Path(name, CONFIG).touch()
+        Path(name, "adapter_model.bin").touch()
     assert lacking(Path(), CONFIG).endswith("there is one, two; name one of one, two")
     with pytest.raises(SaveError, match="it is a whole model"):
         layerpeft.load("../../../whole")

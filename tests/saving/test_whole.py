@@ -67,7 +67,7 @@ def test_a_run_a_strangers_folder_and_what_is_read_are_never_replaced(tmp_path: 
     for read in (target, target / "inside"):
         assert "which is read" in str(refusal(target, True, (read,)))
     (tmp_path / "file").write_text("")
-    assert "not empty" in str(refusal(tmp_path / "file", True, ()))
+    assert "is a file" in str(refusal(tmp_path / "file", True, ()))
 
 
 def test_an_error_leaves_what_was_there_and_no_folder_more(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -288,6 +290,44 @@ def test_what_cannot_be_done_in_pieces_is_done_in_memory_with_the_reason(tmp_pat
         plain, inputs = AutoModelForCausalLM.from_pretrained(out), make_batches()[0]
         with torch.no_grad():
             assert torch.allclose(plain(**inputs).logits, model(**inputs).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens"]])
+def test_what_is_merged_into_one_of_two_tied_modules_is_in_that_one_alone(targets, tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    for name, config in (
+        ("ours", LayerLoraConfig(select="all", r=2, target_modules=targets, task_type="CAUSAL_LM")),
+        ("stock", peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")),
+    ):
+        model = wrapped(tmp_path / "tied", config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2
+        model.save_pretrained(tmp_path / name)
+        inputs = make_batches()[0]
+        with torch.no_grad():
+            wanted = model(**inputs).logits
+        plain = AutoModelForCausalLM.from_pretrained(merge(tmp_path / name, tmp_path / f"{name}-merged"))
+        with torch.no_grad():
+            assert torch.allclose(plain(**inputs).logits, wanted, atol=1e-4)
+        assert plain.config.tie_word_embeddings is False
+        other = plain.lm_head if "embed_tokens" in targets else plain.model.embed_tokens
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+        assert torch.equal(other.weight, base.model.embed_tokens.weight), "the other one did not move"
+
+
+def test_a_base_that_is_not_where_the_adapter_says_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("my base")
+    wrapped("my base", LayerLoraConfig(**COMMON, target_modules=["q_proj"])).save_pretrained("adapter")
+    monkeypatch.chdir("adapter")
+    assert main(["merge", ".", "merged"]) == 2
+    said = capsys.readouterr().err
+    assert "'my base' of . is not there (looked for" in said and "--base MODEL" in said and "Repo id" not in said
+    with pytest.raises(SaveError, match=r"is not there .*pass the base model: load"):
+        layerpeft.load(".")
+    assert not Path("merged").exists()
+    assert main(["merge", ".", "merged", "--base", "../my base"]) == 0
 
 
 def test_the_tokenizer_is_the_adapters_or_else_the_bases(bases, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerpeft.errors import ExportError, Problems, UsageError, unknown
+from layerpeft.integrations.peft import changes_weights
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.shipped import resolve
 from layerpeft.saving.whole import refusal, writing_whole
@@ -109,9 +110,9 @@ def _check(subject: Subject, to: str, target: Path | None, overwrite: bool) -> N
     """Raises: ExportError naming every problem."""
     found = _problems(subject, to)
     reads = (subject.found.folder, subject.found.base)
-    blocked = refusal(target, overwrite, reads) if target is not None else None
+    blocked = refusal(target, overwrite, reads, "name a new folder (--out DIR)") if target is not None else None
     problems = Problems(_title(subject, to) if found else f"{subject.given} cannot be exported")
-    for text in [*found, *([f"{blocked} (--out DIR)"] if blocked else [])]:
+    for text in [*found, *([blocked] if blocked else [])]:
         problems.add(text)
     problems.raise_if_any(ExportError)
 
@@ -129,6 +130,8 @@ def _base_problems(subject: Subject) -> list[str]:
     """A base that is packed goes into no whole model; one that layerpeft alone can load is of no use to a server."""
     place = subject.found.place
     merges = subject.adapter is None and subject.found.base is not None
+    if merges and not changes_weights(kind := str(adapter_config(subject.found.folder).get("peft_type"))):
+        return [f"it is an adapter of the kind {kind}, which changes no weight: there is nothing to write it into"]
     cure = "name it in 16 bit: --base MODEL" if subject.found.base is not None else "export what it was packed from"
     if is_saved(place):
         if not read_manifest(place, verify=False)["plain_transformers"]:
