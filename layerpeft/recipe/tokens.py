@@ -8,6 +8,7 @@ from typing import Any
 
 from layerpeft.errors import Problem, Problems, RecipeError, hint, told
 from layerpeft.integrations import trl
+from layerpeft.recipe import roles
 from layerpeft.recipe.rows import Source
 
 NO_TEXT, NO_LABEL = "hold no text", "hold no label"
@@ -82,6 +83,7 @@ def _tokenized(
 ) -> tuple[Any, Tally]:
     step = 1 if most is None else -(-len(rows) // most)
     part = rows if step == 1 else rows.select(range(0, len(rows), step))
+    roles.check(part, source, tokenizer, key, step)
     try:
         made = trl.tokenized(part, tokenizer, arguments)
     except Exception as error:  # templates, tokenizers and TRL raise what they like

@@ -22,7 +22,7 @@ from layerpeft.model.new_modules import new_modules
 from layerpeft.quantization.apply import Quantized
 from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.save import is_saved, load_saved
-from layerpeft.recipe import keys, rows, tokens
+from layerpeft.recipe import keys, roles, rows, tokens
 from layerpeft.recipe.choice import unfit
 from layerpeft.recipe.gathered import rows_of
 from layerpeft.recipe.model import (
@@ -103,6 +103,8 @@ def prepare(recipe: Recipe) -> Setup:
     head = task.head(recipe, train, sources[0], processing)
     check_head(recipe, len(head.labels) or head.values.get("vocab_size", 0))
     setup = Setup(recipe, processing, train, held_out, held_out, head, sources=sources)
+    for key, part, source in _parts(setup):
+        roles.check(part, source, processing, key)
     made = [task.features(part, Part(recipe, key, source, processing, head)) for key, part, source in _parts(setup)]
     return _counted(setup, made)
 
