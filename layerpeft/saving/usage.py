@@ -45,7 +45,7 @@ def how_to_use(base: Name | None, config: Plain, manifest: Plain, run: Plain) ->
         )
     else:
         parts += [found.stands] if found.stands else []
-        parts += _with_peft(found, there)
+        parts += _with_peft(found, manifest, there)
         parts += _with_layerpeft(found, manifest, there) if manifest else []
     return parts + _commands(found, config, run)
 
@@ -72,15 +72,14 @@ def _seen(base: Name, config: Plain, manifest: Plain, run: Plain) -> _Base:
     return _Base(kind, f"{json.dumps(base.name)}{more}", base.name, stands)
 
 
-def _with_peft(base: _Base, there: str | None) -> list[str]:
-    made = f"base = {base.kind}.from_pretrained({base.code})"
-    return [
-        f"Without `layerpeft`{'' if there else ', from inside of this folder'}:" if not base.ships else "With PEFT:",
-        _python(
-            ["from peft import PeftModel", *_imports(base)],
-            [made, f"model = PeftModel.from_pretrained(base, {json.dumps(there or '.')})"],
-        ),
-    ]
+def _with_peft(base: _Base, manifest: Plain, there: str | None) -> list[str]:
+    """PEFT passes over learned biases where the base has no places for them."""
+    places = "".join(f", {key}=True" for key in (manifest.get("unlock") or {}).get("places") or ())
+    why = "  # with places for the biases that were learned" if places else ""
+    made = f"base = {base.kind}.from_pretrained({base.code}{places}){why}"
+    lines = [made, f"model = PeftModel.from_pretrained(base, {json.dumps(there or '.')})"]
+    where = "With PEFT" if base.ships else f"Without `layerpeft`{'' if there else ', from inside of this folder'}"
+    return [f"{where}:", _python(["from peft import PeftModel", *_imports(base)], lines)]
 
 
 def _imports(base: _Base) -> list[str]:

@@ -9,15 +9,20 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM
 
-from layerpeft import LayerLoraConfig, get_peft_model
+from layerpeft import LayerFullConfig, LayerLoraConfig, LayerUnlockConfig, get_peft_model
 from layerpeft.cli import main
+from layerpeft.model.precisions import missing_packages
 from layerpeft.saving.card import CARD, GAP, card, is_ours, write_card
 from layerpeft.saving.naming import Name, named
 from tests.helpers.hub import refused
+from tests.helpers.loops import llama
+from tests.helpers.repeating import some
 from tests.helpers.short import short_llama
 
 LORA = {"select": "last:1", "r": 2, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
@@ -142,6 +147,47 @@ def test_code_and_commands_work_in_the_folder_whose_base_was_a_relative_path(
         more = ["max_new_tokens=2"] if words[1] == "generate" else []
         assert main([*words[1:], *more]) == 0, words
     assert AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers == 2
+
+
+KINDS: dict[str, tuple[str, Any]] = {
+    "biases": ("AutoModelForCausalLM", LayerUnlockConfig(select="last:1", task_type="CAUSAL_LM")),
+    "scales": ("AutoModelForCausalLM", LayerUnlockConfig(select="last:1", biases=False, task_type="CAUSAL_LM")),
+    "weights": ("AutoModelForCausalLM", LayerFullConfig(select="last:1", task_type="CAUSAL_LM")),
+    "classes": ("AutoModelForSequenceClassification", LayerLoraConfig(**LORA | {"task_type": "SEQ_CLS"})),
+    "bits": ("AutoModelForCausalLM", LayerLoraConfig(**LORA, quantize_frozen="nf4")),
+}
+
+
+@pytest.mark.parametrize("kind", some(KINDS, ("biases",)))
+def test_what_is_printed_makes_the_model_that_was_trained(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "bits" and missing_packages(["nf4"]):
+        pytest.skip("without bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    llama(hidden_size=64, intermediate_size=128).save_pretrained("base")
+    name, config = KINDS[kind]
+    more = {"num_labels": 3, "pad_token_id": 0} if kind == "classes" else {}
+    model = get_peft_model(getattr(transformers, name).from_pretrained("base", **more), config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape) if parameter.requires_grad else 0
+    model.save_pretrained("run")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    monkeypatch.chdir("run")
+    Path("base").symlink_to("../base")
+    plain, ours = (made(code, ids) for code in re.findall(r"```python\n(.*?)```", Path(CARD).read_text(), re.S))
+    assert torch.allclose(ours, wanted, atol=1e-5)
+    assert torch.allclose(plain, wanted, atol=0.5 if kind == "bits" else 1e-5), "over a base that was not rounded"
+
+
+def made(code: str, ids: torch.Tensor) -> torch.Tensor:
+    """What the model says that a card's code makes."""
+    known: dict[str, Any] = {}
+    exec(code, known)
+    with torch.no_grad():
+        return known["model"].eval()(input_ids=ids).logits
 
 
 def test_bases_that_are_had_elsewhere_are_given_as_they_are_called_there() -> None:

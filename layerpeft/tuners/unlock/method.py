@@ -90,11 +90,16 @@ class UnlockMethod(LoraMethod):
         return [self._served()]
 
     def _served(self) -> str:
+        keys = self._places()
+        return BARE.format(keys=", ".join(f"{k}=True" for k in keys)) if keys else SERVED
+
+    def _places(self) -> tuple[str, ...]:
+        """Keys of the base's config by which it gets places for learned biases that it has none for."""
         held = unlocked(self.model, self.adapter).items()
         shifted = [(n, m) for n, m in held if m.lora_magnitude_vector[self.adapter].shift is not None]
         bare = [clean(n) for n, m in shifted if getattr(m.get_base_layer(), "bias", None) is None]
         found = biased(self.model, bare) if bare else None
-        return SERVED if found is None else BARE.format(keys=", ".join(f"{k}=True" for k in found[0]))
+        return found[0] if found is not None else ()
 
     def keep_only(self, targets: Set[str]) -> None:
         """Other linears and norms are what they were."""
@@ -171,7 +176,7 @@ class UnlockMethod(LoraMethod):
         for name, norm in norms(self.model, self.adapter, always=True).items():
             held |= {f"{clean(name)}.{n}": p for n, p in trained(norm, self.adapter).items()}
         written_beside(folder, FILE, held)
-        return {"unlock": {"file": FILE, "served": self._served()}}
+        return {"unlock": {"file": FILE, "served": self._served(), "places": list(self._places())}}
 
     def copied(self, adapter: str) -> None:
         """Raises: ConfigError, as PEFT would put plain LoRA in the place of a copy."""
