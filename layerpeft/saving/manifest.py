@@ -127,6 +127,7 @@ class Written:
     dropped: dict[str, Any] | None = None
     task: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
+    places: list[str] | None = None  # keys of a config by which plain PEFT's base gets biases
 
 
 # ---- verifying ------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def _seen(base: Name, config: Plain, manifest: Plain, run: Plain) -> _Base:
 
 def _with_peft(base: _Base, manifest: Plain, there: str | None) -> list[str]:
     """PEFT passes over learned biases where the base has no places for them."""
-    places = "".join(f", {key}=True" for key in (manifest.get("unlock") or {}).get("places") or ())
+    places = "".join(f", {key}=True" for key in manifest.get("places") or ())
     why = "  # with places for the biases that were learned" if places else ""
     made = f"base = {base.kind}.from_pretrained({base.code}{places}){why}"
     lines = [made, f"model = PeftModel.from_pretrained(base, {json.dumps(there or '.')})"]
@@ -100,7 +100,7 @@ def _with_layerpeft(base: _Base, manifest: Plain, there: str | None) -> list[str
             lines.append(f"layerpeft.quantize(base, {where})  # as it was when this was trained")
     lines.append(f"model = layerpeft.load({where}{', base' if base.word is not None else ''})")
     return [
-        "With it, checked file by file, and with the record of what was chosen and why:",
+        "With `layerpeft`, checked file by file, and with the record of what was chosen and why:",
         _python(imports, [*lines, "print(layerpeft.layer_report(model))"]),
     ]
 

@@ -176,7 +176,7 @@ class UnlockMethod(LoraMethod):
         for name, norm in norms(self.model, self.adapter, always=True).items():
             held |= {f"{clean(name)}.{n}": p for n, p in trained(norm, self.adapter).items()}
         written_beside(folder, FILE, held)
-        return {"unlock": {"file": FILE, "served": self._served(), "places": list(self._places())}}
+        return {"unlock": {"file": FILE, "served": self._served()}, "places": list(self._places())}
 
     def copied(self, adapter: str) -> None:
         """Raises: ConfigError, as PEFT would put plain LoRA in the place of a copy."""
