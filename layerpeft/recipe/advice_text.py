@@ -39,7 +39,8 @@ def told(found: Advice) -> str:
             f"{_share(best.kept.time)} in as much time"
         )
     )
-    agreed = f"{found.agreed} of {len(best.layers)} are in the upper half by every criterion"
+    are = "is" if len(best.layers) == 1 else "are"
+    agreed = f"{found.agreed} of {len(best.layers)} {are} in the upper half by every criterion"
     rule = best.rules[0] if best.kept is None else best.kept.rule
     lines = [
         f"scored by {len(found.names)} criteria: {found.passes} passes of one batch forward and back, {found.seconds:.0f} s",
@@ -48,7 +49,7 @@ def told(found: Advice) -> str:
         "",
         *_choices(found),
         "",
-        f"recommended: layers {ranges(best.layers)}, {WHY[rule]}; {agreed}{gained}",
+        f"recommended: layer{'s' * (len(best.layers) > 1)} {ranges(best.layers)}, {WHY[rule]}; {agreed}{gained}",
         *_methods(found),
         f"evidence: {found.evidence.source}",
         "",

@@ -7,7 +7,6 @@ ranks; of those the one is recommended that the evidence has as the best in equa
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from torch import nn
 
 from layerpeft.errors import RecipeError, SelectionError
 from layerpeft.planning.plan import plan
-from layerpeft.recipe.comparing.arms import AMONG, among_of
+from layerpeft.recipe.comparing.arms import AMONG, among_of, arms_beside
 from layerpeft.recipe.evidence import Criterion, Evidence, Kept, evidence
 from layerpeft.recipe.launching import refuse_several
 from layerpeft.recipe.plan import asked, rows_of
@@ -217,15 +216,6 @@ def _agreed(best: Choice, ranks: Mapping[int, tuple[int, ...]]) -> int:
     return sum(all(rank <= half for rank in ranks[layer]) for layer in best.layers if layer in ranks)
 
 
-def _arms(best: Choice, among: Sequence[int]) -> list[str]:
-    """What to compare with of these candidates: nothing that is the choice itself, and no more draws than there are choices."""
-    if best.layers == tuple(among):
-        return []
-    last = best.layers == tuple(among)[-len(best.layers) :]
-    draws = min(3, math.comb(len(among), len(best.layers)))
-    return [f"random:{draws}", *["last"] * (not last), "all"]
-
-
 def _chosen(recipe: Recipe, best: Choice, among: Sequence[int], count: int) -> dict[str, Any]:
     """Settings that choose it among the same candidates of so many layers, so that arms that are drawn keep to those, too; without
     what goes by scores, or packs what is frozen where nothing is."""
@@ -242,10 +232,8 @@ def _chosen(recipe: Recipe, best: Choice, among: Sequence[int], count: int) -> d
 
 def _commands(recipe: Recipe, best: Choice, among: Sequence[int], count: int) -> tuple[str, ...]:
     """To compare the choice, where there is something to compare it with and by, and to train it."""
-    changed, arms = _chosen(recipe, best, among, count), _arms(best, among)
-    comparing = [f"{command_of(recipe, changed, 'compare')} --arms {','.join(arms)}"] * (
-        is_compared(recipe) and bool(arms)
-    )
+    changed, arms = _chosen(recipe, best, among, count), arms_beside(best.layers, among)
+    comparing = [f"{command_of(recipe, changed, 'compare')} --arms {arms}"] * (is_compared(recipe) and bool(arms))
     if best.kept_states is not None and recipe.config.caching is None:
         changed |= {"layerpeft.prefix_cache": "memory"}
     return (*comparing, command_of(recipe, changed))

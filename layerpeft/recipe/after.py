@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layerpeft.recipe import rows
-from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.comparing.arms import among_of, arms_beside, choosable
+from layerpeft.recipe.recipe import Recipe, settings_of
 from layerpeft.recipe.sources import named, paths, share_of
 from layerpeft.saving.manifest import MANIFEST
+from layerpeft.selection.grammar import how_many
 
 ASKED = ("prompt", "source", "text")  # columns of a row that may be gone on from
 WORDS = 6  # of a prompt
@@ -31,6 +34,24 @@ def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str,
         return [*lines, *into]
     call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({json.dumps(str(folder))})))"
     return [*lines, shlex.join(["python", "-c", call]), *into]
+
+
+def comparing(recipe: Recipe, folder: Path, layers: Sequence[int]) -> list[str]:
+    """What says whether a choice of these layers was worth anything; where all of them trained, whether fewer are enough."""
+    line, among = _line("compare", folder / "recipe.yaml"), choosable(recipe)
+    if arms := arms_beside(layers, among):
+        return [f"{line} --arms {arms}    # is the choice worth anything?"]
+    if among is None or len(among) < 2:
+        return []
+    few = {
+        k: v
+        for k, v in among_of(recipe.config.choosing).items()
+        if (k, v) not in (("layers", "all"), ("unit", "layer"))
+    }
+    few |= {"by": "gradient_norm" if recipe.row.alone else "snr", "keep": "25%"}  # the latter needs no batches
+    draws = min(3, math.comb(len(among), how_many("25%", len(among)) or 1))
+    words = shlex.join(settings_of({"layerpeft.select": few}))
+    return [f"{line} {words} --arms random:{draws},last,all    # are fewer layers enough?"]
 
 
 def _line(verb: str, *words: object) -> str:

@@ -41,6 +41,7 @@ from layerpeft.recipe.trainer import (
     wrap,
 )
 from layerpeft.saving.owned import room, vouch
+from layerpeft.text import measured
 
 Say = Callable[[str], None]
 APART = 1000  # between the seeds of draws that a schedule makes under one training seed and the next
@@ -166,7 +167,7 @@ def _rated(setup: Setup, entries: Sequence[Entry], course: _Course) -> list[Entr
             for rate in tried:
                 run, _ = _run(setup, _seeded(_at_rate(entry, rate), _seed(setup) + SEED, 0), course)
                 values[rate] = run.value
-                course.say(f"{arm}: rate {rate:g}, on a seed that does not count: {run.value:.4f}")
+                course.say(f"{arm}: rate {rate:g}, on a seed that does not count: {measured(run.value)}")
             lower = setup.measure == "eval_loss"
             best[arm] = min(values, key=lambda r: _worst_last(values[r], lower))
         found.append(_at_rate(entry, best[arm]) if arm in best else entry)
@@ -200,7 +201,7 @@ def _runs(setup: Setup, entries: Sequence[Entry], course: _Course) -> tuple[list
         runs.append(run)
         seed = f", seed {run.seed}" if seeds > 1 else ""
         shown = f"{entry.unit}s {numbers(run.layers, entry.num_layers)}"
-        done = f"[{len(runs)}/{len(asked)}] {label_of(arm)}{seed}: {shown}: {name} {run.value:.4f}"
+        done = f"[{len(runs)}/{len(asked)}] {label_of(arm)}{seed}: {shown}: {name} {measured(run.value)}"
         course.say(f"{done} ({run.seconds:.0f} s)")
     return runs, first
 

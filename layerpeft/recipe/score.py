@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe.comparing.arms import AMONG
+from layerpeft.recipe.comparing.arms import AMONG, arms_beside, choosable
 from layerpeft.recipe.recipe import Recipe, command_of, is_compared
 from layerpeft.recipe.shorter import KEY, chosen_on, shortened_apart
 from layerpeft.recipe.surroundings import SCORED, refuse_strangers
@@ -75,8 +75,9 @@ def _write_scores(recipe: Recipe, selection: Selection, key: str, say: Say) -> N
     select = {"by": str(folder / "scores.json"), **said}
     say("\nnext:")
     say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', key: select})}")
-    if key != KEY and is_compared(recipe):
-        say(f"  {command_of(recipe, verb='compare')} --arms random:3,last,all")
+    arms = arms_beside(selection.layers, choosable(recipe)) if key != KEY and is_compared(recipe) else ""
+    if arms:
+        say(f"  {command_of(recipe, verb='compare')} --arms {arms}")
 
 
 def _of_drop(selection: Selection) -> dict[str, Any]:

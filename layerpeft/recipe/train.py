@@ -430,14 +430,12 @@ def _next(setup: Setup, result: Result) -> list[str]:
     lines = after.commands(recipe, folder, template, example, result.above)
     if result.above is not None:
         return lines
-    compare = shlex.join(["layerpeft", "compare", str(folder / "recipe.yaml")])
-    if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
-        choice = "layerpeft.select='{by: gradient_norm, keep: 25%}'"
-        if not result.after:
-            return lines
-        return [*lines, f"{compare} {choice} --arms random:3,last,all    # are fewer layers enough?"]
+    rows = result.report.rows
     if result.after:  # without held-out rows there is nothing to compare
-        lines.append(f"{compare} --arms random:3,last,all    # is the choice worth anything?")
-    if any(row.score is not None for row in result.report.rows):
+        chosen = [row.layer for row in rows if row.chosen]
+        lines += after.comparing(recipe, folder, chosen or [row.layer for row in rows])
+    if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
+        return lines
+    if any(row.score is not None for row in rows):
         lines.append(f"{shlex.join(['layerpeft', 'score', str(folder / 'recipe.yaml')])}    # the scores alone")
     return lines

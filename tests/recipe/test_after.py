@@ -9,13 +9,14 @@ import pytest
 
 from layerpeft.cli import main
 from layerpeft.recipe import shipped
-from layerpeft.recipe.after import commands
+from layerpeft.recipe.after import commands, comparing
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import recipes
 from layerpeft.recipe.trainers.table import ROWS
 
 pytestmark = pytest.mark.usefixtures("shallow")
 QUICK = "token_classification"
+ALL, FEWER = "layerpeft.select={{by: {}}}", ["--arms", "random:3,last,all"]
 
 
 def one_each() -> list[str]:
@@ -66,3 +67,50 @@ def test_text_is_gone_on_from_and_turns_are_talked_to():
     recipe = load_recipe("quickstart", [])
     for row, said in (({"prompt": "a b", "completion": "c"}, "--prompt 'a b'"), ({"messages": []}, "--chat")):
         assert commands(recipe, Path("out"), True, row, None)[0].startswith(f"layerpeft generate out {said} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers", "words"),
+    [
+        ("quickstart", ["layerpeft.select=last:2"], (3, 4), ["--arms", "random:3,all"]),
+        ("quickstart", ["layerpeft.select={layers: 1-2, by: snr, keep: 1}"], (1,), ["--arms", "random:2,last,all"]),
+        ("quickstart", ["layerpeft.select=all"], range(5), [ALL.format("gradient_norm, keep: 25%"), *FEWER]),
+        (
+            "full",
+            ["layerpeft.select={exclude: 0}"],
+            range(1, 5),
+            [ALL.format("gradient_norm, exclude: 0, keep: 25%"), *FEWER],
+        ),
+        ("dpo", ["layerpeft.select=all"], range(5), [ALL.format("snr, keep: 25%"), *FEWER]),
+        ("lisa", [], range(5), FEWER),
+        ("quickstart", ["layerpeft.select={layers: 3, by: snr, keep: 1}"], (3,), None),
+    ],
+)
+def test_the_comparison_that_is_printed_has_something_to_compare(
+    name: str, settings: list[str], layers: tuple[int, ...], words: list[str] | None
+) -> None:
+    """Among the same candidates; where all of them trained, fewer beside those."""
+    found = comparing(load_recipe(name, settings, "plan"), Path("a run"), layers)
+    if words is None:
+        assert found == []
+        return
+    ((*start, recipe), asked) = shlex.split(found[0], comments=True)[:3], shlex.split(found[0], comments=True)[3:]
+    assert start == ["layerpeft", "compare"] and recipe == "a run/recipe.yaml" and asked == words
+    if len(asked) > 2:
+        assert load_recipe(name, [*settings, asked[0]], "compare").config.choosing.keep == "25%"
+
+
+def test_scores_are_used_again_among_the_same_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    select = "layerpeft.select={by: snr, keep: 1, layers: 0-2, exclude: 1, pick: bottom, seed: 3}"
+    assert main(["score", "quickstart", select, "output_dir=out"]) == 0
+    said = capsys.readouterr().out
+    training, comparison = [shlex.split(line)[1:] for line in said[said.index("next:") :].splitlines()[1:]]
+    own, again = (load_recipe("quickstart", words).config.choosing for words in ([select], training[2:]))
+    for name in ("keep", "layers", "exclude", "pick", "seed", "stack", "unit"):
+        assert getattr(own, name) == getattr(again, name), name
+    assert comparison[0] == "compare" and comparison[-1].startswith("random:2,"), "of two candidates"
+    assert main(["score", "quickstart", select, "output_dir=out", "eval_dataset=null"]) == 0
+    assert "compare" not in capsys.readouterr().out, "nothing is held out"

@@ -14,7 +14,7 @@ import layerpeft
 from layerpeft.cli import main
 from layerpeft.errors import LayerpeftError, RecipeError
 from layerpeft.recipe import compare as comparing
-from layerpeft.recipe.comparing.arms import Arm, arm_recipes, parse_arms
+from layerpeft.recipe.comparing.arms import Arm, arm_recipes, arms_beside, parse_arms
 from layerpeft.recipe.comparing.budgets import (
     Budget,
     Counter,
@@ -58,6 +58,11 @@ def entries(setup: Setup) -> dict[str, Entry]:
     arms = parse_arms("last,last:2,last:1,snr,random:2,lora,galore,lisa,full,all")
     found = entries_of(setup, load_model(setup), arms, arm_recipes(setup.recipe, arms))
     return {("own" if index == 0 else entry.arm): entry for index, entry in enumerate(found)}
+
+
+@pytest.fixture(scope="module")
+def counter(setup: Setup) -> Counter:
+    return Counter(setup)
 
 
 # ---- arms -----------------------------------------------------------------------------------------------------------
@@ -138,6 +143,21 @@ def test_arms_are_what_they_say(entries: dict[str, Entry]) -> None:
     assert entries["lora"].recipe["learning_rate"] == 5e-3 and entries["full"].recipe["learning_rate"] == 1e-3
 
 
+def test_what_no_arm_can_choose_is_told_for_all_of_them_by_their_names(setup: Setup) -> None:
+    arms = parse_arms("last:9,random:30,snr:4,last")
+    with pytest.raises(RecipeError, match="3 problems") as told:
+        entries_of(setup, load_model(setup), arms, {arm.name: setup.recipe for arm in arms})
+    said = str(told.value)
+    assert "last:9: keep: 9 layers are asked for, and there are 3 to choose from" in said and "snr:4: keep: 4" in said
+    assert "random: there are only 3 different choices of 1 layers, not 30" in said
+
+
+def test_a_choice_is_set_beside_what_it_is_not_and_no_more_draws_than_there_are() -> None:
+    assert arms_beside((1, 3), range(5)) == "random:3,last,all" == arms_beside((1,), None)
+    assert arms_beside((4, 3), range(5)) == "random:3,all" and arms_beside((0,), (0, 2)) == "random:2,last,all"
+    assert arms_beside(range(5), range(5)) == ""
+
+
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +176,9 @@ def test_the_largest_number_within_a_room_is_found_in_few_looks(size: Callable[[
 
 @pytest.mark.parametrize(("kind", "arms"), [("memory", ["last", "full"]), ("parameters", ["last:2", "galore", "full"])])
 def test_arms_take_as_much_as_the_budget_holds(
-    kind: str, arms: list[str], setup: Setup, entries: dict[str, Entry]
+    kind: str, arms: list[str], counter: Counter, entries: dict[str, Entry]
 ) -> None:
-    counter, budget = Counter(setup), Budget(kind)
+    budget = Budget(kind)
     room = 1.1 * {"memory": lambda e: counter.cost(e).peak_bytes, "parameters": counter.trainable}[kind](entries["all"])
     for name in arms:
         one = fitted(entries[name], counter, budget, room)
@@ -180,8 +200,8 @@ def test_arms_take_as_much_as_the_budget_holds(
     assert isinstance(lisa, Left) and "and the budget is" in lisa.why
 
 
-def test_an_equal_time_is_more_steps_where_a_step_takes_less(setup: Setup, entries: dict[str, Entry]) -> None:
-    counter, budget = Counter(setup), Budget("time", 10**11)
+def test_an_equal_time_is_more_steps_where_a_step_takes_less(counter: Counter, entries: dict[str, Entry]) -> None:
+    budget = Budget("time", 10**11)
     room = room_of(entries["own"], counter, budget)
     warm = {
         k: replace(e, recipe=replace(e.recipe, values={**e.recipe.values, "warmup_steps": 1}))

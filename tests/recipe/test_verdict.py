@@ -103,8 +103,13 @@ def test_few_held_out_rows_are_named_as_the_limit(rows: int | None, few: bool) -
         assert arms.startswith("good did better than own on these 2 held-out rows (")
 
 
+def test_small_numbers_are_shown_as_they_are() -> None:
+    said = judge(chosen(2e-5, [3e-5, 3.1e-5, 3.2e-5], last=2.5e-5), True, "error").sentence
+    assert "an error of 2e-05" in said.replace("a error", "an error") and "last 2.5e-05 (5e-06 worse)" in said
+
+
 def test_rates_that_were_chosen_on_the_rows_are_named() -> None:
-    assert str(Basis(3, 200, tuned=True)) == "3 seeds over 200 held-out rows, by which rates were chosen, too."
+    assert str(Basis(3, 200, tuned=True)) == "3 seeds over 200 held-out rows that rates were chosen by as well."
 
 
 # ---- arms, paired by seed -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from layerpeft.recipe.recipe import Recipe, settings_of
 from layerpeft.recipe.shipped import beside, recipes
 from layerpeft.recipe.yaml import Document, parse
 from layerpeft.selection import plugins
+from layerpeft.selection.choose import candidates
 from layerpeft.selection.select import SCORERS, Select
 from layerpeft.text import note
 
@@ -135,6 +137,28 @@ def among_of(select: Select) -> dict[str, Any]:
     ):  # the grammar is the choice itself: others are made of the whole stack
         found.pop("layers", None)
     return found
+
+
+def choosable(recipe: Recipe) -> list[int] | None:
+    """The layers among which arms are chosen; None where that is not told beforehand: of parts or kinds of layers, of layers that
+    change while training."""
+    select = recipe.config.choosing
+    if recipe.model is None or select.unit != "layer" or select.within is not None or select.is_scheduled:
+        return None
+    found = recipe.config.examine(recipe.model)
+    return candidates(Select.parse(among_of(select)), found.layers, found.targets)
+
+
+def arms_beside(layers: Sequence[int], among: Sequence[int] | None) -> str:
+    """What a choice of layers among these is compared with, as `--arms` has it: nothing that is the choice itself, no more draws
+    than there are choices, and nothing at all where it is all of them."""
+    if among is None:
+        return "random:3,last,all"
+    chosen, every = sorted(layers), sorted(among)
+    if chosen == every:
+        return ""
+    draws = max(1, min(3, math.comb(len(every), len(chosen))))
+    return ",".join([f"random:{draws}", *["last"] * (chosen != every[-len(chosen) :]), "all"])
 
 
 def _by_criterion(recipe: Recipe, arm: Arm) -> dict[str, Any]:

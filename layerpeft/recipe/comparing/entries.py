@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from layerpeft.errors import RecipeError
+from layerpeft.errors import LayerpeftError, Problems, RecipeError
 from layerpeft.recipe.comparing.arms import AMONG, OWN, PLACES, Arm, among_of
 from layerpeft.recipe.comparing.names import DRAW, OURS
 from layerpeft.recipe.recipe import Recipe, as_chosen, unpacked
@@ -169,22 +170,37 @@ def _chosen(ground: _Ground, arms: Sequence[Arm]) -> dict[str, list[Entry]]:
         )
     if select.within is not None and select.keep != "auto":  # as many of each kind, or of each layer
         keep, among = select.keep, among | {"within": select.within}
+    return _each(arms, partial(_chosen_as, ground, keep, among, everything))
+
+
+def _each(arms: Sequence[Arm], make: Callable[[Arm], list[Entry]]) -> dict[str, list[Entry]]:
+    """What is made of every arm. Raises: RecipeError with the problems of all of them."""
     found: dict[str, list[Entry]] = {}
+    problems = Problems("--arms")
     for arm in arms:
-        if arm.kind == "all":
-            found[arm.name] = [replace(own, arm="all", **_placed_as(select, everything), again=None)]
-        elif arm.kind == "random":
-            found[arm.name] = _draws(ground, {**among, "by": "random", "keep": keep}, arm.draws, len(everything))
-        else:
-            given = {**among, "keep": arm.keep or keep}
-            if arm.kind in PLACES:
-                given |= {"by": "depth", "pick": "top" if arm.kind == "last" else "bottom"}
-            else:
-                given["by"] = arm.kind
-            entry = _choice_of(ground, arm, given)
-            free = arm.keep is None and "within" not in given
-            found[arm.name] = [replace(entry, most=len(everything), again=entry.again if free else None)]
+        try:
+            found[arm.name] = make(arm)
+        except LayerpeftError as error:
+            for problem in error.problems:
+                problems.add(f"{arm.name}: {problem.text}")
+    problems.raise_if_any(RecipeError)
     return found
+
+
+def _chosen_as(ground: _Ground, keep: Any, among: Mapping[str, Any], everything: Layers, arm: Arm) -> list[Entry]:
+    """One of these choices, of `keep` layers, and its draws."""
+    if arm.kind == "all":
+        return [replace(ground.own, arm="all", **_placed_as(ground.examined.select, everything), again=None)]
+    if arm.kind == "random":
+        return _draws(ground, {**among, "by": "random", "keep": keep}, arm.draws, len(everything))
+    given = {**among, "keep": arm.keep or keep}
+    if arm.kind in PLACES:
+        given |= {"by": "depth", "pick": "top" if arm.kind == "last" else "bottom"}
+    else:
+        given["by"] = arm.kind
+    entry = _choice_of(ground, arm, given)
+    free = arm.keep is None and "within" not in given
+    return [replace(entry, most=len(everything), again=entry.again if free else None)]
 
 
 def _choice_of(ground: _Ground, arm: Arm, given: Mapping[str, Any]) -> Entry:
@@ -202,7 +218,7 @@ def _choice_of(ground: _Ground, arm: Arm, given: Mapping[str, Any]) -> Entry:
 def _scheduled(ground: _Ground, arms: Sequence[Arm]) -> dict[str, list[Entry]]:
     """As `_chosen`, of layers that change while training: random arms draw as many of them, as often; others stay as they are.
     Raises: RecipeError where the number of layers at a time is left to the scores."""
-    select, own, pool = ground.examined.select, ground.own, ground.own.layers
+    select, own = ground.examined.select, ground.own
     if own.count is None and any(arm.keep is None and arm.kind != "all" for arm in arms):
         raise RecipeError(
             f"select: with keep: {select.keep or 'none'} the number of layers changes between windows, and the arms need one; "
@@ -210,23 +226,25 @@ def _scheduled(ground: _Ground, arms: Sequence[Arm]) -> dict[str, list[Entry]]:
         )
     said = ("by", "pick", "rescore_steps", "memory", "decay", *select.options)
     clock = {k: v for k, v in select.to_dict().items() if k not in said}
+    return _each(arms, partial(_scheduled_as, ground, clock))
+
+
+def _scheduled_as(ground: _Ground, clock: Mapping[str, Any], arm: Arm) -> list[Entry]:
+    """One of these, by what the recipe's own says of when and among what layers change."""
+    select, own, pool = ground.examined.select, ground.own, ground.own.layers
+    if arm.kind == "random":
+        uniform = [{**clock, "pick": "uniform", "seed": select.seed + s} for s in range(1, arm.draws + 1)]
+        return [
+            replace(own, arm=f"{DRAW}{s}", select=how, again=own.again and partial(_keeping, pool, how))
+            for s, how in enumerate(uniform, 1)
+        ]
+    if arm.kind == "all":
+        return [replace(own, arm="all", **_placed_as(select, pool), again=None)]
     among = {k: clock[k] for k in (*AMONG, "within") if k in clock}
-    found: dict[str, list[Entry]] = {}
-    for arm in arms:
-        if arm.kind == "random":
-            uniform = [clock | {"pick": "uniform", "seed": select.seed + s} for s in range(1, arm.draws + 1)]
-            found[arm.name] = [
-                replace(own, arm=f"{DRAW}{s}", select=how, again=own.again and partial(_keeping, pool, how))
-                for s, how in enumerate(uniform, 1)
-            ]
-        elif arm.kind == "all":
-            found[arm.name] = [replace(own, arm="all", **_placed_as(select, pool), again=None)]
-        else:
-            pick = {"pick": "bottom"} if arm.kind == "first" else {"pick": "top"}
-            given = {**among, "by": "depth" if arm.kind in PLACES else arm.kind, "keep": arm.keep or own.count, **pick}
-            entry = _choice_of(ground, arm, given)
-            found[arm.name] = [entry if arm.keep is None and select.within is None else replace(entry, again=None)]
-    return found
+    pick = {"pick": "bottom"} if arm.kind == "first" else {"pick": "top"}
+    given = {**among, "by": "depth" if arm.kind in PLACES else arm.kind, "keep": arm.keep or own.count, **pick}
+    entry = _choice_of(ground, arm, given)
+    return [entry if arm.keep is None and select.within is None else replace(entry, again=None)]
 
 
 def _placed_as(select: Select, layers: Layers) -> dict[str, Any]:
@@ -252,13 +270,15 @@ def _of_choice(choose: Choose, given: Mapping[str, Any], count: int) -> tuple[La
 def _draws(ground: _Ground, select: Mapping[str, Any], number: int, most: int) -> list[Entry]:
     """`number` random choices, no two alike. Raises: RecipeError when there are not that many."""
     found: dict[Layers, int] = {}
-    for seed in range(100 * number):
+    whole = math.inf if "within" in select else math.comb(most, int(select["keep"]))
+    for seed in range(100 * number if whole >= number else 0):
         found.setdefault(ground.choose({**select, "seed": seed}).layers, seed)
         if len(found) == number:
             drawn = (({**select, "seed": seed}, layers) for layers, seed in found.items())
             return [_drawn(ground, how, layers, place, most) for place, (how, layers) in enumerate(drawn, 1)]
+    there = whole if whole < number else len(found)
     raise RecipeError(
-        f"--arms: there are only {len(found)} different choices of {select['keep']} {select.get('unit', 'layer')}s, not {number}"
+        f"there are only {there} different choices of {select['keep']} {select.get('unit', 'layer')}s, not {number}"
     )
 
 

@@ -15,7 +15,7 @@ from layerpeft.recipe.comparing.names import group_of, is_draw, label_of
 from layerpeft.recipe.comparing.runs import Run
 from layerpeft.recipe.comparing.verdict import Basis, Standing, Verdict, averaged, headline
 from layerpeft.recipe.tasks.metrics import NAMES
-from layerpeft.text import grid, size_text
+from layerpeft.text import grid, measured, size_text
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def table(found: Comparison) -> str:
     """One line per arm and draw, and one for the random draws together."""
     name = NAMES[found.measure]
     heads = ("arm", f"{found.unit}s", "trainable", name, "seconds")
-    rows: list[tuple[str, ...]] = [heads, ("before training", "", "", f"{found.before:.4f}", "")]
+    rows: list[tuple[str, ...]] = [heads, ("before training", "", "", measured(found.before), "")]
     for run in averaged(found.runs):
         layers = _shown(run, found)
-        rows.append((label_of(run.arm), layers, f"{run.trainable:,}", f"{run.value:.4f}", f"{run.seconds:.0f}"))
+        rows.append((label_of(run.arm), layers, f"{run.trainable:,}", measured(run.value), f"{run.seconds:.0f}"))
     draws = [run.value for run in averaged(found.runs) if is_draw(run.arm)]
     if len(draws) > 1:
-        spread = f"  {min(draws):.4f} to {max(draws):.4f}, sd {statistics.stdev(draws):.4f}"
-        rows.append(("random, mean", "", "", f"{statistics.fmean(draws):.4f}", spread))
+        spread = f"  {measured(min(draws))} to {measured(max(draws))}, sd {measured(statistics.stdev(draws))}"
+        rows.append(("random, mean", "", "", measured(statistics.fmean(draws)), spread))
     return "\n".join(grid(rows, "<<>", (16, 22, 11, 14, 8), " "))
 
 
@@ -100,9 +100,9 @@ class Signed:
     def __str__(self) -> str:
         gain = self.standing.gain
         assert gain is not None
-        margin = "" if gain.margin is None else f" ± {gain.margin:.4f}"
+        margin = "" if gain.margin is None else f" ± {measured(gain.margin)}"
         mark = {"better": " *", "worse": " *"}.get(self.standing.kind, "  ")
-        return f"{gain.mean:+.4f}{margin}{mark}"
+        return f"{'' if gain.mean < 0 else '+'}{measured(gain.mean)}{margin}{mark}"
 
 
 def _of(numbers: Sequence[Any], form: str = "{:,}") -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from layerpeft.recipe.comparing.names import is_draw
 from layerpeft.recipe.comparing.runs import Run
+from layerpeft.text import measured
 
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -50,7 +51,7 @@ class Basis:
     def __str__(self) -> str:
         seeds = "One training seed" if self.seeds == 1 else f"{self.seeds} seeds"
         text = f"{seeds} over {self.shown}"
-        text += ", by which rates were chosen, too" if self.tuned else ""
+        text += " that rates were chosen by as well" if self.tuned else ""
         return text + (", too few to say much of others." if self.few else ".")
 
 
@@ -70,7 +71,7 @@ class Interval:
     margin: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + (f" ± {self.margin:.4f}" if self.margin is not None else "")
+        return measured(self.mean) + (f" ± {measured(self.margin)}" if self.margin is not None else "")
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,9 @@ def judge(runs: Sequence[Run], lower: bool, what: str, basis: Basis = Basis(), a
         return Verdict("unknown", f"{HEADS['unknown']}: {why}{beside}. {basis}")
     chance = interval(draws, more=True)
     gain, margin = (chance.mean - ours.value) * (1 if lower else -1), chance.margin or math.inf
-    facts = (
-        f"{ours.arm} reached a {what} of {ours.value:.4f} and {len(draws)} random draws {chance.mean:.4f} on average"
-    )
-    facts += f" ({min(draws):.4f} to {max(draws):.4f}); chance alone explains a gap of up to {margin:.4f}"
+    shown = [measured(value) for value in (ours.value, chance.mean, min(draws), max(draws), margin)]
+    facts = f"{ours.arm} reached a {what} of {shown[0]} and {len(draws)} random draws {shown[1]} on average"
+    facts += f" ({shown[2]} to {shown[3]}); chance alone explains a gap of up to {shown[4]}"
     kind = "better" if gain > margin else "worse" if gain < -margin else "no difference"
     return Verdict(kind, f"{headline(kind, basis)}: {facts}{beside}. {basis}")
 
@@ -187,7 +187,8 @@ def _unjudged(ours: float, draws: Sequence[float]) -> str:
         whose = f"{lost} of {len(draws)} random draws" if math.isfinite(ours) else "the recipe's arm"
         return f"{whose} came to no finite number"
     if statistics.stdev(draws) == 0:
-        return f"all {len(draws)} random draws gave {draws[0]:.4f}, so there is no spread between them to measure by"
+        gave = measured(draws[0])
+        return f"all {len(draws)} random draws gave {gave}, so there is no spread between them to measure by"
     return ""
 
 
@@ -201,8 +202,9 @@ def _beside(runs: Sequence[Run], lower: bool) -> str:
 def _apart(value: float, ours: float, lower: bool) -> str:
     gain = (ours - value) * (1 if lower else -1)
     if not math.isfinite(gain):
-        return f"{value:.4f}"
-    return f"{value:.4f} ({abs(gain):.4f} {'better' if gain > 0 else 'worse'})" if gain else f"{value:.4f} (the same)"
+        return measured(value)
+    apart = f"{measured(abs(gain))} {'better' if gain > 0 else 'worse'}" if gain else "the same"
+    return f"{measured(value)} ({apart})"
 
 
 ONE = "of one training seed there is no interval, so how much of that is chance is not known (--seeds 3)"
@@ -235,13 +237,14 @@ def judge_arms(found: Sequence[Standing], basis: Basis, lower: bool = True) -> V
 
 
 def _told(one: Standing) -> str:
-    gain, value = one.gain, f"{one.value.mean:.4f}"
+    gain, value = one.gain, measured(one.value.mean)
     if gain is None or one.kind == "unknown":
-        why = f" (the same difference of {abs(gain.mean):.4f} in each)" if gain is not None and gain.margin == 0 else ""
+        same = None if gain is None or gain.margin != 0 else measured(abs(gain.mean))
+        why = f" (the same difference of {same} in each)" if same else ""
         return f"{value}, of which nothing can be said{why}"
     if gain.margin == 0:
         return f"{value}, the same under every seed"
-    by = f"{abs(gain.mean):.4f} ± {gain.margin:.4f}"
+    by = f"{measured(abs(gain.mean))} ± {measured(gain.margin)}"
     if one.kind == "no difference":
         return f"{value}, not told apart from chance (by {by})"
     return f"{value}, {one.kind} by {by}"
