@@ -10,7 +10,6 @@ import platform
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from layerpeft.planning.engines import Cards, cards
 from layerpeft.quantization.save import is_saved, read_manifest
 from layerpeft.recipe.advice_text import told as advice_told
 from layerpeft.recipe.advise import advise as advise_on
+from layerpeft.recipe.asking import asked
 from layerpeft.recipe.compare import Fairly
 from layerpeft.recipe.compare import compare as compare_arms
 from layerpeft.recipe.comparing.arms import parse_arms
@@ -32,9 +32,8 @@ from layerpeft.recipe.comparing.budgets import parse_budget
 from layerpeft.recipe.comparing.rates import parse_rates
 from layerpeft.recipe.importing.convert import import_file
 from layerpeft.recipe.importing.trying import note_down, tried
-from layerpeft.recipe.init import Wanted, guess, look
+from layerpeft.recipe.init import Wanted
 from layerpeft.recipe.init import init as write_recipe
-from layerpeft.recipe.keys import present
 from layerpeft.recipe.launching import suggest_launch
 from layerpeft.recipe.measure import measure
 from layerpeft.recipe.page.page import report as report_on
@@ -88,29 +87,11 @@ def init(args: argparse.Namespace) -> None:
     out = args.out or "recipe.yaml"
     given = Wanted(args.model, args.data, args.task, args.held_out, out, args.fit, tuple(args.settings))
     if sys.stdin.isatty() and sys.stdout.isatty() and is_first():
-        given = _asked(given, args.out is None)
+        given = asked(given, args.out is None)
     with _aside(), kept_out(RUN_CODE):
         path, found = write_recipe(given)
     place = shlex.quote(str(path))
     _say(f"{found}\n\n{path}: look at it, then\n  layerpeft preview {place}\n  layerpeft train {place}")
-
-
-def _asked(given: Wanted, out: bool) -> Wanted:
-    """What was not said, from whoever sits at the terminal; an empty answer takes what stands in brackets."""
-
-    def ask(what: str, usual: str = "") -> str:
-        try:
-            return input(on_screen(f"{what}{f' [{usual}]' if usual else ''}: ", sys.stdout)).strip() or usual
-        except EOFError:
-            raise UsageError(f"init: no answer to: {what}") from None
-
-    given = replace(given, model=given.model or ask("Model (a folder, or a name on the hub)"))
-    given = replace(given, data=given.data or ask("Rows (a file, a folder, or a name on the hub)"))
-    if given.task is None and given.data:
-        usual = guess(look(given.data).columns) or ""
-        given = replace(given, task=ask(f"Task ({', '.join(present())})", usual) or None)
-    given = replace(given, held_out=given.held_out or ask("Held-out rows, or a share of the rows", "5%"))
-    return replace(given, out=ask("Recipe", given.out)) if out else given
 
 
 def import_(args: argparse.Namespace) -> None:

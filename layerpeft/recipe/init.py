@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from layerpeft.errors import LayerpeftError, Problems, UsageError, unknown
+from layerpeft.errors import LayerpeftError, Problems, RecipeError, UsageError, unknown
 from layerpeft.integrations.places import expanded, missing
 from layerpeft.planning.fit import Fit
-from layerpeft.recipe import keys, rows
+from layerpeft.recipe import keys, rows, surroundings
+from layerpeft.recipe.beside.models import place_of
 from layerpeft.recipe.forms import read_by, taken
+from layerpeft.recipe.model import loaded
+from layerpeft.recipe.pace import pace, width_of
 from layerpeft.recipe.plan import Forecast, forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import SAMPLE_BY
+from layerpeft.recipe.sources import share_of
 from layerpeft.recipe.tasks.seeing import sees
 from layerpeft.recipe.tasks.tokenizing import tokenizer
 from layerpeft.recipe.trainer import prepare
-from layerpeft.recipe.trainers.table import ROWS
+from layerpeft.recipe.trainers.table import ROWS, absent
 from layerpeft.recipe.written import recipe_text
 from layerpeft.recipe.yaml import override, parse
 from layerpeft.text import no_size, size_of, size_text
@@ -29,7 +34,9 @@ from layerpeft.tuners.methods import DEFAULT
 
 LOOKED_AT = 200  # rows whose length is measured
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-FEW = 20  # rows of which none are held out
+FEW, SOME = 20, 200  # rows: below the first none are held out, below the second more of them
+NONE = "none"  # of held-out rows
+MODEL = "model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,10 @@ def init(wanted: Wanted) -> tuple[Path, Forecast]:
     read_as = taken(wanted.task, source.columns, extra.get("columns"), sees=seen)
     looked = Looked(len(source), tuple(source.columns), read_as, seen)
     path = expanded(wanted.out)
-    values = _values(wanted, looked, extra)
+    values, comments = _values(wanted, looked, extra)
     with path.open("x", encoding="utf-8") as file:
         file.write(recipe_text(path, values, {}))
     try:
-        comments = {"dataset_name": f"{looked.count} rows" + (f", {read_as}" if read_as else "")}
         if looked.seen and "max_length" not in extra:
             comments["max_length"] = "pictures are tokens, too, and are not cut"
         elif "max_length" in values and "max_length" not in extra:
@@ -107,22 +113,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
     for name, value in (("model", wanted.model), ("data", wanted.data)):
         if not value:
             problems.add(f"--{name}: missing; there is nobody to ask")
-    if wanted.task is not None and wanted.task not in ROWS:
-        problems.add(unknown("task", wanted.task, ROWS))
-    if expanded(wanted.out).exists():
-        problems.add(f"--out: {wanted.out} exists already; name another file")
-    elif not expanded(wanted.out).parent.is_dir():
-        problems.add(f"--out: {missing('folder', str(expanded(wanted.out).parent))}")
-    if wanted.room is not None and size_of(wanted.room) is None:
-        problems.add(f"--fit: {no_size(wanted.room)}")
-    document = override(parse("{}"), wanted.settings)
-    for fault in document.faults:
-        problems.add(str(fault))
-    extra, source = dict(document.data), None
-    try:
-        source = look(wanted.data, extra.get("sample_by")) if wanted.data else None
-    except LayerpeftError as error:
-        problems.add(f"--data: {error}")
+    extra, source = _given(wanted, problems, True)
     if source is not None and wanted.task is None:
         wanted = replace(wanted, task=guess(list(extra.get("columns") or source.columns)))
         if wanted.task is None:
@@ -130,20 +121,118 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
                 f"--task: missing; nothing reads rows with {', '.join(source.columns)} as they are (say the task, and "
                 "columns='{prompt: \"{question}\", …}')"
             )
-    row = ROWS.get(wanted.task or "")
-    for need in row.needs if row is not None else ():
-        if need not in extra:
-            problems.add(f"{need}: missing; {wanted.task} needs it, as a setting: {need}=…")
     problems.raise_if_any(UsageError)
     assert source is not None
     return wanted, source, extra
 
 
-def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it is asked for."""
-    assert wanted.task is not None
+def flags(wanted: Wanted, where: bool) -> dict[str, Any]:
+    """The settings among what was said; `where`: a place to write to, too. Raises: UsageError with all that is wrong with it."""
+    problems = Problems("init")
+    extra, _ = _given(wanted, problems, where)
+    problems.raise_if_any(UsageError)
+    return extra
+
+
+def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, Any], rows.Source | None]:
+    """The settings, and the rows where they can be read. Adds whatever is wrong with what was said."""
+
+    def tried(flag: str, check: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return check(*given)
+        except LayerpeftError as error:
+            for problem in error.problems:
+                problems.add(f"--{flag}: {problem.text}")
+            return None
+
+    if wanted.room is not None and size_of(wanted.room) is None:
+        problems.add(f"--fit: {no_size(wanted.room)}")
+    document = override(parse("{}"), wanted.settings)
+    for fault in document.faults:
+        problems.add(str(fault))
+    extra = dict(document.data)
+    if wanted.model:
+        tried("model", check_model, wanted.model)
+    source = tried("data", look, wanted.data, extra.get("sample_by")) if wanted.data else None
+    if wanted.task is not None:
+        tried("task", check_task, wanted, source, extra)
+    if wanted.held_out is not None:
+        tried("held-out", check_held_out, wanted.held_out)
+    if where:
+        tried("out", check_out, wanted.out)
+    return extra, source
+
+
+# ---- answers, one by one --------------------------------------------------------------------------------------------
+
+
+def check_model(name: str) -> Any:
+    """Its config; None of one that needs code to be read. Raises: RecipeError for what is no model here or on the hub."""
+    found, _ = surroundings.folder_problems({MODEL: name}, "plan")
+    if found:
+        raise RecipeError(*(problem.text.removeprefix(f"{MODEL}: ") for problem in found))
+    try:
+        return loaded(
+            MODEL, name, Path(), transformers.AutoConfig.from_pretrained, place_of(name), trust_remote_code=False
+        )
+    except RecipeError as error:
+        if isinstance(error.__cause__, OSError):
+            raise RecipeError(str(error).removeprefix(f"{MODEL}: ")) from error.__cause__
+        return None
+
+
+def check_task(wanted: Wanted, source: rows.Source | None, extra: Mapping[str, Any]) -> None:
+    """Raises: UsageError for a task that there is none of, that needs more than was said, or that does not take such rows."""
+    name, problems = str(wanted.task), Problems("")
+    if name not in ROWS:
+        raise UsageError(unknown("task", name, ROWS))
+    if lacks := absent(ROWS[name]):
+        raise UsageError(lacks)
+    for need in ROWS[name].needs:
+        if need not in extra:
+            problems.add(f"{need}: missing; {name} needs it, as a setting: {need}=…")
+    given = {MODEL: wanted.model, "dataset_name": wanted.data, "columns": extra.get("columns")}
+    if source is not None and wanted.model:
+        given |= {key: extra[key] for key in ("dataset_text_field", "sample_by") if key in extra}
+        said = {key: value for key, value in given.items() if value is not None}
+        for problem in surroundings.data_problems(said, name, "plan", sees=sees(said, name)):
+            problems.add(problem.text.removeprefix("dataset_name: "))
+    problems.raise_if_any(UsageError)
+
+
+def check_held_out(text: str) -> None:
+    """Raises: RecipeError for what is neither a share of the rows, nor rows, nor none."""
+    if text != NONE and share_of(text) is None:
+        look(text)
+
+
+def check_out(text: str) -> None:
+    """Raises: UsageError where no recipe can be written there."""
+    path = expanded(text)
+    if path.exists():
+        raise UsageError(f"{text} exists already; name another file")
+    if not path.parent.is_dir():
+        raise UsageError(missing("folder", str(path.parent)))
+
+
+# ---- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def usual_share(count: int) -> str | None:
+    """How many of so many rows are held out where nobody says; None for too few."""
+    return None if count < FEW else "10%" if count < SOME else "5%"
+
+
+def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The recipe as it is asked for, and what is said of its values."""
+    assert wanted.task is not None and wanted.model is not None
     row = ROWS[wanted.task]
-    held_out = wanted.held_out or ("5%" if looked.count >= FEW else None)
+    held_out = wanted.held_out or usual_share(looked.count)
+    held_out = None if held_out == NONE else held_out
+    config = check_model(wanted.model)
+    share = share_of(held_out) or 0.0
+    left = max(1, looked.count - round(share * looked.count))
+    found = pace(left, width_of(config) if config is not None else None, row.alone)
     values: dict[str, Any] = {
         "trainer": wanted.task, "model_name_or_path": wanted.model, "dataset_name": wanted.data,
         "eval_dataset": held_out if row.evaluates else None, "output_dir": f"outputs/{expanded(wanted.out).stem}",
@@ -151,13 +240,22 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> dict[st
             "method": DEFAULT, "select": {"by": "gradient_norm", "keep": "50%"}, "r": 16, "lora_alpha": 32,
             "target_modules": "all-linear",
         },
-        "num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
-        "learning_rate": 2e-4 if row.alone else 5e-5, "lr_scheduler_type": "cosine", "logging_steps": 10, "seed": 0,
+        "num_train_epochs": found.epochs, "per_device_train_batch_size": found.batch, "gradient_accumulation_steps": 1,
+        "learning_rate": found.rate, "lr_scheduler_type": "cosine", "logging_steps": found.logging, "seed": 0,
     }  # fmt: skip
     values = {k: v for k, v in values.items() if v is not None}
     if "max_length" in keys.top_settings(wanted.task):
         values["max_length"] = None if looked.seen else LENGTHS[-1]
-    return _merged(values, extra)
+    said = f"{looked.count} rows" + (f", {looked.read_as}" if looked.read_as else "")
+    comments = {"dataset_name": said}
+    if not extra.keys() & {
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "max_steps",
+        "gradient_accumulation_steps",
+    }:
+        comments["num_train_epochs"] = f"{found.steps} steps of {found.batch} rows"
+    return _merged(values, extra), comments
 
 
 def _merged(values: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from layerpeft.quantization.apply import Quantized
 from layerpeft.recipe import after
 from layerpeft.recipe.beside import rewards
 from layerpeft.recipe.exits import exit_numbers, write_exits
+from layerpeft.recipe.learned import unlearned
 from layerpeft.recipe.outcome import RUN, Memory, Reached, outcome, write_run
 from layerpeft.recipe.page.page import PAGE, write_page
 from layerpeft.recipe.recipe import Recipe, as_chosen, checkpoint_of, command_of, layer_config, to_yaml
@@ -165,7 +166,7 @@ def _run(recipe: Recipe, say: Say) -> Result:
             write_exits(recipe, model, folder)
         if trainer.args.push_to_hub:
             hub.push(trainer, folder)
-        _tell(setup, result, say)
+        _tell(setup, result, say, trainer.state.log_history, trainer.state.global_step)
     return result
 
 
@@ -392,7 +393,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
-def _tell(setup: Setup, result: Result, say: Say) -> None:
+def _tell(setup: Setup, result: Result, say: Say, history: Sequence[Mapping[str, Any]], steps: int) -> None:
     say("")
     for what, found in setup.counts.items():
         say(found.told(what))
@@ -401,6 +402,8 @@ def _tell(setup: Setup, result: Result, say: Say) -> None:
             say(f"{name}: {measured(result.before[key])} before, {measured(result.after[key])} after")
             for depth, numbers in result.exits.items():
                 say(f"  of the first {depth} layers: {measured(numbers[key])} after")
+    if (trouble := unlearned(setup.recipe, history, result.before, result.after, steps)) is not None:
+        say(f"\n{trouble}\n")
     if not result.after:
         say("no held-out rows (eval_dataset), so nothing was measured before and after")
     say(f"training took {result.seconds:.0f} s; all weights take {size_text(result.weight_bytes)}")

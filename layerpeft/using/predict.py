@@ -23,6 +23,7 @@ class Count:
     """What became of rows."""
 
     read: int = 0
+    empty: int = 0  # answers without a word
     reasons: Counter[str] = field(default_factory=Counter)
 
     def told(self, cut: int, limit: int | None) -> str:
@@ -31,6 +32,7 @@ class Count:
         found = f"{self.read} rows read, {self.read - without} predicted"
         named = [f"{n} {reason}" for reason, n in self.reasons.most_common()]
         found += f", {without} without a prediction ({some(named, 4, ' and {} other reasons')})" if without else ""
+        found += f"; {self.empty} of the answers {'is' if self.empty == 1 else 'are'} empty" if self.empty else ""
         return found + (f"; {cut} cut at {limit} tokens" if cut else "")
 
 
@@ -62,6 +64,7 @@ def predict(rows: Incoming, way: Way, out: Path, batch: int, keep: Sequence[str]
     own = {"row": "count", **way.columns(), "reason": "text"}
     names = {name: f"kept_{name}" if name in own else name for name in keep}
     columns = {"row": "count", **dict.fromkeys(names.values(), "object"), **way.columns(), "reason": "text"}
+    texts = [name for name, kind in way.columns().items() if kind == "text"]
     count = Count()
     with writing(out, columns) as write:
         held: list[dict[str, Any]] = []
@@ -69,6 +72,8 @@ def predict(rows: Incoming, way: Way, out: Path, batch: int, keep: Sequence[str]
             count.read += 1
             if answer is None:
                 count.reasons[why] += 1
+            elif texts and not any(str(answer[name]).strip() for name in texts):
+                count.empty += 1
             kept_of = {new: plain(given.row.get(name)) for name, new in names.items()}
             held.append({"row": given.number, **kept_of, **short(answer or {}), "reason": why or None})
             if len(held) >= batch * way.ahead:

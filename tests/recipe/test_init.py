@@ -11,6 +11,7 @@ import pytest
 from layerpeft.cli import main
 from layerpeft.recipe import commands
 from layerpeft.recipe.init import Wanted, guess
+from layerpeft.recipe.pace import Pace, pace
 from layerpeft.recipe.read import load_recipe
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -33,7 +34,11 @@ def test_the_recipe_plans_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "# 30 rows, read as Alpaca rows" in text and "# measured on the rows; fits into 22.4 GiB as it is" in text
     assert "# 19 of 20 rows have at most" in text and "\\u" not in text
     recipe = load_recipe("r.yaml", purpose="plan")
-    assert (recipe.trainer, recipe["eval_dataset"], recipe["max_length"]) == ("sft", "5%", 64)
+    assert (recipe.trainer, recipe["eval_dataset"], recipe["max_length"]) == ("sft", "10%", 64)
+    assert (recipe["num_train_epochs"], recipe["per_device_train_batch_size"]) == (
+        8,
+        2,
+    ) and "# 112 steps of 2 rows" in text
     assert recipe["learning_rate"] == 1e-3 and recipe.select == {"by": "gradient_norm", "keep": "50%"}
     assert main(["plan", "r.yaml"]) == 0
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--out", "r.yaml"]) == 2  # nothing is written over
@@ -102,6 +107,66 @@ def test_in_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert main(["init", "--data", "rows.jsonl", *LLAMA]) == 0 and given[0].task == "sft"
 
 
+def at_terminal(monkeypatch: pytest.MonkeyPatch, *told: str) -> tuple[list[str], list[Any]]:
+    """Answers that are left to give, and the recipes that were to be written."""
+    answers, given = list(told), list[Any]()
+
+    def answer(question: str) -> str:
+        if not answers:
+            raise EOFError
+        return answers.pop(0)
+
+    monkeypatch.setattr(builtins, "input", answer)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(commands, "write_recipe", lambda wanted: (Path("mine.yaml"), given.append(wanted)))
+    return answers, given
+
+
+def test_a_wrong_answer_is_asked_for_again(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("recipe.yaml").touch()
+    told = ["", "./lama", "layerpeft://llama-6m", "rowz.jsonl", "rows.jsonl", "dop", "grpo", "dpo", "sft"]
+    told += ["200%", "gone.jsonl", "none", "recipe.yaml", "gone/r.yaml", ""]
+    answers, given = at_terminal(monkeypatch, *told)
+    assert main(["init", "--fit", "24GB"]) == 0 and not answers
+    said = " ".join(capsys.readouterr().out.split())
+    wrong = [
+        "an answer is needed", "no folder './lama'", "no file 'rowz.jsonl'", "Did you mean 'rows.jsonl'?", "unknown task 'dop'",
+        "rewards: missing; grpo needs it", "they are Alpaca rows, which trainer: sft", "'200%' leaves no rows on one side",
+        "no file 'gone.jsonl'", "recipe.yaml exists already", "no folder 'gone'",
+    ]  # fmt: skip
+    places = [said.find(fragment) for fragment in wrong]
+    assert -1 not in places and places == sorted(places)
+    assert given == [Wanted("layerpeft://llama-6m", "rows.jsonl", "sft", "none", "recipe-2.yaml", "24GB")]
+
+
+def test_what_was_said_is_judged_before_the_first_question(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, given = at_terminal(monkeypatch, "unasked")
+    assert main(["init", "--model", "./lama", "--fit", "24", "--held-out", "0%"]) == 2
+    said = capsys.readouterr().err
+    assert "3 problems" in said and "--fit: '24' has no unit; write 24GiB" in said and answers == ["unasked"]
+    answers.clear()
+    assert main(["init", *LLAMA]) == 2 and "no answer to: Rows" in capsys.readouterr().err and given == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "alone", "found"),
+    [
+        (1, 256, True, Pace(20, 1, 2e-3, 20)),
+        (38, 256, True, Pace(10, 4, 2e-3, 100)),
+        (38, 4096, True, Pace(10, 4, 3e-4, 100)),
+        (38, None, False, Pace(10, 4, 5e-5, 100)),
+        (300, 2000, True, Pace(3, 8, 5e-4, 114)),
+        (10**6, 2000, True, Pace(3, 8, 5e-4, 375_000)),
+    ],
+)
+def test_few_rows_come_more_often_and_fewer_at_a_time(rows: int, width: int | None, alone: bool, found: Pace) -> None:
+    assert pace(rows, width, alone) == found
+    assert 1 <= found.logging <= 10 and found.steps / found.logging >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo", "classification"])
 def test_the_recipe_trains(task: str) -> None:
@@ -113,5 +178,8 @@ def test_the_recipe_trains(task: str) -> None:
     Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made[task]))
     assert main(["init", *LLAMA, "--data", "d.jsonl", "--fit", "24GB"]) == 0
     assert load_recipe("recipe.yaml").trainer == task
-    assert main(["train", "recipe.yaml", "max_steps=2"]) == 0
+    assert main(["train", "recipe.yaml", *([] if task == "sft" else ["max_steps=2"])]) == 0
     assert (Path("outputs/recipe") / "adapter_model.safetensors").is_file()
+    found = json.loads(Path("outputs/recipe/run.json").read_text())
+    if task == "sft":  # a small file is learned
+        assert found["after"]["eval_loss"] < found["before"]["eval_loss"] / 2

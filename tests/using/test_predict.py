@@ -18,6 +18,7 @@ from layerpeft.cli import main
 from layerpeft.recipe.shipped import resolve
 from layerpeft.using import predict
 from layerpeft.using.folder import find
+from layerpeft.using.incoming import incoming
 
 NAMES = {0: "gut", 1: "schlecht", 2: "naja – ü"}
 
@@ -181,3 +182,31 @@ def test_a_hundred_thousand_rows_in_a_steady_amount_of_memory(bert, tmp_path, mo
     assert main(["predict", str(folder), str(rows), "--out", str(tmp_path / "o.csv"), "--batch-size", "128"]) == 0
     assert len((tmp_path / "o.csv").read_text().splitlines()) == total + 1
     assert seen[1] - seen[0] < 8 * 2**20
+
+
+def test_empty_answers_are_counted(tmp_path):
+    class Silent:
+        ahead, cut, limit = 2, 0, None
+
+        def columns(self):
+            return {"text": "text", "score": "number"}
+
+        def item(self, cells):
+            return cells["prompt"]
+
+        def size(self, item):
+            return len(item)
+
+        def run(self, items):
+            return [{"text": " " if item == "blank" else item[1:], "score": 0.5} for item in items]
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("ab", "a", "blank", "abc")), encoding="utf-8"
+    )
+    given = incoming(str(rows), "test", "sft", [("prompt",)], (), None)
+    count = predict.predict(given, Silent(), tmp_path / "out.csv", 2)  # type: ignore[arg-type]
+    assert (count.read, count.empty) == (4, 2)
+    assert count.told(0, None) == "4 rows read, 4 predicted; 2 of the answers are empty"
+    assert [row["text"] for row in written(tmp_path / "out.csv")] == ["b", "", " ", "bc"]
+    assert predict.Count(1, 1).told(0, None).endswith("; 1 of the answers is empty")
