@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layerpeft.errors import RecipeError
+from layerpeft.recipe.comparing.apart import trained_on
 from layerpeft.recipe.comparing.arms import Arm, arm_recipes
 from layerpeft.recipe.comparing.budgets import Budget, Counter, Given, Left, fitted, given, room_of
 from layerpeft.recipe.comparing.entries import Entry, entries_of
@@ -58,7 +59,7 @@ class Fairly:
 
 def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print, fairly: Fairly = Fairly()) -> Comparison:
     """Trains the recipe and every arm from the same weights, rows and order; writes compare.json, compare.png, and a line of
-    compare.jsonl for every run as it ends, by which a comparison that was interrupted goes on.
+    compare.jsonl for every run as it ends, by which a comparison that was interrupted goes on (KeyboardInterrupt says so).
 
     Raises: RecipeError when nothing is held out, an arm cannot be read, or the recipe leaves nothing to choose, and in several
     processes (ElsewhereError in all but the first)."""
@@ -74,8 +75,11 @@ def compare(recipe: Recipe, arms: Sequence[Arm], say: Say = print, fairly: Fairl
         if setup.held_out is None:
             raise RecipeError("eval_dataset: missing; arms are compared on held-out rows")
         setup = tokenized(setup)
-    with shortened_apart(setup) as setup:
-        return _compared(recipe, setup, arms, others, _Course(kept, say, fairly))
+    try:
+        with shortened_apart(setup) as setup:
+            return _compared(recipe, setup, arms, others, _Course(kept, say, fairly))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept.told()) from None
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _compared(
     }
     runs, before = _runs(setup, entries, course)
     lower, name = setup.measure == "eval_loss", NAMES[setup.measure]
-    basis = Basis(fairly.seeds, len(setup.held_out), fairly.rates.tried)
+    basis = Basis(fairly.seeds, len(setup.held_out), fairly.rates.tried, trained_on(setup))
     verdict = judge(runs, lower, name, basis, alone=not counted)
     found = Comparison(setup.measure, before, tuple(runs), verdict, entries[0].num_layers, entries[0].unit, basis)
     if counted:

@@ -259,6 +259,7 @@ def test_a_comparison_that_was_interrupted_goes_on(
     monkeypatch.setattr(comparing, "_train", counted)
     words = ["compare", "quickstart", *WORDS, "--arms", "lisa", "--seeds", "2", "--rates", "lisa=1e-3", "--json"]
     assert main(words) == 130
+    assert "interrupted: 3 runs are in out/compare.jsonl; the same command goes on" in capsys.readouterr().err
     assert main(words) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)

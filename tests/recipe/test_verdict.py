@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+from layerpeft.recipe.comparing.apart import trained_on
 from layerpeft.recipe.comparing.runs import Run
 from layerpeft.recipe.comparing.shown import Comparison, labels, table
 from layerpeft.recipe.comparing.verdict import Basis, Verdict, interval, judge, judge_arms, standings
+from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.trainer import prepare, tokenized
+from tests.helpers.short import short_llama
 
 DRAWS = [2.10, 2.11, 2.12]
 THREE = Basis(3, 1000)
@@ -101,6 +108,30 @@ def test_few_held_out_rows_are_named_as_the_limit(rows: int | None, few: bool) -
     if rows == 2:
         assert better.startswith("Better than random on these 2 held-out rows: ")
         assert arms.startswith("good did better than own on these 2 held-out rows (")
+
+
+def test_rows_that_train_as_well_are_no_held_out_rows() -> None:
+    basis = Basis(3, 500, trained=20)
+    assert str(basis) == "3 seeds over 500 held-out rows, 20 of which train as well."
+    said = judge(chosen(2.0, DRAWS), True, "loss", basis).sentence
+    assert said.startswith("Better than random on these 500 held-out rows: ")
+
+
+@pytest.mark.parametrize("trainer", ["sft", "classification", "dpo"])
+def test_held_out_rows_are_looked_for_among_those_that_train(trainer: str, tmp_path: Path) -> None:
+    rows = {
+        "sft": [{"text": f"number {i}"} for i in range(6)],
+        "classification": [{"text": f"number {i}", "label": "ab"[i % 2]} for i in range(6)],
+        "dpo": [{"prompt": f"number {i}", "chosen": " yes", "rejected": " no"} for i in range(6)],
+    }[trainer]
+    for name, part in (("train", rows[:4]), ("held", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    text = f"trainer: {trainer}\nmodel_name_or_path: {short_llama(3)}\ndataset_name: train.jsonl\neval_dataset: held.jsonl\n"
+    (tmp_path / "r.yaml").write_text(f"{text}output_dir: out\nlayerpeft: {{method: lora, select: last:1}}\n")
+    setup = tokenized(prepare(load_recipe(str(tmp_path / "r.yaml"), ["bf16=false"], "compare")))
+    assert trained_on(setup) == 1
+    pictures = Dataset.from_dict({"pixel_values": [[[0.5, 1.5]]]})
+    assert trained_on(replace(setup, train=pictures, held_out=pictures)) is None
 
 
 def test_small_numbers_are_shown_as_they_are() -> None:

@@ -59,6 +59,13 @@ class Kept:
             return None
         return Run(**{**line["run"], "layers": tuple(line["run"]["layers"])}), line["before"]
 
+    def told(self) -> str:
+        """What an interruption leaves."""
+        if not self.lines:
+            return "no run has ended yet"
+        runs = f"{len(self.lines)} runs are" if len(self.lines) > 1 else "one run is"
+        return f"{runs} in {self.path}; the same command goes on"
+
     def add(self, key: str, run: Run, before: float | None) -> None:
         """Writes one more."""
         line = json.loads(json.dumps({"key": key, "run": asdict(run), "before": before}))

@@ -24,12 +24,14 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Basis:
-    """What a comparison rests on: training seeds, held-out rows (None: nobody counted them), and whether learning rates were chosen
-    on those rows too. As a text: the sentence that says so, and what limits it."""
+    """What a comparison rests on: training seeds, held-out rows (None: nobody counted them), whether learning rates were chosen on
+    those rows too, and how many of them train as well (None: nobody looked). As a text: the sentence that says so, and what limits
+    it."""
 
     seeds: int = 1
     rows: int | None = None
     tuned: bool = False
+    trained: int | None = None
 
     @property
     def few(self) -> bool:
@@ -46,12 +48,14 @@ class Basis:
     @property
     def here(self) -> str:
         """Where a finding holds, as the end of its clause."""
-        return f"on {'this ' if self.rows == 1 else 'these '}{self.shown}" if self.few else "here"
+        limited = self.few or bool(self.rows and self.trained)
+        return f"on {'this ' if self.rows == 1 else 'these '}{self.shown}" if limited else "here"
 
     def __str__(self) -> str:
         seeds = "One training seed" if self.seeds == 1 else f"{self.seeds} seeds"
         text = f"{seeds} over {self.shown}"
         text += " that rates were chosen by as well" if self.tuned else ""
+        text += f", {self.trained:,} of which train as well" if self.trained else ""
         return text + (", too few to say much of others." if self.few else ".")
 
 
