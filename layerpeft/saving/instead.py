@@ -9,7 +9,8 @@ from pathlib import Path
 from layerpeft.integrations.places import meant
 from layerpeft.text import some
 
-KINDS = {"adapter_config.json": "adapter", "config.json": "model", "compare.json": "comparison"}
+ADAPTER = "adapter_config.json"
+KINDS = {ADAPTER: "adapter", "config.json": "model", "compare.json": "comparison"}
 RUN = (
     "log.jsonl",
     "runs",
@@ -27,15 +28,19 @@ def lacking(folder: Path, *wanted: str) -> str:
             return f"{folder} is a file; name the folder that it lies in: {_quoted(folder.parent)}"
         return f"{folder} is not a folder{meant(folder)}"
     kinds = " and ".join(f"no {KINDS[name]}" for name in wanted)
-    return f"{folder} holds {kinds} (looked for {', '.join(wanted)}): {_there(folder)}{_nearest(folder, wanted)}"
+    return (
+        f"{folder} holds {kinds} (looked for {', '.join(wanted)}): {_there(folder, wanted)}{_nearest(folder, wanted)}"
+    )
 
 
-def _there(folder: Path) -> str:
+def _there(folder: Path, wanted: Sequence[str]) -> str:
     names = sorted(path.name for path in folder.iterdir())
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     run = [name for name in names if name in RUN or name.startswith("checkpoint-")]
     if not names:
         return "it is empty"
+    if ADAPTER in names and ADAPTER not in wanted:
+        return "it is an adapter, which lies on a model"
     if "config.json" in names and weights:
         return f"it is a whole model ({some(['config.json', *weights], 2)}), {WHOLE}"
     if own := [name for name in weights if name.startswith("adapter_model.")]:
@@ -61,7 +66,7 @@ def _nearest(folder: Path, wanted: Sequence[str]) -> str:
 def _is_one(folder: Path, wanted: Sequence[str]) -> bool:
     """Whether a folder has such a file, and the weights that two of them speak of."""
     there = [name for name in wanted if (folder / name).is_file()]
-    weights = {"adapter_config.json": "adapter_model.*", "config.json": "*.[sb]*"}
+    weights = {ADAPTER: "adapter_model.*", "config.json": "*.[sb]*"}
     return any(name not in weights or any(folder.glob(weights[name])) for name in there)
 
 

@@ -30,6 +30,7 @@ from layerpeft.quantization.load import load_quantized
 from layerpeft.quantization.quantize import applied
 from layerpeft.quantization.save import is_saved, load_saved
 from layerpeft.saving.classes import MODELS, class_named
+from layerpeft.saving.instead import lacking
 from layerpeft.saving.manifest import (
     CONFIG,
     MANIFEST,
@@ -376,11 +377,17 @@ def _check_keys(folder: Path, loaded: peft.PeftModel, adapter: str, left: str | 
         )
 
 
-def check_named(folder: Path, config: Mapping[str, Any], cure: str) -> None:
-    """Raises: SaveError where an adapter names a base by a path at which nothing lies; `cure`: what to do about it."""
-    base = config.get("base_model_name_or_path")
-    if base and not ADDRESS.fullmatch(base) and not expanded(base).exists():
+def check_named(folder: Path, base: str | os.PathLike[str] | None, cure: str) -> None:
+    """Raises: SaveError where the base that an adapter names, or that is given for it, is a path at which nothing lies, or a folder
+    that holds no model, as an adapter, which transformers would load with the model below it. `cure`: what to do about it."""
+    if not base:
+        return
+    base = os.fspath(base)
+    place = expanded(base)
+    if not ADDRESS.fullmatch(base) and not place.exists():
         raise SaveError(f"the base model {base!r} of {folder} is not there ({looked_for(base)}); {cure}{meant(base)}")
+    if place.exists() and not (place / "config.json").is_file():
+        raise SaveError(f"the base model {base!r} of {folder}: {lacking(place, 'config.json')}; {cure}")
 
 
 def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]) -> peft.PeftModel:
@@ -393,7 +400,7 @@ def _load_with_base(folder: Path, config: Mapping[str, Any], kwargs: dict[str, A
         raise SaveError(f"{folder / CONFIG} says neither task_type nor the class of the base model {base!r}; {cure}")
     if task and task not in MODELS:
         raise SaveError(f"{folder / CONFIG} has a task_type, {task!r}, without a model class; {cure}")
-    check_named(folder, config, cure)
+    check_named(folder, base, cure)
     use = (MODELS[task].removeprefix("AutoModel") or "ForFeatureExtraction") if task else ""
     auto = getattr(peft, f"AutoPeftModel{use}")
     # not found, no such class, a class from a package that peft will not import, code that nobody has allowed

@@ -19,7 +19,7 @@ from layerpeft.integrations.bitsandbytes import keep_cpu_layout
 from layerpeft.integrations.files import as_written, inside, read_json
 from layerpeft.integrations.merging import merge_in_place, untie, weigh
 from layerpeft.integrations.peft import changes_weights
-from layerpeft.integrations.places import ADDRESS, missing, neither
+from layerpeft.integrations.places import neither
 from layerpeft.integrations.sentences import parts_in
 from layerpeft.model.biases import give_biases
 from layerpeft.model.layers import base_of, layer_map
@@ -108,8 +108,9 @@ def merge_into(
     source = Path(folder)
     how = _how(source, weights)
     config = adapter_config(source)
-    if model is None and base is None:
-        check_named(source, config, "say where it is: --base MODEL, base=…")
+    if model is None:
+        cure = "say where it is: --base MODEL, base=…" if base is None else "name another one"
+        check_named(source, base or config.get("base_model_name_or_path"), cure)
     where = None if model is not None else folder_of(base or config.get("base_model_name_or_path"), config, kwargs)
     if into_quantized:
         how.refuse_quantized(config)
@@ -358,8 +359,6 @@ def _base(source: Path, base: Any, config: Mapping[str, Any], kwargs: dict[str, 
         raise SaveError(f"{source} names no model class that transformers has; give the model itself: merge(…, model)")
     name = os.fspath(base)
     lost = not os.path.exists(name)
-    if lost and not ADDRESS.fullmatch(name):
-        raise SaveError(f"the base model is not there: {missing('folder', name)}")
     with as_written(
         f"the base model: {neither('folder', name)}" if lost else f"the base model {name!r} cannot be loaded"
     ):

@@ -105,7 +105,7 @@ def _adapter(path: Path, model: str | None) -> Trained:
     cure = f"name it: --base MODEL (was {base!r})" if model is None else "name another one"
     if not base:
         raise SaveError(f"{path / CONFIG} does not say which model it was trained on; name it: --base MODEL")
-    check_named(path, {"base_model_name_or_path": base}, cure)
+    check_named(path, base, cure)
     config = _config(base, f"the base model {base!r} of {path} is not there; {cure}", said.get("revision"))
     check_depth(manifest, config, f"{base!r}")
     task = dict(manifest.get("task") or {})

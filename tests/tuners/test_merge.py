@@ -97,7 +97,7 @@ def test_the_command_says_what_is_wrong(trained, tmp_path, capsys):
         ([str(trained[0]), str(tmp_path / "a"), "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
         (
             [str(trained[0]), str(tmp_path / "a"), "--base", str(tmp_path / "nowhere")],
-            "the base model is not there: no folder",
+            "is not there (looked for",
         ),
         ([str(tmp_path / "nothing"), str(tmp_path / "a")], "nothing"),
     ):
@@ -326,6 +326,9 @@ def test_a_base_that_is_not_where_the_adapter_says_is_asked_for(tmp_path, monkey
     assert "'my base' of . is not there (looked for" in said and "--base MODEL" in said and "Repo id" not in said
     with pytest.raises(SaveError, match=r"is not there .*pass the base model: load"):
         layerpeft.load(".")
+    for command in (["merge", ".", "merged"], ["generate", ".", "--prompt", "x"], ["export", ".", "--to", "vllm"]):
+        assert main([*command, "--base", "../adapter"]) == 2  # transformers would load what lies below it, too
+        assert "it is an adapter, which lies on a model; name another one" in capsys.readouterr().err
     assert not Path("merged").exists()
     assert main(["merge", ".", "merged", "--base", "../my base"]) == 0
 
