@@ -49,7 +49,7 @@ def write_card(folder: Path, run: Plain | None = None) -> bool:
     if path.is_symlink() or path.is_file() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         note(f"{path} was not written by layerpeft, and is left as it is")
         return False
-    replace_file(path, card(_read(folder, CONFIG), _read(folder, MANIFEST), run or {}).encode())
+    replace_file(path, card(_read(folder, CONFIG), _read(folder, MANIFEST), run or {}, folder).encode())
     return True
 
 
@@ -61,9 +61,10 @@ def is_ours(text: str) -> bool:
     return any(words in text for words in AUTOMATIC) or GAP in text and text.count(GAP) == _gaps()
 
 
-def card(config: Plain, manifest: Plain, run: Plain) -> str:
-    """The text of a card, of an adapter's config, its manifest and its run, each empty where there is none."""
-    base = _base(config, manifest, run)
+def card(config: Plain, manifest: Plain, run: Plain, folder: Path | None = None) -> str:
+    """The text of a card, of an adapter's config, its manifest and its run, each empty where there is none. `folder`: where they
+    lie, near to which a base without a record may."""
+    base = _base(config, manifest, run, folder)
     selection = manifest.get("selection") or {}
     parts = [
         f"# {_title(base, manifest, run)}",
@@ -130,12 +131,12 @@ def _said(manifest: Plain, run: Plain) -> Plain:
     return {k: v for of in (manifest, run) for k, v in (of.get("base") or {}).items() if v is not None}
 
 
-def _base(config: Plain, manifest: Plain, run: Plain) -> Name | None:
+def _base(config: Plain, manifest: Plain, run: Plain, folder: Path | None = None) -> Name | None:
     said = _said(manifest, run)
     if said.get("name"):
         return Name(str(said["name"]), bool(said.get("local")), said.get("revision"))
     place = config.get("base_model_name_or_path")
-    return named(str(place)) if place else None
+    return named(str(place), folder) if place else None
 
 
 def _trainer(manifest: Plain) -> str | None:

@@ -22,15 +22,17 @@ class Name:
     revision: str | None = None
 
 
-def named(place: str | os.PathLike[str]) -> Name:
-    """The name of what a path or an address means: the hub's, also of a copy in its cache, or the last part of a path."""
+def named(place: str | os.PathLike[str], near: Path | None = None) -> Name:
+    """The name of what a path or an address means: the hub's, also of a copy in its cache, or the last part of a path. `near`: a
+    folder, from which or from one above it a path that is not absolute may have been meant."""
     text = os.fspath(place)
     if cached := _CACHED.search(text):
         return Name(cached[2].replace("--", "/"), False, cached[3])
     scheme, _, rest = text.partition("://")
     if rest:
         return Name(rest.rstrip("/").rpartition("/")[2] or scheme)
-    if ADDRESS.fullmatch(text) and not os.path.exists(text):
+    homes = [Path(), *((near.absolute(), *near.absolute().parents) if near is not None else ())]
+    if ADDRESS.fullmatch(text) and not any((home / text).exists() for home in homes):
         return Name(text, False)
     last = PureWindowsPath(text).name if "\\" in text else Path(text).name
     return Name(last or Path(text).absolute().name)

@@ -225,7 +225,12 @@ def _merge_whole(
     """Merges in memory."""
     if model is None and base is not None:
         model, kwargs = _base(source, base, config, kwargs), {}
-    loaded: Any = how.load(source, model, **kwargs)
+    try:
+        loaded: Any = how.load(source, model, **kwargs)
+    except SaveError as error:
+        if model is not None:
+            raise
+        raise SaveError(f"{error}\nOr say where it is: --base MODEL, base=…") from error
     _refuse(_packed_names(loaded))
     untie(loaded)
     if how.kind.works_by.restates:

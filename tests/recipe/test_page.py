@@ -180,6 +180,10 @@ def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path)]) == 2  # a card would say it wrongly
     assert "is not what layerpeft writes" in capsys.readouterr().err
     read(page(Facts("nothing")))
+    for name in ("adapter_config", "layerpeft", "compare"):
+        (tmp_path / f"{name}.json").write_text("[1")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "nothing to report" in (said := capsys.readouterr().err) and "cut short" in said
 
 
 def test_large_runs_stay_small_pages(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ def test_code_and_commands_work_in_the_folder_whose_base_was_a_relative_path(
     assert AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers == 2
 
 
+def test_a_base_without_a_record_that_lies_near_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "stock"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "bases/llama"}')
+    assert write_card(folder) and "huggingface.co/bases/llama" in (folder / CARD).read_text()
+    (tmp_path / "bases" / "llama").mkdir(parents=True)
+    assert write_card(folder) and "huggingface.co" not in (text := (folder / CARD).read_text())
+    assert "`llama` stands for the folder of the base" in text and front(text)["base_model"] == "llama"
+
+
 KINDS: dict[str, tuple[str, Any]] = {
     "biases": ("AutoModelForCausalLM", LayerUnlockConfig(select="last:1", task_type="CAUSAL_LM")),
     "scales": ("AutoModelForCausalLM", LayerUnlockConfig(select="last:1", biases=False, task_type="CAUSAL_LM")),

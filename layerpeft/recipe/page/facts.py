@@ -83,6 +83,9 @@ def facts(folder: Path) -> Facts:
         raise SaveError(f"nothing to report: {lacking(folder, CONFIG, COMPARISON)}")
     name = folder.absolute().name
     config, manifest = (_read(folder / file) for file in (CONFIG, MANIFEST))
+    comparison = _read(folder / COMPARISON)
+    if not (config or manifest or comparison):
+        raise SaveError(f"nothing to report: what lies in {folder} cannot be read, or is cut short")
     rows = manifest.get("report")
     if rows:
         manifest["report"] = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
@@ -91,7 +94,7 @@ def facts(folder: Path) -> Facts:
         config,
         manifest,
         read_run(folder),
-        _read(folder / COMPARISON),
+        comparison,
         _log(folder),
     )
 
