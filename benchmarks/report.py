@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from layerpeft.errors import ConfigError, LayerpeftError
 from layerpeft.selection import plugins
 
 HERE = Path(__file__).parent
+WIDTH = 120  # of the lines of prose that are written
 START, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -61,7 +63,15 @@ def render(results: Sequence[Mapping[str, Any]], charts: Path, cases: Path = CAS
             for case in sorted(waiting, key=lambda case: case.place)
         ]
         parts.append("### Not run yet\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n".join(_wrapped(line) for line in "\n\n".join(parts).split("\n"))
+
+
+def _wrapped(line: str) -> str:
+    """A long line of prose as several; rows of tables, headings and pictures stay whole."""
+    if len(line) <= WIDTH or line.startswith(("|", "#", "!")):
+        return line
+    inner = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, WIDTH, subsequent_indent=inner, break_long_words=False, break_on_hyphens=False)
 
 
 def section(result: Mapping[str, Any], has_chart: bool) -> str:

@@ -43,6 +43,20 @@ def test_the_readme_is_short():
     assert len(lines) < 150 and max(map(len, lines)) <= 120
 
 
+PROSE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PROSE += [page for folder in ("docs", "benchmarks", "recipes") for page in sorted(ROOT.glob(f"{folder}/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_are_no_longer_than_120_characters(page: Path) -> None:
+    """Rows of tables, code and pictures are as long as they are."""
+    parts = page.read_text(encoding="utf-8").split("```")[::2]
+    long = [
+        line for part in parts for line in part.splitlines() if len(line) > 120 and not line.lstrip().startswith(("|", "!["))
+    ]
+    assert not long
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
 def test_every_command_stands_in_the_tables(page):
     named = set(re.findall(r"`(?:layerpeft|…) (\w+)", (ROOT / page).read_text(encoding="utf-8")))
