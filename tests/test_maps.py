@@ -52,7 +52,10 @@ def test_lines_of_prose_are_no_longer_than_120_characters(page: Path) -> None:
     """Rows of tables, code and pictures are as long as they are."""
     parts = page.read_text(encoding="utf-8").split("```")[::2]
     long = [
-        line for part in parts for line in part.splitlines() if len(line) > 120 and not line.lstrip().startswith(("|", "!["))
+        line
+        for part in parts
+        for line in part.splitlines()
+        if len(line) > 120 and not line.lstrip().startswith(("|", "!["))
     ]
     assert not long
 

@@ -19,6 +19,7 @@ from layerpeft.recipe.init import (
     flags,
     guess,
     look,
+    unread,
     usual_share,
 )
 from layerpeft.recipe.keys import present
@@ -36,7 +37,9 @@ def asked(given: Wanted, out: bool) -> Wanted:
     )
     given, source = replace(given, model=model, data=data), look(data, extra.get("sample_by"))
     if given.task is None:
-        usual = guess(list(extra.get("columns") or source.columns)) or ""
+        usual = guess(list(extra.get("columns") or source.columns))
+        if usual is None:
+            raise UsageError(f"init: {unread(source.columns)}")
         task = _ask(
             f"Task ({', '.join(present())})", usual, lambda a: check_task(replace(given, task=a), source, extra)
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,13 +120,19 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
     if source is not None and wanted.task is None:
         wanted = replace(wanted, task=guess(list(extra.get("columns") or source.columns)))
         if wanted.task is None:
-            problems.add(
-                f"--task: missing; nothing reads rows with {', '.join(source.columns)} as they are (say the task, and "
-                "columns='{prompt: \"{question}\", …}')"
-            )
+            problems.add(f"--task: missing; {unread(source.columns)}")
     problems.raise_if_any(UsageError)
     assert source is not None
     return wanted, source, extra
+
+
+def unread(have: list[str]) -> str:
+    """What to say of rows that no trainer reads as they are: what is needed, and the setting that says so of these columns."""
+    names = {"text": have[0]} if len(have) == 1 else {"prompt": have[0], "completion": have[-1]}
+    parts = (f"{name}: {json.dumps(f'{{{column}}}', ensure_ascii=False)}" for name, column in names.items())
+    example = f"{{{', '.join(parts)}}}"
+    wanted = "`prompt` and `completion`, `messages`, `instruction` and `output`, `text`, or `text` and `label`"
+    return rows.lacking(wanted, have, f"columns={shlex.quote(example)}")
 
 
 def flags(wanted: Wanted, where: bool) -> dict[str, Any]:
@@ -246,7 +255,9 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[d
     values = {k: v for k, v in values.items() if v is not None}
     if "max_length" in keys.top_settings(wanted.task):
         values["max_length"] = None if looked.seen else LENGTHS[-1]
-    said = f"{looked.count} rows" + (f", {looked.read_as}" if looked.read_as else "")
+    said = f"{looked.count} {'row' if looked.count == 1 else 'rows'}" + (
+        f", {looked.read_as}" if looked.read_as else ""
+    )
     comments = {"dataset_name": said}
     if not extra.keys() & {
         "num_train_epochs",
@@ -254,7 +265,7 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[d
         "max_steps",
         "gradient_accumulation_steps",
     }:
-        comments["num_train_epochs"] = f"{found.steps} steps of {found.batch} rows"
+        comments["num_train_epochs"] = f"{found.steps} steps of {found.batch} {'row' if found.batch == 1 else 'rows'}"
     return _merged(values, extra), comments
 
 
@@ -268,7 +279,7 @@ def _length(source: str) -> tuple[int, str]:
     recipe = load_recipe(source, [f"max_train_samples={LOOKED_AT}", "eval_dataset=null"], "plan")
     made, tokens = prepare(recipe).train, tokenizer(recipe)
     longest = sorted(_size(row, tokens) for row in made)
-    most = longest[min(len(longest) - 1, round(0.95 * len(longest)))]
+    most = longest[math.ceil(0.95 * len(longest)) - 1]
     limit = next((n for n in LENGTHS if n >= most), LENGTHS[-1])
     positions = getattr(recipe.model.config, "max_position_embeddings", None)
     limit = min(limit, positions) if isinstance(positions, int) and positions > 0 else limit

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from layerpeft.cli import main
-from layerpeft.recipe import commands
+from layerpeft.recipe import commands, init
 from layerpeft.recipe.init import Wanted, guess
 from layerpeft.recipe.pace import Pace, pace
 from layerpeft.recipe.read import load_recipe
@@ -149,6 +150,39 @@ def test_what_was_said_is_judged_before_the_first_question(
     assert "3 problems" in said and "--fit: '24' has no unit; write 24GiB" in said and answers == ["unasked"]
     answers.clear()
     assert main(["init", *LLAMA]) == 2 and "no answer to: Rows" in capsys.readouterr().err and given == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("Question,Answer\na,b\n", 'columns=\'{prompt: "{Question}", completion: "{Answer}"}\''),
+        ("prompt;completion\na;b\n", "one column, with ';' in its name: a .csv has commas between its cells"),
+        ("what\na\n", "columns='{text: \"{what}\"}'"),
+    ],
+)
+def test_rows_that_nothing_reads_say_what_is_what(
+    text: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("d.csv").write_text(text)
+    assert main(["init", *LLAMA, "--data", "d.csv"]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "there is nobody to ask" not in said
+    if "columns=" in says:  # as it is printed
+        setting = shlex.split(said.rpartition("as in ")[2])[0]
+        assert guess(list(init.flags(Wanted(settings=(setting,)), where=False)["columns"])) == "sft"
+    at_terminal(monkeypatch, "sft")
+    assert main(["init", *LLAMA, "--data", "d.csv"]) == 2 and says in " ".join(capsys.readouterr().err.split())
+
+
+def test_most_rows_fit_where_one_is_long() -> None:
+    long = [{"prompt": f"q {n}", "completion": "word " * (3000 if n == 4 else 3)} for n in range(25)]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    Path("r.yaml").write_text(
+        "trainer: sft\nmodel_name_or_path: layerpeft://llama-6m\ndataset_name: long.jsonl\noutput_dir: out\n"
+        "layerpeft: {select: last:1}\n"
+    )
+    limit, said = init._length("r.yaml")
+    assert limit == 64 and "the longest 3" in said
 
 
 @pytest.mark.parametrize(
