@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.model import SHAPES
+from layerpeft import LayerLoraConfig, layer_map
+from layerpeft.model.costs import Load, costs_of
 from layerpeft.recipe.comparing.names import group_of
 from layerpeft.recipe.comparing.runs import Run
 from layerpeft.recipe.comparing.verdict import Basis, judge, judge_arms, standings
@@ -157,6 +162,29 @@ def test_later_epochs_and_scoring_cost_what_was_measured() -> None:
     ]
     said = [f"{scan['errors']['seeds']} seeds, one thread"]
     assert untied(section("docs/layers.md", "Scoring works on", until="\n\n"), made, [*said, "4-bit and 8-bit"]) == []
+
+
+def test_sets_of_layers_cost_what_the_page_says() -> None:
+    """As a benchmark counted them, and of a large shape as they are counted now."""
+    runs = {tuple(run["layers"]): run["step_operations"] for one in result("sets")["runs"].values() for run in one}
+    made = [f"takes {runs[0, 10, 11] / runs[9, 10, 11]:.1f} times the operations of as many layers at the top"]
+    shown = section("docs/costs.md", "A layer near the input is dear:", until="\n\n")
+    assert untied(shown, made, ["that holds layer 0"]) == []
+    shape = SHAPES["llama-2-7b"]
+    heads = {"num_attention_heads": shape["heads"][0], "num_hidden_layers": shape["num_hidden_layers"]}
+    sizes = {key: shape[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    config, layers = LayerLoraConfig(r=16, target_modules="all-linear"), layer_map(model)
+    costs = costs_of(model, layers, config.targets_in(model, layers), Load(1, 512, False), config.works_by.work(config))
+    whole = costs.of(range(32))
+    once, later, three = (replace(costs, whole=w).of(range(24, 32)) / whole for w in (1.0, 0.0, 1 / 3))
+    made = [
+        f"the last 8 of 32 layers take {once:.2f} of the operations of all in a whole pass, {later:.2f} in one that begins there, "
+        f"{three:.2f} in the mean of three epochs"
+    ]
+    shown = section("docs/costs.md", "Sets near the output become cheaper still:", until="\nWhere nothing")
+    assert untied(shown, made, ["Llama 2 7B", "rows of 512 tokens"]) == []
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from layerpeft.recipe.page.facts import Facts, facts
 from layerpeft.recipe.page.style import STYLE
 from layerpeft.recipe.page.svg import element
 from layerpeft.recipe.samples import ANSWERS, SILENT
+from layerpeft.recipe.tasks.metrics import NAMES
 from layerpeft.saving.card import CARD, base_told, write_card
 from layerpeft.saving.manifest import CONFIG
 from layerpeft.saving.owned import completed, put_on_record, strangers
@@ -223,7 +224,7 @@ def _arms(found: Facts) -> str:
     groups: dict[str, list[float]] = {}
     for run in runs:
         groups.setdefault(group_of(str(run.get("arm"))), []).append(float(run["value"]))
-    measure = {"eval_loss": "held-out loss"}.get(str(kept.get("measure")), str(kept.get("measure") or "value"))
+    measure = NAMES.get(str(kept.get("measure")), str(kept.get("measure") or "value"))
     drawn = charts.arms(groups, finite(kept.get("before")), measure)
     head = ("arm", measure, "seconds", f"{found.unit}s")
     table: list[tuple[str, ...]] = [head]
