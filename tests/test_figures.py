@@ -49,7 +49,7 @@ def test_verdicts_are_those_that_the_runs_get_now(name: str, folder: Any) -> Non
     found = result(name, folder)
     runs = [Run(**{**run, "layers": tuple(run["layers"])}) for run in found["runs"]]
     basis = Basis(len({run.seed for run in runs}), parse(found["recipe"]).data["max_eval_samples"])
-    lower, stand = found["measure"] == "eval_loss", standings(runs, found["measure"] == "eval_loss")
+    lower, stand = found["measure"] == "eval_loss", standings(runs, found["measure"] == "eval_loss", basis.scant)
     wanted = {"basis": basis, "verdict": judge(runs, lower, NAMES[found["measure"]], basis, "arms" not in found)}
     if "arms" in found:
         wanted["arms"] = judge_arms(stand, basis, lower)

@@ -116,7 +116,7 @@ def _compared(
     verdict = judge(runs, lower, name, basis, alone=not counted)
     found = Comparison(setup.measure, before, tuple(runs), verdict, entries[0].num_layers, entries[0].unit, basis)
     if counted:
-        stand = tuple(standings(runs, lower))
+        stand = tuple(standings(runs, lower, basis.scant))
         found = replace(found, budget=fairly.budget, room=amount, given=counted, standings=stand, left_out=tuple(left))
         found = replace(found, arms=judge_arms(stand, basis, lower))
     folder = _write(asked, found)

@@ -95,19 +95,32 @@ def test_of_one_seed_no_arm_is_said_to_be_better_or_worse() -> None:
     assert alone.kind == "unknown" and "last 1.9000 (0.1000 better): of one training seed" in alone.sentence
 
 
-@pytest.mark.parametrize(
-    ("rows", "few"), [(1, True), (2, True), (99, True), (100, False), (5000, False), (None, False)]
-)
+GOOD = {"own": [2.0, 3.0, 4.0], "good": [1.9, 2.91, 3.89]}
+
+
+@pytest.mark.parametrize(("rows", "few"), [(7, True), (99, True), (100, False), (5000, False), (None, False)])
 def test_few_held_out_rows_are_named_as_the_limit(rows: int | None, few: bool) -> None:
     words = "too few to say much of others"
     better = judge(chosen(2.0, DRAWS), True, "loss", Basis(1, rows)).sentence
-    arms = judge_arms(standings(runs(own=[2.0, 3.0, 4.0], good=[1.9, 2.91, 3.89]), True), Basis(3, rows)).sentence
+    arms = judge_arms(standings(runs(**GOOD), True), Basis(3, rows)).sentence
     for said in (better, arms):
         assert (words in said) == few and ("held-out row" in said) == (rows is not None)
         assert (" here" in said.partition(":")[0].partition("(")[0]) == (not few)
-    if rows == 2:
-        assert better.startswith("Better than random on these 2 held-out rows: ")
-        assert arms.startswith("good did better than own on these 2 held-out rows (")
+    if rows == 7:
+        assert better.startswith("Better than random on these 7 held-out rows: ")
+        assert arms.startswith("good did better than own on these 7 held-out rows (")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_so_few_rows_judge_nothing_whatever_the_seeds(rows: int) -> None:
+    """Of six rows t(5) · sd / sqrt(6) is 1.05 sd: their mean says less of others than one row does."""
+    basis = Basis(3, rows)
+    stand = standings(runs(**GOOD), True, basis.scant)
+    for verdict in (judge(chosen(2.0, DRAWS), True, "loss", basis), judge_arms(stand, basis)):
+        assert verdict.kind == "unknown" and verdict.sentence.startswith("Nothing can be said about the ")
+        assert verdict.sentence.endswith("too few to judge by.") and "held-out row" in verdict.sentence
+    assert stand[1].kind == "unknown" and stand[1].gain is not None
+    assert 2.571 / 6**0.5 > 1 > 2.447 / 7**0.5
 
 
 def test_rows_that_train_as_well_are_no_held_out_rows() -> None:
@@ -169,7 +182,7 @@ def test_what_one_seed_or_a_run_that_failed_shows_is_nothing() -> None:
     verdict = judge_arms(one, Basis(1, 2))
     assert one[1].kind == "unknown" and verdict.kind == "unknown"
     assert "other 1.0000 (1.0000 better); of one training seed there is no interval" in verdict.sentence
-    assert verdict.sentence.endswith("over 2 held-out rows, too few to say much of others.")
+    assert verdict.sentence.endswith("over 2 held-out rows, too few to judge by.")
     lost = standings(runs(own=[2.0, 2.1, 2.2], other=[1.0, float("nan"), 1.2]), lower=True)
     verdict = judge_arms(lost, THREE)
     assert lost[1].kind == "unknown" == verdict.kind and "nothing can be said" in verdict.sentence

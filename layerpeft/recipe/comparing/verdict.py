@@ -13,6 +13,7 @@ from layerpeft.text import measured
 
 # two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last one serves beyond (a little too careful)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+LEAST = 7  # held-out rows: of fewer, t(n-1) · sd / sqrt(n) is more than sd, so that a mean says less of others than one row does
 FEW = 100  # held-out rows: of fewer, one row moves a mean over them by more than a hundredth of its own number
 HEADS = {
     "better": "Better than random",
@@ -39,6 +40,11 @@ class Basis:
         return self.rows is not None and self.rows < FEW
 
     @property
+    def scant(self) -> bool:
+        """Whether there are so few rows that nothing is judged by them."""
+        return self.rows is not None and self.rows < LEAST
+
+    @property
     def shown(self) -> str:
         """The rows, in words."""
         if self.rows is None:
@@ -56,7 +62,8 @@ class Basis:
         text = f"{seeds} over {self.shown}"
         text += " that rates were chosen by as well" if self.tuned else ""
         text += f", {self.trained:,} of which train as well" if self.trained else ""
-        return text + (", too few to say much of others." if self.few else ".")
+        limit = ", too few to judge by" if self.scant else ", too few to say much of others" if self.few else ""
+        return f"{text}{limit}."
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,10 @@ def averaged(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def standings(runs: Sequence[Run], lower: bool) -> list[Standing]:
+def standings(runs: Sequence[Run], lower: bool, scant: bool = False) -> list[Standing]:
     """Every arm, the recipe's first. Arms are paired with it by seed: seeds share rows' order, and much of their luck. Of several
     draws of random layers each counts by its mean over the seeds, and the recipe's arm is told apart from them as `judge` does it:
-    where it lies outside of what one more draw would give."""
+    where it lies outside of what one more draw would give. `scant`: on so few rows nothing is told apart."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
@@ -142,7 +149,8 @@ def standings(runs: Sequence[Run], lower: bool) -> list[Standing]:
             statistics.fmean((ours[r.seed] - r.value) * (1 if lower else -1) for r in unit) for unit in units.values()
         ]
         gain = None if arm == runs[0].group else interval(gains, more=draws > 1)
-        seconds, kind = statistics.median(run.seconds for run in own), "" if gain is None else _kind(gain)
+        kind = "" if gain is None else "unknown" if scant else _kind(gain)
+        seconds = statistics.median(run.seconds for run in own)
         found.append(Standing(arm, len(own), interval(values), seconds, gain, kind, draws))
     return found
 
@@ -174,6 +182,7 @@ def judge(runs: Sequence[Run], lower: bool, what: str, basis: Basis = Basis(), a
     facts = f"{ours.arm} reached a {what} of {shown[0]} and {len(draws)} random draws {shown[1]} on average"
     facts += f" ({shown[2]} to {shown[3]}); chance alone explains a gap of up to {shown[4]}"
     kind = "better" if gain > margin else "worse" if gain < -margin else "no difference"
+    kind = "unknown" if basis.scant else kind
     return Verdict(kind, f"{headline(kind, basis)}: {facts}{beside}. {basis}")
 
 
