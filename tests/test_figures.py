@@ -183,7 +183,7 @@ def test_sets_of_layers_cost_what_the_page_says() -> None:
         f"the last 8 of 32 layers take {once:.2f} of the operations of all in a whole pass, {later:.2f} in one that begins there, "
         f"{three:.2f} in the mean of three epochs"
     ]
-    shown = section("docs/costs.md", "Sets near the output become cheaper still:", until="\nWhere nothing")
+    shown = section("docs/costs.md", "Sets near the output become cheaper still:", until="Where nothing")
     assert untied(shown, made, ["Llama 2 7B", "rows of 512 tokens"]) == []
 
 

@@ -20,8 +20,16 @@ def result(name: str, folder: Path = RESULTS) -> Any:
 def section(page: str, heading: str, until: str = "\n## ") -> str:
     """What stands below a heading (or any other words) of a page, up to the next heading."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert text.count(heading) == 1, f"{page} has {heading!r} {text.count(heading)} times"
-    return text.partition(heading)[2].partition(until)[0]
+    found = list(_words(heading).finditer(text))
+    assert len(found) == 1, f"{page} has {heading!r} {len(found)} times"
+    rest = text[found[0].end() :]
+    end = rest.find(until) if "\n" in until else next((m.start() for m in _words(until).finditer(rest)), -1)
+    return rest if end < 0 else rest[:end]
+
+
+def _words(text: str) -> re.Pattern[str]:
+    """The same words, wherever lines are broken."""
+    return re.compile(r"\s+".join(map(re.escape, text.split())))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
