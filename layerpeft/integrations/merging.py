@@ -96,9 +96,9 @@ def untie(model: Any) -> None:
         for module, name in held[key][1:]:
             parameter: Any = module._parameters[name]
             module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    if shared and hasattr(base, "config"):
-        for config in (base.config, base.config.get_text_config()):
-            config.tie_word_embeddings = False
+    config: Any = getattr(base, "config", None)
+    if shared and isinstance(config, transformers.PretrainedConfig):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False  # type: ignore[attr-defined]
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of a tensor before and after

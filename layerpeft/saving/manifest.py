@@ -187,8 +187,9 @@ def _parse_manifest(folder: Path) -> dict[str, Any]:
         if not (folder / CONFIG).is_file():
             raise SaveError(lacking(folder, CONFIG))
         raise SaveError(
-            f"{folder} has no {MANIFEST}: it was not saved by layerpeft, or saving was cut short. To load it all the "
-            f"same, unchecked and without the record: peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+            f"{folder} has no {MANIFEST}: it is plain LoRA on all layers (select: all), was not saved by layerpeft, or "
+            "saving was cut short. To load it all the same, unchecked and without the record: "
+            f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
         )
     manifest = read_json(path)
     found = manifest.get("format")

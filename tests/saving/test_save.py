@@ -168,7 +168,9 @@ def test_weights_that_were_slipped_in_are_refused(folder):
 def test_missing_manifest_says_how_to_load_anyway(folder):
     (folder / "layerpeft.json").unlink()
     message = refused(folder)
-    assert "has no layerpeft.json" in message and "peft.PeftModel.from_pretrained" in message
+    assert (
+        "has no layerpeft.json" in message and "select: all" in message and "peft.PeftModel.from_pretrained" in message
+    )
     assert "is not a folder" in refused(folder / "nothing")
 
 
