@@ -38,6 +38,11 @@ RUNS = {
 RUNS |= {name: f"layerpeft.using.commands:{name}" for name in ("generate", "predict", "eval", "export")}
 RUNS["import"] = "layerpeft.recipe.commands:import_"  # a word of Python's
 MANY = 1_000_000_000  # rows: more than anybody means
+# words that people try, and what is meant by them
+OF_OTHERS = {
+    "chat": "generate FOLDER --chat", "show": "recipes show NAME", "copy": "recipes copy NAME", "list": "recipes",
+    "finetune": "train RECIPE", "serve": "export FOLDER --to vllm", "help": "--help", "version": "--version",
+}  # fmt: skip
 Command = Callable[[argparse.Namespace], None]
 REPLACED = "replace an earlier merge or export, and nothing that layerpeft did not write"
 
@@ -141,7 +146,7 @@ def _read(words: list[str]) -> argparse.Namespace:
     parser, commands = _parser()
     first = next((word for word in words if not word.startswith("-")), None)
     if first is not None and first not in commands:
-        close = nearest(first, commands)
+        close = OF_OTHERS.get(first) or nearest(first, commands)
         if close is None and (first.endswith((".yaml", ".yml")) or first in recipes()):
             close = f"train {first}"
         hint = f" Did you mean `layerpeft {close}`?" if close else ""

@@ -87,6 +87,11 @@ def some(names: Sequence[str], most: int = 4, more: str = " …") -> str:
     return ", ".join(names[:most]) + (more.format(len(names) - most) if len(names) > most else "")
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something, as "1 row" and "2 rows"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def cells(text: str) -> int:
     """Columns of a terminal that a text takes."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if _written_over(c) else 1 for c in text)

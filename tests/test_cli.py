@@ -87,6 +87,8 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian", "x.yaml"], ["unknown command 'trian'", "layerpeft train"]),
         (["quickstart"], ["Did you mean `layerpeft train quickstart`?"]),
+        (["chat", "out"], ["Did you mean `layerpeft generate FOLDER --chat`?"]),
+        (["show", "lisa"], ["Did you mean `layerpeft recipes show NAME`?"]),
         (["train"], ["name a recipe", "quickstart"]),
         (["train", "quickstrat"], ["Did you mean 'quickstart'?"]),
         (["train", "."], ["is a folder"]),

@@ -32,7 +32,7 @@ from layerpeft.recipe.trainer import prepare
 from layerpeft.recipe.trainers.table import ROWS, absent
 from layerpeft.recipe.written import recipe_text
 from layerpeft.recipe.yaml import override, parse
-from layerpeft.text import no_size, size_of, size_text
+from layerpeft.text import counted, no_size, size_of, size_text
 from layerpeft.tuners.methods import DEFAULT
 
 LOOKED_AT = 200  # rows whose length is measured
@@ -255,9 +255,7 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[d
     values = {k: v for k, v in values.items() if v is not None}
     if "max_length" in keys.top_settings(wanted.task):
         values["max_length"] = None if looked.seen else LENGTHS[-1]
-    said = f"{looked.count} {'row' if looked.count == 1 else 'rows'}" + (
-        f", {looked.read_as}" if looked.read_as else ""
-    )
+    said = counted(looked.count, "row") + (f", {looked.read_as}" if looked.read_as else "")
     comments = {"dataset_name": said}
     if not extra.keys() & {
         "num_train_epochs",
@@ -265,7 +263,7 @@ def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[d
         "max_steps",
         "gradient_accumulation_steps",
     }:
-        comments["num_train_epochs"] = f"{found.steps} steps of {found.batch} {'row' if found.batch == 1 else 'rows'}"
+        comments["num_train_epochs"] = f"{counted(found.steps, 'step')} of {counted(found.batch, 'row')}"
     return _merged(values, extra), comments
 
 

@@ -39,7 +39,7 @@ from layerpeft.recipe.tasks.shape import form_of, shape
 from layerpeft.recipe.tasks.tagging import NOT_LEARNED, TAGS
 from layerpeft.recipe.tasks.task import Head, Part
 from layerpeft.recipe.trainer import Setup, make_trainer
-from layerpeft.text import grid
+from layerpeft.text import counted, grid
 from layerpeft.using.folder import Trained
 from layerpeft.using.hearing import Hears
 from layerpeft.using.incoming import Incoming
@@ -67,9 +67,9 @@ class Found:
         return {"rows": self.rows, **self.numbers, **{k: v for k, v in parts.items() if v}, "left_out": dict(self.left)}
 
     def __str__(self) -> str:
-        lines = [f"{self.rows} rows"]
+        lines = [counted(self.rows, "row")]
         lines += [f"  left out: {n} {why}" for why, n in self.left.most_common(8)]
-        lines += [f"  unknown label {name!r}: {n} rows" for name, n in self.unknown.most_common(8)]
+        lines += [f"  unknown label {name!r}: {counted(n, 'row')}" for name, n in self.unknown.most_common(8)]
         lines += [f"{name}: {value:.6g}" for name, value in self.numbers.items()]
         if self.classes:
             names = list(self.classes[0])

@@ -87,14 +87,14 @@ def read_options(settings: Sequence[str]) -> Options:
     seed = given.pop("seed", None)
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
         problems.add(f"seed: expected a whole number from 0, got {seed!r}")
+    for name, value in given.items():
+        if wanted := _wanted(name, value):
+            problems.add(f"{name}: expected {wanted}, got {value!r}")
     try:
         if not problems.items:
             drawn = {k: v for k, v in given.items() if (k, v) != ("temperature", 0)}
             GenerationConfig(**drawn).validate()
     except (ValueError, TypeError) as error:
         problems.add(told(error, 300))
-    for name, value in given.items():
-        if wanted := _wanted(name, value):
-            problems.add(f"{name}: expected {wanted}, got {value!r}")
     problems.raise_if_any(UsageError)
     return Options(given, seed)

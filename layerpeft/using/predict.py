@@ -12,7 +12,7 @@ from typing import Any
 from layerpeft.errors import told
 from layerpeft.recipe.reading import plain
 from layerpeft.recipe.rows import Unfit
-from layerpeft.text import some
+from layerpeft.text import counted, some
 from layerpeft.using.incoming import Given, Incoming
 from layerpeft.using.table import short, writing
 from layerpeft.using.ways import Answer, Way
@@ -29,7 +29,7 @@ class Count:
     def told(self, cut: int, limit: int | None) -> str:
         """One line."""
         without = sum(self.reasons.values())
-        found = f"{self.read} rows read, {self.read - without} predicted"
+        found = f"{counted(self.read, 'row')} read, {self.read - without} predicted"
         named = [f"{n} {reason}" for reason, n in self.reasons.most_common()]
         found += f", {without} without a prediction ({some(named, 4, ' and {} other reasons')})" if without else ""
         found += f"; {self.empty} of the answers {'is' if self.empty == 1 else 'are'} empty" if self.empty else ""

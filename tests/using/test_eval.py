@@ -87,7 +87,7 @@ def test_classes_are_counted_and_unknown_ones_named(tmp_path, capsys):
     assert found["confusion"][list(NAMES.values()).index(other)][list(NAMES.values()).index(said[0])] == 1
     assert {row["class"]: row["rows"] for row in found["classes"]}[other] == wanted[:4].count(other)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "unknown label 'fremd': 1 rows" in (text := capsys.readouterr().out) and "naja – ü" in text
+    assert "unknown label 'fremd': 1 row" in (text := capsys.readouterr().out) and "naja – ü" in text
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
+        (["max_new_tokens=-4"], ["layerpeft: generation: max_new_tokens: expected a whole number from 1"]),
         (["max_new_token=3", "top_k=x", "seed=-1"], ["3 problems", "Did you mean 'max_new_tokens'?", "top_k", "seed"]),
         (["--max_new_tokens", "3"], ["max_new_tokens=3"]),
         (["temperature=-1"], ["temperature"]),

@@ -57,5 +57,5 @@ def test_without_a_terminal_there_are_no_bars(verb: str, more: list[str], says: 
     given = {"cwd": tmp_path, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     found = subprocess.run([sys.executable, "-m", "layerpeft", *words], env=here, check=True, **given)
-    assert says in found.stdout and (verb == "eval" or found.stdout == "o.csv: 1 rows read, 1 predicted\n")
+    assert says in found.stdout and (verb == "eval" or found.stdout == "o.csv: 1 row read, 1 predicted\n")
     assert "\r" not in found.stderr and "%|" not in found.stderr and "\x1b" not in found.stderr
