@@ -8,15 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import advice, charts, chosen, made, run, tables, work
+from benchmarks.evidence import advice, charts, chosen, made, page, run, tables, work
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.design import DESIGN, Design, load
 from benchmarks.evidence.found import cells
 from benchmarks.evidence.store import RESULTS, Store
 from layerpeft.errors import ConfigError, LayerpeftError, unknown
 from layerpeft.recipe.evidence import FILE
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(charts.CHARTS[name](founds, args.out / f"evidence-{name}.png"))
             if args.command == "advice":
                 print(advice.write(founds, args.out))
+            if args.command == "page":
+                print(page.write(founds, args.figures, args.out))
         return 0
     except LayerpeftError as error:
         print(error, file=sys.stderr)
@@ -95,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     showing.add_argument("--json", action="store_true")
     drawing = commands.add_parser("chart", help="pictures of the tables")
     drawing.add_argument("names", nargs="*", choices=[[], *charts.CHARTS], metavar="NAME", default=[])
-    drawing.add_argument("--out", type=Path, default=DOCS)
+    drawing.add_argument("--out", type=Path, default=page.PAGE.parent)
+    filling = commands.add_parser(
+        "page", help="the figures of all tables as JSON, and the tables of the page of the docs"
+    )
+    filling.add_argument("--figures", type=Path, default=page.FIGURES)
+    filling.add_argument("--out", type=Path, default=page.PAGE)
     advising = commands.add_parser("advice", help="what the package ships of it")
     advising.add_argument("--out", type=Path, default=FILE)
     return parser

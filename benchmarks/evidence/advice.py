@@ -135,9 +135,8 @@ def _mean(found: Found, runs: Mapping[int, Run]) -> float:
 
 def _share(found: Found, name: str, budget: str) -> float:
     """The mean gain of a choice, in parts of that of all layers."""
-    gains = found.gains_of(name, budget)
-    whole = statistics.fmean(found.all_layers.values())
-    return statistics.fmean(gains.values()) / whole if gains else math.nan
+    shares = found.share(name, budget)
+    return statistics.fmean(shares.values()) if shares else math.nan
 
 
 def _over(values: Sequence[float]) -> list[float]:

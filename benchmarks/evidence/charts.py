@@ -16,8 +16,8 @@ SHOWN = 16  # choices of a budget
 def layers(founds: Sequence[Found], path: Path) -> Path:
     """A panel for every cell: what layers gain alone as bars, what they add to sets as a line."""
     rows = [row for row in tables.oracle(founds) if row[1].isdigit()]
-    figure, axes = new_figure(1, len(founds), (max(7.0, 3.1 * len(founds)), 3.2))
-    for axis, found in zip(axes, founds, strict=True):
+    figure, axes = _panels(len(founds), (3.4, 2.9))
+    for axis, found in zip(axes, founds, strict=False):
         own = [row for row in rows if row[0] == found.name]
         _bars_of_layers(axis, own)
         axis.set_title(found.name, fontsize=10, color=INK)
@@ -27,6 +27,17 @@ def layers(founds: Sequence[Found], path: Path) -> Path:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle("What a layer brings", fontsize=11, color=INK, x=0.01, ha="left")
     return save(figure, path)
+
+
+def _panels(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """A figure with so many axes, three in a line; `size`: width and height of one."""
+    columns = max(1, min(count, 3))
+    lines = -(-max(1, count) // columns)
+    figure, _ = new_figure(lines, columns, (max(7.0, size[0] * columns), size[1] * lines + 0.4))
+    axes = list(figure.axes)
+    for empty in axes[count:]:
+        empty.set_visible(False)
+    return figure, axes
 
 
 def _bars_of_layers(axis: Any, rows: Sequence[tables.Row]) -> None:
@@ -58,7 +69,7 @@ def regret(founds: Sequence[Found], path: Path) -> Path:
     """What choices lack of the best known gain at equal time, over all cells that were compared."""
     rows = tables.overall([row for row in tables.regret(founds) if row[1] == "time"])[:SHOWN]
     title = "At equal time: what a choice lacks of the best known, in parts of what all layers gain"
-    return _points([row[2] for row in rows], {"": [row[4] for row in rows]}, title, path)
+    return _points([row[2] for row in rows], {"": [row[5] for row in rows]}, title, path)
 
 
 def _points(names: Sequence[str], series: Mapping[str, Sequence[Any]], title: str, path: Path) -> Path:
@@ -91,7 +102,7 @@ def _whiskers(spans: Sequence[Any]) -> list[list[float]]:
 def matched(founds: Sequence[Found], path: Path) -> Path:
     """A panel for every cell: held-out loss against operations with states kept, a line for every choice."""
     asked = [found for found in founds if any(row[0] == found.name for row in tables.matched([found]))]
-    figure, axes = new_figure(1, max(1, len(asked)), (max(8.0, 4.3 * len(asked)), 4.2))
+    figure, axes = _panels(len(asked), (4.3, 4.2))
     for axis, found in zip(axes, asked, strict=False):
         by_name = {row[1]: row for row in tables.matched([found])}
         seeds = found.design.matched.seeds

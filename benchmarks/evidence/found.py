@@ -126,10 +126,18 @@ class Found:
         sets = [statistics.fmean(by[s] for s in shared) for by in drawn.values()] if shared else []
         return {**found, "count": max([found.get("count", 0.0), *sets])}
 
+    @cached_property
+    def whole(self) -> float:
+        """What all layers gain, in the mean of their seeds."""
+        return statistics.fmean(self.all_layers.values()) if self.all_layers else float("nan")
+
+    def share(self, name: str, budget: str) -> dict[int, float]:
+        """What a choice gains, in parts of what all layers gain; by seed."""
+        return {seed: gain / self.whole for seed, gain in self.gains_of(name, budget).items()}
+
     def regret(self, name: str, budget: str) -> dict[int, float]:
-        """What a choice lacks of the best known gain, in parts of what all layers gain; by seed."""
-        whole = statistics.fmean(self.all_layers.values()) if self.all_layers else float("nan")
-        return {seed: (self.best[budget] - gain) / whole for seed, gain in self.gains_of(name, budget).items()}
+        """What a choice lacks of the best known gain, in the same parts; by seed."""
+        return {seed: (self.best[budget] - gain) / self.whole for seed, gain in self.gains_of(name, budget).items()}
 
 
 def cells(design: Design, store: Store, data: Path | None, models: Path) -> list[Found]:

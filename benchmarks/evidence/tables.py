@@ -118,16 +118,16 @@ def _span(part: Part | None) -> Span | None:
 
 
 def regret(founds: Sequence[Found]) -> list[Row]:
-    """A line for every choice: its gain, and what that lacks of the best known in parts of what all layers gain, by budget; over
-    all cells what it lacks, and what it gains beyond the last layers, as many of them."""
+    """A line for every choice: its gain, and this and what it lacks of the best known in parts of what all layers gain, by budget;
+    over all cells these parts, and what it gains beyond the last layers, as many of them."""
     rows: list[Row] = []
     for budget in chosen.BUDGETS:
         for found in founds:
             names = [n for n, b in found.judged if b == budget and (n, b) != ("all", "count")]
             for name in sorted(names, key=lambda n: statistics.fmean(found.regret(n, budget).values())):
                 by = found.regret(name, budget)
-                gain = interval(*of(found.gains_of(name, budget)))
-                rows.append([found.name, budget, name, gain, interval(*of(by)), None, len(by)])
+                gain, share = (interval(*of(known(name, budget))) for known in (found.gains_of, found.share))
+                rows.append([found.name, budget, name, gain, share, interval(*of(by)), None, len(by)])
         rows += _over_cells(founds, budget)
     return rows
 
@@ -137,19 +137,20 @@ def _over_cells(founds: Sequence[Found], budget: str) -> list[Row]:
     shared = set.intersection(*({n for n, b in f.judged if b == budget} for f in judged)) if len(judged) > 1 else set()
     rows = []
     for name in shared - ({"all"} if budget == "count" else set()):
-        parts = [of(found.regret(name, budget)) for found in judged]
+        shares, lacks = (
+            [of(by(name, budget)) for by in parts] for parts in ([f.share for f in judged], [f.regret for f in judged])
+        )
         beyond = [of(by) for found in judged if (by := _beyond_last(found, name, budget))]
         gained = across(beyond) if len(beyond) == len(judged) else None
-        rows.append([over(judged), budget, name, None, across(parts), gained, None])
-    return sorted(rows, key=lambda row: row[4][0])
+        rows.append([over(judged), budget, name, None, across(shares), across(lacks), gained, None])
+    return sorted(rows, key=lambda row: row[5][0])
 
 
 def _beyond_last(found: Found, name: str, budget: str) -> dict[int, float]:
     """What a choice gains beyond the last layers, as many of them, in parts of what all layers gain; seed by seed."""
-    keep, whole = found.design.oracle.keep, statistics.fmean(found.all_layers.values())
-    last = found.gains_of("depth" if budget == "count" else f"depth, {keep}", budget)
-    own = found.gains_of(name, budget)
-    return {seed: (own[seed] - last[seed]) / whole for seed in own if seed in last}
+    last = found.share("depth" if budget == "count" else f"depth, {found.design.oracle.keep}", budget)
+    own = found.share(name, budget)
+    return {seed: own[seed] - last[seed] for seed in own if seed in last}
 
 
 def matched(founds: Sequence[Found]) -> list[Row]:
@@ -246,8 +247,8 @@ def _gained(found: Found, runs: Mapping[int, run.Run]) -> Row:
 
 
 def retention(founds: Sequence[Found]) -> list[Row]:
-    """A line for every choice at equal steps: what it gains, and how much the loss on the text of pre-training rises; over all
-    cells the rise in parts of that of all layers."""
+    """A line for every choice at equal steps: what it gains, and how much the loss on the text of pre-training rises, also in parts
+    of the rise with all layers; these over all cells."""
     shares: dict[str, list[Part]] = defaultdict(list)
     rows = []
     for found in founds:
@@ -257,9 +258,11 @@ def retention(founds: Sequence[Found]) -> list[Row]:
         for name, runs in _kept(found, at):
             if not (rises := _rises(found, runs)):
                 continue
-            rows.append([found.name, name, *_gained(found, runs), None, len(rises)])
+            share = None
             if whole and (unit := statistics.fmean(whole.values())) > 0:
                 shares[name].append(of({s: rise / unit for s, rise in rises.items()}))
+                share = interval(*shares[name][-1])
+            rows.append([found.name, name, *_gained(found, runs), share, len(rises)])
     most = max(map(len, shares.values()), default=0)
     spans = {name: across(parts) for name, parts in shares.items() if len(parts) == most > 1}
     return rows + [
@@ -285,11 +288,11 @@ TABLES: Mapping[str, tuple[Callable[[Sequence[Found]], list[Row]], tuple[str, ..
     "oracle": (oracle, ("cell", "layer", "gains alone", "adds to a set")),
     "pairs": (pairs, ("cell", "pair", "gain", "beyond its layers alone")),
     "criteria": (criteria, ("cell", "criterion", "alone", "in sets", "seconds", "passes", "MiB")),
-    "regret": (regret, ("cell", "budget", "choice", "gain", "regret", "beyond last", "seeds")),
+    "regret": (regret, ("cell", "budget", "choice", "gain", "share", "regret", "beyond last", "seeds")),
     "matched": (matched, ("cell", "choice", "layers", "operations", "with states kept", "a later step", "seeds")),
     "methods": (
         methods,
-        ("cell", "method", "rate", "equal steps", "gain", "forgets", "gain, equal operations", "forgets then"),
+        ("cell", "method", "rate", "equal steps", "gain", "forgets", "gain at equal operations", "forgets then"),
     ),
     "retention": (retention, ("cell", "trained", "gain", "forgets", "of what all layers forget", "seeds")),
 }
@@ -298,29 +301,32 @@ TABLES: Mapping[str, tuple[Callable[[Sequence[Found]], list[Row]], tuple[str, ..
 def table(design: Design, store: Store, name: str, data: Path | None, models: Path, as_json: bool = False) -> str:
     """A table of all cells that have begun, as markdown or as JSON, where an interval is a list of mean, low and high end."""
     make, head = TABLES[name]
-    rows = make(cells(design, store, data, models))
+    founds = cells(design, store, data, models)
     if as_json:
-        plain = [dict(zip(head, map(_plain, row), strict=True)) for row in rows]
-        return json.dumps(plain, indent=1)
-    return markdown(head, [[_text(value) for value in row] for row in rows])
+        return json.dumps(plain(name, founds), indent=1)
+    return markdown(head, [[text_of(value) for value in row] for row in make(founds)])
 
 
-def _text(value: Any) -> str:
+def plain(name: str, founds: Sequence[Found]) -> list[dict[str, Any]]:
+    """A table as JSON knows it: rows by their columns; intervals are lists of mean, low and high end, text where infinite."""
+    make, head = TABLES[name]
+    return [dict(zip(head, map(_plain, row), strict=True)) for row in make(founds)]
+
+
+def text_of(value: Any) -> str:
+    """A value of a table as a person reads it: an interval, a number to two digits or one place, nothing for None."""
     if value is None:
         return ""
-    if isinstance(value, tuple):
-        return said(value)
-    return f"{value:.1f}" if isinstance(value, float) and value > 3 else str(value)
+    if isinstance(value, tuple | list):
+        mean, low, high = (math.nan if v is None else float(v) for v in value)
+        return said((mean, low, high))
+    return (f"{value:.1f}" if value > 3 else f"{value:.2g}") if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows: no number that is none, none that is infinite."""
+    """What JSON knows: None for no number, text for an infinite one."""
     if isinstance(value, tuple | list):
         return [_plain(one) for one in value]
-    return (
-        round(value, 4)
-        if isinstance(value, float) and math.isfinite(value)
-        else None
-        if isinstance(value, float)
-        else value
-    )
+    if not isinstance(value, float):
+        return value
+    return str(value) if math.isinf(value) else None if math.isnan(value) else round(value, 4)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import charts, chosen, made, run, stats, tables
+from benchmarks.evidence import charts, chosen, made, page, run, stats, tables
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.design import DESIGN, load
 from benchmarks.evidence.store import Store
@@ -113,6 +113,7 @@ def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsy
     assert main(words(place, "table", "regret", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["budget"] for row in rows} == set(chosen.BUDGETS) and all(row["seeds"] == 2 for row in rows)
+    page_of_cell(place, rows)
     pictures = place / "pictures"
     assert main(words(place, "chart", "--out", str(pictures))) == 0
     assert {path.name for path in pictures.iterdir()} == {f"evidence-{name}.png" for name in charts.CHARTS}
@@ -124,6 +125,30 @@ def test_it_goes_on_where_it_was_interrupted_and_makes_no_run_twice(place, capsy
     assert kept["all"]["steps"] == kept["all"]["time"] == [1.0, 1.0, 1.0]
     last = [row for row in rows if row["choice"] == "depth" and row["budget"] == "count"]
     assert [row["cell"] for row in last] == [CELL]
+
+
+def page_of_cell(place, rows):
+    """The page's tables are those of its figures, and the rest of it stays."""
+    text, figures = place / "page.md", place / "figures.json"
+    asked = [
+        "regret choice share budget=time",
+        "regret choice gain,seeds budget=time",
+        "retention trained forgets trained~^(?!layer)",
+    ]
+    text.write_text("before\n" + "".join(f"<!-- evidence: {one} -->\nold\n<!-- end -->\n" for one in asked) + "after\n")
+    assert main(words(place, "page", "--figures", str(figures), "--out", str(text))) == 0
+    known = json.loads(figures.read_text())
+    assert set(known) == set(tables.TABLES) and known["regret"] == rows
+    made = text.read_text()
+    assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made and "| layer 0" not in made
+    whole = next(row for row in rows if (row["choice"], row["budget"]) == ("all", "time"))
+    assert f"| choice | {CELL} |" in made and f"| all | {stats.said(whole['share'])} |" in made
+    assert f"| all | {stats.said(whole['gain'])} | 2 |" in made
+    assert page.filled(made, known) == made
+    text.write_text("<!-- evidence: regert choice share -->\n<!-- end -->\n")
+    before = figures.read_bytes()
+    assert main(words(place, "page", "--figures", str(figures), "--out", str(text))) == 2
+    assert figures.read_bytes() == before
 
 
 def test_two_processes_share_the_runs(place):
