@@ -1,4 +1,4 @@
-"""The page of the docs: its tables, from the figures that stand in benchmarks/results/evidence.json.
+"""The page of the docs: its tables, from the figures that stand in benchmarks/evidence/results/tables.json.
 
 A table stands between `<!-- evidence: TABLE ROWS VALUES [COLUMN=VALUE …] -->` and `<!-- end -->`: a line for everything that column
 ROWS names. With one of VALUES a column for every cell, and for the mean over all; with several, a column for each. A filter may be
@@ -19,7 +19,7 @@ from benchmarks.table import markdown
 from layerpeft.errors import ConfigError, unknown
 
 ROOT = Path(__file__).parents[2]
-FIGURES = ROOT / "benchmarks" / "results" / "evidence.json"
+FIGURES = Path(__file__).parent / "results" / "tables.json"
 PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- evidence: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OVER = "all "  # how a row over all cells begins
