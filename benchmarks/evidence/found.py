@@ -140,7 +140,9 @@ class Found:
         return {seed: (self.best[budget] - gain) / self.whole for seed, gain in self.gains_of(name, budget).items()}
 
 
-def cells(design: Design, store: Store, data: Path | None, models: Path) -> list[Found]:
-    """Those that have begun, in the order of the design."""
-    found = ((name, store.lines(name)) for name in design.cells)
+def cells(
+    design: Design, store: Store, data: Path | None, models: Path, names: Sequence[str] | None = None
+) -> list[Found]:
+    """Those that have begun, in the order of the design; all, or those of these names."""
+    found = ((name, store.lines(name)) for name in names or design.cells)
     return [Found(Cell(design, name, data, models), lines) for name, lines in found if lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.evidence import charts, chosen, made, page, run, stats, tables
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.design import DESIGN, load
+from benchmarks.evidence.found import cells
 from benchmarks.evidence.store import Store
 from layerpeft.errors import ConfigError
 from layerpeft.recipe.tasks.metrics import spearman
@@ -211,3 +213,30 @@ def test_a_made_model_learns_and_is_the_same_again(place):
         load_file(made.pretrain(design, "gpt", place, place / name) / "model.safetensors") for name in ("m1", "m2")
     )
     assert first.keys() == again.keys() and all(first[k].equal(again[k]) for k in first)
+
+
+def test_the_page_says_what_its_figures_say():
+    """Its tables, and every number with a decimal in its words."""
+    known, text = json.loads(page.FIGURES.read_text()), page.PAGE.read_text()
+    assert page.filled(text, known) == text
+    there = {number for rows in known.values() for row in rows for value in row.values() for number in numbers(value)}
+    words = page.BLOCK.sub("", text)
+    said = set(re.findall(r"(?<![\w.])\d*\.\d+", words))
+    assert len(said) > 10 and {float(one) for one in said} <= there, sorted({float(one) for one in said} - there)
+
+
+def numbers(value):
+    """A value of a table as words may give it: of an interval its mean and ends, to two digits."""
+    if isinstance(value, list):
+        return {number for one in value for number in numbers(one)}
+    return {round(abs(value), 2), round(abs(value), 1)} if isinstance(value, float) else set()
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_the_results():
+    """Of the cell whose rows and model ship."""
+    found = next(f for f in cells(load(DESIGN), Store(), None, made.folder(), ["llama/gsm8k"]))
+    known = json.loads(page.FIGURES.read_text())
+    for name in tables.TABLES:
+        own = [row for row in tables.plain(name, [found]) if row["cell"] == found.name]
+        assert own == [row for row in known[name] if row["cell"] == found.name]
