@@ -34,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("shallow")
 TINY = ["max_steps=2", "max_train_samples=8", "max_eval_samples=4", "per_device_train_batch_size=2", "sample_tokens=4"]
 TINY += ["logging_steps=1", "layerpeft.r=2", "num_train_epochs=1"]
 SHORT = f"model_name_or_path={short_llama()}"  # five layers of twelve
+THREE = "layerpeft.select.keep=3"
 BRIEF = ['columns={text: "{answer}"}', "max_length=48", SHORT]  # rows of a third of their length
 
 
@@ -193,7 +194,7 @@ def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureF
 
 
 def test_the_choice_is_that_of_score_layers_on_the_first_batches(place: Path) -> None:
-    recipe = load_recipe(*_split(tiny("quickstart", SHORT)))
+    recipe = load_recipe(*_split(tiny("quickstart", THREE, SHORT)))
     setup = prepare(recipe)
     model = load_model(setup)
     batches, setup = first_batches(setup, model, 8)
@@ -349,7 +350,7 @@ def test_the_finished_folder_is_pushed_where_asked(place: Path, monkeypatch: pyt
 def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     four = "model_init_kwargs={quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4}}"
-    assert main(["train", *tiny("quickstart", four, *BRIEF)]) == 0
+    assert main(["train", *tiny("quickstart", four, THREE, *BRIEF)]) == 0
     rows = layerpeft.layer_report(layerpeft.load(place / "out-quickstart")).rows
     assert sum(row.chosen for row in rows) == 3 and all(row.score for row in rows)
 
@@ -359,7 +360,7 @@ def test_a_quantized_base_is_measured_and_trained(place: Path, capsys: pytest.Ca
 
 @pytest.mark.pictures
 def test_score_is_reused_by_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", *tiny("quickstart", *BRIEF), "--json"]) == 0
+    assert main(["score", *tiny("quickstart", THREE, *BRIEF), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     folder = place / "out-quickstart"
     assert {p.name for p in folder.iterdir()} == {"scores.json", "scores.csv", "scores.png"}
@@ -384,7 +385,7 @@ def test_score_prints_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.pictures
 def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *tiny("quickstart", *BRIEF), "--arms", "random:2,last,all", "--json"]) == 0
+    assert main(["compare", *tiny("quickstart", THREE, *BRIEF), "--arms", "random:2,last,all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     arms = {item["arm"]: item for item in found["runs"]}
     assert list(arms)[0] == "gradient_norm" and len(arms) == 5
@@ -402,14 +403,14 @@ def test_compare(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert written["runs"] == found["runs"] and "gradient_norm" in written["recipe"]
     assert {p.name for p in folder.iterdir()} == {"compare.json", "compare.jsonl", "compare.png", "report.html"}
     alone = run(
-        load_recipe(*_split(tiny("quickstart", *BRIEF))), say=lambda text: None
+        load_recipe(*_split(tiny("quickstart", THREE, *BRIEF))), say=lambda text: None
     )  # beside what compare has written
     assert alone.after["eval_loss"] == found["runs"][0]["value"] and alone.before["eval_loss"] == found["before"]
 
 
 def test_arms_share_start_and_order_of_rows(place: Path) -> None:
     """Two arms of a comparison see the same batches, and start from the same loss."""
-    recipe = load_recipe(*_split(tiny("quickstart", *BRIEF)), "compare")
+    recipe = load_recipe(*_split(tiny("quickstart", THREE, *BRIEF)), "compare")
     setup = prepare(recipe)
     seen = []
     for layers in ([0], [3, 4]):
