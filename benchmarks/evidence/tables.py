@@ -263,8 +263,7 @@ def retention(founds: Sequence[Found]) -> list[Row]:
                 shares[name].append(of({s: rise / unit for s, rise in rises.items()}))
                 share = interval(*shares[name][-1])
             rows.append([found.name, name, *_gained(found, runs), share, len(rises)])
-    most = max(map(len, shares.values()), default=0)
-    spans = {name: across(parts) for name, parts in shares.items() if len(parts) == most > 1}
+    spans = {name: across(parts) for name, parts in shares.items() if len(parts) > 1}
     return rows + [
         [over(shares[name]), name, None, None, span, None]
         for name, span in sorted(spans.items(), key=lambda i: i[1][0])

@@ -112,6 +112,7 @@ def _compared(
     }
     runs, before = _runs(setup, entries, course)
     lower, name = setup.measure == "eval_loss", NAMES[setup.measure]
+    assert setup.held_out is not None
     basis = Basis(fairly.seeds, len(setup.held_out), fairly.rates.tried, trained_on(setup))
     verdict = judge(runs, lower, name, basis, alone=not counted)
     found = Comparison(setup.measure, before, tuple(runs), verdict, entries[0].num_layers, entries[0].unit, basis)

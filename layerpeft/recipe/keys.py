@@ -63,7 +63,7 @@ AT_LEAST: dict[str, int | None] = {
     "max_target_length": 1, "stride": 0, "mlm_probability": None, "max_seconds": None,
     "weight_decay": 0, "max_grad_norm": 0, "dataloader_num_workers": 0, "r": 1, "lora_dropout": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
-AT_MOST = dict.fromkeys(("seed", "data_seed"), 2**32 - 1)  # which numpy takes
+AT_MOST: Mapping[str, int] = dict.fromkeys(("seed", "data_seed"), 2**32 - 1)  # which numpy takes
 
 
 @cache

@@ -14,6 +14,7 @@ def trained_on(setup: Setup) -> int | None:
     """How many held-out rows train as well, word for word and with the same answer; None of rows that are not all words and whole
     numbers (pictures, sounds), through which nobody looks."""
     train, held_out = setup.train, setup.held_out
+    assert held_out is not None
     names = sorted({*train.column_names} & {*held_out.column_names})
     if not names or not all(_written(part.features[name]) for part in (train, held_out) for name in names):
         return None

@@ -255,6 +255,7 @@ def _told(one: Standing) -> str:
         same = None if gain is None or gain.margin != 0 else measured(abs(gain.mean))
         why = f" (the same difference of {same} in each)" if same else ""
         return f"{value}, of which nothing can be said{why}"
+    assert gain.margin is not None, "without a margin nothing can be said"
     if gain.margin == 0:
         return f"{value}, the same under every seed"
     by = f"{measured(abs(gain.mean))} ± {measured(gain.margin)}"

@@ -49,7 +49,7 @@ def export(
     if start is not None and to != "ollama":
         raise UsageError("--from names what a Modelfile begins with: it goes with --to ollama alone")
     found = find(folder, base)
-    more = ("--out", out) * bool(out) + ("--overwrite",) * overwrite
+    more = (("--out", out) if out else ()) + ("--overwrite",) * overwrite
     subject = _subject(Subject(folder, found, None, base, start, more), whole or to == MERGED, to)
     goes = found.base is not None or to in WRITTEN  # whether anything is to be written
     target = (Path(out).expanduser() if out else _beside(found.folder, to)) if goes else found.folder
