@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import transformers
 
-from layerpeft.errors import LayerpeftError, Problems, RecipeError, UsageError, unknown
+from layerpeft.errors import LayerpeftError, Problem, Problems, RecipeError, UsageError, unknown
 from layerpeft.integrations.places import expanded, missing
 from layerpeft.planning.fit import Fit
 from layerpeft.recipe import keys, rows, surroundings
 from layerpeft.recipe.beside.models import place_of
 from layerpeft.recipe.forms import read_by, taken
-from layerpeft.recipe.model import loaded
+from layerpeft.recipe.model import fetched
 from layerpeft.recipe.pace import pace, width_of
 from layerpeft.recipe.plan import Forecast, forecast
 from layerpeft.recipe.read import load_recipe
@@ -177,16 +177,14 @@ def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, A
 
 def check_model(name: str) -> Any:
     """Its config; None of one that needs code to be read. Raises: RecipeError for what is no model here or on the hub."""
-    found, _ = surroundings.folder_problems({MODEL: name}, "plan")
-    if found:
-        raise RecipeError(*(problem.text.removeprefix(f"{MODEL}: ") for problem in found))
+    wrong, _ = surroundings.model_trouble(name)
+    if wrong:
+        raise RecipeError(wrong)
     try:
-        return loaded(
-            MODEL, name, Path(), transformers.AutoConfig.from_pretrained, place_of(name), trust_remote_code=False
-        )
+        return fetched(name, Path(), transformers.AutoConfig.from_pretrained, place_of(name), trust_remote_code=False)
     except RecipeError as error:
         if isinstance(error.__cause__, OSError):
-            raise RecipeError(str(error).removeprefix(f"{MODEL}: ")) from error.__cause__
+            raise
         return None
 
 
@@ -204,9 +202,14 @@ def check_task(wanted: Wanted, source: rows.Source | None, extra: Mapping[str, A
     if source is not None and wanted.model:
         given |= {key: extra[key] for key in ("dataset_text_field", "sample_by") if key in extra}
         said = {key: value for key, value in given.items() if value is not None}
-        for problem in surroundings.data_problems(said, name, "plan", sees=sees(said, name)):
-            problems.add(problem.text.removeprefix("dataset_name: "))
+        for problem in surroundings.data_problems(said, name, "plan", sees=sees(said, name), of=_of_setting):
+            problems.add(problem.text)
     problems.raise_if_any(UsageError)
+
+
+def _of_setting(key: str, sentence: str) -> Problem:
+    """What is wrong with a setting, of rows without the name that they have in a recipe alone."""
+    return Problem((key,), sentence if key == "dataset_name" else f"{key}: {sentence}")
 
 
 def check_held_out(text: str) -> None:

@@ -102,16 +102,24 @@ def from_hub(recipe: Recipe, call: Any, *args: Any, **options: Any) -> Any:
 
 
 def loaded(key: str, name: str, home: Path, call: Any, *args: Any, **options: Any) -> Any:
-    """What transformers loads for the `key` that names a model. Raises: RecipeError, which says of a name that is nothing here
-    what is called much like it."""
+    """What transformers loads for the `key` that names a model. Raises: RecipeError, as `fetched`."""
     try:
-        with as_written(f"{key}: cannot load {name!r}", RecipeError):
+        return fetched(name, home, call, *args, **options)
+    except RecipeError as error:
+        raise RecipeError(Problem((key,), f"{key}: {error}")) from error.__cause__
+
+
+def fetched(name: str, home: Path, call: Any, *args: Any, **options: Any) -> Any:
+    """What transformers loads of a model. Raises: RecipeError, which says of a name that is nothing here what is called much like
+    it."""
+    try:
+        with as_written(f"cannot load {name!r}", RecipeError):
             return call(*args, **options)
     except RecipeError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and not expanded(resolve(name)).exists():
-            error = RecipeError(f"{key}: {neither('folder', name, home)}: {told(cause, 400)}")
-        raise error.under(key) from cause
+            error = RecipeError(f"{neither('folder', name, home)}: {told(cause, 400)}")
+        raise error from cause
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,8 +126,10 @@ def data_problems(
     judged: bool = True,
     home: Path | None = None,
     sees: bool = False,
+    of: Callable[[str, str], Problem] = _of,
 ) -> list[Problem]:
-    """What is wrong with the rows and with the templates that read them; `judged`: the templates are known to be good or bad."""
+    """What is wrong with the rows and with the templates that read them; `judged`: the templates are known to be good or bad; `of`:
+    makes a problem of what is wrong with a top-level key."""
     found: list[Problem] = []
     columns, field = good.get("columns"), good.get("dataset_text_field", "text")
     task = task_of(trainer, sees)
@@ -145,16 +147,16 @@ def data_problems(
             have = {file: rows.columns_of(file) for file in files or ()}
             broken = [s for file in files or () for s in rows.broken_lines(file)]
         except LayerpeftError as error:
-            found += [_of(key, problem.text) for problem in error.listed()]
+            found += [of(key, problem.text) for problem in error.listed()]
             continue
-        found += [_of(key, sentence) for sentence in broken]
+        found += [of(key, sentence) for sentence in broken]
         if (
             key == "dataset_name"
             and good.get("sample_by")
             and files
             and not any(file.suffix == ".txt" for file in files)
         ):
-            found.append(_of("sample_by", "is for plain text (.txt), and the rows are no such files; take it out"))
+            found.append(of("sample_by", "is for plain text (.txt), and the rows are no such files; take it out"))
         for file, names in have.items() if judged else ():
             place = f"{file}: " if len(have) > 1 else ""
             found_here = (
@@ -168,10 +170,10 @@ def data_problems(
                 ]
             for name, sentence in found_here:
                 own = Problem(("columns", name), f"columns.{name}: {place}{sentence} ({key})")
-                found.append(own if name else _of(key, place + sentence))
+                found.append(own if name else of(key, place + sentence))
         if files and key == "dataset_name":
             unread = [k for k in ("dataset_config", "dataset_train_split") if good.get(k) not in (None, "train")]
-            found += [_of(k, "files have neither splits nor configurations; name the file itself") for k in unread]
+            found += [of(k, "files have neither splits nor configurations; name the file itself") for k in unread]
         if files and key == "dataset_name" and good.get("eval_dataset") is None:
             found += _held_out(good, purpose)
     return found
@@ -274,26 +276,28 @@ def folder_problems(good: Mapping[str, Any], purpose: str, home: Path | None = N
 
 
 def _model(good: Mapping[str, Any], home: Path | None, key: str = MODEL) -> tuple[list[Problem], str]:
-    name = good.get(key)
-    if name is None:
-        return [], ""
+    wrong, lacking = ("", "") if good.get(key) is None else model_trouble(good[key], home)
+    return ([_of(key, wrong)] if wrong else []), lacking
+
+
+def model_trouble(name: str, home: Path | None = None) -> tuple[str, str]:
+    """What is wrong with the folder of a model, and what it lacks for training; each empty where nothing is."""
     try:
         path = expanded(resolve(name))
     except RecipeError as error:
-        return [_of(key, str(error))], ""
-    sentence = ""
+        return str(error), ""
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            sentence = f"{path} holds an adapter, not a model; name its base model"
-        elif not (path / "config.json").is_file():
-            sentence = f"{path} has no config.json, so it is no model"
-        elif not any(held.endswith((".safetensors", ".bin")) for held in os.listdir(path)):
-            return [], f"{path} has no weights (*.safetensors)"
+            return f"{path} holds an adapter, not a model; name its base model", ""
+        if not (path / "config.json").is_file():
+            return f"{path} has no config.json, so it is no model", ""
+        if not any(held.endswith((".safetensors", ".bin")) for held in os.listdir(path)):
+            return "", f"{path} has no weights (*.safetensors)"
     elif path.is_file():
-        sentence = f"{name!r} is a file; name the folder that holds config.json and the weights"
+        return f"{name!r} is a file; name the folder that holds config.json and the weights", ""
     elif not ADDRESS.fullmatch(name):
-        sentence = missing("folder", name, home)
-    return ([_of(key, sentence)] if sentence else []), ""
+        return missing("folder", name, home), ""
+    return "", ""
 
 
 def _output(good: Mapping[str, Any], purpose: str, home: Path | None) -> tuple[list[Problem], str]:
