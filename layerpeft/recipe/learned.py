@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from layerpeft.recipe.recipe import Recipe, command_of
+from layerpeft.text import measured
 
 MOVES = 0.01  # of a loss: less is none that anybody would notice
 LOSS = "eval_loss"
@@ -33,13 +34,19 @@ def unlearned(
     if held is None and trained is None or (held if held is not None else trained) == "fell":
         return None
     what = (
-        f"the held-out loss did not fall ({before[LOSS]:.4f} before, {after[LOSS]:.4f} after)"
+        _told("held-out", "before", before[LOSS], "after", after[LOSS])
         if held is not None
-        else f"the training loss did not fall ({losses[0]:.4f} at first, {losses[-1]:.4f} at last)"
+        else _told("training", "at first", losses[0], "at last", losses[-1])
     )
     cause, changed = _cure(recipe, trained, held, steps)
     again = {"output_dir": f"{recipe.output_dir}-again", **changed}
     return f"nothing was learned that shows: {what}. {cause}:\n  {command_of(recipe, again)}"
+
+
+def _told(which: str, then: str, first: float, now: str, last: float) -> str:
+    shown = [measured(value) for value in (first, last)]
+    fell = "hardly fell" if last < first and shown[0] != shown[1] else "did not fall"
+    return f"the {which} loss {fell} ({shown[0]} {then}, {shown[1]} {now})"
 
 
 def _moved(first: float, last: float) -> str:
