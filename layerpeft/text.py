@@ -121,7 +121,7 @@ def size_of(value: object) -> int | None:
 def no_size(value: object) -> str:
     """A sentence on what `size_of` makes nothing of."""
     bare = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)i?\s*", str(value), re.IGNORECASE)
-    if bare is None:
+    if bare is None or not float(bare[1]):
         return f"{value!r} is no size; write it as 24GB or 16GiB"
     kind = bare[2].upper() or "G"
     return f"{value!r} has no unit; write {bare[1]}{kind}iB, {bare[1]}{kind}B{'' if bare[2] else f', or {bare[1]}B of bytes'}"

@@ -24,6 +24,7 @@ def test_a_size_is_read_or_none(text, size):
     [
         ("24", "'24' has no unit; write 24GiB, 24GB, or 24B of bytes"),
         (24, "24 has no unit; write 24GiB, 24GB, or 24B of bytes"),
+        (0, "0 is no size; write it as 24GB or 16GiB"),
         ("24G", "'24G' has no unit; write 24GiB, 24GB"),
         ("500mi", "'500mi' has no unit; write 500MiB, 500MB"),
         ("much", "'much' is no size; write it as 24GB or 16GiB"),
