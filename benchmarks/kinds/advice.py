@@ -24,7 +24,7 @@ from layerpeft.recipe.advise import Advice, advise
 from layerpeft.recipe.compare import Fairly, compare
 from layerpeft.recipe.comparing.arms import parse_arms
 from layerpeft.recipe.comparing.budgets import parse_budget
-from layerpeft.recipe.comparing.runs import group_of
+from layerpeft.recipe.comparing.names import group_of
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.shipped import recipes
 from layerpeft.text import ranges

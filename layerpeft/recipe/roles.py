@@ -25,7 +25,7 @@ def check(part: Any, source: Source, template: Any, key: str, step: int = 1) -> 
     if not names:
         return
     wrong: dict[str, str] = {}
-    begun: dict[str, str] = {}
+    begun: dict[str, tuple[int, str, int]] = {}
     times: Counter[str] = Counter()
     for index, row in enumerate(part.select_columns(names)):
         for name in names:
@@ -35,15 +35,15 @@ def check(part: Any, source: Source, template: Any, key: str, step: int = 1) -> 
                     wrong[role] = _wrong(role, template)
                 if wrong[role]:
                     times[role] += 1
-                    begun.setdefault(role, f"{index * step} {name} {number}")
+                    begun.setdefault(role, (index * step, name, number))
     if times:
         lines = [_line(role, begun[role], times[role], wrong[role], source) for role in list(times)[:SHOWN]]
         raise RecipeError(*(Problem((key,), f"{key}: {line}") for line in lines))
 
 
-def _line(role: str, begun: str, times: int, wrong: str, source: Source) -> str:
-    index, name, number = begun.split()
-    place = source.place(int(index))
+def _line(role: str, begun: tuple[int, str, int], times: int, wrong: str, source: Source) -> str:
+    index, name, number = begun
+    place = source.place(index)
     more = f" ({times} turns in all)" if times > 1 else ""
     return f"{place.where}: row {place.number} has a turn ({name}, number {number}) of {role!r}{wrong}{more}"
 
