@@ -126,6 +126,7 @@ def test_so_few_rows_judge_nothing_whatever_the_seeds(rows: int) -> None:
 def test_rows_that_train_as_well_are_no_held_out_rows() -> None:
     basis = Basis(3, 500, trained=20)
     assert str(basis) == "3 seeds over 500 held-out rows, 20 of which train as well."
+    assert str(Basis(3, 500, trained=1)) == "3 seeds over 500 held-out rows, 1 of which trains as well."
     said = judge(chosen(2.0, DRAWS), True, "loss", basis).sentence
     assert said.startswith("Better than random on these 500 held-out rows: ")
 
@@ -148,8 +149,13 @@ def test_held_out_rows_are_looked_for_among_those_that_train(trainer: str, tmp_p
 
 
 def test_small_numbers_are_shown_as_they_are() -> None:
-    said = judge(chosen(2e-5, [3e-5, 3.1e-5, 3.2e-5], last=2.5e-5), True, "error").sentence
-    assert "an error of 2e-05" in said.replace("a error", "an error") and "last 2.5e-05 (5e-06 worse)" in said
+    said = judge(chosen(2e-5, [3e-5, 3.1e-5, 3.2e-5], last=2.5e-5), True, "loss").sentence
+    assert "reached a loss of 2e-05" in said and "last 2.5e-05 (5e-06 worse)" in said
+
+
+def test_other_numbers_than_losses_are_named_behind_them() -> None:
+    said = judge(chosen(0.9, [0.5, 0.6, 0.7]), False, "accuracy").sentence
+    assert "reached 0.9000 (accuracy) and 3 random draws 0.6000 on average" in said
 
 
 def test_rates_that_were_chosen_on_the_rows_are_named() -> None:

@@ -61,7 +61,7 @@ class Basis:
         seeds = "One training seed" if self.seeds == 1 else f"{self.seeds} seeds"
         text = f"{seeds} over {self.shown}"
         text += " that rates were chosen by as well" if self.tuned else ""
-        text += f", {self.trained:,} of which train as well" if self.trained else ""
+        text += f", {self.trained:,} of which train{'s' * (self.trained == 1)} as well" if self.trained else ""
         limit = ", too few to judge by" if self.scant else ", too few to say much of others" if self.few else ""
         return f"{text}{limit}."
 
@@ -179,7 +179,8 @@ def judge(runs: Sequence[Run], lower: bool, what: str, basis: Basis = Basis(), a
     chance = interval(draws, more=True)
     gain, margin = (chance.mean - ours.value) * (1 if lower else -1), chance.margin or math.inf
     shown = [measured(value) for value in (ours.value, chance.mean, min(draws), max(draws), margin)]
-    facts = f"{ours.arm} reached a {what} of {shown[0]} and {len(draws)} random draws {shown[1]} on average"
+    reached = f"a {what} of {shown[0]}" if lower else f"{shown[0]} ({what})"
+    facts = f"{ours.arm} reached {reached} and {len(draws)} random draws {shown[1]} on average"
     facts += f" ({shown[2]} to {shown[3]}); chance alone explains a gap of up to {shown[4]}"
     kind = "better" if gain > margin else "worse" if gain < -margin else "no difference"
     kind = "unknown" if basis.scant else kind
