@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def _there(folder: Path, wanted: Sequence[str]) -> str:
 def _nearest(folder: Path, wanted: Sequence[str]) -> str:
     """The last checkpoint that is one of a kind that would do, or folders below or above that are."""
     below = sorted(path for path in folder.iterdir() if path.is_dir() and _is_one(path, wanted))
-    if steps := {int(number): p for p in below if (number := p.name.removeprefix("checkpoint-")).isdecimal()}:
+    if steps := {int(found[1]): p for p in below if (found := re.fullmatch(r"checkpoint-(\d+)", p.name))}:
         more = f", the last of {len(steps)} checkpoints" if len(steps) > 1 else ", its checkpoint"
         return f"; name {_quoted(steps[max(steps)])}{more}"
     if below:

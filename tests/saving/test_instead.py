@@ -65,6 +65,13 @@ def test_every_command_says_what_is_there_and_what_goes(command: str, capsys: py
         assert "it is a whole model (config.json, model.safetensors)" in said("whole")
 
 
+def test_a_folder_called_by_a_number_is_no_checkpoint() -> None:
+    Path("years", "2024").mkdir(parents=True)
+    for name in (CONFIG, "adapter_model.safetensors"):
+        Path("years", "2024", name).touch()
+    assert lacking(Path("years"), CONFIG).endswith("; name years/2024")
+
+
 def test_what_is_near_is_named_from_wherever_one_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("it's a run")
     assert "name checkpoint-10, the last" in lacking(Path(), CONFIG)
