@@ -109,6 +109,7 @@ def test_what_plan_will_refuse_is_said_when_it_is_written(
     told = [line.removeprefix("  - ") for line in shown.splitlines() if line.startswith("  - ")]
     assert told and all(line in refused and line[-40:] in said(text) for line in told), (told, refused)
     assert "`layerpeft plan` refuses it as things are here:" in shown and "Mend that, then" in shown
+    assert "# what `layerpeft plan` refused when this was written:" in text
     assert any("pip install bitsandbytes" in line for line in told) and any("instruction" in line for line in told)
     assert not parse(text).faults
     Path("hub.yaml").write_text(AXOLOTL + "adapter: lora\n")

@@ -53,7 +53,7 @@ def tried(path: Path) -> Tried:
 def note_down(found: Tried, path: Path) -> None:
     """Puts what plan refuses at the end of the recipe."""
     if found.problems:
-        lines = [f"# when this was written, {REFUSES}:"]
+        lines = ["# what `layerpeft plan` refused when this was written:"]
         lines += [line for text in found.problems for line in wrapped(text, indent="  ")]
         with path.open("a", encoding="utf-8") as file:
             file.write("\n".join(["", *lines, ""]))
