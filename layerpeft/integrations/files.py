@@ -76,8 +76,9 @@ def _clear(old: Path, new: Path, gives_way: Collection[str]) -> None:
             if os.fspath(below) in gives_way:
                 path.unlink()
             elif not os.path.lexists(new / below):
-                (new / below.parent).mkdir(parents=True, exist_ok=True)
-                path.rename(new / below)
+                with contextlib.suppress(FileExistsError, NotADirectoryError):  # a file is where its folder was
+                    (new / below.parent).mkdir(parents=True, exist_ok=True)
+                    path.rename(new / below)
         if not os.listdir(at):
             os.rmdir(at)
     if old.is_dir():

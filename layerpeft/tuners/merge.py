@@ -88,9 +88,10 @@ def merge(
 def named_base(folder: Path) -> str | None:
     """The base that an adapter names; None where it does not say so, whatever the reason."""
     try:
-        return read_json(folder / CONFIG).get("base_model_name_or_path")
+        named = read_json(folder / CONFIG).get("base_model_name_or_path")
     except SaveError:
         return None
+    return named if isinstance(named, str) else None
 
 
 def merge_into(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from layerpeft.errors import SaveError
 from layerpeft.integrations.files import written_whole
 from layerpeft.saving.owned import RECORD, put_on_record
 from layerpeft.saving.whole import refusal, writing_whole
+from layerpeft.tuners.merge import named_base
 from tests.helpers.short import short_llama
 
 
@@ -52,6 +54,21 @@ def test_names_that_meet_lose_nothing(tmp_path: Path) -> None:
     assert held(target) == {"config": "2", "extra": "new"}
     (kept,) = tmp_path.glob(".out.*.old/extra")
     assert kept.read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_a_folder_loses_nothing(tmp_path: Path) -> None:
+    target = written(tmp_path / "out", part__old="1")
+    (target / "part" / "notes").write_text("mine")
+    written(target, part="new")
+    assert held(target) == {"part": "new"}
+    (kept,) = tmp_path.glob(".out.*.old/part/notes")
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("base", [5, ["a"], None])
+def test_a_base_that_is_no_name_is_none(tmp_path: Path, base: object) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert named_base(tmp_path) is None
 
 
 def test_a_run_a_strangers_folder_and_what_is_read_are_never_replaced(tmp_path: Path) -> None:
