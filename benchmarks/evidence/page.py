@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.found import Found
-from benchmarks.evidence.tables import TABLES, plain, text_of
+from benchmarks.evidence.tables import OVER, TABLES, plain, text_of
 from benchmarks.table import markdown
 from layerpeft.errors import ConfigError, unknown
 
@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 FIGURES = Path(__file__).parent / "results" / "tables.json"
 PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- evidence: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-OVER = "all "  # how a row over all cells begins
 
 Rows = Sequence[Mapping[str, Any]]
 

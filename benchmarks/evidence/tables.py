@@ -23,6 +23,7 @@ from layerpeft.text import ranges
 
 Row = list[Any]  # of text, numbers and spans; None where nothing is known
 Part = tuple[Sequence[int], Statistic]
+OVER = "all "  # how the name of a row over all cells begins
 
 
 def of(by_seed: BySeed) -> Part:
@@ -32,12 +33,12 @@ def of(by_seed: BySeed) -> Part:
 
 def over(found: Sequence[Any]) -> str:
     """The name of all cells that a row is about."""
-    return f"all {len(found)}"
+    return f"{OVER}{len(found)}"
 
 
 def overall(rows: Sequence[Row]) -> list[Row]:
     """Those over all cells; where there is but one cell, its own."""
-    return [row for row in rows if row[0].startswith("all ")] or [row for row in rows if row[0] == rows[0][0]]
+    return [row for row in rows if row[0].startswith(OVER)] or [row for row in rows if row[0] == rows[0][0]]
 
 
 def oracle(founds: Sequence[Found]) -> list[Row]:
