@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("shallow")
 
 SET = ["learning_rate=1e-3", "output_dir=out"]
 CURES = {
-    "slow": ([2.0, 2.0, 1.999], (2.0, 1.999), ["loss hardly fell (2.0000 before, 1.9990 after)", "too few, or too small", "learning_rate=0.003", "num_train_epochs=9.0"]),
+    "slow": ([2.0, 2.0, 1.999], (2.0, 1.999), ["too few, or too small", "learning_rate=0.003", "num_train_epochs=9.0"]),
+    "hardly": ([2.0, 1.999], (2.0, 1.999), ["the held-out loss hardly fell (2.0000 before, 1.9990 after)"]),
     "by heart": ([2.0, 1.0, 0.5], (2.0, 2.4), ["learned by heart", "learning_rate=0.00033", "num_train_epochs=1.0"]),
     "too fast": ([2.0, 5.0, 9.0], (2.0, 8.0), ["too high", "learning_rate=0.00033"]),
     "no number": ([2.0, math.nan], (2.0, math.nan), ["too high"]),
