@@ -128,7 +128,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
 
 def unread(have: list[str]) -> str:
     """What to say of rows that no trainer reads as they are: what is needed, and the setting that says so of these columns."""
-    names = {"text": have[0]} if len(have) == 1 else {"prompt": have[0], "completion": have[-1]}
+    names = {"prompt": have[0], "completion": have[-1]} if len(have) > 1 else dict(zip(("text",), have, strict=False))
     parts = (f"{name}: {json.dumps(f'{{{column}}}', ensure_ascii=False)}" for name, column in names.items())
     example = f"{{{', '.join(parts)}}}"
     wanted = "`prompt` and `completion`, `messages`, `instruction` and `output`, `text`, or `text` and `label`"

@@ -242,6 +242,8 @@ def template_problems(have: list[str], columns: Mapping[str, str]) -> list[tuple
 
 def lacking(wanted: str, have: list[str], example: str) -> str:
     """What rows with these columns need; `example`: of templates."""
+    if not have:
+        return f"the rows need {wanted}, and have no columns"
     other = next((mark for mark in ";\t|" if len(have) == 1 and mark in have[0]), None)
     more = (
         f" (one column, with {other!r} in its name: a .csv has commas between its cells, a .tsv tabs)" if other else ""

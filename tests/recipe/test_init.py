@@ -174,6 +174,12 @@ def test_rows_that_nothing_reads_say_what_is_what(
     assert main(["init", *LLAMA, "--data", "d.csv"]) == 2 and says in " ".join(capsys.readouterr().err.split())
 
 
+def test_rows_without_columns_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare.jsonl").write_text("{}\n" * 3)
+    assert main(["init", *LLAMA, "--data", "bare.jsonl"]) == 2
+    assert capsys.readouterr().err.endswith("`text` and `label`, and have no columns\n")
+
+
 def test_most_rows_fit_where_one_is_long() -> None:
     long = [{"prompt": f"q {n}", "completion": "word " * (3000 if n == 4 else 3)} for n in range(25)]
     Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
