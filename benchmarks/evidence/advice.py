@@ -1,4 +1,4 @@
-"""What `layerpeft advise` is told of the experiment: which criteria hold up, and what choices by a rule gained."""
+"""What `layerpeft advise` is told of the experiment: the criteria that were judged together, and what choices by a rule gained."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import chosen, tables
+from benchmarks.evidence import tables
 from benchmarks.evidence.correlated import correlations
+from benchmarks.evidence.design import Design
 from benchmarks.evidence.found import Found
 from benchmarks.evidence.run import Run
 from layerpeft.errors import ConfigError
 from layerpeft.recipe.evidence import FILE
-from layerpeft.recipe.tasks.metrics import spearman
 
-CRITERIA = 3
-ALIKE = 0.95  # a rank correlation
-# the rules that advice chooses among, by the choice that stands for each: of the three criteria together, or of depth
+# the rules that advice chooses among, by the choice that stands for each: of criteria together, or of depth
 RULES: Mapping[str, str] = {
     "time": "{together}, time: 75%",
     "quarter": "{together}, {keep}",
@@ -68,34 +66,28 @@ def _source(founds: Sequence[Found], judged: Sequence[Found]) -> str:
 
 
 def _criteria(founds: Sequence[Found]) -> list[dict[str, Any]]:
-    """Those with the highest sum of both correlations over all cells; of two that order layers alike, the better one."""
-    scores = founds[0].design.criteria.scores
-    rows = [r for r in tables.overall(tables.criteria(founds)) if r[1] in scores and r[2] and r[3]]
-    rows.sort(key=lambda row: -row[2][0] - row[3][0])
-    found: list[dict[str, Any]] = []
+    """The parts of the product that was judged in the end: of what is chosen by other criteria together nobody knows what it gains.
+    Correlations over all cells."""
+    design = founds[0].design
+    rows = {r[1]: r for r in tables.overall(tables.criteria(founds))}
     cells = sum(bool(one.sets) for f in founds for name, one in correlations(f).items() if name == "depth")
-    taken: list[str] = []
-    for row in rows:
-        new = row[1] != "random" and all(_alike(founds, row[1], other) < ALIKE for other in taken)
-        if new and len(found) < CRITERIA:
-            taken.append(row[1])
-            said = {"name": row[1].removesuffix(" (ours)"), "select": dict(scores[row[1]])}
-            found.append({**said, "alone": _numbers(row[2]), "sets": _numbers(row[3]), "cells": cells})
-    return found
+    return [
+        {
+            "name": name.removesuffix(" (ours)"), "select": dict(design.criteria.scores[name]),
+            "alone": _numbers(rows[name][2]), "sets": _numbers(rows[name][3]), "cells": cells,
+        }
+        for name in design.criteria.products[_together(design)]
+    ]  # fmt: skip
 
 
-def _alike(founds: Sequence[Found], one: str, other: str) -> float:
-    """The rank correlation of two criteria's scores, in the mean over cells."""
-    by_cell = [[chosen.taken(f.design, f.name, f.lines, s) for s in f.design.oracle.seeds] for f in founds]
-    both = [[s for s in seeds if one in s and other in s] for seeds in by_cell]
-    return statistics.fmean(
-        spearman(*(chosen.together([s[name] for s in seeds]) for name in (one, other))) for seeds in both if seeds
-    )
+def _together(design: Design) -> str:
+    """The product that was judged in the end."""
+    return next(name for name in design.final.criteria if name in design.criteria.products)
 
 
 def _kept(judged: Sequence[Found]) -> list[dict[str, Any]]:
     design = judged[0].design
-    words = {"together": next(n for n in design.final.criteria if n in design.criteria.products)}
+    words = {"together": _together(design)}
     words |= {"keep": str(design.oracle.keep), "half": str(design.final.half)}
     found = []
     for rule, choice in RULES.items():

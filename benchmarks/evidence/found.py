@@ -99,8 +99,9 @@ class Found:
         for one in chosen.final(self.setting, self.cell, self.lines):
             if one.run.key in self.lines:
                 found[one.name, one.budget][one.run.seed] = one
+        compared = self.name in self.design.final.cells
         for seed in self.all_layers:
-            for budget in ("count", "steps", "time"):
+            for budget in ("count", "steps", "time") if compared else ("count",):
                 found["all", budget][seed] = chosen.Judged("all", budget, self.setting.run(range(self.count), seed))
         return found
 

@@ -1,7 +1,8 @@
 """`layerpeft advise`: before training, which layers to train, what that spares, and what is known about how well it does.
 
-Layers are scored by the criteria that the shipped evidence holds up, on a few batches. Candidate sets go by the mean of their
-ranks; of those the one is recommended that the evidence has as the best in equal time, and `plan` counts what each takes.
+Layers are scored by the criteria that the shipped evidence judged together, on a few batches. Candidate sets go by the mean of
+their ranks; of those the one is recommended that gained most in equal time where it gained least, and `plan` counts what each
+takes.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def _planned(recipe: Recipe, sets: Sets, known: Evidence) -> tuple[Choice, ...]:
         ratio = None
         if states is not None and states.why is None and rows is not None and rows.epochs > 1:
             ratio = rows.ratio(states)
-        own = max((one for rule in rules if (one := known.of(rule))), key=lambda one: one.time[0], default=None)
+        own = max((one for rule in rules if (one := known.of(rule))), key=_gained, default=None)
         found.append(Choice(rules, layers, planned.trainable, planned.flops, ratio, planned.peak_bytes, own))
     return tuple(found)
 
@@ -204,11 +205,17 @@ def _stack(recipe: Recipe) -> dict[str, Any]:
 
 
 def _best(choices: Sequence[Choice]) -> Choice:
-    """The one whose rule the evidence has as the best in equal time; where it knows none, the cheapest."""
+    """The one whose rule gained most in equal time where it gained least, and then in the mean; where nothing is known, the
+    cheapest."""
     judged = [choice for choice in choices if choice.kept is not None]
     if judged:
-        return max(judged, key=lambda choice: (choice.kept.time[0] if choice.kept else 0.0, -choice.flops))
+        return max(judged, key=lambda choice: (*_gained(choice.kept), -choice.flops))
     return min(choices, key=lambda choice: choice.flops)
+
+
+def _gained(kept: Kept | None) -> tuple[float, float]:
+    """In equal time: the least over models and tasks, and the mean."""
+    return (0.0, 0.0) if kept is None else (kept.time[1], kept.time[0])
 
 
 def _agreed(best: Choice, ranks: Mapping[int, tuple[int, ...]]) -> int:

@@ -51,7 +51,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Evidence:
-    """`criteria`: those that the table holds up, best first; `kept`: by rule; `methods`: beside each other; `source`: which models
+    """`criteria`: those that were judged together; `kept`: by rule; `methods`: beside each other; `source`: which models
     and tasks, in words."""
 
     criteria: tuple[Criterion, ...]
