@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -85,6 +86,11 @@ def grid(rows: Sequence[Sequence[str]], align: str, widths: Sequence[int] = (), 
 def some(names: Sequence[str], most: int = 4, more: str = " …") -> str:
     """The first names, and a sign that there are more ("{}" in it: how many)."""
     return ", ".join(names[:most]) + (more.format(len(names) - most) if len(names) > most else "")
+
+
+def literal(text: str) -> str:
+    """A text in double quotes, as Python reads it: JSON would take a character beyond U+FFFF apart."""
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def counted(number: int, what: str) -> str:

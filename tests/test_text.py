@@ -1,10 +1,11 @@
 """What a person reads and writes: sizes, tables, names."""
 
+import ast
 import re
 
 import pytest
 
-from layerpeft.text import grid, no_size, size_of, some
+from layerpeft.text import grid, literal, no_size, size_of, some
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,11 @@ def test_what_is_no_size_says_what_it_lacks(given, says):
     assert no_size(given) == says and size_of(given) is None
     for word in re.findall(r"\d+[A-Za-z]+", says.partition("write")[2]):
         assert size_of(word) is not None
+
+
+@pytest.mark.parametrize("text", ["plain", "модель 😀", 'it\'s a "run"\n\\', "not UTF-8 \udcff", ""])
+def test_a_text_is_written_as_python_reads_it(text):
+    assert ast.literal_eval(literal(text)) == text and literal(text).encode()
 
 
 def test_a_table_is_aligned_and_has_no_blanks_at_the_end():

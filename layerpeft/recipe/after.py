@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from layerpeft.recipe.recipe import Recipe, settings_of
 from layerpeft.recipe.sources import named, paths, share_of
 from layerpeft.saving.manifest import MANIFEST
 from layerpeft.selection.grammar import how_many
+from layerpeft.text import literal
 
 ASKED = ("prompt", "source", "text")  # columns of a row that may be gone on from
 WORDS = 6  # of a prompt
@@ -32,7 +32,7 @@ def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str,
         into.append(f"{_line('export', folder, '--to', 'vllm')}    # what vLLM serves, and how; also: gguf, ollama")
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         return [*lines, *into]
-    call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({json.dumps(str(folder))})))"
+    call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({literal(str(folder))})))"
     return [*lines, shlex.join(["python", "-c", call]), *into]
 
 

@@ -6,7 +6,6 @@ stands for a folder of that name in the adapter's, and is given to each call and
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from layerpeft.integrations.peft import changes_weights
 from layerpeft.saving.classes import class_named
 from layerpeft.saving.manifest import SHORTER
 from layerpeft.saving.naming import SHIPS, Name
+from layerpeft.text import literal
 
 MERGED = "merged"
 Plain = Mapping[str, Any]
@@ -57,19 +57,19 @@ def _seen(base: Name, config: Plain, manifest: Plain, run: Plain) -> _Base:
     more = f", num_labels={len(labels)}" if labels else ""
     if manifest.get("dropped"):
         inside = f', subfolder="{SHORTER}"' if there else ""
-        return _Base(kind, f"{json.dumps(there or SHORTER)}{inside}{more}", SHORTER)
+        return _Base(kind, f"{literal(there or SHORTER)}{inside}{more}", SHORTER)
     if not base.local:
-        revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
+        revision = f", revision={literal(base.revision)}" if base.revision else ""
         told = config.get("base_model_name_or_path") == base.name  # and not a place in a cache
-        return _Base(kind, f"{json.dumps(base.name)}{revision}{more}", None if told else base.name)
+        return _Base(kind, f"{literal(base.name)}{revision}{more}", None if told else base.name)
     if (run.get("base") or {}).get("ships"):
         address = f"{SHIPS}{base.name}"
-        return _Base(kind, f"resolve({json.dumps(address)}){more}", address, ships=True)
+        return _Base(kind, f"resolve({literal(address)}){more}", address, ships=True)
     stands = (
         f"`{base.name}` stands for the folder of the base: put it, or a link to it, under that name into this folder, or write "
         "where it lies."
     )
-    return _Base(kind, f"{json.dumps(base.name)}{more}", base.name, stands)
+    return _Base(kind, f"{literal(base.name)}{more}", base.name, stands)
 
 
 def _with_peft(base: _Base, manifest: Plain, there: str | None) -> list[str]:
@@ -77,7 +77,7 @@ def _with_peft(base: _Base, manifest: Plain, there: str | None) -> list[str]:
     places = "".join(f", {key}=True" for key in manifest.get("places") or ())
     why = "  # with places for the biases that were learned" if places else ""
     made = f"base = {base.kind}.from_pretrained({base.code}{places}){why}"
-    lines = [made, f"model = PeftModel.from_pretrained(base, {json.dumps(there or '.')})"]
+    lines = [made, f"model = PeftModel.from_pretrained(base, {literal(there or '.')})"]
     where = "With PEFT" if base.ships else f"Without `layerpeft`{'' if there else ', from inside of this folder'}"
     return [f"{where}:", _python(["from peft import PeftModel", *_imports(base)], lines)]
 
@@ -90,7 +90,7 @@ def _imports(base: _Base) -> list[str]:
 def _with_layerpeft(base: _Base, manifest: Plain, there: str | None) -> list[str]:
     """The base is built by name where adapter_config.json names one that can be had anywhere."""
     imports = ["import layerpeft"] + ["from huggingface_hub import snapshot_download"] * bool(there)
-    where, lines = f"snapshot_download({json.dumps(there)})" if there else '"."', []
+    where, lines = f"snapshot_download({literal(there)})" if there else '"."', []
     if base.word is not None:
         imports += _imports(base)
         if there:
