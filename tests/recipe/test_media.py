@@ -63,7 +63,7 @@ def test_sounds_in_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     text = begun("toy-whisper", "set")
     said = capsys.readouterr().out
     assert "trainer: speech" in text and "# 24 rows, read as sounds and what is said in them (audio, text)" in text
-    assert "8 sounds of 200 frames, with 32 tokens each" in said and "rows of" not in said
+    assert "2 sounds of 200 frames, with 32 tokens each" in said and "rows of" not in said
     (Path("set") / "metadata.jsonl").open("a").write('{"file_name": "gone.wav", "text": "x"}\n')
     with pytest.raises(RecipeError, match=r"metadata.jsonl, line 25: row 25 names a file that is not there"):
         prepare(load_recipe("r.yaml"))
@@ -102,5 +102,5 @@ def test_columns_of_other_names_tell_the_task(monkeypatch: pytest.MonkeyPatch) -
     answers = iter(["", "5%", ""])
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
     (Path("set") / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = commands._asked(Wanted("layerpeft://toy-whisper", "set"), True)
+    asked = commands.asked(Wanted("layerpeft://toy-whisper", "set"), True)
     assert (asked.task, asked.held_out, asked.out) == ("speech", "5%", "recipe.yaml")
