@@ -36,6 +36,7 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
         example = command_of(recipe, {"layerpeft.select": {"by": "gradient_norm", "keep": "25%"}}, "score")
         raise RecipeError(f"select: {recipe.select!r} chooses by place, so there is nothing to score; try\n  {example}")
     refuse_strangers(recipe.output_dir, SCORED)
+    found = None
     with contextlib.redirect_stdout(sys.stderr):
         setup = tokenized(prepare(recipe))
         if drops:
@@ -48,11 +49,17 @@ def score(recipe: Recipe, say: Say = print) -> Selection:
                 found = setup.recipe.config.examine(model)
                 selection = choose_among(model, select, found.layers, found.targets, batches, costs=found.costs)
     if is_first():
-        _write_scores(recipe, selection, KEY if drops else "layerpeft.select", say)
+        arms = (
+            arms_beside(selection.layers, choosable(recipe, found if recipe[KEY] is None else None))
+            if not drops and is_compared(recipe)
+            else ""
+        )
+        _write_scores(recipe, selection, KEY if drops else "layerpeft.select", arms, say)
     return selection
 
 
-def _write_scores(recipe: Recipe, selection: Selection, key: str, say: Say) -> None:
+def _write_scores(recipe: Recipe, selection: Selection, key: str, arms: str, say: Say) -> None:
+    """`arms`: to compare the choice with; empty where there is nothing."""
     scores = selection.scores
     assert scores is not None
     folder = room(recipe.output_dir, SCORED)
@@ -75,7 +82,6 @@ def _write_scores(recipe: Recipe, selection: Selection, key: str, say: Say) -> N
     select = {"by": str(folder / "scores.json"), **said}
     say("\nnext:")
     say(f"  {command_of(recipe, {'output_dir': f'{folder}-by-scores', key: select})}")
-    arms = arms_beside(selection.layers, choosable(recipe)) if key != KEY and is_compared(recipe) else ""
     if arms:
         say(f"  {command_of(recipe, verb='compare')} --arms {arms}")
 

@@ -20,6 +20,7 @@ from layerpeft.recipe.shipped import beside, recipes
 from layerpeft.recipe.yaml import Document, parse
 from layerpeft.selection import plugins
 from layerpeft.selection.choose import candidates
+from layerpeft.selection.examined import Examined
 from layerpeft.selection.select import SCORERS, Select
 from layerpeft.text import note
 
@@ -139,14 +140,14 @@ def among_of(select: Select) -> dict[str, Any]:
     return found
 
 
-def choosable(recipe: Recipe) -> list[int] | None:
+def choosable(recipe: Recipe, examined: Examined | None = None) -> list[int] | None:
     """The layers among which arms are chosen; None where that is not told beforehand: of parts or kinds of layers, of layers that
-    change while training."""
+    change while training. `examined`: what its config found in the model already; without it the empty one is looked at."""
     select = recipe.config.choosing
     if recipe.model is None or select.unit != "layer" or select.within is not None or select.is_scheduled:
         return None
-    found = recipe.config.examine(recipe.model)
-    return candidates(Select.parse(among_of(select)), found.layers, found.targets)
+    found = recipe.config.examine(recipe.model) if examined is None else examined
+    return candidates(Select(**among_of(select)), found.layers, found.targets)
 
 
 def arms_beside(layers: Sequence[int], among: Sequence[int] | None) -> str:
