@@ -83,14 +83,14 @@ def guess(columns: Sequence[str]) -> str | None:
 def init(wanted: Wanted) -> tuple[Path, Forecast]:
     """Writes the recipe, and plans it. Raises: UsageError with everything that is missing or wrong; RecipeError and ConfigError of
     the recipe that would be written, which then is not there."""
-    wanted, source, extra = _checked(wanted)
+    wanted, source, extra, config = _checked(wanted)
     assert wanted.task is not None
     given = {"model_name_or_path": wanted.model, "dataset_name": wanted.data, "columns": extra.get("columns")}
     seen = sees(given, wanted.task)
     read_as = taken(wanted.task, source.columns, extra.get("columns"), sees=seen)
     looked = Looked(len(source), tuple(source.columns), read_as, seen)
     path = expanded(wanted.out)
-    values, comments = _values(wanted, looked, extra)
+    values, comments = _values(wanted, looked, extra, config)
     with path.open("x", encoding="utf-8") as file:
         file.write(recipe_text(path, values, {}))
     try:
@@ -110,20 +110,20 @@ def init(wanted: Wanted) -> tuple[Path, Forecast]:
         raise
 
 
-def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any]]:
-    """With the task, and what the settings say. Raises: UsageError with every problem."""
+def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any], Any]:
+    """With the task, what the settings say, and the model's config. Raises: UsageError with every problem."""
     problems = Problems("init")
     for name, value in (("model", wanted.model), ("data", wanted.data)):
         if not value:
             problems.add(f"--{name}: missing; there is nobody to ask")
-    extra, source = _given(wanted, problems, True)
+    extra, source, config = _given(wanted, problems, True)
     if source is not None and wanted.task is None:
         wanted = replace(wanted, task=guess(list(extra.get("columns") or source.columns)))
         if wanted.task is None:
             problems.add(f"--task: missing; {unread(source.columns)}")
     problems.raise_if_any(UsageError)
     assert source is not None
-    return wanted, source, extra
+    return wanted, source, extra, config
 
 
 def unread(have: list[str]) -> str:
@@ -138,13 +138,13 @@ def unread(have: list[str]) -> str:
 def flags(wanted: Wanted, where: bool) -> dict[str, Any]:
     """The settings among what was said; `where`: a place to write to, too. Raises: UsageError with all that is wrong with it."""
     problems = Problems("init")
-    extra, _ = _given(wanted, problems, where)
+    extra, _, _ = _given(wanted, problems, where)
     problems.raise_if_any(UsageError)
     return extra
 
 
-def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, Any], rows.Source | None]:
-    """The settings, and the rows where they can be read. Adds whatever is wrong with what was said."""
+def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, Any], rows.Source | None, Any]:
+    """The settings, and the rows and the model's config where they can be read. Adds whatever is wrong with what was said."""
 
     def tried(flag: str, check: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -160,8 +160,7 @@ def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, A
     for fault in document.faults:
         problems.add(str(fault))
     extra = dict(document.data)
-    if wanted.model:
-        tried("model", check_model, wanted.model)
+    config = tried("model", check_model, wanted.model) if wanted.model else None
     source = tried("data", look, wanted.data, extra.get("sample_by")) if wanted.data else None
     if wanted.task is not None:
         tried("task", check_task, wanted, source, extra)
@@ -169,7 +168,7 @@ def _given(wanted: Wanted, problems: Problems, where: bool) -> tuple[dict[str, A
         tried("held-out", check_held_out, wanted.held_out)
     if where:
         tried("out", check_out, wanted.out)
-    return extra, source
+    return extra, source, config
 
 
 # ---- answers, one by one --------------------------------------------------------------------------------------------
@@ -235,13 +234,14 @@ def usual_share(count: int) -> str | None:
     return None if count < FEW else "10%" if count < SOME else "5%"
 
 
-def _values(wanted: Wanted, looked: Looked, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _values(
+    wanted: Wanted, looked: Looked, extra: Mapping[str, Any], config: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The recipe as it is asked for, and what is said of its values."""
-    assert wanted.task is not None and wanted.model is not None
+    assert wanted.task is not None
     row = ROWS[wanted.task]
     held_out = wanted.held_out or usual_share(looked.count)
     held_out = None if held_out == NONE else held_out
-    config = check_model(wanted.model)
     share = share_of(held_out) or 0.0
     left = max(1, looked.count - round(share * looked.count))
     found = pace(left, width_of(config) if config is not None else None, row.alone)
