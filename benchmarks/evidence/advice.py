@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from benchmarks.evidence.correlated import correlations
 from benchmarks.evidence.design import Design
 from benchmarks.evidence.found import Found
 from benchmarks.evidence.run import Run
+from benchmarks.evidence.store import by_rows
 from layerpeft.errors import ConfigError
 from layerpeft.recipe.evidence import FILE
 
@@ -39,21 +39,8 @@ def write(founds: Sequence[Found], path: Path = FILE) -> Path:
         "kept": _kept(judged),
         "methods": _methods(founds),
     }
-    path.write_text(_lines(data), encoding="utf-8")
+    path.write_text(by_rows(data), encoding="utf-8")
     return path
-
-
-def _lines(data: Mapping[str, Any]) -> str:
-    """JSON with a line for every row."""
-    parts = [
-        f"{json.dumps(name)}: " + (json.dumps(rows) if isinstance(rows, str) else f"[\n{_rows(rows)}\n]")
-        for name, rows in data.items()
-    ]
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    return ",\n".join(f"  {json.dumps(row)}" for row in rows)
 
 
 def _source(founds: Sequence[Found], judged: Sequence[Found]) -> str:

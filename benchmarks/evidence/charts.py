@@ -101,13 +101,13 @@ def _whiskers(spans: Sequence[Any]) -> list[list[float]]:
 
 def matched(founds: Sequence[Found], path: Path) -> Path:
     """A panel for every cell: held-out loss against operations with states kept, a line for every choice."""
-    asked = [found for found in founds if any(row[0] == found.name for row in tables.matched([found]))]
+    by_cell = {found.name: [row[1] for row in tables.matched([found])] for found in founds}
+    asked = [found for found in founds if by_cell[found.name]]
     figure, axes = _panels(len(asked), (4.3, 4.2))
     for axis, found in zip(axes, asked, strict=False):
-        by_name = {row[1]: row for row in tables.matched([found])}
         seeds = found.design.matched.seeds
         axis.axhline(tables.wanted(found, seeds), color=INK, linewidth=0.9, linestyle="--", label="all layers")
-        for index, name in enumerate(by_name):
+        for index, name in enumerate(by_cell[found.name]):
             xs, ys = tables.curve(found, name, True, seeds)
             axis.plot(xs, ys, marker="o", markersize=3.5, linewidth=1.6, color=LINES[index % len(LINES)], label=name)
         axis.set_title(found.name, fontsize=10, color=INK)

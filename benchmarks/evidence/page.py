@@ -7,13 +7,13 @@ ROWS names. With one of VALUES a column for every cell, and for the mean over al
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.found import Found
+from benchmarks.evidence.store import by_rows
 from benchmarks.evidence.tables import OVER, TABLES, plain, text_of
 from benchmarks.table import markdown
 from layerpeft.errors import ConfigError, unknown
@@ -29,15 +29,10 @@ Rows = Sequence[Mapping[str, Any]]
 def write(founds: Sequence[Found], figures: Path = FIGURES, page: Path = PAGE) -> Path:
     """Writes the figures of all tables, and fills the tables of the page by them."""
     known = {name: plain(name, founds) for name in TABLES}
-    lines = ",\n".join(f"{json.dumps(name)}: [\n{_lines(rows)}\n]" for name, rows in known.items())
     text = filled(page.read_text(encoding="utf-8"), known)
-    figures.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    figures.write_text(by_rows(known), encoding="utf-8")
     page.write_text(text, encoding="utf-8")
     return page
-
-
-def _lines(rows: Rows) -> str:
-    return ",\n".join(f"  {json.dumps(row)}" for row in rows)
 
 
 def filled(text: str, figures: Mapping[str, Rows]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,19 @@ class Store:
                 yield run.key not in self.lines(run.cell)
             finally:
                 place.unlink(missing_ok=True)
+
+
+def by_rows(data: Mapping[str, Any]) -> str:
+    """JSON with a line for every row of a list."""
+    parts = [
+        f"{json.dumps(name)}: {_listed(value) if isinstance(value, list) else json.dumps(value)}"
+        for name, value in data.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _listed(rows: list[Any]) -> str:
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
 
 
 def _last(file: Any) -> bytes:
