@@ -34,7 +34,7 @@ def refusal(
     for place in (Path(place) for place in reads if place is not None and Path(place).is_dir()):
         if place.resolve().is_relative_to(real):
             return f"{target} holds {place}, which is read: {other}"
-    if changed := strangers(target, [name for name in listed(target / RECORD)]):
+    if changed := strangers(target, list(listed(target / RECORD))):
         return f"{target} holds what was changed since it was written: {some(changed)}; move that away, or {other}"
     return None
 
