@@ -10,10 +10,13 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TextIO
 
 logger = logging.getLogger("layerpeft")
+_PRINTED: ContextVar[set[str] | None] = ContextVar("printed", default=None)  # lines, inside of `once`
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:(?:([KMGT])(I?))?(B))?\s*", re.IGNORECASE)
 LEAST, LEAST_WRITTEN = 1024, 1 << 20  # bytes: a number, and one in a text, below that rather lacks its unit
@@ -46,10 +49,25 @@ def left_behind() -> str | None:
 def note(message: str) -> None:
     """Prints one line, and logs it at INFO. Silent in all but the first process, and with LAYERPEFT_QUIET=1."""
     logger.info(message)
+    printed = _PRINTED.get()
+    if printed is not None and message in printed:
+        return
+    if printed is not None:
+        printed.add(message)
     if is_first() and os.environ.get("LAYERPEFT_QUIET") != "1":
         from tqdm.auto import tqdm  # once the command has said whether there are bars
 
         tqdm.write(on_screen(f"[layerpeft] {message}", sys.stderr), file=sys.stderr)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Inside, a line that `note` has printed is not printed again."""
+    before = _PRINTED.set(set())
+    try:
+        yield
+    finally:
+        _PRINTED.reset(before)
 
 
 def on_screen(text: str, file: TextIO) -> str:

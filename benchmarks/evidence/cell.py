@@ -23,7 +23,7 @@ from benchmarks.evidence.losses import measured, of_language
 from layerpeft.errors import ConfigError
 from layerpeft.model.costs import Costs
 from layerpeft.recipe import shipped
-from layerpeft.recipe.rows import fill
+from layerpeft.recipe.templates import fill
 
 Batch = dict[str, torch.Tensor]
 EVAL_ROWS = 16  # in one batch

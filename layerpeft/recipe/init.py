@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 import transformers
 
-from layerpeft.errors import LayerpeftError, Problem, Problems, RecipeError, UsageError, unknown
+from layerpeft.errors import LayerMapError, LayerpeftError, Problem, Problems, RecipeError, UsageError, unknown
 from layerpeft.integrations.places import expanded, missing
+from layerpeft.model.costs import costs_of
 from layerpeft.planning.fit import Fit
 from layerpeft.recipe import keys, rows, surroundings
 from layerpeft.recipe.beside.models import place_of
@@ -25,19 +25,22 @@ from layerpeft.recipe.pace import pace, width_of
 from layerpeft.recipe.plan import Forecast, forecast
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.reading import SAMPLE_BY
+from layerpeft.recipe.recipe import Recipe
 from layerpeft.recipe.sources import share_of
 from layerpeft.recipe.tasks.seeing import sees
 from layerpeft.recipe.tasks.tokenizing import tokenizer
+from layerpeft.recipe.templates import EXAMPLE, as_setting
 from layerpeft.recipe.trainer import prepare
 from layerpeft.recipe.trainers.table import ROWS, absent
 from layerpeft.recipe.written import recipe_text
 from layerpeft.recipe.yaml import override, parse
-from layerpeft.text import counted, no_size, size_of, size_text
+from layerpeft.text import counted, no_size, once, size_of, size_text
 from layerpeft.tuners.methods import DEFAULT
 
 LOOKED_AT = 200  # rows whose length is measured
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 FEW, SOME = 20, 200  # rows: below the first none are held out, below the second more of them
+TIME, SHARE = {"time": "75%"}, "50%"  # of a step that trains all layers, as the quickstart has it; else of the layers
 NONE = "none"  # of held-out rows
 MODEL = "model_name_or_path"
 
@@ -90,21 +93,55 @@ def init(wanted: Wanted) -> tuple[Path, Forecast]:
     read_as = taken(wanted.task, source.columns, extra.get("columns"), sees=seen)
     looked = Looked(len(source), tuple(source.columns), read_as, seen)
     path = expanded(wanted.out)
-    values, comments = _values(wanted, looked, extra, config)
+    room = wanted.room or _room()
+    values, comments = _values(wanted, looked, extra, config, room is not None)
     with path.open("x", encoding="utf-8") as file:
         file.write(recipe_text(path, values, {}))
-    try:
+    with _unwritten(path), once():
+        recipe = load_recipe(str(path), [f"max_train_samples={LOOKED_AT}", "eval_dataset=null"], "plan")
         if looked.seen and "max_length" not in extra:
             comments["max_length"] = "pictures are tokens, too, and are not cut"
         elif "max_length" in values and "max_length" not in extra:
-            values["max_length"], comments["max_length"] = _length(str(path))
-            path.write_text(recipe_text(path, values, comments), encoding="utf-8")
-        room = wanted.room or _room()
-        found = forecast(str(path), (), room)
+            values["max_length"], comments["max_length"] = _length(recipe)
+        found = _planned(
+            path, values, comments, "select" not in extra.get("layerpeft", {}) and _is_counted(recipe), room
+        )
         if isinstance(found.found, Fit):
             values, comments = _fitted(values, comments, found.found, str(room))
         path.write_text(recipe_text(path, values, comments), encoding="utf-8")
         return path, forecast(str(path)) if found.changes else found
+
+
+def _planned(
+    path: Path, values: dict[str, Any], comments: Mapping[str, str], timed: bool, room: str | None
+) -> Forecast:
+    """The plan of the recipe, within `room`. `timed`: layers are chosen by what they cost, unless none costs so little."""
+    if timed:
+        select = values["layerpeft"]["select"]
+        values["layerpeft"]["select"] = {**select, "keep": TIME}
+        path.write_text(recipe_text(path, values, comments), encoding="utf-8")
+        with contextlib.suppress(LayerpeftError):
+            return forecast(str(path), (), room)
+        values["layerpeft"]["select"] = select
+    path.write_text(recipe_text(path, values, comments), encoding="utf-8")
+    return forecast(str(path), (), room)
+
+
+def _is_counted(recipe: Recipe) -> bool:
+    """Whether what its layers cost follows from shapes; of other models it is traced, which takes minutes where rows are long."""
+    found = recipe.config.examine(recipe.model)
+    try:
+        costs_of(recipe.model, found.layers, found.targets)
+    except LayerMapError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _unwritten(path: Path) -> Iterator[None]:
+    """Where something goes wrong inside, the file is not there."""
+    try:
+        yield
     except BaseException:
         path.unlink()
         raise
@@ -120,7 +157,7 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any], Any]:
     if source is not None and wanted.task is None:
         wanted = replace(wanted, task=guess(list(extra.get("columns") or source.columns)))
         if wanted.task is None:
-            problems.add(f"--task: missing; {unread(source.columns)}")
+            problems.add(f"--data: {unread(source.columns)}")
     problems.raise_if_any(UsageError)
     assert source is not None
     return wanted, source, extra, config
@@ -128,11 +165,8 @@ def _checked(wanted: Wanted) -> tuple[Wanted, rows.Source, dict[str, Any], Any]:
 
 def unread(have: list[str]) -> str:
     """What to say of rows that no trainer reads as they are: what is needed, and the setting that says so of these columns."""
-    names = {"prompt": have[0], "completion": have[-1]} if len(have) > 1 else dict(zip(("text",), have, strict=False))
-    parts = (f"{name}: {json.dumps(f'{{{column}}}', ensure_ascii=False)}" for name, column in names.items())
-    example = f"{{{', '.join(parts)}}}"
     wanted = "`prompt` and `completion`, `messages`, `instruction` and `output`, `text`, or `text` and `label`"
-    return rows.lacking(wanted, have, f"columns={shlex.quote(example)}")
+    return rows.lacking(wanted, have, EXAMPLE if len(have) > 1 else {"text": "{sentence}"}, as_setting)
 
 
 def flags(wanted: Wanted, where: bool) -> dict[str, Any]:
@@ -235,9 +269,10 @@ def usual_share(count: int) -> str | None:
 
 
 def _values(
-    wanted: Wanted, looked: Looked, extra: Mapping[str, Any], config: Any
+    wanted: Wanted, looked: Looked, extra: Mapping[str, Any], config: Any, fitted: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe as it is asked for, and what is said of its values."""
+    """The recipe as it is asked for, and what is said of its values. `fitted`: blocks are recomputed only where nothing else
+    makes it fit."""
     assert wanted.task is not None
     row = ROWS[wanted.task]
     held_out = wanted.held_out or usual_share(looked.count)
@@ -249,13 +284,15 @@ def _values(
         "trainer": wanted.task, "model_name_or_path": wanted.model, "dataset_name": wanted.data,
         "eval_dataset": held_out if row.evaluates else None, "output_dir": f"outputs/{expanded(wanted.out).stem}",
         "layerpeft": {
-            "method": DEFAULT, "select": {"by": "gradient_norm", "keep": "50%"}, "r": 16, "lora_alpha": 32,
+            "method": DEFAULT, "select": {"by": "gradient_norm", "keep": SHARE}, "r": 16, "lora_alpha": 32,
             "target_modules": "all-linear",
         },
         "num_train_epochs": found.epochs, "per_device_train_batch_size": found.batch, "gradient_accumulation_steps": 1,
         "learning_rate": found.rate, "lr_scheduler_type": "cosine", "logging_steps": found.logging, "seed": 0,
     }  # fmt: skip
     values = {k: v for k, v in values.items() if v is not None}
+    if fitted:
+        values["gradient_checkpointing"] = False
     if "max_length" in keys.top_settings(wanted.task):
         values["max_length"] = None if looked.seen else LENGTHS[-1]
     said = counted(looked.count, "row") + (f", {looked.read_as}" if looked.read_as else "")
@@ -275,9 +312,8 @@ def _merged(values: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, An
     return {**values, **extra, **block}
 
 
-def _length(source: str) -> tuple[int, str]:
+def _length(recipe: Recipe) -> tuple[int, str]:
     """A max_length for the rows, and how that was found."""
-    recipe = load_recipe(source, [f"max_train_samples={LOOKED_AT}", "eval_dataset=null"], "plan")
     made, tokens = prepare(recipe).train, tokenizer(recipe)
     longest = sorted(_size(row, tokens) for row in made)
     most = longest[math.ceil(0.95 * len(longest)) - 1]

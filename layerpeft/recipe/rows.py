@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import re
-import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from layerpeft.integrations.places import ADDRESS, expanded, missing, neither
 from layerpeft.recipe import media
 from layerpeft.recipe.reading import LINE, Broken, Row, plain, read, text_of
 from layerpeft.recipe.shipped import resolve
+from layerpeft.recipe.templates import EXAMPLE, Say, fill, in_recipe, pieces_of, suited, template_columns
 from layerpeft.text import some
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -191,44 +191,25 @@ def broken_lines(path: Path, most: int | None = READ_AHEAD) -> list[str]:
     return list(islice(broken, SHOWN))
 
 
-def template_columns(template: str) -> list[str]:
-    """The columns that a template such as "Question: {question}" names.
-    Raises: ValueError with a readable sentence."""
-    return [name for _, name, _, _ in _pieces(template) if name is not None]
-
-
-def _pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"{template!r}: {error} (a brace that is text is written twice: {{{{)") from error
-    for _, name, form, change in pieces:
-        if name == "" or form or change:
-            raise ValueError(f"{template!r}: braces hold the name of a column and nothing else")
-    return pieces
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's values, as they were written, in place of `{column}`; an empty cell (None) is empty text."""
-    cells = [(text, None if name is None else row[name]) for text, name, _, _ in _pieces(template)]
-    return "".join(text + ("" if cell is None else text_of(cell)) for text, cell in cells)
-
-
 def column_problems(
-    trainer: str, have: list[str], columns: Mapping[str, str] | None, text_field: str | None = "text"
+    trainer: str,
+    have: list[str],
+    columns: Mapping[str, str] | None,
+    text_field: str | None = "text",
+    say: Say = in_recipe,
 ) -> list[tuple[str, str]]:
-    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence."""
+    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence.
+    `say`: how templates are written where that is read."""
     if not have:
         return []  # nothing could be read of them, and that is said elsewhere
     if columns:
         return template_problems(have, columns)
     wanted = f"`messages`, `prompt` and `completion`, `instruction` and `output`, or `{text_field}`"
-    example = 'columns: {prompt: "{question}", completion: "{answer}"}'
     if trainer == "sft" and (pictures := {"image", "images"} & set(have)):
         said = f"images are not trained on ({pictures.pop()}) by a model that reads none; for the words alone say which they are"
-        return [("", f"{said}, as in {example}")]
+        return [("", f"{said}, as in {say(EXAMPLE)}")]
     there = any(set(form) <= set(have) for form in forms(text_field or "text"))
-    return [] if there else [("", lacking(wanted, have, example))]
+    return [] if there else [("", lacking(wanted, have, EXAMPLE, say))]
 
 
 def template_problems(have: list[str], columns: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -240,15 +221,17 @@ def template_problems(have: list[str], columns: Mapping[str, str]) -> list[tuple
     ]
 
 
-def lacking(wanted: str, have: list[str], example: str) -> str:
-    """What rows with these columns need; `example`: of templates."""
+def lacking(wanted: str, have: list[str], example: Mapping[str, str], say: Say = in_recipe) -> str:
+    """What rows with these columns need; `example`: templates, which `say` writes."""
     if not have:
         return f"the rows need {wanted}, and have no columns"
     other = next((mark for mark in ";\t|" if len(have) == 1 and mark in have[0]), None)
     more = (
         f" (one column, with {other!r} in its name: a .csv has commas between its cells, a .tsv tabs)" if other else ""
     )
-    return f"the rows need {wanted}, and have {_names(have)}{more}; say what is what, as in {example}"
+    return (
+        f"the rows need {wanted}, and have {_names(have)}{more}; say what is what, as in {say(suited(example, have))}"
+    )
 
 
 def _names(have: list[str]) -> str:
@@ -558,7 +541,7 @@ def _alpaca(row: Mapping[str, Any], how: Shape) -> dict[str, Any]:
 
 def _filled(name: str, template: str, row: Mapping[str, Any]) -> str:
     """A template's text. Raises: Unfit where there is nothing to fill it with, or what there is is no text."""
-    pieces = _pieces(template)
+    pieces = pieces_of(template)
     named = [column for _, column, _, _ in pieces if column is not None]
     literal = "".join(text for text, _, _, _ in pieces).strip()
     if named and not literal and name != "system" and all(row[column] is None for column in named):

@@ -10,6 +10,7 @@ from layerpeft.errors import Problem, Problems, RecipeError, hint, told
 from layerpeft.integrations import trl
 from layerpeft.recipe import roles
 from layerpeft.recipe.rows import Source
+from layerpeft.recipe.templates import EXAMPLE, in_recipe
 
 NO_TEXT, NO_LABEL = "hold no text", "hold no label"
 WHAT = {"dataset_name": "training", "eval_dataset": "held-out"}
@@ -194,7 +195,7 @@ def _unreadable(
     if tokenizer.chat_template is None:
         cure = (
             "the tokenizer has no chat template: name a file (chat_template_path: ./template.jinja), or write rows as text, as in "
-            'columns: {prompt: "{question}", completion: "{answer}"}'
+            f"{in_recipe(EXAMPLE)}"
         )
     else:
         cure = "mend the row or take it out, or name another template (chat_template_path: ./template.jinja)"

@@ -13,7 +13,8 @@ from typing import Any
 from layerpeft.errors import UsageError, unknown
 from layerpeft.integrations import hub
 from layerpeft.integrations.files import replace_file
-from layerpeft.recipe.rows import load, template_columns
+from layerpeft.recipe.rows import load
+from layerpeft.recipe.templates import template_columns
 from layerpeft.text import on_screen
 from layerpeft.using.evaluate import (
     draw_confusion,
@@ -27,7 +28,7 @@ from layerpeft.using.evaluate import (
 from layerpeft.using.export.export import export as write_export
 from layerpeft.using.folder import Trained, find, load_found, tokenizer_of
 from layerpeft.using.generate import chat, check_template, check_writes, prompts_of, say_all
-from layerpeft.using.incoming import Incoming, incoming, source_of, templates
+from layerpeft.using.incoming import Incoming, check_learned, incoming, source_of, templates
 from layerpeft.using.kinds import check_seen, way_of
 from layerpeft.using.options import read_options
 from layerpeft.using.predict import predict as write_predictions
@@ -81,6 +82,8 @@ def eval(args: argparse.Namespace) -> None:
         if found.recipe.row.vectors:
             check_there(found)
         if by_trainer or found.recipe.row.vectors or found.kind.endswith("CausalLM") and not args.answers:
+            text = not (by_trainer or found.recipe.row.vectors or found.trainer == "causal_lm")
+            check_learned(args.rows, found.recipe, None if text else found.recipe.task, there, columns)
             source = load(args.rows, config=None, split=args.split, by=_by(args, found))
             assert source is not None
             model, tokenizer = load_found(found), tokenizer_of(found)

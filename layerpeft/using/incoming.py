@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layerpeft.errors import Problem, RecipeError, UsageError
+from layerpeft.errors import Problem, Problems, RecipeError, UsageError
 from layerpeft.recipe.reading import Broken
-from layerpeft.recipe.rows import Source, lacking, load, local_files, template_columns
-from layerpeft.recipe.tasks.shape import How, cells, undecoded
+from layerpeft.recipe.recipe import Recipe
+from layerpeft.recipe.rows import Source, column_problems, lacking, load, local_files
+from layerpeft.recipe.tasks.shape import How, cells, problems_of, undecoded
 from layerpeft.recipe.tasks.task import Known
+from layerpeft.recipe.templates import as_flags, suited, template_columns
 from layerpeft.recipe.trainers.table import task_of
 
 
@@ -94,8 +96,25 @@ def incoming(
             declared = tuple((n, found) for n in names if (found := source.classes(n)))
             return Incoming(source, How(task, (), names, Known(declared, homes)))
     wanted = "; or ".join(" and ".join(f"`{n}`" for n in form) for form in forms)
-    example = " ".join(f"--column {n}='{{…}}'" for n in forms[0])
-    raise RecipeError(Problem(("columns",), f"{rows}: {lacking(wanted, have, example)}"))
+    example = {name: f"{{{name}}}" for name in forms[0]}
+    raise RecipeError(Problem(("columns",), f"{rows}: {lacking(wanted, have, example, as_flags)}"))
+
+
+def check_learned(rows: str, recipe: Recipe, task: Any, have: list[str], columns: Mapping[str, str] | None) -> None:
+    """Whether a loss can be taken of rows with the columns `have`; what is said names them in the templates that were trained.
+
+    `task`: of the trainer that takes it, None for that of text. Raises: RecipeError."""
+    own = recipe.values.get("columns")
+
+    def say(example: Mapping[str, str]) -> str:
+        return as_flags(suited(own, have) if own else example)
+
+    field = recipe["dataset_text_field"] if task is None else None
+    told = column_problems("sft", have, columns, field, say) if task is None else problems_of(task, have, columns, say)
+    problems = Problems(rows)
+    for name, sentence in told:
+        problems.add(f"--column {name}: {sentence}" if name else sentence, "columns")
+    problems.raise_if_any(RecipeError)
 
 
 def templates(words: Sequence[str]) -> dict[str, str]:

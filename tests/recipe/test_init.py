@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
 
 from layerpeft.cli import main
 from layerpeft.recipe import commands, init
 from layerpeft.recipe.init import Wanted, guess
 from layerpeft.recipe.pace import Pace, pace
 from layerpeft.recipe.read import load_recipe
+from layerpeft.recipe.shipped import resolve
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -40,7 +42,11 @@ def test_the_recipe_plans_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
         8,
         2,
     ) and "# 112 steps of 2 rows" in text
-    assert recipe["learning_rate"] == 1e-3 and recipe.select == {"by": "gradient_norm", "keep": "50%"}
+    assert recipe["learning_rate"] == 1e-3 and recipe.select == {
+        "by": "gradient_norm",
+        "keep": {"time": "75%", "length": 64},
+    }
+    assert recipe["gradient_checkpointing"] is False  # 30 rows of 64 tokens fit without
     assert main(["plan", "r.yaml"]) == 0
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--out", "r.yaml"]) == 2  # nothing is written over
     assert "r.yaml exists already" in capsys.readouterr().err and Path("r.yaml").read_text() == text
@@ -50,7 +56,7 @@ def test_the_recipe_plans_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "45MB"]) == 0
     text = Path("recipe.yaml").read_text()
-    assert "and gives up:" in text
+    assert "and gives up:" in text and "gradient_checkpointing: true" in text
     assert main(["plan", "recipe.yaml", "--fit", "45MB"]) == 0
     assert "fits as it is" in capsys.readouterr().out
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "1MB", "--out", "small.yaml"]) == 2
@@ -155,7 +161,7 @@ def test_what_was_said_is_judged_before_the_first_question(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("Question,Answer\na,b\n", 'columns=\'{prompt: "{Question}", completion: "{Answer}"}\''),
+        ("Question,Answer\na,b\n", 'columns=\'{prompt: "{Question}\\n", completion: "{Answer}"}\''),
         ("prompt;completion\na;b\n", "one column, with ';' in its name: a .csv has commas between its cells"),
         ("what\na\n", "columns='{text: \"{what}\"}'"),
     ],
@@ -166,7 +172,7 @@ def test_rows_that_nothing_reads_say_what_is_what(
     Path("d.csv").write_text(text)
     assert main(["init", *LLAMA, "--data", "d.csv"]) == 2
     said = capsys.readouterr().err
-    assert says in said and "there is nobody to ask" not in said
+    assert says in said and "there is nobody to ask" not in said and "--task" not in said
     if "columns=" in says:  # as it is printed
         setting = shlex.split(said.rpartition("as in ")[2])[0]
         assert guess(list(init.flags(Wanted(settings=(setting,)), where=False)["columns"])) == "sft"
@@ -187,7 +193,7 @@ def test_most_rows_fit_where_one_is_long() -> None:
         "trainer: sft\nmodel_name_or_path: layerpeft://llama-6m\ndataset_name: long.jsonl\noutput_dir: out\n"
         "layerpeft: {select: last:1}\n"
     )
-    limit, said = init._length("r.yaml")
+    limit, said = init._length(load_recipe("r.yaml", ["max_train_samples=200"], "plan"))
     assert limit == 64 and "the longest 3" in said
 
 
@@ -205,6 +211,25 @@ def test_most_rows_fit_where_one_is_long() -> None:
 def test_few_rows_come_more_often_and_fewer_at_a_time(rows: int, width: int | None, alone: bool, found: Pace) -> None:
     assert pace(rows, width, alone) == found
     assert 1 <= found.logging <= 10 and found.steps / found.logging >= 10
+
+
+def test_where_no_layer_takes_so_little_or_nobody_counts_it_a_share_of_the_layers_trains(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LAYERPEFT_QUIET", raising=False)
+    narrow = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=4096
+    )
+    for place, config in (
+        ("narrow", narrow),
+        ("strange", MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=4096)),
+    ):
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
+        AutoTokenizer.from_pretrained(resolve("layerpeft://llama-6m")).save_pretrained(place)
+        words = ["--model", place, "--data", "rows.jsonl", "--fit", "24GB", "--out", f"{place}.yaml", "max_length=16"]
+        assert main(["init", *words]) == 0
+        assert capsys.readouterr().err.count("reading the rows") == 1
+        assert load_recipe(f"{place}.yaml", purpose="plan").select == {"by": "gradient_norm", "keep": "50%"}
 
 
 @pytest.mark.slow

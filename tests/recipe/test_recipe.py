@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from layerpeft.errors import RecipeError
-from layerpeft.recipe import cures, foreign, keys, rows, shipped
+from layerpeft.recipe import cures, foreign, keys, rows, shipped, templates
 from layerpeft.recipe.beside import rewards
 from layerpeft.recipe.read import load_recipe
 from layerpeft.recipe.recipe import layer_config, to_yaml, training_arguments
@@ -311,13 +311,13 @@ def test_chat_templates_make_messages() -> None:
 
 
 def test_templates() -> None:
-    assert rows.fill("{a} and {{b}} and {c d}", {"a": 1, "c d": "x"}) == "1 and {b} and x"
-    assert rows.template_columns("{a}{b}") == ["a", "b"]
+    assert templates.fill("{a} and {{b}} and {c d}", {"a": 1, "c d": "x"}) == "1 and {b} and x"
+    assert templates.template_columns("{a}{b}") == ["a", "b"]
     for template in ("{a!r}", "{a:>3}", "{}", "{a", "a}"):
         with pytest.raises(ValueError, match="brace"):
-            rows.fill(template, {"a": 1})
+            templates.fill(template, {"a": 1})
     with pytest.raises(KeyError):  # a dot is part of the name, never an attribute
-        rows.fill("{a.real}", {"a": 1})
+        templates.fill("{a.real}", {"a": 1})
 
 
 def test_shipped_addresses() -> None:

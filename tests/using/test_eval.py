@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_the_ready_line_runs_on_a_local_task(writer, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.slow
+def test_columns_of_other_names_are_asked_for_by_the_words_that_work(writer, tmp_path, capsys):
+    rows = [{"q": row["prompt"], "a": row["completion"]} for row in ROWS]
+    words = ["eval", str(writer), lines(tmp_path / "rows.jsonl", rows)]
+    (recipe := writer / "recipe.yaml").write_text("columns: {prompt: 'It is\\n: {x}', completion: ' {y}'}\n")
+    try:
+        assert main(words) == 2
+        flags = shlex.split(capsys.readouterr().err.partition(", as in ")[2])
+        assert flags == ["--column", "prompt=It is\\n: {q}", "--column", "completion= {a}"]
+        recipe.unlink()
+        assert main(words) == 2
+        said = capsys.readouterr().err.partition(", as in ")[2]
+        flags = subprocess.run(
+            ["bash", "-c", f"printf '%s|' {said}"], capture_output=True, text=True, check=True
+        ).stdout
+        assert flags == "--column|prompt={q}\n|--column|completion={a}|"
+        assert main([*words, *flags.split("|")[:-1]]) == 0 and "loss: " in capsys.readouterr().out
+    finally:
+        recipe.unlink(missing_ok=True)
+
+
 def test_exact_answers_are_those_that_it_generates(writer, tmp_path, capsys):
     prompts = [{"prompt": r["prompt"]} for r in ROWS]
     words = [lines(tmp_path / "rows.jsonl", prompts), "--out", str(tmp_path / "p.jsonl"), "max_new_tokens=3"]

@@ -10,6 +10,7 @@ from layerpeft.recipe.importing import data, methods
 from layerpeft.recipe.importing.data import ALPACA, ASKED, LIKED, PAIRS, TEXT, TURNS, Rows
 from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, said, whole
 from layerpeft.recipe.importing.rules import KERNEL, TOKENS, Rule, lora, on, out, to, together
+from layerpeft.recipe.templates import EXAMPLE, in_recipe
 
 MARKS = (
     "base_model", "adapter", "datasets", "micro_batch_size", "sequence_len", "sample_packing", "val_set_size", "lora_r",
@@ -236,7 +237,7 @@ def _form(draft: Draft, key: str, given: Mapping[str, Any]) -> tuple[str, dict[s
             why = "turns are read of messages or conversations, with role and content or from and value; rename them"
             draft.leave(f"{key}.field_messages", why, f"{column} ({who}, {says})")
     elif not form and kind is not None and draft.trainer == "sft":
-        why = 'this prompt format is not known; say what is what, as in columns: {prompt: "{question}", completion: "{answer}"}'
+        why = f"this prompt format is not known; say what is what, as in {in_recipe(EXAMPLE)}"
         draft.leave(f"{key}.type", why, kind)
     return form, columns, told if kind is not None else ""
 

@@ -11,6 +11,7 @@ from layerpeft.recipe.importing.data import Rows
 from layerpeft.recipe.importing.draft import NO_TRAINER, Draft, flag, number, said, whole, words
 from layerpeft.recipe.importing.rules import ELSEWHERE, Rule, lora, on, out, to, together
 from layerpeft.recipe.importing.shell import PROGRAM
+from layerpeft.recipe.templates import EXAMPLE, in_recipe
 
 MARKS = (
     "train_type",
@@ -237,7 +238,7 @@ def _columns(draft: Draft) -> None:
     if {"query", "response"} <= ours.keys():
         draft.put("columns", data.asked(ours["query"], ours["response"], ours.get("system")), "columns")
     else:
-        draft.leave("columns", 'say what is what, as in columns: {prompt: "{question}", completion: "{answer}"}')
+        draft.leave("columns", f"say what is what, as in {in_recipe(EXAMPLE)}")
 
 
 # ---- everything else ------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def trainer(setup: Any, model: Any) -> dict[str, Any]:
 TASK = Task(
     forms=(("question", "context", "answers"), ("question", "context", "answer")),
     more=("answer_start",),
-    example='columns: {question: "{query}", context: "{passage}", answer: "{answer}"}',
+    example={"question": "{query}", "context": "{passage}", "answer": "{answer}"},
     row=row,
     types={"texts": "texts", "starts": "counts"},
     processing=processing,

@@ -141,7 +141,7 @@ def measure(head: Head) -> str:
 TASK = Task(
     forms=(("text", "label"), ("text", "text_pair", "label")),
     more=("text_pair",),
-    example='columns: {text: "{sentence}", label: "{class}"}',
+    example={"text": "{sentence}", "label": "{class}"},
     row=row,
     types={},
     processing=tokenizer,

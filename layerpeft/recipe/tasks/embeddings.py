@@ -197,7 +197,7 @@ def write(trainer: Any, folder: Path) -> None:
 TASK = Task(
     forms=(PAIR, SCORED, ALIKE, CLASS),
     more=NEGATIVES,
-    example='columns: {anchor: "{question}", positive: "{answer}"}',
+    example={"anchor": "{question}", "positive": "{answer}"},
     row=row,
     types={"score": "number"},
     processing=with_limit,

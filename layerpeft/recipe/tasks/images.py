@@ -72,7 +72,7 @@ def trainer(setup: Any, model: Any) -> dict[str, Any]:
 
 TASK = Task(
     forms=(("image", "label"),),
-    example='columns: {image: "{file}", label: "{class}"}',
+    example={"image": "{file}", "label": "{class}"},
     row=row,
     types={"image": "file"},
     processing=processing,

@@ -102,12 +102,12 @@ def _one_number(recipe: Any, rows: Any, source: Any, processing: Any) -> Head:
     return Head(("reward",))
 
 
-def _task(forms: tuple[tuple[str, ...], ...], row: Any, example: str) -> Task:
+def _task(forms: tuple[tuple[str, ...], ...], row: Any, example: Mapping[str, str]) -> Task:
     kinds = {**dict.fromkeys(("prompt", *ANSWERS), "said"), "label": "flag"}
     trainer: Any = lambda setup, model: {}  # noqa: E731
     return Task(forms, example, row, kinds, tokenizer, _no_head, features, trainer, more=("input",))
 
 
-PAIRS = _task(PAIRED, pair, 'columns: {prompt: "{question}", chosen: "{better}", rejected: "{worse}"}')
+PAIRS = _task(PAIRED, pair, {"prompt": "{question}\n", "chosen": "{better}", "rejected": "{worse}"})
 JUDGED = replace(PAIRS, head=_one_number, measure=lambda head: "eval_accuracy", new_head=True)
-UNPAIRED = _task((*LIKED, *PAIRED), liked, 'columns: {prompt: "{question}", completion: "{answer}", label: "{liked}"}')
+UNPAIRED = _task((*LIKED, *PAIRED), liked, {"prompt": "{question}\n", "completion": "{answer}", "label": "{liked}"})

@@ -36,7 +36,7 @@ def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
 
 TAUGHT = Task(
     ASKED,
-    'columns: {prompt: "Question: {question}"}',
+    {"prompt": "Question: {question}"},
     row,
     {"prompt": "said"},
     tokenizer,

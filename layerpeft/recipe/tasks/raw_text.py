@@ -56,7 +56,7 @@ def padded(setup: Any, model: Any) -> dict[str, Any]:
 
 
 NEXT = Task(
-    forms=(("text",),), example='columns: {text: "{article}"}', row=row, types={}, processing=tokenizer, head=head, features=blocks,
+    forms=(("text",),), example={"text": "{article}"}, row=row, types={}, processing=tokenizer, head=head, features=blocks,
     trainer=padded,
 )  # fmt: skip
 
@@ -122,6 +122,6 @@ def masking(setup: Any, model: Any) -> dict[str, Any]:
 
 
 MASKED = Task(
-    forms=(("text",),), example='columns: {text: "{article}"}', row=row, types={}, processing=with_mask, head=head, features=texts,
+    forms=(("text",),), example={"text": "{article}"}, row=row, types={}, processing=with_mask, head=head, features=texts,
     trainer=masking,
 )  # fmt: skip

@@ -75,7 +75,7 @@ def generated(tokenizer: Any, judge: Any) -> Any:
 
 TASK = Task(
     forms=(("source", "target"),),
-    example='columns: {source: "{article}", target: "{summary}"}',
+    example={"source": "{article}", "target": "{summary}"},
     row=row,
     types={},
     processing=tokenizer,

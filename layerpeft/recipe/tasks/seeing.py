@@ -87,7 +87,7 @@ def trainer(setup: Any, model: Any) -> dict[str, Any]:
 TASK = Task(
     forms=tuple((*form, seen) for form in (*TEXTS, ("user", "assistant")) for seen in SEEN),
     more=("system",),
-    example='columns: {image: "{file}", prompt: "{question}", completion: "{answer}"}',
+    example={"image": "{file}", "prompt": "{question}", "completion": "{answer}"},
     row=row,
     types={"images": "files", "messages": "said", "prompt": "said", "completion": "said"},
     processing=processing,

@@ -15,10 +15,10 @@ from layerpeft.recipe.rows import (
     dataset,
     fill,
     lacking,
-    template_columns,
     template_problems,
 )
 from layerpeft.recipe.tasks.task import Known, Task
+from layerpeft.recipe.templates import Say, in_recipe, template_columns
 
 WAYS = {str: "text", list: "a list", float: "a number"}
 
@@ -38,8 +38,11 @@ def form_of(task: Task, have: list[str]) -> tuple[str, ...]:
     return next((form for form in task.forms if set(form) <= set(have)), ())
 
 
-def problems_of(task: Task, have: list[str], columns: Mapping[str, str] | None) -> list[tuple[str, str]]:
-    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence."""
+def problems_of(
+    task: Task, have: list[str], columns: Mapping[str, str] | None, say: Say = in_recipe
+) -> list[tuple[str, str]]:
+    """What keeps rows with the columns `have` from being trained on: the template at fault ("" for none), and a sentence.
+    `say`: how templates are written where that is read."""
     if not have:
         return []  # nothing could be read of them, and that is said elsewhere
     if columns:
@@ -48,7 +51,7 @@ def problems_of(task: Task, have: list[str], columns: Mapping[str, str] | None) 
         return []
     smallest = [form for form in task.forms if not any(set(other) < set(form) for other in task.forms)]
     wanted = "; or ".join(" and ".join(f"`{name}`" for name in form) for form in smallest)
-    return [("", lacking(wanted, have, task.example))]
+    return [("", lacking(wanted, have, task.example, say))]
 
 
 def shape(source: Source, task: Task, columns: Mapping[str, str] | None, most: int | None = None) -> Any:

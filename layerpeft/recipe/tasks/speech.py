@@ -190,7 +190,7 @@ def spelled(words: Any, ids: Any) -> list[str]:
 
 TASK = Task(
     forms=(("audio", "text"),),
-    example='columns: {audio: "{file}", text: "{sentence}"}',
+    example={"audio": "{file}", "text": "{sentence}"},
     row=row,
     types={"audio": "file", "seconds": "number"},
     processing=processing,

@@ -115,7 +115,7 @@ def trainer(setup: Any, model: Any) -> dict[str, Any]:
 
 TASK = Task(
     forms=tuple(("tokens", name) for name in TAGS),
-    example='columns: {tokens: "{words}", tags: "{ner}"}',
+    example={"tokens": "{words}", "tags": "{ner}"},
     row=row,
     types={"tokens": "texts", "tags": "texts"},
     processing=processing,

@@ -64,7 +64,7 @@ class Task:
     """
 
     forms: tuple[tuple[str, ...], ...]
-    example: str
+    example: Mapping[str, str]
     row: Callable[[Mapping[str, Any], Known], dict[str, Any]]
     types: Mapping[str, str]
     processing: Callable[[Any, Any], Any]

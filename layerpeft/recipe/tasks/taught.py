@@ -13,6 +13,7 @@ from layerpeft.recipe.tasks.task import Head, Known, Part, Task
 from layerpeft.recipe.tasks.tokenizing import encoded, tokenizer
 from layerpeft.recipe.tasks.turns import answer, asked, prompt_of, question, said
 from layerpeft.recipe.tasks.written import check_template
+from layerpeft.recipe.templates import EXAMPLE
 
 SPOKEN = (("system", "user", "assistant"), ("user", "assistant"))
 FORMS = (*((*form, "completion") for form in ASKED), *((name,) for name in TURNS), *SPOKEN)
@@ -63,7 +64,7 @@ def features(part: Any, given: Part) -> tuple[Any, tokens.Tally]:
 
 TASK = Task(
     FORMS,
-    'columns: {prompt: "{question}", completion: "{answer}"}',
+    EXAMPLE,
     row,
     {"prompt": "said", "completion": "said"},
     tokenizer,
