@@ -17,6 +17,7 @@ from layerpeft.selection.grammar import how_many
 from layerpeft.text import literal
 
 ASKED = ("prompt", "source", "text")  # columns of a row that may be gone on from
+_EXTRA = "(pip install 'layerpeft[gguf]')"  # which both are written by
 WORDS = 6  # of a prompt
 WRITES = "CAUSAL_LM"  # PEFT's name for models that write text on and on
 
@@ -29,7 +30,9 @@ def commands(recipe: Recipe, folder: Path, template: bool, example: Mapping[str,
     lines = _use(recipe, folder, template, example)
     into = [f"{_line('merge', folder, f'{folder}-merged')}    # a full model, for where adapters cannot go"]
     if recipe.row.task_type == WRITES:
-        into.append(f"{_line('export', folder, '--to', 'vllm')}    # what vLLM serves, and how; also: gguf, ollama")
+        into.append(
+            f"{_line('export', folder, '--to', 'vllm')}    # what vLLM serves, and how; also: gguf, ollama {_EXTRA}"
+        )
     if not (folder / MANIFEST).is_file():  # plain LoRA on every layer
         return [*lines, *into]
     call = f"import layerpeft; print(layerpeft.layer_report(layerpeft.load({literal(str(folder))})))"

@@ -183,8 +183,11 @@ def test_what_llama_cpp_does_not_take_is_said_with_what_it_does(base, tmp_path, 
 def test_without_the_package_it_says_how_to_get_it(base, tmp_path, monkeypatch, capsys):
     trained(base, tmp_path / "a")
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
-    assert main(["export", str(tmp_path / "a"), "--to", "gguf"]) == 2
-    assert "pip install 'layerpeft[gguf]'" in capsys.readouterr().err
+    for to in ("gguf", "ollama"):
+        assert main(["export", str(tmp_path / "a"), "--to", to]) == 2
+        said = capsys.readouterr().err
+        assert "pip install 'layerpeft[gguf]'" in said and f"is not exported to {to}" in said
+        assert "as a whole model" not in said, "an adapter goes, once the package is there"
 
 
 def test_a_modelfile_begins_with_the_base_or_with_the_model_beside_it(base, tmp_path, capsys):

@@ -110,9 +110,11 @@ def _check(subject: Subject, to: str, target: Path | None, overwrite: bool) -> N
     """Raises: ExportError naming every problem."""
     found = _problems(subject, to)
     reads = (subject.found.folder, subject.found.base)
+    lacks = None if to == MERGED else SERVERS[to].lacks(subject)
     blocked = refusal(target, overwrite, reads, "name a new folder (--out DIR)") if target is not None else None
-    problems = Problems(_title(subject, to) if found else f"{subject.given} cannot be exported")
-    for text in [*found, *([blocked] if blocked else [])]:
+    problems = Problems(_title(subject, to) if found else f"{subject.given} is not exported to {to}")
+    install = f"the package gguf, which writes it, is not installed: {lacks}" if lacks else None
+    for text in [*found, *filter(None, (install, blocked))]:
         problems.add(text)
     problems.raise_if_any(ExportError)
 

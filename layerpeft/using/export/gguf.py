@@ -28,13 +28,11 @@ def problems(subject: Subject) -> list[str]:
     adapter = subject.adapter
     if adapter is None:
         return found
-    if cure := gguf.missing():
-        found.append(f"the package gguf is not installed: {cure}")
     layout = LAYOUTS.get(subject.architecture)
     if layout is None:
         found.append(unknown("architecture", subject.architecture, LAYOUTS))
     found += faults(adapter, LLAMA_CPP)
-    if layout is not None and not cure:
+    if layout is not None and not lacks(subject):
         called = gguf.names_of(layout.name, subject.config.num_hidden_layers)
         if lost := [name for name in adapter.factors if called(name) is None]:
             found.append(f"{some(lost)}: llama.cpp has no such linears in a model of the kind {layout.name}")
@@ -43,6 +41,11 @@ def problems(subject: Subject) -> list[str]:
             "lm_head: the base has its head and its embeddings in one tensor, on which llama.cpp takes no adapter"
         )
     return found
+
+
+def lacks(subject: Subject) -> str | None:
+    """The command that installs what writing takes; None where nothing is missing."""
+    return gguf.missing() if subject.adapter is not None else None
 
 
 def order(rows: int, heads: int) -> torch.Tensor:

@@ -36,6 +36,9 @@ def problems(subject: Subject) -> list[str]:
     return found
 
 
+lacks = gguf.lacks
+
+
 def start_of(subject: Subject) -> str:
     """What FROM names: what was said, or where the base lies."""
     named = subject.start or subject.found.place

@@ -76,6 +76,11 @@ def added(adapter: Adapter, model: nn.Module) -> dict[str, Factor]:
     return found
 
 
+def lacks(subject: Subject) -> str | None:
+    """Nothing besides this package."""
+    return None
+
+
 def write(subject: Subject, into: Path) -> str:
     """Writes an adapter whose modules all have one scale, in all that vLLM joins. Returns what it is, in words."""
     adapter = subject.adapter
