@@ -248,12 +248,15 @@ def _trainer(setup: Setup, select: Mapping[str, Any]) -> tuple[Any, Any]:
 def _train(setup: Setup, entry: Entry, trainer: Any, model: Any) -> Run:
     began = time.process_time()
     seconds = train(trainer)
-    if torch.get_num_threads() == 1 and not torch.accelerator.is_available():
+    alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+    if alone:
         seconds = time.process_time() - began  # which does not grow when others use the machine
     found = held_out_numbers(trainer)
     trainable, _ = model.get_nb_trainable_parameters()
     seed, rate, steps = int(entry.recipe["seed"]), float(trainer.args.learning_rate), int(trainer.state.global_step)
-    return Run(entry.arm, entry.layers, trainable, found[setup.measure], round(seconds, 1), found, seed, steps, rate)
+    return Run(
+        entry.arm, entry.layers, trainable, found[setup.measure], round(seconds, 1), found, seed, steps, rate, alone
+    )
 
 
 def _write(recipe: Recipe, found: Comparison) -> Path:

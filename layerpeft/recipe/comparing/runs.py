@@ -23,7 +23,7 @@ VERSIONS = ("layerpeft", "torch", "transformers", "peft", "trl")
 @dataclass(frozen=True)
 class Run:
     """One trained model: its arm and layers, trainable parameters, the number on held-out rows that arms are compared by, seconds
-    of training, all numbers; its training seed, steps and learning rate."""
+    of training, all numbers; its training seed, steps and learning rate; whether the seconds are the processor's."""
 
     arm: str
     layers: tuple[int, ...]
@@ -34,6 +34,7 @@ class Run:
     seed: int = 0
     steps: int = 0
     rate: float = 0.0
+    processor: bool = False
 
     @property
     def group(self) -> str:

@@ -50,7 +50,7 @@ class Comparison:
 def table(found: Comparison) -> str:
     """One line per arm and draw, and one for the random draws together."""
     name = NAMES[found.measure]
-    heads = ("arm", f"{found.unit}s", "trainable", name, "seconds")
+    heads = ("arm", f"{found.unit}s", "trainable", name, _clock(found))
     rows: list[tuple[str, ...]] = [heads, ("before training", "", "", measured(found.before), "")]
     for run in averaged(found.runs):
         layers = _shown(run, found)
@@ -66,7 +66,7 @@ def arms_table(found: Comparison) -> str:
     """One line per arm: what it was given, how much of the budget that is, its number with the 95 % interval, how much better than
     the recipe's it is, and what it took."""
     heads = ["arm", f"{found.unit}s", "rank", "steps", "rate", "trainable", "bytes", "operations", "of budget"]
-    heads += [NAMES[found.measure], "gain", "seconds"]
+    heads += [NAMES[found.measure], "gain", _clock(found)]
     rows = [heads]
     for standing in found.standings:
         given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
@@ -89,6 +89,11 @@ def arms_table(found: Comparison) -> str:
         )
     lines = grid(rows, "<>")
     return "\n".join([*lines, *(f"left out: {one.arm}: {one.why}" for one in found.left_out)])
+
+
+def _clock(found: Comparison) -> str:
+    """What seconds of training are of."""
+    return "processor s" if all(run.processor for run in found.runs) else "seconds"
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def draw(found: Comparison, path: Path) -> None:
     axes = figure.subplots(1, 3 if wide else 1, squeeze=False)[0]
     _dots(axes[0], found)
     if wide:
-        _against(axes[1], found, "seconds of training")
+        _against(axes[1], found, "seconds of training", _clock(found))
         _against(axes[2], found, "MiB at the peak of a step, as planned")
     write_figure(figure, path, dpi=120)
 
@@ -187,12 +192,10 @@ def _dots(axes: Any, found: Comparison) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _against(axes: Any, found: Comparison, what: str) -> None:
+def _against(axes: Any, found: Comparison, what: str, clock: str = "") -> None:
     for place, standing in enumerate(found.standings):
         given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
-        taken = (
-            standing.seconds if what.startswith("seconds") else statistics.fmean(g.peak_bytes for g in given) / 2**20
-        )
+        taken = standing.seconds if clock else statistics.fmean(g.peak_bytes for g in given) / 2**20
         if math.isfinite(standing.value.mean):
             error = {"yerr": standing.value.margin or 0, "capsize": 3, "elinewidth": 0.9}
             axes.errorbar(taken, standing.value.mean, fmt="o", color=_colour(place, found), label=standing.arm, **error)
