@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from layerpeft.errors import LayerpeftError, Problems, ScoreError, SelectionError, unknown
+from layerpeft.errors import LayerpeftError, Problems, ScoreError, SelectionError, nearest, unknown
 from layerpeft.model.heads import HEAD
 from layerpeft.model.layers import LayerMap
 from layerpeft.model.names import lying_in
@@ -180,7 +180,8 @@ def _parse(cls: type[Select], given: dict[str, Any], problems: Problems) -> Sele
     own = [f.name for f in fields(cls) if f.name != "options"]
     known = {k: _plain(given.pop(k)) for k in list(given) if k in own}
     given = {k: v for k, v in given.items() if v is not None}  # null: not given
-    bare = known.get("keep") is None
+    misspelt = any(nearest(name, own) == "keep" for name in given)  # is one problem, told below
+    bare = known.get("keep") is None and not misspelt
     keep = known.get("keep")
     if isinstance(keep, Mapping):
         Budget.parse(keep, problems)

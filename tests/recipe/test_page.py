@@ -135,6 +135,15 @@ def test_a_page_shows_all_of_a_run_and_nothing_of_it_runs(tmp_path: Path) -> Non
     assert page(facts(tmp_path)) == text, "the same folder, the same page"
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [((3.5, 3, 4), "a rule weighed them, and the highest are not all"), ((2, 3, 4), "higher trains first")],
+)
+def test_what_is_said_of_scores_is_true_of_the_choice(scores: tuple[float, ...], said: str, tmp_path: Path) -> None:
+    rows = [{"layer": i, "name": f"l.{i}", "score": s, "chosen": i > 0} for i, s in enumerate(scores)]
+    assert said in write_page(folder(tmp_path, MANIFEST | {"report": rows})).read_text()
+
+
 def test_the_command_writes_page_and_card_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder(tmp_path))]) == 0
     assert str(tmp_path / PAGE) in capsys.readouterr().out and "held-out loss" in (tmp_path / "README.md").read_text()

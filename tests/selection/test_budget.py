@@ -404,9 +404,10 @@ def test_what_cannot_be_weighed_is_refused(select, message):
     assert message in str(caught.value)
 
 
-def test_a_misspelt_budget_is_one_problem():
+@pytest.mark.parametrize("keep", [{"keep": {"tme": "50%"}}, {"kep": 3}, {"kep": 3, "reselect_steps": 5}])
+def test_a_misspelt_budget_is_one_problem(keep):
     with pytest.raises(SelectionError) as caught:
-        Select.parse({"by": "snr", "keep": {"tme": "50%"}})
+        Select.parse({"by": "snr", **keep})
     assert len(caught.value.listed()) == 1
 
 

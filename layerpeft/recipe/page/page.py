@@ -151,7 +151,12 @@ def _layers(found: Facts) -> str:
         drawn = charts.strip(chosen, found.unit)
         return told + (drawn and _keys(CHOICE) + _figure(drawn))
     by = ((found.manifest.get("selection") or {}).get("scores") or {}).get("by") or "the schedule's last"
-    return told + _keys(CHOICE) + _figure(drawn, f"Score ({by}); higher trains first.")
+    kept, others = (
+        [s for s, is_in in zip(scores, chosen) if is_in is which and s is not None] for which in (True, False)
+    )
+    highest = not kept or not others or min(kept) >= max(others)
+    more = "higher trains first" if highest else "a rule weighed them, and the highest are not all in the choice"
+    return told + _keys(CHOICE) + _figure(drawn, f"Score ({by}); {more}.")
 
 
 def _moved(found: Facts) -> str:
