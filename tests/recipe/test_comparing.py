@@ -149,7 +149,7 @@ def test_what_no_arm_can_choose_is_told_for_all_of_them_by_their_names(setup: Se
         entries_of(setup, load_model(setup), arms, {arm.name: setup.recipe for arm in arms})
     said = str(told.value)
     assert "last:9: keep: 9 layers are asked for, and there are 3 to choose from" in said and "snr:4: keep: 4" in said
-    assert "random: there are only 3 different choices of 1 layers, not 30" in said
+    assert "random: there are only 3 different choices of 1 layer, not 30" in said
 
 
 def test_a_choice_is_set_beside_what_it_is_not_and_no_more_draws_than_there_are() -> None:

@@ -19,7 +19,7 @@ from layerpeft.selection.choose import choose_among, lowest
 from layerpeft.selection.examined import Examined
 from layerpeft.selection.schedule import schedule_of
 from layerpeft.selection.select import Select, Selection
-from layerpeft.text import note
+from layerpeft.text import counted, note
 
 Layers = tuple[int, ...]
 Choose = Callable[..., Selection]  # of a way to choose
@@ -277,9 +277,8 @@ def _draws(ground: _Ground, select: Mapping[str, Any], number: int, most: int) -
             drawn = (({**select, "seed": seed}, layers) for layers, seed in found.items())
             return [_drawn(ground, how, layers, place, most) for place, (how, layers) in enumerate(drawn, 1)]
     there = whole if whole < number else len(found)
-    raise RecipeError(
-        f"there are only {there} different choices of {select['keep']} {select.get('unit', 'layer')}s, not {number}"
-    )
+    what = counted(int(select["keep"]), str(select.get("unit") or "layer"))
+    raise RecipeError(f"there are only {there} different choices of {what}, not {number}")
 
 
 def _drawn(ground: _Ground, select: Mapping[str, Any], layers: Layers, place: int, most: int) -> Entry:
