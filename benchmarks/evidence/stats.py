@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
 
 DRAWS = 1000
+PENALTIES = tuple(np.geomspace(1e-3, 1e2, 16))
 Span = tuple[float, float, float]  # a mean, and the ends of its 95 % interval
 Statistic = Callable[[Sequence[int]], float]  # of seeds
 
@@ -23,14 +24,22 @@ def effects(sets: Sequence[Sequence[int]], gains: Sequence[float], count: int) -
     return np.linalg.lstsq(table, target, rcond=1e-9)[0]
 
 
-def pair_effects(pairs: Mapping[tuple[int, int], float], singles: Sequence[float]) -> dict[tuple[int, int], float]:
-    """What a pair gains beyond the gains of its two layers alone."""
-    return {(i, j): gain - singles[i] - singles[j] for (i, j), gain in pairs.items()}
+def left_out(sets: Sequence[Sequence[int]], count: int, pairs: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Of the gains of sets, what each would be by a ridge regression on all others: a mean for every size, an effect of each of
+    `count` layers and, with `pairs`, of every pair. The penalty is the one of PENALTIES by which these errors are the least."""
+    sizes = sorted({len(layers) for layers in sets})
+    columns = [(i,) for i in range(count)] + (list(combinations(range(count), 2)) if pairs else [])
+    means = [[len(layers) == size for size in sizes] for layers in sets]
+    held = [[set(column) <= set(layers) for column in columns] for layers in sets]
+    table = np.hstack([np.array(means, float), np.array(held, float)])
+    paid = np.diag([0.0] * len(sizes) + [1.0] * len(columns))
+    hats = [table @ np.linalg.solve(table.T @ table + penalty * paid, table.T) for penalty in PENALTIES]
 
+    def foretold(gains: np.ndarray) -> np.ndarray:
+        errors = [(gains - hat @ gains) / (1 - np.diag(hat)) for hat in hats]
+        return gains - min(errors, key=lambda error: float(np.square(error).sum()))
 
-def foretold(layers: Sequence[int], singles: Sequence[float], pairs: Mapping[tuple[int, int], float]) -> float:
-    """The gain of a set by its layers' gains alone and the effects of its pairs."""
-    return sum(singles[i] for i in layers) + sum(pairs[pair] for pair in combinations(sorted(layers), 2))
+    return foretold
 
 
 def interval(seeds: Sequence[int], statistic: Statistic) -> Span:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.evidence import chosen, run, stats
 from benchmarks.evidence.correlated import added, correlations, mean
 from benchmarks.evidence.design import Design
@@ -61,8 +63,8 @@ def oracle(founds: Sequence[Found]) -> list[Row]:
 
 
 def pairs(founds: Sequence[Found]) -> list[Row]:
-    """A line for every pair: its gain, and how far that is beyond its layers' own; how well the gains of drawn sets are told by
-    those of layers alone, and with the effects of pairs."""
+    """A line for every pair: its gain, and how far that is beyond its layers' own; how well a regression on everything else
+    tells the gains of drawn sets, by effects of layers, and with those of pairs."""
     rows = []
     for found in founds:
         (seeds, alone), (shared, gains), (several, drawn) = found.alone, found.pairs, found.drawn
@@ -73,24 +75,21 @@ def pairs(founds: Sequence[Found]) -> list[Row]:
             beyond = {s: by[s] - alone[pair[0]][s] - alone[pair[1]][s] for s in both}
             own = interval(*of({s: by[s] for s in both}))
             rows.append([found.name, f"{pair[0]}, {pair[1]}", own, interval(*of(beyond))])
-        common = [s for s in both if s in several]
-        if common:
-            for name, with_pairs in (("layers alone", False), ("layers and pairs", True)):
+        if common := [s for s in both if s in several]:
+            for name, with_pairs in (("layers", False), ("layers and pairs", True)):
                 span = interval(common, _foretelling(found, with_pairs))
                 rows.append([found.name, f"{len(drawn)} sets by {name}: rank correlation", span, None])
     return rows
 
 
 def _foretelling(found: Found, with_pairs: bool) -> Statistic:
-    alone, gains, drawn = found.alone[1], found.pairs[1], found.drawn[1]
+    """How well the gains of drawn sets are told by all others, those of single layers and of pairs among them."""
+    by = {**{(i,): gains for i, gains in found.alone[1].items()}, **found.pairs[1], **found.drawn[1]}
+    foretold, places = stats.left_out(list(by), found.count, with_pairs), [k in found.drawn[1] for k in by]
 
     def statistic(seeds: Sequence[int]) -> float:
-        singles = [mean(alone[i], seeds) for i in range(found.count)]
-        both = stats.pair_effects({(p[0], p[1]): mean(by, seeds) for p, by in gains.items()}, singles)
-        effects = both if with_pairs else dict.fromkeys(both, 0.0)
-        return spearman(
-            [stats.foretold(layers, singles, effects) for layers in drawn], [mean(by, seeds) for by in drawn.values()]
-        )
+        gains = np.array([mean(one, seeds) for one in by.values()])
+        return spearman(list(foretold(gains)[places]), list(gains[places]))
 
     return statistic
 

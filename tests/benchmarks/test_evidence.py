@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_the_design_that_ships_is_sound(tmp_path):
     design = load(DESIGN)
     for cell in design.cells:
         assert len(run.sets(design, cell)) == len(set(run.sets(design, cell))) == design.num_sets(cell)
-    assert run.sets(design, "llama/gsm8k") == run.sets(design, "llama/gsm8k") != run.sets(design, "llama/mr")
+    assert run.sets(design, "llama/gsm8k") == run.sets(design, "llama/gsm8k") != run.sets(design, "llama/trec")
     at = run.Setting(design, "llama/gsm8k", {12: 0.01})
     keys = [one.key for part in (run.oracle, run.more) for one in part(at)]
     assert len(set(keys)) >= 3 * (1 + 12 + 60 + 66)
@@ -185,6 +186,24 @@ def test_the_design_that_ships_is_sound(tmp_path):
     assert "Did you mean 'gpt'" in str(told.value) and "final.criteria" in str(told.value)
 
 
+def test_what_is_left_out_is_told_by_layers_and_by_pairs_only_as_far_as_these_are_all_there_is():
+    draw = np.random.default_rng(0)
+    own, both = draw.normal(size=6), np.triu(draw.normal(size=(6, 6)), 1)
+    sets = [s for size in (1, 2, 3) for s in combinations(range(6), size)]
+    added = np.array([own[list(s)].sum() + 5 * len(s) ** 0.5 for s in sets])
+    crossed = added + np.array([both[np.ix_(s, s)].sum() for s in sets])
+    errors = {
+        (kind, pairs): np.abs(stats.left_out(sets, 6, pairs)(gains) - gains).max()
+        for kind, gains in (("added", added), ("crossed", crossed)) for pairs in (False, True)
+    }  # fmt: skip
+    assert errors["added", False] < 0.01 and errors["crossed", True] < 0.2 < errors["crossed", False]
+    table = np.array([[len(s) == n for n in (1, 2, 3)] + [i in s for i in range(6)] for s in sets], float)
+    paid = np.diag([0.0] * 3 + [stats.PENALTIES[0]] * 6)
+    rest = table[1:]  # by hand, of the first set, at the least penalty, which is the best where nothing is noise
+    alone = np.linalg.solve(rest.T @ rest + paid, rest.T @ added[1:]) @ table[0]
+    assert stats.left_out(sets, 6, False)(added)[0] == pytest.approx(alone, rel=1e-9)
+
+
 def test_numbers_by_hand():
     assert spearman([1, 2, 3], [10, 20, 30]) == 1 and spearman([1, 2, 3], [3, 2, 1]) == -1
     assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
@@ -193,14 +212,12 @@ def test_numbers_by_hand():
     sets = [(i, j) for i in range(4) for j in range(i)]
     found = stats.effects(sets, [worth[list(s)].sum() + 7 for s in sets], 4)
     assert found == pytest.approx(worth - worth.mean())
-    assert stats.pair_effects({(0, 1): 5.0}, [1.0, 2.0]) == {(0, 1): 2.0}
     mean, low, high = stats.interval([0, 1, 2, 3], lambda s: sum(s) / len(s))
     assert mean == 1.5 and 0 <= low < 1.5 < high <= 3
     assert stats.said(stats.interval([0], lambda s: 2.0)) == "2.00"
     assert stats.across([([0, 0], lambda s: 1.0), ([1, 1], lambda s: 4.0)]) == (2.5, 2.5, 2.5)
     assert stats.reached([1, 2, 4], [3.0, 2.0, 1.0], 1.5) == 3 and stats.reached([1, 2], [3.0, 2.0], 3.5) == 1
     assert stats.said(stats.interval([0, 1], lambda s: stats.reached([1], [3.0], 1.0))) == "never (never to never)"
-    assert stats.foretold((2, 0), [1.0, 5.0, 2.0], {(0, 1): 9.0, (0, 2): -0.5, (1, 2): 9.0}) == 2.5
     assert chosen.top([0.1, 0.9, 0.9, 0.2], 2) == (1, 2) and chosen.top([1, 1, 1], 2) == (0, 1)
     assert chosen.together([[1, 2, 3], [3, 2, 1]]) == (1.0, 1.0, 1.0) and chosen.ranks([5, 1, 5]) == [1.5, 0.0, 1.5]
 
