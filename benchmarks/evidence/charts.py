@@ -88,7 +88,7 @@ def _points(names: Sequence[str], series: Mapping[str, Sequence[Any]], title: st
     axis.axvline(0, color=QUIET, linewidth=0.8)
     axis.grid(axis="x", color="#e6eaed", linewidth=0.8)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=9, loc="lower left")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     return save(figure, path)
 
