@@ -242,6 +242,20 @@ def test_the_page_says_what_its_figures_say():
     assert len(said) > 10 and {float(one) for one in said} <= there, sorted({float(one) for one in said} - there)
 
 
+def test_what_is_said_of_the_cell_that_ends_with_its_rates_and_of_hours_is_in_the_results():
+    lines = list(Store().lines("llama/mr").values())
+    ends = [[line["after"][key] for line in lines] for key in ("loss", "accuracy")]
+    words = " ".join(page.PAGE.read_text().split())
+    assert f"(held-out losses of {min(ends[0]):.2f} to {max(ends[0]):.2f} where a coin has {np.log(2):.2f}" in words
+    assert f"at most {100 * max(ends[1]):.0f} % right" in words and len(lines) == 18
+    seconds = sum(
+        json.loads(line).get("seconds") or 0
+        for path in (page.FIGURES.parent).glob("*.jsonl") for line in path.read_text().splitlines()
+    )  # fmt: skip
+    about = (page.FIGURES.parents[1] / "README.md").read_text()
+    assert f"took {seconds / 3600:.1f} hours of one thread" in " ".join(about.split())
+
+
 def numbers(value):
     """A value of a table as words may give it: of an interval its mean and ends, to two digits."""
     if isinstance(value, list):
