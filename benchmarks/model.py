@@ -17,6 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What makes a Llama of that size; the two large ones as published (7B: arXiv 2307.09288, 8B: arXiv 2407.21783).
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2x32": dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, heads=(4, 2)),
     "llama-4x64": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=4, heads=(4, 4)),
     "llama-12x64": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=12, heads=(4, 4)),
     "llama-12x384": dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, heads=(6, 6)),

@@ -148,6 +148,39 @@ def test_what_projection_costs_and_learns_is_what_was_measured() -> None:
     assert untied(section("docs/measured.md", "## Gradient projection"), made, said) == []
 
 
+def test_what_parts_projection_from_its_reference_is_what_was_measured() -> None:
+    found = result("galore_reference")
+    case, shares = found["case"], [f"{row['difference'] / row['movement']:.2g}" for row in found["breaks"].values()]
+    apart = span((row["difference"] for row in found["equal"].values()), "{:.0e}").replace("e-0", "e-")
+    moved = min(row["movement"] for row in found["equal"].values())
+    why = [
+        "weight decay 0.1: here it decays `B`, there `W`",
+        "eps 1e-6: torch adds it after the bias correction, the reference before",
+        "clipping at 1e-3, with that eps: here by the norm of the projected gradient, there by that of the full one",
+        '`basis="aligned"`',
+        "`stagger=True`",
+        '`subspace="sketch"`, which serves from the step after the one it was taken in',
+    ]
+    assert list(case["breaks"].values()) == [
+        {"weight_decay": 0.1},
+        {"eps": 1e-6},
+        {"clip": 1e-3, "eps": 1e-6},
+        {"basis": "aligned"},
+        {"stagger": True},
+        {"subspace": "sketch"},
+    ]
+    made = [
+        table(["what", "by"], zip(why, shares, strict=True)),
+        f"over {case['steps']} steps with five refreshes",
+        f"after {case['parting_steps']} steps and two refreshes",
+        f"is {apart}, after movements of {moved:.2f} or more, for {', '.join(f'`{s}`' for s in case['proj_types'][:-1])} and",
+    ]
+    said = ["`galore-torch` 1.0", "AdamW with eps 1e-14 on both sides", "to 1e-2 of the movement", "weights in float64"]
+    said.append("a float32 and a float64 SVD")  # and how near these come: tests/tuners/galore/test_galore_reference.py
+    assert found["provenance"]["versions"]["galore-torch"] == "1.0" and case["steps"] == 5 * case["gap"]
+    assert untied(section("docs/projection.md", "## What equals the reference, and what breaks it"), made, said) == []
+
+
 def test_later_epochs_and_scoring_cost_what_was_measured() -> None:
     arms, scan = result("prefix")["arms"], result("scan")
     kept, whole, without = arms["layerpeft_cached"], arms["peft_all"], arms["layerpeft"]
