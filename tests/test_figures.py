@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.kinds.rewards import earned
 from benchmarks.model import SHAPES
 from layerpeft import LayerLoraConfig, layer_map
 from layerpeft.model.costs import Load, costs_of
@@ -239,6 +240,37 @@ def test_what_is_said_of_kept_states_is_what_tests_hold() -> None:
         )
         assert untied(section("docs/prefix.md", begins, until="\n\n"), made, said) == [], begins
     assert untied(section("docs/trainers.md", "Measured against `generate` of", until="\n\n"), [f"within {near}"]) == []
+
+
+def test_what_rewards_teach_is_what_was_measured() -> None:
+    found = result("rewards")
+    runs, window = found["runs"], found["case"]["window"]
+    head = ["recipe", "seed", f"first {window} steps", f"last {window} steps", "z"]
+    rows = [
+        [f"`{run['recipe']}`", str(run["seed"]), f"{run['first']:.2f}", f"{run['last']:.2f}", f"{run['z']:.1f}"]
+        for run in runs
+    ]
+    right = [100 * run["right"] for run in runs if run["right"] is not None]
+    made = [
+        table(head, rows),
+        f"over the first and the last {window} of the {len(runs[0]['rewards'])} steps",
+        f"in the last {window} steps of `grpo` and `rloo`, {min(right):.0f} to {max(right):.1f} of 100 are right",
+    ]
+    said = [
+        "a model of 6 M parameters",
+        "up to 0.5 for a number, halved by every 12 letters",
+        "adds 1 for that",
+        "have 8 tokens",
+    ]
+    assert {len(run["rewards"]) for run in runs} == {30}
+    shown = section("docs/trainers.md", "The rewards that ship, `gsm8k_rewards.py`,", until="\n## ")
+    assert untied(shown, made, said) == []
+    for run in runs:  # as they are made of the rewards of the steps
+        again = earned([{"reward": reward} for reward in run["rewards"]], window)
+        assert all(run[name] == pytest.approx(again[name], rel=1e-2, abs=1e-4) for name in ("first", "last", "z"))
+    assert earned([{"objective/scores": x} for x in (0.0, 2.0, 4.0, 6.0)], 2)["z"] == pytest.approx(
+        4 / 2**0.5, abs=1e-3
+    )
 
 
 def test_what_embeddings_learn_is_what_was_measured() -> None:
