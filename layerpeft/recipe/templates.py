@@ -13,6 +13,7 @@ from layerpeft.recipe.reading import text_of
 
 Say = Callable[[Mapping[str, str]], str]
 EXAMPLE: Mapping[str, str] = {"prompt": "{question}\n", "completion": "{answer}"}
+ANSWERS = ("completion", "assistant", "chosen", "rejected", "answer", "positive", "target", "label", "tags")
 LONGEST = 40  # of a name that an example takes up
 
 
@@ -44,9 +45,10 @@ def pieces_of(template: str) -> list[tuple[str, str | None, str | None, str | No
 
 
 def suited(templates: Mapping[str, str], have: Sequence[str]) -> dict[str, str]:
-    """An example in the names that rows have: the first of them in order, the last for the last. As it is where they have too few,
-    or one that no template can hold."""
-    named = list(dict.fromkeys(name for text in templates.values() for name in template_columns(text)))
+    """An example in the names that rows have: the first of them in order, the last for the last answer, whichever template stands
+    first. As it is where they have too few, or one that no template can hold."""
+    ordered = sorted(templates, key=lambda name: name in ANSWERS)
+    named = list(dict.fromkeys(name for key in ordered for name in template_columns(templates[key])))
     taken = [*have[: len(named) - 1], have[-1]] if have else []
     if len(have) < len(named) or any(len(name) > LONGEST or re.search(r"[{}:!]", name) for name in taken):
         return dict(templates)

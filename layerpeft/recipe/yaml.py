@@ -71,6 +71,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """Text with line ends stays on one line, as people write templates."""
+    return dumper.represent_scalar(_TAG + "str", value, style='"' if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _implicit(tag: str, pattern: str, first: str) -> None:
     for side in (_Loader, _Dumper):
         side.add_implicit_resolver(_TAG + tag, re.compile(rf"^(?:{pattern})$"), list(first))
@@ -183,8 +191,10 @@ def dump(data: dict[str, Any]) -> str:
 
 
 def flow(value: Any) -> str:
-    """A value on one line, as `key=value` takes it."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    """A value on one line, as `key=value` takes it; keys in their own order."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
     return text.removesuffix("...\n").strip()
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from layerpeft.recipe.templates import EXAMPLE, as_flags, as_setting, in_recipe, suited
-from layerpeft.recipe.yaml import override, parse
+from layerpeft.recipe.yaml import dump, flow, override, parse
 from layerpeft.using.incoming import templates
 
 TRICKY = {"prompt": "It's \\n: {a b}\nso", "completion": '"{c}"'}
@@ -22,6 +22,18 @@ TRICKY = {"prompt": "It's \\n: {a b}\nso", "completion": '"{c}"'}
 )  # fmt: skip
 def test_an_example_has_the_names_of_the_rows_where_they_can_be_had(have: list[str], found: dict[str, str]) -> None:
     assert suited(EXAMPLE, have) == found
+
+
+def test_what_is_asked_comes_first_whatever_stands_first() -> None:
+    told = suited(dict(reversed(EXAMPLE.items())), ["q", "a"])
+    assert told == {"completion": "{a}", "prompt": "{q}\n"}
+
+
+def test_a_recipe_has_them_in_order_and_each_on_its_line() -> None:
+    told = {"prompt": "It is {q}\nso:", "completion": " {a}"}
+    assert list(told) == list(parse(flow(told)).data)
+    assert dump({"columns": told}) == "columns:\n  prompt: \"It is {q}\\nso:\"\n  completion: ' {a}'\n"
+    assert parse(dump(told)).data == parse(flow(told)).data == told
 
 
 def test_a_name_that_stands_twice_is_one_and_braces_stay() -> None:
