@@ -51,7 +51,8 @@ def comparing(recipe: Recipe, folder: Path, layers: Sequence[int]) -> list[str]:
         for k, v in among_of(recipe.config.choosing).items()
         if (k, v) not in (("layers", "all"), ("unit", "layer"))
     }
-    few |= {"by": "gradient_norm" if recipe.row.alone else "snr", "keep": "25%"}  # the latter needs no batches
+    by = "gradient_norm" if recipe.row.alone else "snr"  # the latter needs no batches
+    few = {"by": by, **few, "keep": "25%"}
     draws = min(3, math.comb(len(among), how_many("25%", len(among)) or 1))
     words = shlex.join(settings_of({"layerpeft.select": few}))
     return [f"{line} {words} --arms random:{draws},last,all    # are fewer layers enough?"]

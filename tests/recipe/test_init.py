@@ -56,7 +56,7 @@ def test_the_recipe_plans_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "45MB"]) == 0
     text = Path("recipe.yaml").read_text()
-    assert "and gives up:" in text and "gradient_checkpointing: true" in text
+    assert "and gives up:" in text
     assert main(["plan", "recipe.yaml", "--fit", "45MB"]) == 0
     assert "fits as it is" in capsys.readouterr().out
     assert main(["init", *LLAMA, "--data", "rows.jsonl", "--fit", "1MB", "--out", "small.yaml"]) == 2
