@@ -188,7 +188,7 @@ def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureF
         assert torch.allclose(plain(ids).logits, ours(ids).logits, atol=1e-5)
     report = layerpeft.layer_report(ours)
     assert [row.layer for row in report.rows if row.steps] == [row.layer for row in report.rows if row.chosen]
-    assert sum(row.chosen for row in report.rows) == 3
+    assert 0 < sum(row.chosen for row in report.rows) < len(report.rows)
     again = load_recipe(str(folder / "recipe.yaml"), ["output_dir=again"])
     assert again.values["max_steps"] == 2 and again.values["warmup_steps"] == 0 and again.block["r"] == 2
 
@@ -291,7 +291,7 @@ def test_resume_goes_on_with_the_same_choice(place: Path, capsys: pytest.Capture
     assert main(["train", *whole]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["train", *whole, "resume_from_checkpoint=true", "layerpeft.select.keep=2"]) == 2
-    assert "keep: 3 there, 2 here" in capsys.readouterr().err
+    assert "(keep: {'time': '75%', 'length': 48} there, 2 here)" in capsys.readouterr().err
     assert main(["train", *whole, "resume_from_checkpoint=true"]) == 0
     assert (place / "out-quickstart" / "adapter_model.safetensors").read_bytes() == weights
     report = layerpeft.layer_report(layerpeft.load(place / "out-quickstart"))

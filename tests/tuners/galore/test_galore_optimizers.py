@@ -241,7 +241,7 @@ def test_steps_are_those_on_the_projected_full_gradient(name):
     found, bases = ours(make, dtype, rate)
     expected, movement = by_hand(make, dtype, rate, bases)
     row = verdict(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=rate))
-    assert row is not None and row.verdict == "equal" and movement > 1e-3
+    assert row is not None and row.verdict == "equal" and movement > 1e-4  # RAdam begins slowly
     share = apart(found, expected) / movement
     print(f"{name}: {share:.1e} of a movement of {movement:.3f}")
     assert share <= (row.figure if dtype == torch.float64 or row.figure > 1e-3 else 1e-3)
