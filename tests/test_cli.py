@@ -188,7 +188,7 @@ def test_train_writes_what_loads_everywhere(place: Path, capsys: pytest.CaptureF
         assert torch.allclose(plain(ids).logits, ours(ids).logits, atol=1e-5)
     report = layerpeft.layer_report(ours)
     assert [row.layer for row in report.rows if row.steps] == [row.layer for row in report.rows if row.chosen]
-    assert 0 < sum(row.chosen for row in report.rows) < len(report.rows)
+    assert sum(row.chosen for row in report.rows) == 2
     again = load_recipe(str(folder / "recipe.yaml"), ["output_dir=again"])
     assert again.values["max_steps"] == 2 and again.values["warmup_steps"] == 0 and again.block["r"] == 2
 

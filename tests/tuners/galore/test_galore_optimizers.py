@@ -121,7 +121,7 @@ EQUAL = {
     "AdamW of bitsandbytes": (lambda p, lr: bnb.AdamW(p, lr, weight_decay=0.0), torch.float32, 1e-2),
     "Adam": (torch.optim.Adam, torch.float64, 1e-2),
     "NAdam": (torch.optim.NAdam, torch.float64, 1e-2),
-    "RAdam": (torch.optim.RAdam, torch.float64, 1e-2),
+    "RAdam": (torch.optim.RAdam, torch.float64, 1e-1),  # whose first steps are small
     "AdamW8bit": (lambda p, lr: bnb.AdamW8bit(p, lr, **EIGHT), torch.float32, 1e-2),
     "Adam8bit": (lambda p, lr: bnb.Adam8bit(p, lr, **EIGHT), torch.float32, 1e-2),
     "SGD": (lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.float64, 1.0),
@@ -241,7 +241,7 @@ def test_steps_are_those_on_the_projected_full_gradient(name):
     found, bases = ours(make, dtype, rate)
     expected, movement = by_hand(make, dtype, rate, bases)
     row = verdict(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=rate))
-    assert row is not None and row.verdict == "equal" and movement > 1e-4  # RAdam begins slowly
+    assert row is not None and row.verdict == "equal" and movement > 1e-3
     share = apart(found, expected) / movement
     print(f"{name}: {share:.1e} of a movement of {movement:.3f}")
     assert share <= (row.figure if dtype == torch.float64 or row.figure > 1e-3 else 1e-3)

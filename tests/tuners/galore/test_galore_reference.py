@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.case import load
-from benchmarks.kinds.parting import apart, ours, parting
+from benchmarks.kinds.parting import apart, ours, parting, start, weights
 from layerpeft.tuners.galore import subspace
 from tests.helpers.repeating import some
 
@@ -24,6 +24,7 @@ BREAKS = {
 
 
 def test_the_measured_case_is_the_one_that_is_held_here() -> None:
+    assert len(weights(CASE, start(CASE))) == 8  # four linears of two layers
     assert set(CASE.breaks) == set(BREAKS) and CASE.steps == 5 * CASE.gap and CASE.parting_steps == 2 * CASE.gap
 
 
