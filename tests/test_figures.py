@@ -221,23 +221,26 @@ def test_what_is_said_of_kept_states_is_what_tests_hold() -> None:
                 f"trained for {bounds.EIGHT_BITS_STEPS} steps, in which the held-out loss falls by more than {fallen}, by less "
                 f"than {mean} in the mean and {most} at most in float32, and by less than {half_mean} and {half_most} in",
             ],
+            [],
         ),
         (
             "dropped. Weights that are read as they are",
             [f"filling takes less than {bounds.FILLING / 1e6:.0f} MB above one layer", "16 layers (2 GB in float32)"],
+            ["rows of 64 tokens"],
         ),
-        ("Where a text stands in other padding,", [f"by less than {small(bounds.OTHER_PADDING)} in float32"]),
-        ("To free the room at once,", [f"takes {entries.SIZE} bytes beside its state", "16 bytes of memory for a row"]),
-        ("Of the checkpoint of 2 GB, read as", [f"to within {near}", "two rows of 256 tokens", "top 4 of 16 layers"]),
+        ("Where a text stands in other padding,", [f"by less than {small(bounds.OTHER_PADDING)} in float32"], []),
+        (
+            "To free the room at once,",
+            [f"takes {entries.SIZE} bytes beside its state", "16 bytes of memory for a row"],
+            [],
+        ),
+        (
+            "Of the checkpoint of 2 GB, read as",
+            [f"to within {near}", "two rows of 256 tokens", "top 4 of 16 layers"],
+            ["MALLOC_MMAP_THRESHOLD_=65536"],
+        ),
     ]
-    for begins, made in shown:
-        said = (
-            ["rows of 64 tokens"]
-            if "Weights" in begins
-            else ["MALLOC_MMAP_THRESHOLD_=65536"]
-            if "2 GB" in begins
-            else []
-        )
+    for begins, made, said in shown:
         assert untied(section("docs/prefix.md", begins, until="\n\n"), made, said) == [], begins
     assert untied(section("docs/trainers.md", "Measured against `generate` of", until="\n\n"), [f"within {near}"]) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,8 @@ def draw(found: Comparison, path: Path) -> None:
     axes = figure.subplots(1, 3 if wide else 1, squeeze=False)[0]
     _dots(axes[0], found)
     if wide:
-        _against(axes[1], found, "seconds of training", _clock(found))
-        _against(axes[2], found, "MiB at the peak of a step, as planned")
+        _against(axes[1], found, "seconds of training", lambda standing: standing.seconds)
+        _against(axes[2], found, "MiB at the peak of a step, as planned", lambda standing: _peak(found, standing))
     write_figure(figure, path, dpi=120)
 
 
@@ -192,10 +192,15 @@ def _dots(axes: Any, found: Comparison) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _against(axes: Any, found: Comparison, what: str, clock: str = "") -> None:
+def _peak(found: Comparison, standing: Standing) -> float:
+    """MiB, the mean over an arm's draws."""
+    given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
+    return statistics.fmean(g.peak_bytes for g in given) / 2**20
+
+
+def _against(axes: Any, found: Comparison, what: str, takes: Callable[[Standing], float]) -> None:
     for place, standing in enumerate(found.standings):
-        given = [g for arm, g in found.given.items() if group_of(arm) == standing.arm]
-        taken = standing.seconds if clock else statistics.fmean(g.peak_bytes for g in given) / 2**20
+        taken = takes(standing)
         if math.isfinite(standing.value.mean):
             error = {"yerr": standing.value.margin or 0, "capsize": 3, "elinewidth": 0.9}
             axes.errorbar(taken, standing.value.mean, fmt="o", color=_colour(place, found), label=standing.arm, **error)

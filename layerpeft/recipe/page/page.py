@@ -151,9 +151,8 @@ def _layers(found: Facts) -> str:
         drawn = charts.strip(chosen, found.unit)
         return told + (drawn and _keys(CHOICE) + _figure(drawn))
     by = ((found.manifest.get("selection") or {}).get("scores") or {}).get("by") or "the schedule's last"
-    kept, others = (
-        [s for s, is_in in zip(scores, chosen) if is_in is which and s is not None] for which in (True, False)
-    )
+    known = [(score, is_in) for score, is_in in zip(scores, chosen) if score is not None]
+    kept, others = [s for s, is_in in known if is_in], [s for s, is_in in known if not is_in]
     highest = not kept or not others or min(kept) >= max(others)
     more = "higher trains first" if highest else "a rule weighed them, and the highest are not all in the choice"
     return told + _keys(CHOICE) + _figure(drawn, f"Score ({by}); {more}.")
